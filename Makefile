@@ -1,0 +1,44 @@
+# One verb per chore. Each sets up what it needs in .venv first; the second run skips that.
+
+PYTHON ?= python3
+VENV ?= .venv
+READY := $(VENV)/.ready
+# A terminal sees pip's progress; a log does not need it.
+PIP_FLAGS := --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet --quiet)
+CXX_FILES = $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp')
+
+.PHONY: help train test lint format bench clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+train: $(READY)  ## train; options go in ARGS, such as make train ARGS="--help"
+	$(VENV)/bin/fbopt train $(ARGS)
+
+test: $(READY)  ## run the tests; ARGS go to pytest, such as make test ARGS="-k penalty"
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(READY)  ## check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(READY)  ## format the Python and C++ files, and mend what ruff can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+bench: $(READY)  ## check the kernels against the reference, then time them
+	$(VENV)/bin/python -m benchmarks.ops $(ARGS)
+	$(VENV)/bin/python -m benchmarks.step $(ARGS)
+
+clean:  ## remove the virtual environment and what tools left behind
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml setup.py
+	@echo "Installing fbopt and what it needs, torch above all, into $(VENV): some minutes, once."
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e '.[train,test,dev]'
+	@touch $@

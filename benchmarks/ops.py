@@ -1,0 +1,146 @@
+"""The library's share of a step, op by op: the penalised chunk update, the finishing step, single kernels.
+
+    python -m benchmarks.ops [--sizes resnet18 small-cnn tiny] [--no-compile] [--rounds N] [--quick]
+
+Every contender is checked against fbopt.reference in float64 before it is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import finishing, rivals
+from benchmarks.cases import SIZES, TITLES, Chunk, Finish, require_close, shapes
+from benchmarks.harness import Contender, Timing, Timings, measure
+from benchmarks.memory import NAMES as TRIADS
+from benchmarks.memory import triads
+from benchmarks.report import Report, arguments, options
+from benchmarks.single import single_ops
+
+ROUNDS = {"resnet18": 40, "small-cnn": 60, "tiny": 60}
+QUICK_ROUNDS = 3
+# What DESIGN's promise of few bytes comes to: the least that each call can move.
+CHUNK_WORDS, FINISH_WORDS = 8, 6
+# torch's norms are summed in float32, and off by some 1e-5; a shift is rounded with its parameter.
+TOLERANCE, SHIFT_TOLERANCE = 1e-4, 1e-3
+
+
+def check_chunk(update: rivals.ChunkUpdate, chunk: Chunk) -> None:
+    """Two chunks: the shift while it lasts, the parameters after it (bit for bit), and the sums."""
+    displacement, added = chunk.expected
+    seen: list[list[Tensor]] = []
+    for _ in range(2):
+        chunk.refresh()
+        update.update(lambda: seen.append([p.detach().clone() for p in update.params]))
+        moved = [s.double() - p.double() for s, p in zip(seen.pop(), chunk.params, strict=True)]
+        require_close(update.name, "the shift", moved, displacement, SHIFT_TOLERANCE)
+        require_close(update.name, "a parameter after the shift", update.params, _wide(chunk.params), 0)
+    expected = torch._foreach_mul(added, 2)
+    require_close(update.name, "the sum over two chunks", update.total(2), expected, TOLERANCE)
+
+
+def check_finish(step: finishing.FinishingStep, finish: Finish) -> None:
+    """Two steps, the first of which starts the momentum."""
+    displacement, velocity = finish.expected
+    for _ in range(2):
+        finish.refresh()
+        step.step()
+    moved = [p.double() - q.double() for p, q in zip(step.params, finish.params, strict=True)]
+    require_close(step.name, "the update", moved, displacement, SHIFT_TOLERANCE)
+    require_close(step.name, "the momentum", step.momentum(), velocity, TOLERANCE)
+
+
+def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.double() for t in tensors]
+
+
+def chunk_table(size: str, rounds: int, compiled: bool) -> Timings:
+    """Check and time the penalised chunk update."""
+    chunk = Chunk.of(shapes(size))
+    contenders = []
+    for kind in rivals.CHUNK_UPDATES:
+        if compiled or kind is not rivals.Compiled:
+            update = kind(chunk)
+            check_chunk(update, chunk)
+            run = lambda update=update: update.update(_nothing)  # noqa: E731
+            contenders.append(Contender(kind.name, run, kind.words * chunk.numel))
+    contenders += triads(CHUNK_WORDS * chunk.numel)
+    return measure(f"Penalised chunk update, {TITLES[size]}", contenders, rounds, chunk.refresh)
+
+
+def finish_table(size: str, rounds: int, compiled: bool) -> Timings:
+    """Check and time the finishing step."""
+    finish = Finish.of(shapes(size))
+    contenders = []
+    for kind in finishing.FINISHING_STEPS:
+        if compiled or kind is not finishing.Compiled:
+            step = kind(finish)
+            check_finish(step, finish)
+            words = kind.words and kind.words * finish.numel
+            contenders.append(Contender(kind.name, step.step, words))
+    contenders += triads(FINISH_WORDS * finish.numel)
+    return measure(f"Finishing step, {TITLES[size]}", contenders, rounds, finish.refresh)
+
+
+def single_table(size: str, rounds: int) -> Timings:
+    """Check and time the kernels one by one."""
+    chunk = Chunk.of(shapes(size))
+    contenders = [*single_ops(chunk), *triads(CHUNK_WORDS * chunk.numel)]
+    return measure(f"Single kernels, {TITLES[size]}", contenders, rounds)
+
+
+def _nothing() -> None:
+    pass
+
+
+def limit_of(timings: Timings) -> Timing | None:
+    """The faster of the triads."""
+    name = timings.fastest(list(TRIADS.values()))
+    return name and timings[name]
+
+
+def conclude(report: Report, size: str, chunk: Timings, finish: Timings) -> None:
+    """Print the ratios that count, beside what they should be."""
+    ours, best = rivals.Ours.name, chunk.fastest([kind.name for kind in rivals.FOREACH])
+    report.heading(f"{TITLES[size]}, ours = 1:")
+    goals = {"resnet18": (1.5, 6), "tiny": (4, 0)}.get(size, (0, 0))
+    report.goal(f"chunk update, best foreach ({best})", chunk.ratio(best, ours), at_least=goals[0])
+    report.goal("chunk update, as published", chunk.ratio(rivals.Published.name, ours), at_least=goals[1])
+    names = [finishing.TorchForeach.name, finishing.TorchFused.name]
+    for name, least in zip(names, (1.6, 1) if size == "resnet18" else (0, 0), strict=True):
+        report.goal(f"finishing step, {name}", finish.ratio(name, finishing.Ours.name), at_least=least)
+    for what, timings, words in ("chunk update", chunk, 8), ("finishing step", finish, 6):
+        if limit := limit_of(timings):
+            claim = f"{what}, the memory limit for {words} words ({limit.name})"
+            least = 0.85 if size == "resnet18" and timings is chunk else 0
+            report.goal(claim, timings.ratio(limit.name, timings.rows[0].name), at_least=least)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run the benchmark and return the path of its JSON."""
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile: it takes minutes")
+    choice = parser.parse_args(argv)
+    torch.set_num_threads(choice.threads)
+    report = Report("ops", arguments(argv))
+    compiled = not (choice.no_compile or choice.quick)
+    for size in choice.sizes:
+        rounds = choice.rounds or (QUICK_ROUNDS if choice.quick else ROUNDS[size])
+        chunk = chunk_table(size, rounds, compiled)
+        report.table(chunk, limit_of(chunk))
+        finish = finish_table(size, rounds, compiled)
+        report.table(finish, limit_of(finish))
+        single = single_table(size, rounds)
+        limit = limit_of(single)
+        report.table(single, limit, base=limit and limit.name)
+        conclude(report, size, chunk, finish)
+    return report.write(choice.out)
+
+
+if __name__ == "__main__":
+    main()

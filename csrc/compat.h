@@ -1,0 +1,227 @@
+// Torch's stable C++ ABI (target 2.10) as the kernels see it; nothing else includes a torch header.
+// TensorList is a `Tensor[]` argument, Operand the pointers into one, Scalars are 0-dim tensors.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#define FBOPT_CHECK STD_TORCH_CHECK
+
+namespace fbopt {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Owns the handles of a list. A torch::stable::Tensor each would add a shared_ptr control block: for
+// 1,000 small tensors that costs more than the arithmetic.
+class TensorList {
+ public:
+  explicit TensorList(StableListHandle list) {
+    size_t n = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &n));
+    handles_.reserve(n);
+    for (size_t i = 0; i < n; ++i) {
+      StableIValue item{};
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(item));
+    }
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  }
+  TensorList(TensorList&&) noexcept = default;
+  TensorList(const TensorList&) = delete;
+  TensorList& operator=(const TensorList&) = delete;
+  TensorList& operator=(TensorList&&) = delete;
+  ~TensorList() {
+    for (AtenTensorHandle h : handles_) aoti_torch_delete_tensor_object(h);
+  }
+
+  int64_t size() const { return static_cast<int64_t>(handles_.size()); }
+  bool empty() const { return handles_.empty(); }
+  AtenTensorHandle operator[](int64_t i) const { return handles_[i]; }
+
+ private:
+  std::vector<AtenTensorHandle> handles_;
+};
+
+// The facts about a tensor that a kernel needs; sizes and strides are borrowed from it.
+struct Meta {
+  int64_t numel, dim;
+  int64_t *sizes, *strides;
+  int32_t dtype;
+  void* data;
+
+  explicit Meta(AtenTensorHandle t) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(t, &numel));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &dim));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t, &strides));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &dtype));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &data));
+  }
+};
+
+inline bool same_shape(const Meta& a, const Meta& b) {
+  if (a.dim != b.dim) return false;
+  for (int64_t d = 0; d < a.dim; ++d)
+    if (a.sizes[d] != b.sizes[d]) return false;
+  return true;
+}
+
+// Same element at the same offset: strides agree wherever a dimension has more than one index.
+inline bool same_layout(const Meta& a, const Meta& b) {
+  for (int64_t d = 0; d < a.dim; ++d)
+    if (a.sizes[d] > 1 && a.strides[d] != b.strides[d]) return false;
+  return true;
+}
+
+// Non-overlapping and without gaps, in any order of dimensions: the ABI's is_contiguous() knows no
+// memory format, so channels_last has to be recognised by its strides.
+inline bool is_dense(const Meta& t) {
+  int64_t expected = 1;
+  for (int64_t covered = 1; covered < t.numel; covered = expected) {
+    int64_t d = 0;
+    while (d < t.dim && (t.sizes[d] == 1 || t.strides[d] != expected)) ++d;
+    if (d == t.dim) return false;
+    expected *= t.sizes[d];
+  }
+  return true;
+}
+
+inline Tensor borrow(AtenTensorHandle t) {
+  AtenTensorHandle copy = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t, &copy));
+  return Tensor(copy);
+}
+
+// The memory layout of every slot of a call: that of its first list, or a dense stand-in for it.
+class Layout {
+ public:
+  explicit Layout(const TensorList& list) {
+    metas_.reserve(list.size());
+    for (int64_t i = 0; i < list.size(); ++i) {
+      metas_.emplace_back(list[i]);
+      if (is_dense(metas_.back())) continue;
+      stand_ins_.push_back(torch::stable::empty_like(borrow(list[i])));
+      metas_.back() = Meta(stand_ins_.back().get());
+    }
+    for (const Meta& m : metas_) total_ += m.numel;
+  }
+  const Meta& operator[](int64_t i) const { return metas_[i]; }
+  int64_t size() const { return static_cast<int64_t>(metas_.size()); }
+  int64_t total() const { return total_; }
+
+ private:
+  std::vector<Meta> metas_;
+  std::vector<Tensor> stand_ins_;
+  int64_t total_ = 0;
+};
+
+// Linear pointers into one list. A tensor that lies otherwise in memory than its slot is staged through
+// a dense copy; write_back() returns the staged results.
+class Operand {
+ public:
+  Operand(const char* name, const TensorList& list, const Layout& layout, ScalarType dtype)
+      : list_(list) {
+    FBOPT_CHECK(list.size() == layout.size(), name, " has ", list.size(), " tensors, expected ",
+                layout.size());
+    const int32_t expected = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    pointers_.reserve(list.size());
+    for (int64_t i = 0; i < list.size(); ++i) {
+      const Meta meta(list[i]);
+      FBOPT_CHECK(meta.dtype == expected, name, "[", i, "] has another dtype than the op expects");
+      FBOPT_CHECK(same_shape(meta, layout[i]), name, "[", i,
+                  "] has another shape than the tensor it belongs to");
+      pointers_.push_back(same_layout(meta, layout[i]) ? meta.data : stage(i, layout[i]));
+    }
+  }
+
+  template <class T>
+  T* at(int64_t i) const {
+    return static_cast<T*>(pointers_[i]);
+  }
+
+  void write_back() {
+    for (auto& [i, copy] : staged_) {
+      Tensor target = borrow(list_[i]);
+      torch::stable::copy_(target, copy);
+    }
+  }
+
+ private:
+  void* stage(int64_t i, const Meta& layout) {
+    int32_t device_type = 0, device_index = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(list_[i], &device_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(list_[i], &device_index));
+    AtenTensorHandle fresh = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        layout.dim, layout.sizes, layout.strides, Meta(list_[i]).dtype, device_type, device_index,
+        &fresh));
+    Tensor copy(fresh);
+    torch::stable::copy_(copy, borrow(list_[i]));
+    void* data = copy.data_ptr();
+    staged_.emplace_back(i, std::move(copy));
+    return data;
+  }
+
+  const TensorList& list_;
+  std::vector<void*> pointers_;
+  std::vector<std::pair<int64_t, Tensor>> staged_;
+};
+
+inline ScalarType dtype_of(const TensorList& list, ScalarType if_empty = ScalarType::Float) {
+  return list.empty() ? if_empty : borrow(list[0]).scalar_type();
+}
+
+// Sums of float64 are kept in float64, all others in float32.
+inline ScalarType accumulator_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Reads a 0-dim CPU tensor.
+inline double scalar(const char* name, const Tensor& t) {
+  FBOPT_CHECK(t.numel() == 1 && t.is_cpu(), name, " must be a 0-dim tensor on the CPU");
+  const ScalarType dtype = t.scalar_type();
+  FBOPT_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, name,
+              " must be float32 or float64");
+  return dtype == ScalarType::Double ? *static_cast<const double*>(t.data_ptr())
+                                     : *static_cast<const float*>(t.data_ptr());
+}
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// Calls f(Type<T>{}) for the element type at hand.
+template <class F>
+void dispatch(ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(Type<float>{});
+    case ScalarType::Double: return f(Type<double>{});
+    case ScalarType::BFloat16: return f(Type<BFloat16>{});
+    case ScalarType::Half: return f(Type<Half>{});
+    default: FBOPT_CHECK(false, "fbopt takes float32, float64, bfloat16 and float16 tensors");
+  }
+}
+
+}  // namespace fbopt
+
+namespace torch::stable::detail {
+template <>
+struct ToImpl<fbopt::TensorList> {
+  static fbopt::TensorList call(StableIValue value, uint64_t, bool) {
+    return fbopt::TensorList(to<StableListHandle>(value));
+  }
+};
+}  // namespace torch::stable::detail

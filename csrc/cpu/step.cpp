@@ -1,0 +1,113 @@
+// Clipping and the finishing step on the CPU. float32 words per parameter: clip_ 2, or none where nothing
+// has to be clipped; sgd_step_ with momentum 5, and 1 more where it leaves the mean in grads.
+#include "../rules/clip.h"
+#include "../rules/sgd.h"
+#include "loops.h"
+
+namespace fbopt::cpu {
+namespace {
+
+void clip_op(const TensorList& grads, const Tensor& total_norm, double max_norm) {
+  const ScalarType dtype = dtype_of(grads);
+  const Layout layout(grads);
+  Operand g("grads", grads, layout, dtype);
+  const double c = rules::clip_coefficient(max_norm, scalar("total_norm", total_norm));
+  if (c == 1.0) return;
+  dispatch(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    using A = accumulate_t<T>;
+    const A coefficient = static_cast<A>(c);
+    for_each_backwards(layout, [&](int64_t i, int64_t begin, int64_t end) {
+      T* grad = g.at<T>(i);
+      tiles(begin, end, 0, [&](int64_t k, int64_t n) {
+        Buffer<T, A> buffer;
+        A* x = widen<A>(grad + k, buffer, n);
+        for (int64_t j = 0; j < n; ++j) x[j] *= coefficient;
+        narrow(grad + k, x, n);
+      });
+    });
+  });
+  g.write_back();
+}
+
+// T: parameters and momentum; G: gradients, or their sums in the accumulators' type.
+template <class T, class G>
+void step(const Layout& layout, const Operand& p, const Operand& g, const Operand* v,
+          const rules::Sgd<accumulate_t<T>>& rule) {
+  using A = accumulate_t<T>;
+  for_each_backwards(layout, [&, rule](int64_t i, int64_t begin, int64_t end) {
+    T* param = p.at<T>(i);
+    G* grad = g.at<G>(i);
+    T* velocity = v ? v->at<T>(i) : nullptr;
+    tiles(begin, end, 0, [&](int64_t k, int64_t n) {
+      Buffer<T, A> bx, bm;
+      Buffer<G, A> bd;
+      A unused[kTile];
+      A* __restrict x = widen<A>(param + k, bx, n);
+      A* __restrict d = widen<A>(grad + k, bd, n);
+      A* __restrict m = velocity ? widen<A>(velocity + k, bm, n) : unused;
+      if (rule.divides) {
+        for (int64_t j = 0; j < n; ++j) d[j] = rules::mean(d[j], rule);
+        narrow(grad + k, d, n);
+      }
+      for (int64_t j = 0; j < n; ++j) x[j] = rules::sgd(x[j], d[j], m[j], rule);
+      if (velocity) narrow(velocity + k, m, n);
+      narrow(param + k, x, n);
+    });
+  });
+}
+
+void sgd_step_op(const TensorList& params, const TensorList& grads, const TensorList& momentum_buffers,
+                 const Tensor& lr, std::optional<Tensor> divisor, std::optional<Tensor> total_norm,
+                 std::optional<double> max_norm, double momentum, double dampening, double weight_decay,
+                 bool nesterov, bool maximize, bool first) {
+  const ScalarType dtype = dtype_of(params), grad_dtype = dtype_of(grads, dtype);
+  FBOPT_CHECK(grad_dtype == dtype || grad_dtype == accumulator_of(dtype),
+              "grads must have the dtype of params, or that of their sums");
+  FBOPT_CHECK(!max_norm || total_norm, "max_norm needs total_norm");
+  FBOPT_CHECK(momentum != 0 ? momentum_buffers.size() == params.size() : momentum_buffers.empty(),
+              "momentum_buffers must be as long as params, or empty without momentum");
+  const Layout layout(params);
+  Operand p("params", params, layout, dtype), g("grads", grads, layout, grad_dtype);
+  std::optional<Operand> v;
+  if (momentum != 0) v.emplace("momentum_buffers", momentum_buffers, layout, dtype);
+  const double negative_lr = -scalar("lr", lr);
+  const double clip = max_norm ? rules::clip_coefficient(*max_norm, scalar("total_norm", *total_norm)) : 1.0;
+  const double weight = divisor ? scalar("divisor", *divisor) : 1.0;
+  dispatch(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    using A = accumulate_t<T>;
+    const rules::Sgd<A> rule{
+        .negative_lr = static_cast<A>(negative_lr),
+        .clip = static_cast<A>(clip),
+        .divisor = static_cast<A>(weight),
+        .weight_decay = static_cast<A>(weight_decay),
+        .momentum = static_cast<A>(momentum),
+        .undamped = static_cast<A>(1 - dampening),
+        .divides = divisor.has_value(),
+        .clips = clip != 1.0,
+        .decays = weight_decay != 0,
+        .has_momentum = momentum != 0,
+        .nesterov = nesterov,
+        .maximize = maximize,
+        .first = first,
+    };
+    const Operand* velocity = v ? &*v : nullptr;
+    if (grad_dtype == dtype) {
+      step<T, T>(layout, p, g, velocity, rule);
+    } else {
+      step<T, A>(layout, p, g, velocity, rule);
+    }
+  });
+  p.write_back();
+  if (divisor) g.write_back();
+  if (v) v->write_back();
+}
+
+}  // namespace
+}  // namespace fbopt::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fbopt, CPU, m) {
+  m.impl("clip_", TORCH_BOX(&fbopt::cpu::clip_op));
+  m.impl("sgd_step_", TORCH_BOX(&fbopt::cpu::sgd_step_op));
+}

@@ -1,0 +1,18 @@
+// Every op of fbopt, once, with what it mutates. fbopt/reference.py states each equation in plain torch.
+#include "compat.h"
+
+STABLE_TORCH_LIBRARY(fbopt, m) {
+  m.def("squared_norm(Tensor[] tensors) -> Tensor");
+  m.def(
+      "perturb_(Tensor(a!) out, Tensor[] params, Tensor[] grads, float radius, "
+      "Tensor? squared_norm=None) -> Tensor");
+  m.def("accumulate_(Tensor(a!)[] sums, Tensor[] grads, Tensor weight) -> ()");
+  m.def(
+      "accumulate_penalty_(Tensor(a!)[] sums, Tensor[] grads, Tensor[] plus, Tensor[] minus, "
+      "Tensor weight, Tensor coefficient, Tensor squared_norm, float radius) -> ()");
+  m.def("clip_(Tensor(a!)[] grads, Tensor total_norm, float max_norm) -> ()");
+  m.def(
+      "sgd_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, Tensor lr, "
+      "Tensor? divisor, Tensor? total_norm, float? max_norm, float momentum, float dampening, "
+      "float weight_decay, bool nesterov, bool maximize, bool first) -> ()");
+}

@@ -1,0 +1,117 @@
+"""What a pass over a chunk leaves in the model besides the gradient, and how the closure keeps it
+right: buffers (BatchNorm statistics above all) and random draws.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+
+class Buffers:
+    """The buffers of a model, to be saved and put back: by value, and which tensor stands where."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._modules = [
+            m for m in model.modules() if any(b is not None for b in m._buffers.values())
+        ]
+        self._places: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+        self._copies: list[Tensor] = []
+
+    @torch.no_grad()
+    def save(self) -> None:
+        """Remember all buffers as they are now."""
+        self._places = [
+            (m._buffers, name, b)
+            for m in self._modules
+            for name, b in m._buffers.items()
+            if b is not None
+        ]
+        now = [b for _, _, b in self._places]
+        fits = len(now) == len(self._copies) and all(
+            b.shape == c.shape and b.dtype == c.dtype and b.device == c.device
+            for b, c in zip(now, self._copies, strict=True)
+        )
+        if not fits:
+            self._copies = [torch.empty_like(b) for b in now]
+        if now:
+            torch._foreach_copy_(self._copies, now)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back what :meth:`save` remembered."""
+        for table, name, b in self._places:
+            table[name] = b
+        if self._places:
+            torch._foreach_copy_([b for _, _, b in self._places], self._copies)
+
+
+class RunningStatistics:
+    """Running statistics that are the weighted mean over all chunks of a step.
+
+    While :meth:`averaging` is on, every normalisation layer in training mode records with momentum
+    1, so that after a pass its running statistics are that chunk's own; :meth:`record` adds them
+    up, and :meth:`commit` writes the mean. Layers in eval mode are left alone.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._layers = [m for m in model.modules() if isinstance(m, _NormBase)]
+        self._running: list[Tensor] = []
+        self._sums: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def averaging(self) -> Iterator[None]:
+        """Let the layers in training mode record each pass alone."""
+        active = [m for m in self._layers if m.training and m.running_mean is not None]
+        momenta = [m.momentum for m in active]
+        self._running = [t for m in active for t in (m.running_mean, m.running_var)]
+        self._sums = [torch.zeros_like(t, dtype=torch.float64) for t in self._running]
+        with torch.no_grad():
+            # With momentum 1 the old value enters times zero: NaN would survive that.
+            for t in self._running:
+                t.zero_()
+        try:
+            for m in active:
+                m.momentum = 1.0
+            yield
+        finally:
+            for m, momentum in zip(active, momenta, strict=True):
+                m.momentum = momentum
+
+    @torch.no_grad()
+    def record(self, weight: float) -> None:
+        """Add the statistics of the pass that has just been made."""
+        if self._running:
+            wide = [t.double() for t in self._running]
+            torch._foreach_add_(self._sums, wide, alpha=weight)
+
+    @torch.no_grad()
+    def commit(self, total_weight: float) -> None:
+        """Write the mean over all passes recorded."""
+        if self._running:
+            torch._foreach_div_(self._sums, total_weight)
+            torch._foreach_copy_(self._running, self._sums)
+
+
+class RandomState:
+    """The state of torch's random generators on the CPU and on the devices of a model."""
+
+    def __init__(self, devices: set[torch.device]) -> None:
+        self._generators = [torch.default_generator]
+        for device in devices:
+            if device.type == "cuda":
+                index = torch.cuda.current_device() if device.index is None else device.index
+                self._generators.append(torch.cuda.default_generators[index])
+
+    def get(self) -> list[Tensor]:
+        """Return the state of every generator."""
+        return [g.get_state() for g in self._generators]
+
+    def set(self, states: list[Tensor]) -> None:
+        """Set the state of every generator."""
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)

@@ -1,0 +1,200 @@
+"""GradientAccumulator: the weighted mean of gradients over chunks, sum_c w_c g_c / sum_c w_c."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from fbopt import _ops
+from fbopt._tensors import (
+    accumulator_dtype,
+    by_device_and_dtype,
+    check_grads,
+    check_number,
+    check_params,
+    flat_views,
+)
+
+ACCUMULATIONS = ("float32",)
+
+
+class GradientAccumulator:
+    """Weighted mean of gradients, one flat buffer per device and dtype.
+
+    ``mean = sum_c w_c g_c / sum_c w_c``: with w_c the number of samples in chunk c and g_c the
+    gradient of its mean loss this is the gradient of the mean loss over all samples, whatever the
+    sizes of the chunks. One read of the gradient, one read and one write of the sum per parameter
+    and chunk (3 words).
+
+    Args:
+        params: the parameters, float32, float64, bfloat16 or float16, of any shapes and on any
+        devices. accumulation: ``"float32"``: sums are kept in float32, for float64 parameters in
+        float64.
+
+    Example:
+        >>> accumulator = GradientAccumulator(model.parameters())
+        >>> for x, y in chunks:
+        ...     loss = loss_fn(model(x), y)
+        ...     accumulator.add(torch.autograd.grad(loss, accumulator.params), weight=len(x))
+        >>> for p, g in zip(accumulator.params, accumulator.mean()):
+        ...     p.grad = g
+    """
+
+    def __init__(self, params: Iterable[Tensor], accumulation: str = "float32") -> None:
+        if accumulation not in ACCUMULATIONS:
+            raise ValueError(f"accumulation must be one of {ACCUMULATIONS}, got {accumulation!r}")
+        self.params = check_params(params)
+        self.accumulation = accumulation
+        self._signature: list[tuple] | None = None
+        self._scalars: dict[tuple[float, torch.device], Tensor] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Start over: forget every gradient added so far. Buffers are kept, and cleared."""
+        signature = [(p.device, p.dtype, p.shape, p.stride()) for p in self.params]
+        if signature != self._signature:
+            self._allocate()
+            self._signature = signature
+        else:
+            for flat in self._flat:
+                flat.zero_()
+        self.total_weight = 0.0
+        self._unseen = set(range(len(self.params)))
+        self._is_mean = False
+
+    @torch.no_grad()
+    def _allocate(self) -> None:
+        self.groups = by_device_and_dtype(self.params)
+        self._flat: list[Tensor] = []
+        self.sums: list[Tensor] = [torch.empty(0)] * len(self.params)
+        for group in self.groups:
+            members = [self.params[i] for i in group]
+            dtype = accumulator_dtype(members[0].dtype)
+            size = sum(p.numel() for p in members)
+            flat = torch.zeros(size, dtype=dtype, device=members[0].device)
+            self._flat.append(flat)
+            for i, view in zip(group, flat_views(flat, members), strict=True):
+                self.sums[i] = view
+        self._lists = [[self.sums[i] for i in group] for group in self.groups]
+
+    def add(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
+        """Add ``weight * grads``.
+
+        Args:
+            grads: one gradient for each of ``params``, of its shape, dtype and device; None counts
+                as zero.
+            weight: the number of samples that the gradients are the mean over; positive.
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit, before anything is added.
+        """
+        grads = list(grads)
+        check_grads(grads, self.params)
+        check_number("weight", weight, above=0)
+        if self._is_mean:
+            self.reset()
+        self.add_unchecked(self.complete(grads), weight)
+
+    def complete(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """Note which parameters have a gradient, and put zeros where there is none."""
+        if None not in grads:
+            self._unseen.clear()
+            return list(grads)
+        self._unseen.difference_update(i for i, g in enumerate(grads) if g is not None)
+        return [
+            torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params, strict=True)
+        ]
+
+    @torch.no_grad()
+    def add_unchecked(
+        self, grads: list[Tensor], weight: float, coefficient: Tensor | None = None
+    ) -> None:
+        """:meth:`add` for gradients that autograd has just made, completed by :meth:`complete`.
+
+        With a coefficient: add ``weight * coefficient * grads`` to the chunk added last.
+        """
+        for sums, group in zip(self._lists, self.groups, strict=True):
+            part = [grads[i] for i in group]
+            scale = self._scalar(weight, part[0].device)
+            _ops.accumulate_(
+                sums, part, scale if coefficient is None else scale * coefficient.to(scale.device)
+            )
+        if coefficient is None:
+            self.total_weight += weight
+
+    @torch.no_grad()
+    def add_penalised(
+        self,
+        grads: list[Tensor],
+        plus: list[Tensor],
+        minus: list[Tensor],
+        weight: float,
+        coefficient: Tensor,
+        squared_norm: Tensor,
+        radius: float,
+    ) -> None:
+        """Add ``weight * (g + lambda H g)``, H g from the gradients at the shifted points.
+
+        See :func:`fbopt.reference.accumulate_penalty_`.
+        """
+        for sums, group in zip(self._lists, self.groups, strict=True):
+            device = sums[0].device
+            _ops.accumulate_penalty_(
+                sums,
+                [grads[i] for i in group],
+                [plus[i] for i in group],
+                [minus[i] for i in group] if minus else [],
+                self._scalar(weight, device),
+                coefficient.to(device),
+                squared_norm.to(device),
+                radius,
+            )
+        self.total_weight += weight
+
+    def mean(self) -> list[Tensor | None]:
+        """Return the weighted mean: for each parameter a tensor of its shape and dtype.
+
+        None where no gradient was ever added. The tensors share the accumulator's memory (for half
+        precision they are rounded copies) and hold their values until the next :meth:`add` or
+        :meth:`reset`, which begin a new sum.
+
+        Raises:
+            RuntimeError: nothing was added.
+        """
+        if self.total_weight == 0:
+            raise RuntimeError(
+                "GradientAccumulator.mean(): nothing was added; call add(grads, weight)"
+            )
+        if not self._is_mean:
+            self.settle(set())
+        return [
+            None if i in self._unseen else view if view.dtype == p.dtype else view.to(p.dtype)
+            for i, (view, p) in enumerate(zip(self.sums, self.params, strict=True))
+        ]
+
+    @torch.no_grad()
+    def settle(self, done: set[int]) -> None:
+        """Turn the sums into means, except those that the optimizer's step has turned already."""
+        for i, view in enumerate(self.sums):
+            if i not in done:
+                view.div_(self._scalar(self.total_weight, view.device).to(view.dtype))
+        self._is_mean = True
+
+    def has_grad(self, index: int) -> bool:
+        """Whether any gradient was added for this parameter."""
+        return index not in self._unseen
+
+    def divisor(self, device: torch.device) -> Tensor | None:
+        """The weight that the sums still have to be divided by, a 0-dim tensor; None for means."""
+        return None if self._is_mean else self._scalar(self.total_weight, device)
+
+    def _scalar(self, value: float, device: torch.device) -> Tensor:
+        """A 0-dim float64 tensor; chunks come in few sizes, so that most are made once."""
+        if len(self._scalars) > 64:
+            self._scalars.clear()
+        key = (value, device)
+        if key not in self._scalars:
+            self._scalars[key] = torch.full((), value, dtype=torch.float64, device=device)
+        return self._scalars[key]

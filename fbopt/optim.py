@@ -1,0 +1,286 @@
+"""FullBatchGD: gradient descent with momentum and global-norm clipping, SGD's step in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fbopt import _ops
+from fbopt._tensors import check_disjoint, check_number, check_storage
+from fbopt.accumulate import GradientAccumulator
+from fbopt.clip import check_finite, check_norm_type, total_norm
+from fbopt.closure import FullBatchClosure
+
+# The clip is of the whole gradient: one value for all groups.
+GLOBAL = ("max_norm", "norm_type", "error_if_nonfinite")
+
+
+class FullBatchGD(torch.optim.Optimizer):
+    """Gradient descent, one deterministic step per pass over the whole training set.
+
+    In ``torch.optim.SGD``'s own order, g being the gradient of the mean loss::
+
+        g <- -g                                  (maximize)
+        g <- g min(1, max_norm / (||g|| + 1e-6)) (one norm over all parameters)
+        g <- g + weight_decay p
+        v <- momentum v + (1 - dampening) g      (first step: v <- g)
+        g <- g + momentum v (nesterov), or v
+        p <- p - lr g
+
+    One read for the norm, then one pass: 6 words per parameter with momentum. Without a closure it
+    steps on ``p.grad`` like SGD. With a :class:`FullBatchClosure` it reads the sums over chunks
+    directly (half-precision parameters get their gradient in float32), divides by N in the same
+    pass (1 word more) and leaves the mean, not clipped, in ``p.grad``. State dicts move to and from
+    ``torch.optim.SGD``.
+
+    Args:
+        params: parameters or parameter groups, named or not, as for any torch optimizer.
+        lr: learning rate; a 0-dim tensor is read on the device.
+        momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
+        max_norm: bound of the global gradient norm; None does not clip.
+        norm_type: the p of that norm, ``inf`` for the maximum.
+        error_if_nonfinite: raise, before anything is changed, when the norm is NaN or infinite.
+        Reads the
+            norm on the host.
+
+    Attributes:
+        last_grad_norm: norm of the last step's gradient before clipping, 0-dim, on the device; None
+        before
+            the first step.
+
+    Source: Geiping et al., "Stochastic Training is Not Necessary for Generalization", ICLR 2022,
+    section 3-4.
+    """
+
+    # Makes torch.amp.GradScaler announce itself, so that it can be refused with a reason.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "max_norm": max_norm,
+            "norm_type": norm_type,
+            "error_if_nonfinite": error_if_nonfinite,
+        }
+        _check_options(defaults)
+        if isinstance(params, Tensor):
+            raise TypeError(
+                "params must be an iterable of tensors or groups, not one tensor: pass [params]"
+            )
+        super().__init__(params, defaults)
+        self.last_grad_norm: Tensor | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch; refuses tensors that the kernels cannot work on."""
+        super().add_param_group(param_group)
+        try:
+            _check_options(self.param_groups[-1])
+            for i, p in enumerate(self.param_groups[-1]["params"]):
+                check_storage(p, f"params[{i}]")
+            check_disjoint([p for group in self.param_groups for p in group["params"]], "params")
+            self._clipping()
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fill in what state dicts of torch.optim.SGD or of earlier versions lack."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self.__dict__.setdefault("last_grad_norm", None)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step and return what the closure returned.
+
+        Args:
+            closure: evaluates the loss and fills ``p.grad``; a :class:`FullBatchClosure` or any
+            other.
+
+        Raises:
+            RuntimeError: a GradScaler is at work, or the gradient is not finite and
+            ``error_if_nonfinite``
+                is set; parameters, state and buffers are as they were.
+            TypeError, ValueError: gradients or options that do not fit; likewise.
+        """
+        self._refuse_grad_scaler()
+        clipping = self._clipping()
+        for group in self.param_groups:
+            _check_options(group)
+        whole = closure if isinstance(closure, FullBatchClosure) else None
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure() if whole is None else whole.accumulate()
+        try:
+            self._update(None if whole is None else whole.accumulator, **clipping)
+        except (RuntimeError, TypeError, ValueError):
+            if whole is not None:
+                whole.assign()
+                whole.rollback()
+            raise
+        if whole is not None:
+            whole.assign()
+        return loss
+
+    def _update(
+        self,
+        accumulator: GradientAccumulator | None,
+        max_norm: float | None,
+        norm_type: float,
+        error_if_nonfinite: bool,
+    ) -> None:
+        batches = list(self._batches(accumulator))
+        norm = self._norm(batches, norm_type)
+        if error_if_nonfinite:
+            check_finite(norm)
+        done = set()
+        for batch in batches:
+            batch.step(norm, max_norm)
+            done.update(batch.sums)
+        if accumulator is not None:
+            accumulator.settle(done)
+        self.last_grad_norm = norm
+
+    def _norm(self, batches: list[_Batch], norm_type: float) -> Tensor:
+        """The norm of the mean gradient: the sums' is divided by N, not each element."""
+        norms = []
+        for sums in (True, False):
+            chosen = [b for b in batches if (b.divisor is not None) == sums]
+            grads = [g for b in chosen for g in b.grads]
+            if grads:
+                norm = total_norm(grads, norm_type)
+                norms.append(norm / chosen[0].divisor.to(norm) if sums else norm)
+        if len(norms) == 2:
+            return torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), norm_type)
+        return norms[0] if norms else torch.zeros(())
+
+    def _batches(self, accumulator: GradientAccumulator | None) -> Iterable[_Batch]:
+        """What one call can update: tensors of a group that agree in device, dtypes and first step."""
+        index = {} if accumulator is None else {id(p): i for i, p in enumerate(accumulator.params)}
+        for group in self.param_groups:
+            kinds: dict[tuple, list[tuple[Tensor, Tensor, int | None]]] = {}
+            for p in group["params"]:
+                i = index.get(id(p))
+                if i is not None:
+                    grad = accumulator.sums[i] if accumulator.has_grad(i) else None
+                else:
+                    grad = p.grad
+                if grad is None:
+                    continue
+                check_storage(grad, "a gradient")
+                first = group["momentum"] != 0 and self.state[p].get("momentum_buffer") is None
+                kinds.setdefault((p.device, p.dtype, grad.dtype, first, i is None), []).append(
+                    (p, grad, i)
+                )
+            for (device, _, _, first, own), members in kinds.items():
+                params, grads, sums = map(list, zip(*members, strict=True))
+                divisor = None if own else accumulator.divisor(device)
+                yield _Batch(self, group, params, grads, [] if own else sums, divisor, first)
+
+    def _clipping(self) -> dict[str, Any]:
+        values = {name: self.param_groups[0][name] for name in GLOBAL}
+        for name, value in values.items():
+            if any(group[name] != value for group in self.param_groups):
+                raise ValueError(
+                    f"{name} differs between parameter groups, but the clip is of the whole gradient: "
+                    f"set one {name} for all groups"
+                )
+        return values
+
+    def _refuse_grad_scaler(self) -> None:
+        announced = [self.__dict__.pop(name, None) for name in ("grad_scale", "found_inf")]
+        if announced == [None, None]:
+            return
+        raise RuntimeError(
+            "torch.amp.GradScaler cannot drive FullBatchGD: it would skip whole passes over the data "
+            "when one chunk overflows, and scale the gradients that the penalty's radius and max_norm "
+            "are measured on. Use bfloat16, which needs no scaling: "
+            "FullBatchClosure(..., autocast=torch.bfloat16), then optimizer.step(closure) without a "
+            "scaler"
+        )
+
+
+class _Batch(NamedTuple):
+    """Tensors that one kernel call updates."""
+
+    optimizer: FullBatchGD
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    sums: list[int]
+    divisor: Tensor | None
+    first: bool
+
+    def step(self, norm: Tensor, max_norm: float | None) -> None:
+        group, device = self.group, self.params[0].device
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            lr = lr.detach().reshape(()).to(device=device, dtype=torch.float64)
+        else:
+            lr = torch.full((), lr, dtype=torch.float64, device=device)
+        buffers = self._momentum_buffers() if group["momentum"] != 0 else []
+        _ops.sgd_step_(
+            self.params,
+            self.grads,
+            buffers,
+            lr,
+            self.divisor,
+            None if max_norm is None else norm.to(device),
+            max_norm,
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            first=self.first,
+        )
+        torch.autograd.graph.increment_version([*self.params, *buffers])
+
+    def _momentum_buffers(self) -> list[Tensor]:
+        state = self.optimizer.state
+        if self.first:
+            for p in self.params:
+                state[p]["momentum_buffer"] = torch.empty_like(p, requires_grad=False)
+        return [state[p]["momentum_buffer"] for p in self.params]
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Check the options of the optimizer or of one group."""
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point():
+            raise ValueError("lr must be a number or a floating-point tensor of one element")
+    else:
+        check_number("lr", lr, least=0)
+    for name in ("momentum", "weight_decay"):
+        check_number(name, options[name], least=0)
+    check_number("dampening", options["dampening"])
+    if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
+        raise ValueError("nesterov needs momentum > 0 and dampening = 0")
+    if options["max_norm"] is not None:
+        check_number("max_norm", options["max_norm"], above=0)
+    check_norm_type(options["norm_type"])

@@ -1,0 +1,172 @@
+"""The gradient penalty (lambda/2) sum_c (n_c/N) ||g_c||^2 and its Hessian-vector products.
+
+Geiping et al., "Stochastic Training is Not Necessary for Generalization", ICLR 2022, section 4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fbopt import _ops
+from fbopt._tensors import accumulator_dtype, by_device_and_dtype, check_number, flat_views
+
+METHODS = ("forward", "central", "exact")
+
+
+@dataclass(frozen=True)
+class GradientPenalty:
+    """Penalty on the squared gradient norm of every chunk, with its gradient ``lambda H_c g_c``.
+
+    - ``forward``: ``H g ~ (grad L(theta + s g) - g) / s``, ``s = radius / ||g||``; one more pass
+    per chunk,
+      error of first order in the radius.
+    - ``central``: ``H g ~ (grad L(theta + s g) - grad L(theta - s g)) / 2s``; two more passes,
+    second order.
+    - ``exact``: double backward. Needs operations that can be differentiated twice.
+
+    Args:
+        strength: the published strength; ``lambda = lr * strength / 4`` with lr the optimizer's
+        current
+            learning rate, as in the code released with the paper. (Its autograd-penalty variant
+            adds twice that.)
+        radius: length of the shift in parameter space, ``||s g|| = radius``.
+        method: ``"forward"``, ``"central"`` or ``"exact"``.
+        coefficient: lambda itself, in place of ``lr * strength / 4``: a number, or a function of
+        the step
+            (the number of closure calls so far) that returns one.
+    """
+
+    strength: float = 0.5
+    radius: float = 1e-2
+    method: str = "forward"
+    coefficient: float | Callable[[int], float | Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        check_number("strength", self.strength, least=0)
+        check_number("radius", self.radius, above=0)
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
+        if self.coefficient is not None and not callable(self.coefficient):
+            check_number("coefficient", self.coefficient, least=0)
+
+    def coefficient_at(self, step: int, optimizer: torch.optim.Optimizer | None) -> float | Tensor:
+        """Return lambda at a step: a number, or a 0-dim tensor where the learning rate is one.
+
+        Raises:
+            ValueError: the parameter groups have different learning rates, there is no optimizer to
+            follow,
+                or the function ``coefficient`` returned something that is not a number of at least
+                zero.
+        """
+        if callable(self.coefficient):
+            value = self.coefficient(step)
+            return (
+                value if isinstance(value, Tensor) else check_number("coefficient", value, least=0)
+            )
+        if self.coefficient is not None:
+            return self.coefficient
+        if optimizer is None:
+            raise ValueError(
+                "GradientPenalty(strength=...) follows the learning rate of an optimizer: pass "
+                "optimizer=... to FullBatchClosure, or GradientPenalty(coefficient=...)"
+            )
+        return _common_lr(optimizer) * self.strength / 4
+
+
+def _common_lr(optimizer: torch.optim.Optimizer) -> float | Tensor:
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if any(lr is not rates[0] and _differ(lr, rates[0]) for lr in rates):
+        raise ValueError(
+            "the optimizer's parameter groups have different learning rates, so strength gives no one "
+            "lambda = lr * strength / 4: pass GradientPenalty(coefficient=...)"
+        )
+    return rates[0]
+
+
+def _differ(a: float | Tensor, b: float | Tensor) -> bool:
+    """Whether two rates differ; tensors on a GPU count as different, rather than be read from it."""
+    if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in (a, b)):
+        return True
+    return float(a) != float(b)
+
+
+class Shift:
+    """A second buffer for the parameters, which point to it while they are shifted.
+
+    The parameters' own memory is never written, so they are bit for bit what they were when the
+    shift ends, also if the pass in between raises.
+    """
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self.params = params
+        self.originals = [p.detach() for p in params]
+        self.groups = by_device_and_dtype(params)
+        self._views: list[Tensor] = [torch.empty(0)] * len(params)
+        self._buffers = []
+        for group in self.groups:
+            members = [self.originals[i] for i in group]
+            size = sum(p.numel() for p in members)
+            flat = torch.empty(size, dtype=members[0].dtype, device=members[0].device)
+            self._buffers.append((flat, members))
+            for i, view in zip(group, flat_views(flat, members), strict=True):
+                self._views[i] = view
+
+    def fits(self, params: list[Tensor]) -> bool:
+        """Whether the buffer was made for these parameters as they lie in memory now."""
+        return len(params) == len(self.params) and all(
+            p is q
+            and p.data_ptr() == o.data_ptr()
+            and p.dtype == o.dtype
+            and p.device == o.device
+            and p.stride() == o.stride()
+            for p, q, o in zip(params, self.params, self.originals, strict=True)
+        )
+
+    @torch.no_grad()
+    def fill(
+        self, grads: list[Tensor], radius: float, squared_norm: Tensor | None = None
+    ) -> Tensor:
+        """Write ``theta + radius g / ||g||`` to the buffer and return ``||g||^2`` (0-dim, float64).
+
+        A negative radius shifts the other way.
+        """
+        if squared_norm is None and len(self.groups) > 1:
+            squared_norm = _ops.squared_norm(grads)
+        for (flat, members), group in zip(self._buffers, self.groups, strict=True):
+            known = None if squared_norm is None else squared_norm.to(flat.device)
+            part = [grads[i] for i in group]
+            result = _ops.perturb_(flat, members, part, radius, known)
+        return result if squared_norm is None else squared_norm
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the parameters point to the buffer."""
+        try:
+            for p, view in zip(self.params, self._views, strict=True):
+                p.data = view
+            yield
+        finally:
+            for p, original in zip(self.params, self.originals, strict=True):
+                p.data = original
+
+
+def hessian_gradient_product(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+    """Return ``H g``, the gradient of ``||g||^2 / 2``, by a backward pass through g (double
+    backward).
+
+    Args:
+        grads: gradients made with ``create_graph=True``.
+        params: the parameters they belong to.
+    """
+    half = (
+        sum(g.to(accumulator_dtype(g.dtype)).square().sum() for g in grads if g.requires_grad) / 2
+    )
+    if not isinstance(half, Tensor):  # the loss is linear in every parameter
+        return [torch.zeros_like(p) for p in params]
+    products = torch.autograd.grad(half, params, allow_unused=True)
+    return [torch.zeros_like(p) if h is None else h for h, p in zip(products, params, strict=True)]

@@ -1,0 +1,51 @@
+"""`python -m fbopt.train`, the same as `fbopt train`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+
+from .options import Options, OptionsError
+from .recipes import RECIPES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the command line says; returns 0, 1 (diverged), 2 (bad input) or 130 (stopped)."""
+    try:
+        import tyro
+    except ImportError:
+        return _fail("fbopt train needs the package tyro: pip install tyro", 2)
+    options = tyro.cli(Options, prog="fbopt train", args=arguments, description=description())
+    from .data import DataError
+    from .interrupt import Interrupted
+    from .loop import train
+    from .run import Diverged
+
+    try:
+        train(options)
+    except (OptionsError, DataError) as error:
+        return _fail(f"fbopt train: {error}", 2)
+    except Diverged as error:
+        return _fail(f"fbopt train: {error}", 1)
+    except Interrupted as stop:
+        print(stop, flush=True)
+        return 130
+    except KeyboardInterrupt:
+        return _fail("stopped at once", 130)
+    return 0
+
+
+def description() -> str:
+    """The help's head: what the program does and the table of recipes."""
+    rows = "\n".join(f"  {name:11} {recipe.summary}" for name, recipe in RECIPES["small"].items())
+    return f"{inspect.getdoc(Options)}\n\nrecipes:\n{rows}"
+
+
+def _fail(message: str, status: int) -> int:
+    print(message, file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

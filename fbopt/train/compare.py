@@ -1,0 +1,113 @@
+"""`fbopt compare`: train several recipes with several seeds and print one table of the results.
+
+The numbers are test accuracies after the last pass (never the best on the way), mean ± sample
+standard deviation over the seeds. Finished runs are read again, interrupted ones go on.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .options import Options, OptionsError, RecipeName, resolve
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Train each recipe with seeds 0 … seeds − 1 and print a Markdown table."""
+
+    data: str = "mnist1d"
+    """Data set, as for `fbopt train`."""
+    recipes: tuple[RecipeName, ...] = ("sgd", "fb", "fb-penalty")
+    """Rows of the table."""
+    seeds: int = 3
+    """Runs per recipe."""
+    runs: Path = Path("runs")
+    """Folder that the run folders lie in."""
+    threads: int | None = None
+    """Threads that torch computes with. Default: torch's own choice."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `fbopt compare …`; returns 0, 1 (diverged), 2 (bad input) or 130 (stopped)."""
+    import tyro
+
+    from .data import DataError
+    from .interrupt import Interrupted
+    from .run import Diverged
+
+    wanted = tyro.cli(Comparison, prog="fbopt compare", args=arguments)
+    try:
+        print(compare(wanted))
+    except (OptionsError, DataError, Diverged) as error:
+        print(f"fbopt compare: {error}", file=sys.stderr)
+        return 1 if isinstance(error, Diverged) else 2
+    except Interrupted as stop:
+        print(f"{stop}\nor give the same command again", flush=True)
+        return 130
+    return 0
+
+
+def compare(wanted: Comparison) -> str:
+    """Train what is not trained yet; returns the table."""
+    if wanted.seeds < 1:
+        raise OptionsError(f"--seeds {wanted.seeds}: has to be at least 1")
+    rows = [
+        "| recipe | test accuracy (%) | train loss | steps | passes of gradients | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for recipe in wanted.recipes:
+        results = [_result(wanted, recipe, seed) for seed in range(wanted.seeds)]
+        first = results[0]
+        cells = (
+            recipe,
+            _spread([100 * r["test_accuracy"] for r in results], 2),
+            _spread([r["loss"] for r in results], 4),
+            f"{first['step']:,}",
+            f"{first['gradient_evaluations']:,}",
+            _spread([r["seconds"] for r in results], 0),
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _result(wanted: Comparison, recipe: str, seed: int) -> dict:
+    from .loop import train
+    from .store import RunFolder
+
+    options = Options(data=wanted.data, recipe=recipe, seed=seed, threads=wanted.threads)
+    folder = RunFolder(wanted.runs / options.folder.name)
+    options = resolve(Options(**{**vars(options), "out": folder.path}))
+    if folder.checkpoint.exists():
+        _check_same(folder, options)
+        if folder.result.exists():
+            return folder.read_result()
+        options = Options(resume=folder.path, threads=wanted.threads)
+    return train(options).summary
+
+
+def _check_same(folder, options: Options) -> None:
+    """Refuse a run that other options made, such as an earlier version of the recipe."""
+    import json
+
+    made = json.loads(folder.options.read_text(encoding="utf-8"))
+    for name, value in options.as_json().items():
+        if name not in ("out", "threads", "device", "overwrite") and made.get(name) != value:
+            raise OptionsError(
+                f"{folder.path} was made with {name} = {made.get(name)}, not "
+                f"{value}; remove it or give another --runs"
+            )
+
+
+def _spread(values: list[float], digits: int) -> str:
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""A data set as tensors that live on the device: no loader, no copy per step.
+
+Images stay uint8 and are normalised chunk by chunk with the training set's mean and deviation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message says which file or array and what to do."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples `x` (N, channels, *space), uint8 or float32, and labels `y` (N,), int64.
+
+    A uint8 `x` is read as (x − mean)/deviation, both (channels, 1, …) float32.
+    """
+
+    x: Tensor
+    y: Tensor
+    mean: Tensor | None = None
+    deviation: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def batch(self, index: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """The float32 samples and int64 labels at `index` (a slice, or int64 positions)."""
+        x = self.x[index]
+        if self.mean is not None:
+            x = (x.float() - self.mean) / self.deviation
+        return x, self.y[index]
+
+    def to(self, device: torch.device | str) -> Split:
+        """The same samples on `device`."""
+        moved = (t if t is None else t.to(device) for t in vars(self).values())
+        return Split(*moved)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A split in fixed order, `size` samples at a time, the last chunk ragged; re-iterable."""
+
+    split: Split
+    size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.split), self.size):
+            yield self.split.batch(slice(start, start + self.size))
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training and a test split with `classes` labels 0 … classes − 1."""
+
+    train: Split
+    test: Split
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample: (channels, length) or (channels, height, width)."""
+        return tuple(self.train.x.shape[1:])
+
+    def to(self, device: torch.device | str) -> Data:
+        """Both splits on `device`."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def sha256(self) -> str:
+        """A digest of every sample and label, to tell whether a run goes on with the same data."""
+        digest = hashlib.sha256()
+        for tensor in (self.train.x, self.train.y, self.test.x, self.test.y):
+            digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def from_arrays(x_train, y_train, x_test, y_test, name: str) -> Data:
+    """Check four arrays and make them a data set.
+
+    x is (N, length), (N, channels, length) or (N, channels, height, width): uint8 is normalised by
+    the training set, anything else is taken as it is, as float32. y is (N,) of integers from 0.
+    """
+    x_train, y_train = _check(x_train, y_train, f"{name}: x_train", f"{name}: y_train")
+    x_test, y_test = _check(x_test, y_test, f"{name}: x_test", f"{name}: y_test")
+    if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
+        raise DataError(
+            f"{name}: x_test has samples of {x_test.dtype} {list(x_test.shape[1:])}, "
+            f"x_train of {x_train.dtype} {list(x_train.shape[1:])}; they have to agree"
+        )
+    classes = int(y_train.max()) + 1
+    if int(y_test.max()) >= classes:
+        raise DataError(
+            f"{name}: y_test has the label {int(y_test.max())}, but y_train only has "
+            f"0 … {classes - 1}"
+        )
+    mean = deviation = None
+    if x_train.dtype == torch.uint8:
+        mean, deviation = _moments(x_train)
+    return Data(
+        Split(x_train, y_train, mean, deviation), Split(x_test, y_test, mean, deviation), classes
+    )
+
+
+def _check(x, y, x_name: str, y_name: str) -> tuple[Tensor, Tensor]:
+    x, y = np.asarray(x), np.asarray(y)
+    if x.dtype.kind not in "fiub" or x.ndim not in (2, 3, 4) or x.size == 0:
+        raise DataError(
+            f"{x_name} is {x.dtype} {list(x.shape)}; it has to be real numbers "
+            "(N, length), (N, channels, length) or (N, channels, height, width)"
+        )
+    if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
+        raise DataError(
+            f"{y_name} is {y.dtype} {list(y.shape)}; it has to be {len(x)} integer "
+            f"labels, [{len(x)}], one for each row of x"
+        )
+    if y.min() < 0:
+        raise DataError(f"{y_name} has the label {y.min()}; labels count from 0")
+    x = torch.from_numpy(np.ascontiguousarray(x if x.dtype == np.uint8 else x.astype(np.float32)))
+    if not torch.isfinite(x).all():
+        raise DataError(f"{x_name} has infinite or undefined values; remove or replace them")
+    return (x[:, None] if x.ndim == 2 else x), torch.from_numpy(y.astype(np.int64))
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel of a uint8 tensor, as float32 (channels, 1, …)."""
+    others = [d for d in range(x.ndim) if d != 1]
+    total = squares = torch.zeros(x.shape[1], dtype=torch.float64)
+    for part in x.split(1024):  # a copy of the whole set in float64 would be eight times as large
+        part = part.double()
+        total, squares = total + part.sum(others), squares + part.square().sum(others)
+    mean = total / (x.numel() / x.shape[1])
+    deviation = (squares / (x.numel() / x.shape[1]) - mean.square()).clamp_min(0).sqrt()
+    deviation[deviation == 0] = 1
+    column = (-1, *(1 for _ in others[1:]))
+    return mean.float().view(column), deviation.float().view(column)

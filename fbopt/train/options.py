@@ -1,0 +1,257 @@
+"""The options of `fbopt train`, their checks, and how a recipe fills in what was left out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from .data import DataError
+from .recipes import RECIPES, Recipe, scale_of
+from .sources import parse
+
+RecipeName = Literal["sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong"]
+ModelName = Literal["cnn", "resnet18"]
+Method = Literal["forward", "central", "exact"]
+
+
+class OptionsError(ValueError):
+    """An option that cannot be used; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a network by full-batch gradient descent, or by SGD to compare.
+
+    What is left out (None) is taken from the recipe for this data; the run folder records what
+    was used. A pass is one visit to every training sample: one full-batch step, or one epoch of
+    SGD.
+    """
+
+    data: str = "mnist1d"
+    """Data set: mnist1d, digits, npz:PATH (x_train, y_train, x_test, y_test) or imagefolder:PATH
+    (train/CLASS/IMAGE and test/CLASS/IMAGE)."""
+    recipe: RecipeName = "fb-penalty"
+    """Row of the paper's ladder to follow."""
+    scale: Literal["small", "images"] | None = None
+    """Which version of the recipe: the paper's for images, or one scaled down for small data sets.
+    Default: images for imagefolder, else small."""
+    model: ModelName | None = None
+    """Network: a small CNN without BatchNorm, or the paper's ResNet-18 for 32×32 images."""
+    width: int | None = None
+    """Channels of the network's first layer. Default: 25 for cnn, 64 for resnet18."""
+    image_size: int = 32
+    """Side in pixels that imagefolder's images are resized to."""
+    seed: int = 0
+    """Seed of the initial weights and, for sgd, of the order of the samples."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto is cuda where there is one."""
+    threads: int | None = None
+    """Threads that torch computes with. Default: torch's own choice."""
+    out: Path | None = None
+    """Folder to write. Default: runs/DATA-RECIPE-sSEED."""
+    overwrite: bool = False
+    """Replace a run that is already in the folder."""
+    resume: Path | None = None
+    """Go on with the interrupted run in this folder, with its own options."""
+    lr: float | None = None
+    """Peak learning rate."""
+    steps: int | None = None
+    """Full-batch steps (not for sgd). Warm-up and cosine shrink or grow with it unless given."""
+    epochs: int | None = None
+    """Epochs (only for sgd). Warm-up and cosine shrink or grow with it unless given."""
+    warmup: int | None = None
+    """Passes over which the learning rate rises linearly."""
+    cosine: int | None = None
+    """Passes after the warm-up in which a cosine would take the learning rate to zero."""
+    chunk_size: int | None = None
+    """Samples per forward and backward pass of a full-batch step (not for sgd). It defines the
+    penalty and BatchNorm's batch: part of the method, not only of the memory needed."""
+    batch_size: int | None = None
+    """Samples per mini-batch (only for sgd)."""
+    max_norm: float | None = None
+    """Clip the gradient to this norm; inf for no clipping."""
+    penalty: float | None = None
+    """Strength of the gradient penalty, λ = lr·strength/4 (not for sgd); 0 for none."""
+    radius: float | None = None
+    """Length of the shift of the finite difference in the penalty."""
+    method: Method | None = None
+    """How the penalty's gradient is computed."""
+    momentum: float | None = None
+    """Momentum; 0 for none."""
+    nesterov: bool | None = None
+    """Nesterov's variant of momentum."""
+    weight_decay: float | None = None
+    """L2 regularisation, as in torch.optim.SGD."""
+    eval_every: int | None = None
+    """Passes between two evaluations on the test set. Default: a hundredth of the run."""
+    log_every: int | None = None
+    """Passes between two lines of metrics.jsonl. Default: a four-hundredth of the run."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether this is mini-batch SGD."""
+        return self.recipe == "sgd"
+
+    @property
+    def passes(self) -> int:
+        """Visits to every training sample, in resolved options: epochs, or full-batch steps."""
+        return self.epochs if self.stochastic else self.steps
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: `out`, or runs/DATA-RECIPE-sSEED."""
+        if self.out is not None:
+            return self.out
+        kind, path = parse(self.data)
+        name = kind if path is None else path.stem or kind
+        return Path("runs") / f"{name}-{self.recipe}-s{self.seed}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The options as plain numbers and strings."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Options:
+        """The options that `as_json` gave."""
+        paths = {k: Path(values[k]) for k in ("out", "resume") if values.get(k) is not None}
+        return cls(**{**values, **paths})
+
+
+_SGD_ONLY = ("epochs", "batch_size")
+_FULL_BATCH_ONLY = ("steps", "chunk_size", "penalty", "radius", "method")
+_WITH_RESUME = ("resume", "device", "threads")
+# lower bound, whether the bound itself is allowed, upper bound (never reached)
+_BOUNDS = {
+    **dict.fromkeys(
+        (
+            "width",
+            "image_size",
+            "threads",
+            "steps",
+            "epochs",
+            "cosine",
+            "chunk_size",
+            "batch_size",
+            "eval_every",
+            "log_every",
+        ),
+        (1, True, math.inf),
+    ),
+    **dict.fromkeys(("seed", "warmup", "penalty", "weight_decay"), (0, True, math.inf)),
+    **dict.fromkeys(("lr", "radius"), (0, False, math.inf)),
+    "momentum": (0, True, 1),
+}
+
+
+def flag(name: str) -> str:
+    """The option of the command line that sets the field `name`."""
+    return "--" + name.replace("_", "-")
+
+
+def check(options: Options) -> None:
+    """Raise OptionsError for values that cannot work, before anything is read or written."""
+    for name, allowed in _CHOICES.items():
+        if (value := getattr(options, name)) is not None and value not in allowed:
+            raise OptionsError(f"{flag(name)} {value}: choose {', '.join(allowed)}")
+    for name, bounds in _BOUNDS.items():
+        if (value := getattr(options, name)) is not None:
+            _check_bounds(name, value, *bounds)
+    if options.max_norm is not None and not options.max_norm > 0:
+        raise OptionsError(f"--max-norm {options.max_norm}: has to be above 0; inf for no clipping")
+    if options.seed >= 2**63:
+        raise OptionsError(f"--seed {options.seed}: has to be below 2**63")
+    _check_belongs(options)
+    try:
+        parse(options.data)
+    except DataError as error:
+        raise OptionsError(str(error)) from error
+
+
+def _check_bounds(name: str, value: float, low: float, closed: bool, high: float) -> None:
+    if not (low <= value if closed else low < value) or not value < high:
+        words = f"{'at least' if closed else 'above'} {low}"
+        words += " and finite" if math.isinf(high) else f" and below {high}"
+        raise OptionsError(f"{flag(name)} {value}: has to be {words}")
+
+
+def _check_belongs(options: Options) -> None:
+    """Refuse options that the chosen recipe would silently ignore."""
+    only, other = (_FULL_BATCH_ONLY, "a full-batch recipe such as --recipe fb-penalty")
+    if not options.stochastic:
+        only, other = (_SGD_ONLY, "--recipe sgd")
+    for name in only:
+        if getattr(options, name) is not None:
+            use = {
+                "epochs": "; use --steps",
+                "batch_size": "; use --chunk-size",
+                "steps": "; use --epochs",
+                "chunk_size": "; use --batch-size",
+            }
+            raise OptionsError(
+                f"{flag(name)} is only for {other}, not for --recipe "
+                f"{options.recipe}{use.get(name, '; leave it out')}"
+            )
+
+
+def check_resume(options: Options) -> None:
+    """Refuse options that a resumed run would not follow; it goes on with its own."""
+    for field in fields(Options):
+        if field.name not in _WITH_RESUME and getattr(options, field.name) != field.default:
+            raise OptionsError(
+                f"{flag(field.name)} cannot be given with --resume: the run goes on "
+                "with its own options (only --device and --threads may change); "
+                "leave it out, or start a new run with --out"
+            )
+
+
+def resolve(options: Options) -> Options:
+    """Fill in everything that was left out from the recipe; checks the result too.
+
+    Without clipping `max_norm` becomes None, without a penalty `penalty`, `radius` and `method` do.
+    """
+    check(options)
+    scale = options.scale or scale_of(options.data)
+    recipe = RECIPES[scale][options.recipe]
+    given = {k: v for k, v in asdict(options).items() if v is not None}
+    values = {**asdict(recipe), **given}
+    passes = values["epochs"] if options.stochastic else values["steps"]
+    values |= {k: v for k, v in _schedule(recipe, passes).items() if k not in given}
+    values.setdefault("eval_every", max(1, passes // 100))
+    values.setdefault("log_every", max(1, passes // 400))
+    if values["max_norm"] == math.inf:
+        values["max_norm"] = None
+    if not values["penalty"]:
+        _check_no_penalty(options)
+        values |= {"penalty": None, "radius": None, "method": None}
+    if options.momentum == 0:
+        values["nesterov"] = bool(options.nesterov)
+    names = {field.name for field in fields(Options)} - {"scale"}
+    resolved = replace(options, scale=scale, **{k: v for k, v in values.items() if k in names})
+    if resolved.nesterov and resolved.momentum == 0:
+        raise OptionsError("--nesterov needs momentum; give --momentum 0.9 or --nesterov False")
+    return resolved
+
+
+def _schedule(recipe: Recipe, passes: int) -> dict[str, int]:
+    """The recipe's warm-up and cosine, in proportion to the number of passes."""
+    share = passes / (recipe.epochs or recipe.steps)
+    return {"warmup": round(recipe.warmup * share), "cosine": max(1, round(recipe.cosine * share))}
+
+
+def _check_no_penalty(options: Options) -> None:
+    for name in ("radius", "method"):
+        if getattr(options, name) is not None:
+            raise OptionsError(
+                f"{flag(name)} has no effect without a penalty; add --penalty 0.5 "
+                "or use --recipe fb-penalty"
+            )
+
+
+_CHOICES = {
+    "recipe": get_args(RecipeName),
+    "scale": tuple(RECIPES),
+    "model": get_args(ModelName),
+    "method": get_args(Method),
+}

@@ -1,0 +1,103 @@
+"""What a run shows while it runs: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections import deque
+from typing import Any, TextIO
+
+LINE_SECONDS = 5.0
+
+
+class Progress:
+    """Shows `passes` visits to `samples` training samples, of which `done` were made before."""
+
+    def __init__(self, passes: int, done: int, samples: int, stream: TextIO | None = None) -> None:
+        self.passes, self.samples = passes, samples
+        self.stream = sys.stdout if stream is None else stream
+        self.recent = deque([(time.monotonic(), done)], maxlen=20)  # for the rate
+        self.last_line = float("-inf")
+        self.test_accuracy: float | None = None
+        self.bar = self._bar(done) if self.stream.isatty() else None
+
+    def _bar(self, done: int) -> Any:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return None
+        return tqdm(
+            total=self.passes,
+            initial=done,
+            file=self.stream,
+            ncols=shutil.get_terminal_size().columns,
+            nrows=20,  # tqdm shows nothing where a pseudo-terminal claims to have no rows
+            bar_format="{percentage:3.0f} % |{bar:10}|{desc}",
+        )
+
+    def advance(self, samples: int) -> None:
+        """Move the bar by a part of a pass, so that a step of minutes is seen to move too."""
+        if self.bar is not None:
+            self.bar.update(samples / self.samples)
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Show a record of the metrics, taken after a whole pass."""
+        self.test_accuracy = record.get("test_accuracy", self.test_accuracy)
+        done = record["pass"]
+        parts = self._parts(record)
+        if self.bar is not None:
+            self.bar.ncols = shutil.get_terminal_size().columns
+            text = ""
+            for part in parts:  # whole ones only, as many as the terminal is wide
+                if len(text) + len(part) + 22 <= self.bar.ncols:
+                    text += "  " + part
+            self.bar.set_description_str(text, refresh=False)
+            self.bar.update(done - self.bar.n)
+            return
+        now = time.monotonic()
+        if now - self.last_line >= LINE_SECONDS or done == self.passes:
+            self.last_line = now
+            parts.insert(0, f"{done:{len(str(self.passes))}}/{self.passes}")
+            print(*parts, sep="  ", file=self.stream, flush=True)
+
+    def _parts(self, record: dict[str, Any]) -> list[str]:
+        self.recent.append((time.monotonic(), record["pass"]))
+        (begin, first), (end, last) = self.recent[0], self.recent[-1]
+        rate = (last - first) / max(end - begin, 1e-9)
+        left = (self.passes - record["pass"]) / rate if rate else float("inf")
+        parts = [
+            f"{_clock(left)} left",
+            f"loss {record['loss']:.4f}",
+            f"train {record['train_accuracy']:.1%}",
+            f"|g| {record['gradient_norm']:.3g}",
+            f"lr {record['lr']:.3g}",
+            f"{_short(rate * record['step'] / record['pass'])} steps/s",
+            f"{_short(rate * self.samples)} samples/s",
+        ]
+        if self.test_accuracy is not None:
+            parts.insert(3, f"test {self.test_accuracy:.1%}")
+        return parts
+
+    def close(self) -> None:
+        """Leave the bar as it is and go to the next line."""
+        if self.bar is not None:
+            self.bar.refresh()
+            self.bar.close()
+
+
+def _clock(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _short(number: float) -> str:
+    """A number with three digits and a letter: 124k."""
+    for unit in ("", "k", "M"):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}G"

@@ -1,0 +1,84 @@
+"""The recipes as data: the hyperparameters of every row of the paper's ladder, at two scales.
+
+"images" is CIFAR-10's scale, from Geiping et al. (ICLR 2022, arXiv 2109.14119), section 4 and the
+authors' released configurations. "small" is the same ladder scaled down to a few thousand samples
+(MNIST-1D, digits): found by hand on MNIST-1D, and no claim of the paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row: `steps` and `chunk_size` for full batch, `epochs` and `batch_size` for SGD.
+
+    The learning rate rises linearly over `warmup` passes, then follows a cosine that would reach
+    zero after `cosine` more; a pass is an epoch of SGD or one full-batch step. The penalty is
+    λ = lr·penalty/4 with the current learning rate (the authors' convention).
+    """
+
+    summary: str
+    model: str
+    lr: float
+    warmup: int
+    cosine: int
+    steps: int | None = None
+    epochs: int | None = None
+    chunk_size: int | None = None
+    batch_size: int | None = None
+    max_norm: float | None = None
+    penalty: float | None = None
+    radius: float = 1e-2
+    method: str = "forward"
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether this is mini-batch SGD rather than full-batch gradient descent."""
+        return self.batch_size is not None
+
+
+def _ladder(sgd: Recipe, fb: Recipe, long: Recipe, penalty_lr: float) -> dict[str, Recipe]:
+    clip = replace(long, summary="fb-long + global gradient clipping", max_norm=0.25)
+    penalty = replace(clip, summary="fb-clip + gradient penalty", lr=penalty_lr, penalty=0.5)
+    strong = replace(
+        penalty, summary="fb-penalty on chunks of 32: a stronger penalty", chunk_size=32
+    )
+    return {
+        "sgd": sgd,
+        "fb": fb,
+        "fb-long": long,
+        "fb-clip": clip,
+        "fb-penalty": penalty,
+        "fb-strong": strong,
+    }
+
+
+_SGD = "stochastic baseline: shuffled mini-batches"
+_FB = "full batch, nothing else changed from sgd"
+_LONG = "full batch, many more steps, larger rate, long warm-up"
+
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "images": _ladder(
+        Recipe(_SGD, "resnet18", lr=0.1, warmup=5, cosine=300, epochs=300, batch_size=128),
+        Recipe(_FB, "resnet18", lr=0.1, warmup=5, cosine=300, steps=300, chunk_size=128),
+        Recipe(_LONG, "resnet18", lr=0.4, warmup=400, cosine=4000, steps=3000, chunk_size=128),
+        penalty_lr=0.8,
+    ),
+    "small": _ladder(
+        Recipe(_SGD, "cnn", lr=0.05, warmup=5, cosine=200, epochs=200, batch_size=100),
+        Recipe(_FB, "cnn", lr=0.05, warmup=5, cosine=200, steps=200, chunk_size=128),
+        Recipe(_LONG, "cnn", lr=0.4, warmup=100, cosine=1300, steps=1000, chunk_size=128),
+        penalty_lr=0.4,
+    ),
+}
+NAMES = tuple(RECIPES["small"])
+
+
+def scale_of(data: str) -> str:
+    """The scale that `--data` has unless `--scale` says otherwise: images only for imagefolder."""
+    return "images" if data.startswith("imagefolder:") else "small"

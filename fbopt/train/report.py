@@ -1,0 +1,80 @@
+"""The curves of a run as a picture: loss, accuracy, gradient norm and learning rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .options import Options
+from .store import RunFolder
+
+# Okabe and Ito's palette, told apart with any colour vision.
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
+
+
+def draw_curves(folder: RunFolder, options: Options) -> bool:
+    """Draw metrics.jsonl to curves.png; False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter
+    except ImportError:
+        print("no curves.png: pip install matplotlib")
+        return False
+    records = folder.read_metrics()
+    figure = Figure(figsize=(9, 6), layout="constrained", dpi=120)
+    (loss, accuracy), (norm, rate) = figure.subplots(2, 2, sharex=True)
+    _line(loss, records, "loss", BLUE, "train")
+    _line(loss, records, "test_loss", ORANGE, "test")
+    loss.set(ylabel="mean cross-entropy (nats)", title="Loss", yscale="log")
+    _line(accuracy, records, "train_accuracy", BLUE, "train", percent=True)
+    _line(accuracy, records, "test_accuracy", ORANGE, "test", percent=True)
+    accuracy.set(ylabel="samples classified right (%)", title="Accuracy")
+    _line(norm, records, "gradient_norm", BLUE, "before clipping")
+    if options.max_norm is not None:
+        norm.axhline(options.max_norm, color=GREY, linestyle="--", label="clipped to")
+        norm.legend(frameon=False)
+    title = "Gradient norm" + (", last mini-batch" if options.stochastic else ", full batch")
+    norm.set(ylabel="Euclidean norm", title=title, yscale="log")
+    _line(rate, records, "lr", BLUE, "learning rate")
+    rate.set(ylabel="learning rate", title="Learning rate")
+    _finish(figure, (loss, accuracy), (norm, rate), options)
+    for axes in (loss, norm):
+        for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    if "test_accuracy" in records[-1]:
+        figure.suptitle(
+            f"{options.data}, {options.recipe}, seed {options.seed}: test accuracy "
+            f"{records[-1]['test_accuracy']:.1%}"
+        )
+    figure.savefig(folder.curves)
+    return True
+
+
+def _line(
+    axes: Any,
+    records: list[dict[str, Any]],
+    key: str,
+    color: str,
+    label: str,
+    percent: bool = False,
+) -> None:
+    points = [(r["pass"], r[key] * (100 if percent else 1)) for r in records if key in r]
+    if points:
+        marker = "o" if len(points) < 30 else None
+        axes.plot(
+            *zip(*points, strict=True),
+            color=color,
+            label=label,
+            linewidth=1.5,
+            marker=marker,
+            markersize=3,
+        )
+
+
+def _finish(figure: Any, with_legend: tuple, bottom: tuple, options: Options) -> None:
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in with_legend:
+        axes.legend(frameon=False)
+    for axes in bottom:
+        axes.set_xlabel("epochs" if options.stochastic else "full-batch steps")

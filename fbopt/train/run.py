@@ -1,0 +1,230 @@
+"""A training run's state, how it takes one step, and what it measures."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
+
+from . import models
+from .data import Chunks, Data, Split
+from .options import Options, OptionsError
+
+GRADIENTS = {None: 1, "forward": 2, "central": 3, "exact": 2}  # backward passes per chunk
+
+
+class Diverged(RuntimeError):
+    """The loss became infinite or undefined."""
+
+
+class Run:
+    """A training run: all that a checkpoint holds, and how to take one step."""
+
+    def __init__(self, options: Options, data: Data, device: torch.device) -> None:
+        self.options, self.data, self.device = options, data, device
+        torch.manual_seed(options.seed)
+        try:
+            model = models.build(options.model, data.shape, data.classes, options.width)
+        except ValueError as error:
+            raise OptionsError(str(error)) from error
+        self.model = model.to(device).train()
+        self.loss_fn = nn.functional.cross_entropy
+        size = options.batch_size if options.stochastic else options.chunk_size
+        self.chunks = Chunks(data.train, size)
+        self.steps_per_pass = len(self.chunks) if options.stochastic else 1
+        self.total_steps = options.passes * self.steps_per_pass
+        self.step, self.seconds = 0, 0.0
+        self.first_pass = 0  # where `finite_passes` counts from, in a resumed run
+        self.advance = lambda samples: None
+        # Summed on the device and read only to log: no step waits for the device.
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.loss = torch.zeros((), device=device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.finite_passes = torch.zeros((), dtype=torch.int64, device=device)
+        self.gradient_norm: Tensor | None = None
+        self._build_optimizer()
+
+    def _build_optimizer(self) -> None:
+        options, parameters = self.options, self.model.parameters()
+        common = {
+            name: getattr(options, name) for name in ("lr", "momentum", "nesterov", "weight_decay")
+        }
+        self.closure = None
+        if options.stochastic:
+            self.optimizer = torch.optim.SGD(parameters, **common)
+        else:
+            self.optimizer = FullBatchGD(parameters, **common, max_norm=options.max_norm)
+            penalty = None
+            if options.penalty is not None:
+                penalty = GradientPenalty(
+                    strength=options.penalty, radius=options.radius, method=options.method
+                )
+            self.closure = FullBatchClosure(
+                self.model,
+                self.loss_fn,
+                self.chunks,
+                penalty=penalty,
+                optimizer=self.optimizer,
+                observe=self._observe,
+            )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda done: rate_factor(done, options.warmup, options.cosine)
+        )
+
+    def _observe(self, output: Tensor, target: Tensor) -> None:
+        self.correct += (output.argmax(1) == target).sum()
+        self.advance(len(target))
+
+    def take_step(self) -> None:
+        """One optimizer step: on the whole training set, or on the next mini-batch."""
+        done, index = divmod(self.step, self.steps_per_pass)
+        if index == 0:
+            self.correct.zero_()
+            self.loss.zero_()
+        if self.closure is None:
+            self._sgd_step(done, index)
+        else:
+            self.loss += self.optimizer.step(self.closure)
+            self.gradient_norm = self.optimizer.last_grad_norm
+        self.step += 1
+        if self.step % self.steps_per_pass == 0:
+            self.finite &= self.loss.isfinite()
+            self.finite_passes += self.finite
+
+    def _sgd_step(self, epoch: int, index: int) -> None:
+        size, train = self.chunks.size, self.data.train
+        if index == 0 or not hasattr(self, "order"):
+            self.order = epoch_order(len(train), self.options.seed, epoch).to(self.device)
+        input, target = train.batch(self.order[index * size : (index + 1) * size])
+        self.optimizer.zero_grad()
+        output = self.model(input)
+        loss = self.loss_fn(output, target)
+        loss.backward()
+        self.gradient_norm = nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.options.max_norm or math.inf
+        )
+        self.optimizer.step()
+        self.loss += loss.detach() * (len(target) / len(train))
+        self._observe(output.detach(), target)
+
+    def check_finite(self) -> None:
+        """Raise Diverged, naming the first pass whose loss was infinite or undefined."""
+        if not (self.finite & self.loss.isfinite()):
+            unit = "epoch" if self.options.stochastic else "step"
+            bad = self.first_pass + int(self.finite_passes) + 1
+            raise Diverged(
+                f"the loss became infinite or undefined at {unit} {bad}: try a smaller "
+                f"--lr (it is {self.options.lr:g}), a longer --warmup, or clipping "
+                "with --max-norm 0.25"
+            )
+
+    def record(self, on_test: bool) -> dict[str, Any]:
+        """The metrics after a pass, read from the device. Raises Diverged."""
+        self.check_finite()
+        options, norm = self.options, float(self.gradient_norm)
+        done = self.step // self.steps_per_pass
+        record = {
+            "pass": done,
+            "step": self.step,
+            "gradient_evaluations": done * GRADIENTS[options.method],
+            "loss": float(self.loss),
+            "train_accuracy": int(self.correct) / len(self.data.train),
+            "gradient_norm": norm,
+            "clip": min(1.0, (options.max_norm or math.inf) / max(norm, 1e-12)),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(self.seconds, 3),
+        }
+        if self.closure is not None and self.closure.mean_sqnorm is not None:
+            record["mean_squared_chunk_norm"] = float(self.closure.mean_sqnorm)
+        if on_test:
+            record["test_accuracy"], record["test_loss"] = evaluate(self.model, self.data.test)
+        return record
+
+    def describe(self) -> str:
+        """Two lines: what is trained on what and where, and the hyperparameters."""
+        o = self.options
+        kind, unit = ("mini-batches", "epochs") if o.stochastic else ("chunks", "full-batch steps")
+        clip = "no clipping" if o.max_norm is None else f"clipped to {o.max_norm:g}"
+        penalty = "no penalty"
+        if o.penalty is not None:
+            penalty = f"penalty {o.penalty:g} ({o.method} differences, radius {o.radius:g})"
+            if o.method == "exact":
+                penalty = f"penalty {o.penalty:g} (exact)"
+        return (
+            f"{o.recipe} on {o.data} ({len(self.data.train):,} samples in {kind} of "
+            f"{self.chunks.size}): {o.model} with {models.count_parameters(self.model):,} "
+            f"parameters, {o.passes} {unit}, {self.device}\n"
+            f"lr {o.lr:g} ({o.warmup} of warm-up, cosine over {o.cosine}), momentum "
+            f"{o.momentum:g}{' (Nesterov)' if o.nesterov else ''}, weight decay "
+            f"{o.weight_decay:g}, {clip}, {penalty}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit, as tensors and plain types."""
+        state = {
+            name: getattr(self, name).state_dict()
+            for name in ("model", "optimizer", "scheduler", "closure")
+            if getattr(self, name) is not None
+        }
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        return state | {
+            "options": self.options.as_json() | {"resume": None},
+            "step": self.step,
+            "seconds": self.seconds,
+            "correct": self.correct,
+            "loss": self.loss,
+            "rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to where `state_dict` was taken."""
+        for name in ("model", "optimizer", "scheduler", "closure"):
+            if name in state:
+                getattr(self, name).load_state_dict(state[name])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.first_pass = self.step // self.steps_per_pass
+        self.correct.copy_(state["correct"])
+        self.loss.copy_(state["loss"])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+
+def rate_factor(done: int, warmup: int, cosine: int) -> float:
+    """The learning rate after `done` passes, as a share of its peak.
+
+    Linear over `warmup` passes, then a cosine over `cosine` more (arXiv 2109.14119, section 4).
+    """
+    if done < warmup:
+        return (done + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / cosine)))
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+    """The order of the samples in an epoch, int64 (samples,).
+
+    A function of seed and epoch alone: a run resumed within an epoch needs no stored order.
+    """
+    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
+    return torch.randperm(samples, generator=generator)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, size: int = 1000) -> tuple[float, float]:
+    """Accuracy (0 to 1) and mean cross-entropy (nats) on a split, in evaluation mode."""
+    training = model.training
+    model.eval()
+    correct = loss = torch.zeros((), dtype=torch.float64, device=split.y.device)
+    for input, target in Chunks(split, size):
+        output = model(input)
+        correct = correct + (output.argmax(1) == target).sum()
+        loss = loss + nn.functional.cross_entropy(output, target, reduction="sum")
+    model.train(training)
+    return correct.item() / len(split), loss.item() / len(split)

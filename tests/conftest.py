@@ -1,0 +1,81 @@
+"""Fixtures that several test files share, and `bits`, which says whether anything changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fbopt import _build, _ops, reference
+
+BACKENDS = ("kernels", "reference")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test over the compiled kernels and over plain torch."""
+    use_backend(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test over the compiled kernels, or skip it."""
+    use_backend("kernels", monkeypatch)
+    return "kernels"
+
+
+def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the library use one back end; skips where there is no compiler for the kernels."""
+    if name == "reference":
+        monkeypatch.setattr(_ops, "table", lambda device_type: reference)
+    elif _build.backend() != "kernels":
+        pytest.skip("no kernels on this machine")
+
+
+def bits(*things: Any) -> Any:
+    """What modules, optimizers, tensors and plain values hold, as something to compare bit for bit.
+
+    Modules give their parameters and buffers with requires_grad and training flags and the momenta
+    of their normalisation layers; optimizers their parameters, state and groups.
+    """
+    return things_bits(things[0]) if len(things) == 1 else [things_bits(x) for x in things]
+
+
+def things_bits(thing: Any) -> Any:
+    if isinstance(thing, Tensor):
+        return tensor_bits(thing)
+    if isinstance(thing, nn.Module):
+        return module_bits(thing)
+    if isinstance(thing, torch.optim.Optimizer):
+        held = [p for group in thing.param_groups for p in group["params"]]
+        return things_bits(held), things_bits(thing.state_dict())
+    if isinstance(thing, Mapping):
+        return {key: things_bits(value) for key, value in thing.items()}
+    if isinstance(thing, Iterable) and not isinstance(thing, str | bytes):
+        return [things_bits(x) for x in thing]
+    return repr(thing)
+
+
+def tensor_bits(tensor: Tensor) -> tuple:
+    """Type, shape, strides, requires_grad and bytes (none for a meta tensor)."""
+    facts = (str(tensor.dtype), str(tensor.device), tuple(tensor.shape), tensor.stride())
+    if tensor.device.type == "meta":
+        return (*facts, tensor.requires_grad)
+    plain = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    if plain.layout == torch.strided:
+        plain = plain.contiguous().view(-1)
+        return (*facts, tensor.requires_grad, plain.view(torch.uint8).cpu().numpy().tobytes())
+    return (*facts[:3], tensor.requires_grad, tensor_bits(plain.to_dense()))
+
+
+def module_bits(module: nn.Module) -> dict[str, Any]:
+    return {
+        "params": {n: tensor_bits(p) for n, p in module.named_parameters()},
+        "buffers": {n: tensor_bits(b) for n, b in module.named_buffers()},
+        "training": [m.training for m in module.modules()],
+        "momenta": [getattr(m, "momentum", None) for m in module.modules()],
+    }
