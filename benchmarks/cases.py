@@ -1,5 +1,5 @@
-"""What is benchmarked: lists of tensors by size, and what one chunk and one step make of them, in float64
-by fbopt.reference.
+"""What is benchmarked: lists of tensors by size, and what one chunk and one step make of them, in
+float64 by fbopt.reference.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class WrongResult(AssertionError):
 
 def shapes(size: str) -> list[torch.Size]:
     """The shapes of the parameters of a size."""
-    return [torch.Size([16])] * 1000 if size == "tiny" else [p.shape for p in model(size).parameters()]
+    if size == "tiny":
+        return [torch.Size([16])] * 1000
+    return [p.shape for p in model(size).parameters()]
 
 
 def model(size: str) -> nn.Module:
@@ -41,7 +43,7 @@ def model(size: str) -> nn.Module:
 def require_close(
     who: str, what: str, found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float
 ) -> None:
-    """Raise WrongResult unless the largest error is within tolerance of the largest expected value."""
+    """Raise WrongResult unless all errors are within tolerance of the largest expected value."""
     pairs = zip(found, expected, strict=True)
     error = max((f.detach().double() - e).abs().max().item() for f, e in pairs)
     scale = max(e.abs().max().item() for e in expected)
@@ -67,7 +69,7 @@ def scalar(value: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Work:
-    """Gradients that contenders share; `refresh` rewrites them before every call, as backward would."""
+    """Gradients that contenders share, rewritten before every call as backward would."""
 
     grads: list[Tensor]
     plus: list[Tensor]
@@ -88,7 +90,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Chunk(Work):
-    """One chunk of a penalised step: parameters, their gradient, and the one at the shifted point."""
+    """One chunk of a penalised step: parameters, their gradient, that at the shifted point."""
 
     params: list[Tensor]
     coefficient: float
@@ -113,22 +115,23 @@ class Chunk(Work):
 
     @cached_property
     def expected(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The displacement of the parameters while they are shifted, and what the chunk adds to the sums."""
+        """The shift of the parameters, and what the chunk adds to the sums."""
         params, grads, plus = double(self.params, self.grads, self.plus)
         flat = torch.empty(self.numel, dtype=torch.float64)
         square = reference.perturb_(flat, params, grads, self.radius)
         parts = flat.split([p.numel() for p in params])
         shifted = [part.view_as(p) for part, p in zip(parts, params, strict=True)]
         sums = [torch.zeros_like(g) for g in grads]
+        weight, coefficient = scalar(self.weight), scalar(self.coefficient)
         reference.accumulate_penalty_(
-            sums, grads, plus, [], scalar(self.weight), scalar(self.coefficient), square, self.radius
+            sums, grads, plus, [], weight, coefficient, square, self.radius
         )
         return torch._foreach_sub(shifted, params), sums
 
 
 @dataclass(frozen=True)
 class Finish(Work):
-    """The end of a step: mean gradients, to be clipped and put through SGD with Nesterov momentum."""
+    """The end of a step: mean gradients to clip and put through SGD with Nesterov momentum."""
 
     params: list[Tensor]
     lr: float = 0.1
@@ -150,7 +153,7 @@ class Finish(Work):
 
     @cached_property
     def expected(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The displacement of the parameters, and the momentum, after two steps with the same gradients."""
+        """How far the parameters are after two steps with the same gradients, and the momentum."""
         start, params, grads = double(self.params, self.params, self.grads)
         params, velocity = [p.clone() for p in params], [torch.empty_like(p) for p in params]
         norm = reference.squared_norm(grads).sqrt()

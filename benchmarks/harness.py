@@ -1,5 +1,5 @@
-"""Timing for all benchmarks: every contender in every round, in random order; medians and quartiles over
-the rounds; ratios of times measured in the same round.
+"""Timing for all benchmarks: every contender in every round, in random order; medians and quartiles
+over the rounds; ratios of times measured in the same round.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-# A turn repeats a fast contender until it has lasted so long: single calls of microseconds are noise.
+# A turn repeats a fast contender until it has lasted so long: one call of microseconds is noise.
 TURN_SECONDS = 4e-3
 MAX_CALLS = 40
 

@@ -1,4 +1,4 @@
-"""The library's share of a step, op by op: the penalised chunk update, the finishing step, single kernels.
+"""The library's share of a step: the penalised chunk update, the finishing step, single kernels.
 
     python -m benchmarks.ops [--sizes resnet18 small-cnn tiny] [--no-compile] [--rounds N] [--quick]
 
@@ -23,7 +23,17 @@ from benchmarks.single import single_ops
 
 ROUNDS = {"resnet18": 40, "small-cnn": 60, "tiny": 60}
 QUICK_ROUNDS = 3
-# What DESIGN's promise of few bytes comes to: the least that each call can move.
+GOALS = {
+    "resnet18": {
+        "foreach": 1.5,
+        "published": 6,
+        "limit 8": 0.85,
+        "SGD foreach": 1.6,
+        "SGD fused": 1,
+    },
+    "tiny": {"foreach": 4},
+}
+# The least that each call can move, in float32 words per parameter.
 CHUNK_WORDS, FINISH_WORDS = 8, 6
 # torch's norms are summed in float32, and off by some 1e-5; a shift is rounded with its parameter.
 TOLERANCE, SHIFT_TOLERANCE = 1e-4, 1e-3
@@ -38,7 +48,7 @@ def check_chunk(update: rivals.ChunkUpdate, chunk: Chunk) -> None:
         update.update(lambda: seen.append([p.detach().clone() for p in update.params]))
         moved = [s.double() - p.double() for s, p in zip(seen.pop(), chunk.params, strict=True)]
         require_close(update.name, "the shift", moved, displacement, SHIFT_TOLERANCE)
-        require_close(update.name, "a parameter after the shift", update.params, _wide(chunk.params), 0)
+        require_close(update.name, "a restored parameter", update.params, _wide(chunk.params), 0)
     expected = torch._foreach_mul(added, 2)
     require_close(update.name, "the sum over two chunks", update.total(2), expected, TOLERANCE)
 
@@ -105,26 +115,29 @@ def limit_of(timings: Timings) -> Timing | None:
 
 def conclude(report: Report, size: str, chunk: Timings, finish: Timings) -> None:
     """Print the ratios that count, beside what they should be."""
-    ours, best = rivals.Ours.name, chunk.fastest([kind.name for kind in rivals.FOREACH])
-    report.heading(f"{TITLES[size]}, ours = 1:")
-    goals = {"resnet18": (1.5, 6), "tiny": (4, 0)}.get(size, (0, 0))
-    report.goal(f"chunk update, best foreach ({best})", chunk.ratio(best, ours), at_least=goals[0])
-    report.goal("chunk update, as published", chunk.ratio(rivals.Published.name, ours), at_least=goals[1])
-    names = [finishing.TorchForeach.name, finishing.TorchFused.name]
-    for name, least in zip(names, (1.6, 1) if size == "resnet18" else (0, 0), strict=True):
-        report.goal(f"finishing step, {name}", finish.ratio(name, finishing.Ours.name), at_least=least)
-    for what, timings, words in ("chunk update", chunk, 8), ("finishing step", finish, 6):
+    goals = GOALS.get(size, {})
+    best = chunk.fastest([kind.name for kind in rivals.FOREACH])
+    report.heading(f"{TITLES[size]}, time over fbopt's:")
+
+    def ratio(timings: Timings, name: str, what: str, goal: str) -> None:
+        value = timings.ratio(name, timings.rows[0].name)
+        report.goal(f"{timings.title}: {what}", value, at_least=goals.get(goal))
+
+    ratio(chunk, best, f"the best foreach ({best})", "foreach")
+    ratio(chunk, rivals.Published.name, rivals.Published.name, "published")
+    ratio(finish, finishing.TorchForeach.name, finishing.TorchForeach.name, "SGD foreach")
+    ratio(finish, finishing.TorchFused.name, finishing.TorchFused.name, "SGD fused")
+    for timings, words in (chunk, CHUNK_WORDS), (finish, FINISH_WORDS):
         if limit := limit_of(timings):
-            claim = f"{what}, the memory limit for {words} words ({limit.name})"
-            least = 0.85 if size == "resnet18" and timings is chunk else 0
-            report.goal(claim, timings.ratio(limit.name, timings.rows[0].name), at_least=least)
+            ratio(timings, limit.name, f"the memory limit for {words} words", f"limit {words}")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the benchmark and return the path of its JSON."""
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile: it takes minutes")
+    without = "leave out torch.compile, which takes minutes"
+    parser.add_argument("--no-compile", action="store_true", help=without)
     choice = parser.parse_args(argv)
     torch.set_num_threads(choice.threads)
     report = Report("ops", arguments(argv))

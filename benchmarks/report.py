@@ -1,4 +1,4 @@
-"""What a benchmark tells: tables with ratios (ours = 1), goals met and missed, the machine, and JSON."""
+"""What a benchmark tells: tables with ratios, goals met and missed, the machine, and JSON."""
 
 from __future__ import annotations
 
@@ -46,23 +46,32 @@ class Report:
 
     def __post_init__(self) -> None:
         self.machine = machine()
-        print("  ".join(f"{key}: {value}" for key, value in self.machine.items()))
+        print(", ".join(f"{key}: {value}" for key, value in self.machine.items()))
 
-    def table(
-        self, timings: Timings, limit: Timing | None = None, base: str | None = None
-    ) -> None:
+    def table(self, timings: Timings, limit: Timing | None = None, base: str | None = None) -> None:
         """Print and keep one table; ratios are to `base`, the first row unless named."""
         reference = timings[base] if base else timings.rows[0]
         rows = [_row(row, reference, limit) for row in timings.rows]
         self.tables.append({"title": timings.title, "base": reference.name, "rows": rows})
         print(f"\n### {timings.title}\n\n{_markdown(rows, reference.name)}")
 
-    def goal(self, claim: str, value: float, *, at_least: float = 0, at_most: float = float("inf")) -> None:
-        """Print and keep a number to be reached."""
-        met = at_least <= value <= at_most
-        bound = f"≥ {at_least:g}" if at_least else f"≤ {at_most:g}"
-        self.goals.append({"claim": claim, "value": value, "goal": bound, "met": met})
-        print(f"- {claim}: {value:.3f} (goal {bound}: {'met' if met else 'missed'})")
+    def goal(
+        self,
+        claim: str,
+        value: float,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
+    ) -> None:
+        """Print and keep a ratio, with the bound it should reach if there is one."""
+        goal, met = None, None
+        if at_least is not None:
+            goal, met = f"≥ {at_least:g}", value >= at_least
+        elif at_most is not None:
+            goal, met = f"≤ {at_most:g}", value <= at_most
+        self.goals.append({"claim": claim, "value": value, "goal": goal, "met": met})
+        bound = f" (goal {goal}: {'met' if met else 'missed'})" if goal else ""
+        print(f"- {claim}: {value:.3f}{bound}")
 
     def heading(self, text: str) -> None:
         """Print a line that opens a list."""
@@ -139,7 +148,7 @@ def _markdown(rows: list[dict[str, Any]], base: str) -> str:
         low, high = row["ratio_quartiles"]
         cells = [row["name"], f"{row['median_s'] / unit:.2f}", f"{first:.2f} – {third:.2f}"]
         cells += [f"{row['ratio']:.3f}", f"{low:.3f} – {high:.3f}"]
-        cells += [f"{row['gb_per_s']:.1f}" if "words" in row else ""] * with_rate
+        cells += [f"{row['gb_per_s']:.3g}" if "words" in row else ""] * with_rate
         cells += [f"{row['of_limit']:.0%}" if "of_limit" in row else ""] * with_limit
         lines.append(cells)
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

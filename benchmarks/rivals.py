@@ -1,5 +1,5 @@
-"""The penalised chunk update, ours and others: norm, shift the parameters, [second pass], put them back,
-accumulate w (g + lambda H g). What a contender keeps between chunks of a step is made in `__init__`.
+"""The penalised chunk update, ours and others: norm, shift the parameters, [second pass], put them
+back, accumulate w (g + lambda H g). What is kept between chunks of a step is made in `__init__`.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Loop(ChunkUpdate):
 class Published(ChunkUpdate):
     """The calls of the code released with the paper, in its order: 29 words and a host sync.
 
-    It takes the norm twice (once to log it), clones the parameters for every chunk, and keeps a running
-    mean, in which all chunks count alike.
+    It takes the norm twice (once to log it), clones the parameters for every chunk, and keeps a
+    running mean, in which all chunks count alike.
     """
 
     name, words = "as published", 29
@@ -139,7 +139,7 @@ class Foreach(ChunkUpdate):
 
 
 class ForeachSwapped(Foreach):
-    """As we do it: the parameters point to shifted tensors for the pass. These are new ones each time."""
+    """As we do it: the parameters point to other tensors for the pass, here new ones each time."""
 
     name, words = "foreach, new tensors swapped in", 10
 
@@ -168,8 +168,8 @@ class ForeachBuffered(ForeachSwapped):
 
 
 class Compiled(ForeachBuffered):
-    """torch.compile (inductor) of the foreach sequence without `.item()`: one graph before the second
-    pass, one after it.
+    """torch.compile (inductor) of the foreach sequence without `.item()`: one graph before the
+    second pass, one after it.
     """
 
     name, words = "torch.compile of foreach", 8

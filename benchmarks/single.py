@@ -42,13 +42,13 @@ class Operands:
 
     def calls(self, ops: object) -> dict[str, Callable[[], object]]:
         """Every op of a table of ops on these operands."""
-        radius = self.chunk.radius
+        radius, penalty = self.chunk.radius, (self.weight, self.coefficient, self.square)
         return {
             "squared_norm": lambda: ops.squared_norm(self.grads),
             "perturb_": lambda: ops.perturb_(self.shifted, self.params, self.grads, radius),
             "accumulate_": lambda: ops.accumulate_(self.sums, self.grads, self.weight),
             "accumulate_penalty_": lambda: ops.accumulate_penalty_(
-                self.penalised, self.grads, self.plus, [], self.weight, self.coefficient, self.square, radius
+                self.penalised, self.grads, self.plus, [], *penalty, radius
             ),
             # Scaled by 0.999: the values stay ordinary numbers, however often this runs.
             "clip_": lambda: ops.clip_(self.clipped, scalar(1 / 0.999), 1.0),

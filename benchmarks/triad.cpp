@@ -1,5 +1,5 @@
-// The memory limit: a = b + s c over arrays larger than the caches, with streaming and with plain stores.
-// Threads as in the kernels (torch's own pool), so that the two can be compared.
+// The memory limit: a = b + s c over large arrays, with streaming and with plain stores. Threads as
+// in the kernels (torch's own pool), so that the two can be compared.
 #include <pybind11/pybind11.h>
 
 #include "cpu/tile.h"

@@ -90,15 +90,15 @@ def load(name: str, sources: Sequence[Path]) -> ModuleType:
     with _loading:
         if module in sys.modules:
             return sys.modules[module]
-        try:
-            return _import(module, build(name, sources))
-        except (ImportError, OSError):
-            build(name, sources).unlink(missing_ok=True)
-        try:
-            return _import(module, build(name, sources))
-        except (ImportError, OSError) as error:
-            cause = f"the compiled library does not load: {error}"
-            raise BuildError(cause, "report it, with what `fbopt doctor` says") from error
+        for _ in range(2):
+            library = build(name, sources)
+            try:
+                return _import(module, library)
+            except (ImportError, OSError) as error:
+                cause = f"the compiled library does not load: {error}"
+                with contextlib.suppress(OSError):
+                    library.unlink()
+        raise BuildError(cause, "report it, with what `fbopt doctor` says")
 
 
 def build(name: str, sources: Sequence[Path], what: str = "the CPU kernels") -> Path:
@@ -112,6 +112,8 @@ def build(name: str, sources: Sequence[Path], what: str = "the CPU kernels") -> 
     Raises:
         BuildError: a tool or a writable folder is missing, or the compiler refused the sources.
     """
+    if not sources:
+        raise BuildError(f"no C++ sources in {CSRC}", "install fbopt anew")
     tools = toolchain()
     stem = key(name, tools, sources)
     try:
@@ -153,8 +155,12 @@ def cache_folder() -> Path:
 
 def cached(folder: Path, stem: str) -> Path | None:
     """Return the library if the folder has it and its bytes are those that were written."""
-    found = folder.glob(f"{stem}.*.so")
-    return next((path for path in found if path.name == f"{stem}.{_digest(path)}.so"), None)
+    for path in folder.glob(f"{stem}.*.so"):
+        # Another process may be replacing it just now.
+        with contextlib.suppress(OSError):
+            if path.name == f"{stem}.{_digest(path)}.so":
+                return path
+    return None
 
 
 def tilde(path: Path) -> str:

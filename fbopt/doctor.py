@@ -83,8 +83,8 @@ def _torch() -> str:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < OLDEST_TORCH:
         raise BuildError(f"{torch.__version__} is too old", INSTALL_TORCH)
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    return f"{torch.__version__}, built with {build}"
+    build = f"with CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return f"{torch.__version__}, built {build}"
 
 
 def _compiler() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -42,34 +42,35 @@ def bits(*things: Any) -> Any:
     Modules give their parameters and buffers with requires_grad and training flags and the momenta
     of their normalisation layers; optimizers their parameters, state and groups.
     """
-    return things_bits(things[0]) if len(things) == 1 else [things_bits(x) for x in things]
+    return [thing_bits(thing) for thing in things]
 
 
-def things_bits(thing: Any) -> Any:
+def thing_bits(thing: Any) -> Any:
     if isinstance(thing, Tensor):
         return tensor_bits(thing)
     if isinstance(thing, nn.Module):
         return module_bits(thing)
     if isinstance(thing, torch.optim.Optimizer):
         held = [p for group in thing.param_groups for p in group["params"]]
-        return things_bits(held), things_bits(thing.state_dict())
+        return thing_bits(held), thing_bits(thing.state_dict())
     if isinstance(thing, Mapping):
-        return {key: things_bits(value) for key, value in thing.items()}
-    if isinstance(thing, Iterable) and not isinstance(thing, str | bytes):
-        return [things_bits(x) for x in thing]
+        return {key: thing_bits(value) for key, value in thing.items()}
+    if isinstance(thing, list | tuple | set):
+        return [thing_bits(x) for x in thing]
     return repr(thing)
 
 
 def tensor_bits(tensor: Tensor) -> tuple:
     """Type, shape, strides, requires_grad and bytes (none for a meta tensor)."""
-    facts = (str(tensor.dtype), str(tensor.device), tuple(tensor.shape), tensor.stride())
-    if tensor.device.type == "meta":
-        return (*facts, tensor.requires_grad)
-    plain = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    if plain.layout == torch.strided:
-        plain = plain.contiguous().view(-1)
-        return (*facts, tensor.requires_grad, plain.view(torch.uint8).cpu().numpy().tobytes())
-    return (*facts[:3], tensor.requires_grad, tensor_bits(plain.to_dense()))
+    facts = (str(tensor.dtype), str(tensor.device), tuple(tensor.shape), tensor.requires_grad)
+    plain = tensor.detach()
+    if plain.layout != torch.strided:
+        return (*facts, tensor_bits(plain.to_dense()))
+    if plain.device.type == "meta":
+        return (*facts, plain.stride())
+    flat = torch.view_as_real(plain) if plain.is_complex() else plain
+    raw = flat.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
+    return (*facts, plain.stride(), raw)
 
 
 def module_bits(module: nn.Module) -> dict[str, Any]:

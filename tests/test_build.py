@@ -288,6 +288,11 @@ def test_a_build_killed_in_the_middle_stops_nobody(source, gate, tmp_path):
 # --- which back end ------------------------------------------------------------------------------
 
 
+def test_no_sources_is_an_error():
+    with pytest.raises(BuildError, match="no C\\+\\+ sources"):
+        _build.build("tiny", [])
+
+
 def broken_sources(tmp_path):
     path = tmp_path / "broken.cpp"
     path.write_text("broken\n")

@@ -1,8 +1,6 @@
 // Threads over tensor lists: an elementwise loop, and a sum whose order follows from the shapes alone.
 #pragma once
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -18,17 +16,9 @@ constexpr int64_t kUnit = 1024;
 // One partial sum for each so many elements.
 constexpr int64_t kBlock = 8192;
 
-// More than the last-level cache holds: what is written cannot be read back from it anyway.
-inline bool exceeds_cache(int64_t bytes) {
-  static const int64_t cache = [] {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (size > 0) return static_cast<int64_t>(size);
-#endif
-    return static_cast<int64_t>(32) << 20;
-  }();
-  return bytes > cache;
-}
+// More than the caches are likely to keep until it is read. A constant: what machines report ranges from
+// one core's share to the sum over all sockets.
+inline bool exceeds_cache(int64_t bytes) { return bytes > int64_t{32} << 20; }
 
 // body(i, begin, end): elements begin ... end of tensor i, each element once, from the last to the first
 // block: after a forward sum over the same memory its end is what the caches still hold.
@@ -56,17 +46,16 @@ void for_each_backwards(const Layout& layout, const Body& body) {
 template <class A>
 class SquareSum {
   using Wide = double __attribute__((vector_size(32)));
-  typedef A Narrow __attribute__((vector_size(4 * sizeof(A))));  // an alias would drop the attribute
 
  public:
   void add(const A* x, int64_t n) {
     Wide s0 = sums_[0], s1 = sums_[1], s2 = sums_[2], s3 = sums_[3];
     int64_t j = 0;
     for (; j + 16 <= n; j += 16) {
-      s0 += square(x + j);
-      s1 += square(x + j + 4);
-      s2 += square(x + j + 8);
-      s3 += square(x + j + 12);
+      s0 = add_square(s0, x + j);
+      s1 = add_square(s1, x + j + 4);
+      s2 = add_square(s2, x + j + 8);
+      s3 = add_square(s3, x + j + 12);
     }
     sums_[0] = s0, sums_[1] = s1, sums_[2] = s2, sums_[3] = s3;
     for (; j < n; ++j) sums_[j % 16 / 4][j % 4] += static_cast<double>(x[j]) * static_cast<double>(x[j]);
@@ -77,11 +66,24 @@ class SquareSum {
   }
 
  private:
-  static Wide square(const A* x) {
-    Narrow narrow;
-    std::memcpy(&narrow, x, sizeof narrow);
-    const Wide wide = __builtin_convertvector(narrow, Wide);
-    return wide * wide;
+  static Wide load(const double* x) {
+    Wide wide;
+    std::memcpy(&wide, x, sizeof wide);
+    return wide;
+  }
+  static Wide load(const float* x) {
+#if defined(__AVX__)  // gcc converts vectors two elements at a time
+    return _mm256_cvtps_pd(_mm_loadu_ps(x));
+#else
+    return Wide{x[0], x[1], x[2], x[3]};
+#endif
+  }
+  static Wide add_square(Wide sum, const A* x) {
+    const Wide wide = load(x);
+#if defined(__FMA__)  // the square of a float is exact in double: one rounding, fused or not
+    if constexpr (std::is_same_v<A, float>) return _mm256_fmadd_pd(wide, wide, sum);
+#endif
+    return sum + wide * wide;
   }
   Wide sums_[4] = {};
 };

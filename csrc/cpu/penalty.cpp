@@ -34,7 +34,7 @@ void shift(const Layout& layout, const Operand& p, const Operand& g, T* out, dou
     T* to = out + starts[i];
     tiles(begin, end, streams ? misaligned(to + begin) : 0, [&](int64_t k, int64_t n) {
       Buffer<T, A> bx, bd;
-      A moved[kTile];
+      alignas(64) A moved[kTile];
       const A* __restrict x = widen<A>(param + k, bx, n);
       const A* __restrict d = widen<A>(grad + k, bd, n);
       for (int64_t j = 0; j < n; ++j) moved[j] = rules::perturb(x[j], d[j], s);

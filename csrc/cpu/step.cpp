@@ -35,18 +35,19 @@ template <class T, class G>
 void step(const Layout& layout, const Operand& p, const Operand& g, const Operand* v,
           const rules::Sgd<accumulate_t<T>>& rule) {
   using A = accumulate_t<T>;
-  for_each_backwards(layout, [&, rule](int64_t i, int64_t begin, int64_t end) {
+  const bool divides = rule.divisor != 1;
+  for_each_backwards(layout, [&](int64_t i, int64_t begin, int64_t end) {
     T* param = p.at<T>(i);
     G* grad = g.at<G>(i);
     T* velocity = v ? v->at<T>(i) : nullptr;
     tiles(begin, end, 0, [&](int64_t k, int64_t n) {
       Buffer<T, A> bx, bm;
       Buffer<G, A> bd;
-      A unused[kTile];
+      A unused[kTile] = {};
       A* __restrict x = widen<A>(param + k, bx, n);
       A* __restrict d = widen<A>(grad + k, bd, n);
       A* __restrict m = velocity ? widen<A>(velocity + k, bm, n) : unused;
-      if (rule.divides) {
+      if (divides) {
         for (int64_t j = 0; j < n; ++j) d[j] = rules::mean(d[j], rule);
         narrow(grad + k, d, n);
       }
@@ -79,17 +80,14 @@ void sgd_step_op(const TensorList& params, const TensorList& grads, const Tensor
     using A = accumulate_t<T>;
     const rules::Sgd<A> rule{
         .negative_lr = static_cast<A>(negative_lr),
-        .clip = static_cast<A>(clip),
+        .scale = static_cast<A>(maximize ? -clip : clip),
         .divisor = static_cast<A>(weight),
         .weight_decay = static_cast<A>(weight_decay),
         .momentum = static_cast<A>(momentum),
         .undamped = static_cast<A>(1 - dampening),
-        .divides = divisor.has_value(),
-        .clips = clip != 1.0,
         .decays = weight_decay != 0,
         .has_momentum = momentum != 0,
         .nesterov = nesterov,
-        .maximize = maximize,
         .first = first,
     };
     const Operand* velocity = v ? &*v : nullptr;

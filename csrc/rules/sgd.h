@@ -10,26 +10,25 @@ namespace fbopt::rules {
 // Uniform over all elements of a call. Flags rather than zeros: 0 * inf would be NaN.
 template <class A>
 struct Sgd {
-  A negative_lr, clip, divisor, weight_decay, momentum, undamped;
-  bool divides, clips, decays, has_momentum, nesterov, maximize, first;
+  A negative_lr, scale, divisor, weight_decay, momentum, undamped;  // scale: the clip's, -1 maximizes
+  bool decays, has_momentum, nesterov, first;
 };
 
 template <class A>
 FBOPT_RULE A mean(A sum, const Sgd<A>& r) {
-  return r.divides ? sum / r.divisor : sum;
+  return sum / r.divisor;
 }
 
-// Updates velocity in place (if there is one) and returns the new parameter; `grad` is the mean.
+// Updates velocity in place and returns the new parameter; `grad` is the mean. Written with selections
+// in place of branches: what they select by is the same for all elements, and the loop stays a vector's.
 template <class A>
 FBOPT_RULE A sgd(A param, A grad, A& velocity, const Sgd<A>& r) {
-  A g = r.maximize ? -grad : grad;
-  if (r.clips) g = g * r.clip;
-  if (r.decays) g = fma(r.weight_decay, param, g);
-  if (r.has_momentum) {
-    velocity = r.first ? g : fma(r.undamped, g, velocity * r.momentum);
-    g = r.nesterov ? fma(r.momentum, velocity, g) : velocity;
-  }
-  return fma(r.negative_lr, g, param);
+  const A scaled = grad * r.scale;
+  const A g = r.decays ? fma(r.weight_decay, param, scaled) : scaled;
+  const A v = r.first ? g : fma(r.undamped, g, velocity * r.momentum);
+  const A ahead = r.nesterov ? fma(r.momentum, v, g) : v;
+  velocity = v;
+  return fma(r.negative_lr, r.has_momentum ? ahead : g, param);
 }
 
 }  // namespace fbopt::rules

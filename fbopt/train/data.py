@@ -41,9 +41,11 @@ class Split:
         return x, self.y[index]
 
     def to(self, device: torch.device | str) -> Split:
-        """The same samples on `device`."""
-        moved = (t if t is None else t.to(device) for t in vars(self).values())
-        return Split(*moved)
+        """The same samples on `device`, images with their channels last in memory."""
+        x, y, *moments = (t if t is None else t.to(device) for t in vars(self).values())
+        if x.ndim == 4:  # convolutions of images are about 15 % faster that way, also on CPUs
+            x = x.contiguous(memory_format=torch.channels_last)
+        return Split(x, y, *moments)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,13 @@ def _prepare(options: Options) -> tuple[Options, dict[str, Any] | None]:
     check_resume(options)
     folder = RunFolder(options.resume)
     state = folder.load()
-    saved = Options.from_json(state["options"])
+    try:
+        saved = Options.from_json(state["options"])
+    except (KeyError, TypeError) as error:
+        raise OptionsError(
+            f"--resume {folder.path}: the run was made by another version of fbopt ({error}); "
+            "go on with that version, or start a new run with --out"
+        ) from error
     if folder.result.exists():
         raise OptionsError(
             f"--resume {folder.path}: the run is finished; start a new one with --out"

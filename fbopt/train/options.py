@@ -102,11 +102,13 @@ class Options:
     @property
     def folder(self) -> Path:
         """The run folder: `out`, or runs/DATA-RECIPE-sSEED."""
-        if self.out is not None:
-            return self.out
+        return self.out or Path("runs") / f"{self.data_name}-{self.recipe}-s{self.seed}"
+
+    @property
+    def data_name(self) -> str:
+        """A short name of the data set: mnist1d, digits, or the end of the path."""
         kind, path = parse(self.data)
-        name = kind if path is None else path.stem or kind
-        return Path("runs") / f"{name}-{self.recipe}-s{self.seed}"
+        return kind if path is None else path.stem or kind
 
     def as_json(self) -> dict[str, Any]:
         """The options as plain numbers and strings."""
@@ -122,26 +124,19 @@ class Options:
 _SGD_ONLY = ("epochs", "batch_size")
 _FULL_BATCH_ONLY = ("steps", "chunk_size", "penalty", "radius", "method")
 _WITH_RESUME = ("resume", "device", "threads")
+_COUNTS = "width image_size threads steps epochs cosine chunk_size batch_size eval_every log_every"
 # lower bound, whether the bound itself is allowed, upper bound (never reached)
 _BOUNDS = {
-    **dict.fromkeys(
-        (
-            "width",
-            "image_size",
-            "threads",
-            "steps",
-            "epochs",
-            "cosine",
-            "chunk_size",
-            "batch_size",
-            "eval_every",
-            "log_every",
-        ),
-        (1, True, math.inf),
-    ),
+    **dict.fromkeys(_COUNTS.split(), (1, True, math.inf)),
     **dict.fromkeys(("seed", "warmup", "penalty", "weight_decay"), (0, True, math.inf)),
     **dict.fromkeys(("lr", "radius"), (0, False, math.inf)),
     "momentum": (0, True, 1),
+}
+_CHOICES = {
+    "recipe": get_args(RecipeName),
+    "scale": tuple(RECIPES),
+    "model": get_args(ModelName),
+    "method": get_args(Method),
 }
 
 
@@ -247,11 +242,3 @@ def _check_no_penalty(options: Options) -> None:
                 f"{flag(name)} has no effect without a penalty; add --penalty 0.5 "
                 "or use --recipe fb-penalty"
             )
-
-
-_CHOICES = {
-    "recipe": get_args(RecipeName),
-    "scale": tuple(RECIPES),
-    "model": get_args(ModelName),
-    "method": get_args(Method),
-}

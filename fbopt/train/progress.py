@@ -33,7 +33,7 @@ class Progress:
             file=self.stream,
             ncols=shutil.get_terminal_size().columns,
             nrows=20,  # tqdm shows nothing where a pseudo-terminal claims to have no rows
-            bar_format="{percentage:3.0f} % |{bar:10}|{desc}",
+            bar_format="{percentage:3.0f} % |{bar:8}|{desc}",
         )
 
     def advance(self, samples: int) -> None:
@@ -50,8 +50,8 @@ class Progress:
             self.bar.ncols = shutil.get_terminal_size().columns
             text = ""
             for part in parts:  # whole ones only, as many as the terminal is wide
-                if len(text) + len(part) + 22 <= self.bar.ncols:
-                    text += "  " + part
+                if len(text) + len(part) + 17 <= self.bar.ncols:
+                    text += " " + part
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(done - self.bar.n)
             return

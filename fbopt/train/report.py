@@ -42,7 +42,7 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
             axis_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     if "test_accuracy" in records[-1]:
         figure.suptitle(
-            f"{options.data}, {options.recipe}, seed {options.seed}: test accuracy "
+            f"{options.data_name}, {options.recipe}, seed {options.seed}: test accuracy "
             f"{records[-1]['test_accuracy']:.1%}"
         )
     figure.savefig(folder.curves)

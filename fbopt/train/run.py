@@ -33,6 +33,8 @@ class Run:
         except ValueError as error:
             raise OptionsError(str(error)) from error
         self.model = model.to(device).train()
+        if len(data.shape) == 3:
+            self.model.to(memory_format=torch.channels_last)
         self.loss_fn = nn.functional.cross_entropy
         size = options.batch_size if options.stochastic else options.chunk_size
         self.chunks = Chunks(data.train, size)

@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,18 +19,14 @@ from .options import OptionsError
 FILES = ("options.json", "metrics.jsonl", "checkpoint.pt", "curves.png", "result.json")
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """A folder with the files of one run."""
+    """A folder with the files of one run, each a path."""
 
-    path: Path
-
-    def __getattr__(self, name: str) -> Path:
-        """`folder.checkpoint` is the path of checkpoint.pt, and so on for each of FILES."""
-        for file in FILES:
-            if file.partition(".")[0] == name:
-                return self.path / file
-        raise AttributeError(name)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.options, self.metrics, self.checkpoint, self.curves, self.result = (
+            path / name for name in FILES
+        )
 
     @property
     def resume_command(self) -> str:
