@@ -23,8 +23,8 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Owns the handles of a list. A torch::stable::Tensor each would add a shared_ptr control block: for
-// 1,000 small tensors that costs more than the arithmetic.
+// Owns the handles of a list. A torch::stable::Tensor each would add a shared_ptr control block:
+// for 1,000 small tensors that costs more than the arithmetic.
 class TensorList {
  public:
   explicit TensorList(StableListHandle list) {
@@ -127,8 +127,8 @@ class Layout {
   int64_t total_ = 0;
 };
 
-// Linear pointers into one list. A tensor that lies otherwise in memory than its slot is staged through
-// a dense copy; write_back() returns the staged results.
+// Linear pointers into one list. A tensor that lies otherwise in memory than its slot is staged
+// through a dense copy; write_back() returns the staged results.
 class Operand {
  public:
   Operand(const char* name, const TensorList& list, const Layout& layout, ScalarType dtype)
@@ -164,9 +164,9 @@ class Operand {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(list_[i], &device_type));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(list_[i], &device_index));
     AtenTensorHandle fresh = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        layout.dim, layout.sizes, layout.strides, Meta(list_[i]).dtype, device_type, device_index,
-        &fresh));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(layout.dim, layout.sizes, layout.strides,
+                                                           Meta(list_[i]).dtype, device_type,
+                                                           device_index, &fresh));
     Tensor copy(fresh);
     torch::stable::copy_(copy, borrow(list_[i]));
     void* data = copy.data_ptr();
@@ -207,11 +207,16 @@ struct Type {
 template <class F>
 void dispatch(ScalarType dtype, F&& f) {
   switch (dtype) {
-    case ScalarType::Float: return f(Type<float>{});
-    case ScalarType::Double: return f(Type<double>{});
-    case ScalarType::BFloat16: return f(Type<BFloat16>{});
-    case ScalarType::Half: return f(Type<Half>{});
-    default: FBOPT_CHECK(false, "fbopt takes float32, float64, bfloat16 and float16 tensors");
+    case ScalarType::Float:
+      return f(Type<float>{});
+    case ScalarType::Double:
+      return f(Type<double>{});
+    case ScalarType::BFloat16:
+      return f(Type<BFloat16>{});
+    case ScalarType::Half:
+      return f(Type<Half>{});
+    default:
+      FBOPT_CHECK(false, "fbopt takes float32, float64, bfloat16 and float16 tensors");
   }
 }
 

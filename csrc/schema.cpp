@@ -1,4 +1,5 @@
-// Every op of fbopt, once, with what it mutates. fbopt/reference.py states each equation in plain torch.
+// Every op of fbopt, once, with what it mutates. fbopt/reference.py states each equation in plain
+// torch.
 #include "compat.h"
 
 STABLE_TORCH_LIBRARY(fbopt, m) {
@@ -12,7 +13,8 @@ STABLE_TORCH_LIBRARY(fbopt, m) {
       "Tensor weight, Tensor coefficient, Tensor squared_norm, float radius) -> ()");
   m.def("clip_(Tensor(a!)[] grads, Tensor total_norm, float max_norm) -> ()");
   m.def(
-      "sgd_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, Tensor lr, "
+      "sgd_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, Tensor "
+      "lr, "
       "Tensor? divisor, Tensor? total_norm, float? max_norm, float momentum, float dampening, "
       "float weight_decay, bool nesterov, bool maximize, bool first) -> ()");
 }

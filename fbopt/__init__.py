@@ -3,11 +3,17 @@
 After Geiping et al., "Stochastic Training is Not Necessary for Generalization" (ICLR 2022).
 """
 
-from fbopt.accumulate import GradientAccumulator
-from fbopt.clip import clip_grad_norm_
-from fbopt.closure import FullBatchClosure
-from fbopt.optim import FullBatchGD
-from fbopt.penalty import GradientPenalty
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fbopt.accumulate import GradientAccumulator
+    from fbopt.clip import clip_grad_norm_
+    from fbopt.closure import FullBatchClosure
+    from fbopt.optim import FullBatchGD
+    from fbopt.penalty import GradientPenalty
 
 __all__ = [
     "FullBatchClosure",
@@ -17,3 +23,22 @@ __all__ = [
     "clip_grad_norm_",
 ]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "FullBatchClosure": "closure",
+    "FullBatchGD": "optim",
+    "GradientAccumulator": "accumulate",
+    "GradientPenalty": "penalty",
+    "clip_grad_norm_": "clip",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name at its first use: `fbopt doctor` has to run where torch does not."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fbopt.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

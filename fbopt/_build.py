@@ -242,7 +242,10 @@ def _import(name: str, library: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def _lock(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock on the file: unlike a file's mere existence, it ends with its holder."""
+    """Hold a lock on the file: unlike a file's mere existence, it ends with its holder.
+
+    The standard library's: filelock falls back to that existence where flock is missing.
+    """
     import fcntl
 
     with path.open("w") as file:

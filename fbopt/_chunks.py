@@ -43,8 +43,8 @@ def check_arguments(
         raise TypeError("chunks must be an iterable of chunks, such as a list or a DataLoader")
     if iter(chunks) is chunks:
         raise TypeError(
-            "chunks can be iterated only once (a generator or iterator), but every call visits all of "
-            "it: pass a list, a DataLoader, or an object whose __iter__ starts anew"
+            "chunks can be iterated only once (a generator or iterator), but every call visits all "
+            "of it: pass a list, a DataLoader, or an object whose __iter__ starts anew"
         )
     for name, wanted in (("penalty", GradientPenalty), ("optimizer", torch.optim.Optimizer)):
         value = typed[name]
@@ -93,13 +93,13 @@ def check_loss(index: int, loss: Any, source: str) -> None:
         )
     if loss.dim() != 0:
         raise ValueError(
-            f"{source} returned shape {tuple(loss.shape)} for chunk {index}: return the mean loss, a "
-            "0-dim tensor (reduction='mean')"
+            f"{source} returned shape {tuple(loss.shape)} for chunk {index}: return the mean loss, "
+            "a 0-dim tensor (reduction='mean')"
         )
     if not loss.requires_grad:
         raise ValueError(
-            f"the loss of chunk {index} does not depend on any trainable parameter: {source} detached "
-            "it, or ran without gradients"
+            f"the loss of chunk {index} does not depend on any trainable parameter: {source} "
+            "detached it, or ran without gradients"
         )
 
 
@@ -107,8 +107,8 @@ def pair(index: int, chunk: Any) -> tuple[Any, Any]:
     """Return a chunk's (input, target)."""
     if not isinstance(chunk, Sequence) or len(chunk) != 2:
         raise TypeError(
-            f"chunk {index} is no (input, target) pair but {type(chunk).__name__}: for other chunks "
-            "pass evaluate=lambda model, chunk: mean_loss"
+            f"chunk {index} is no (input, target) pair but {type(chunk).__name__}: for other "
+            "chunks pass evaluate=lambda model, chunk: mean_loss"
         )
     return chunk[0], chunk[1]
 

@@ -20,7 +20,7 @@ COMPILED_DEVICES = ("cpu",)
 
 @functools.cache
 def table(device_type: str) -> SimpleNamespace | ModuleType:
-    """The ops for a device, under their names. The first call for a compiled device may build them."""
+    """The ops for a device, by name. The first call for a compiled device may build them."""
     if device_type not in COMPILED_DEVICES or _build.kernels() is None:
         return reference
     _register_fakes()
@@ -29,7 +29,7 @@ def table(device_type: str) -> SimpleNamespace | ModuleType:
 
 @functools.cache
 def _register_fakes() -> None:
-    """Tell torch.compile and fake tensors what the ops return; all else they do is in the schema."""
+    """Tell torch.compile and fake tensors what the ops return; the schema says the rest."""
     for name in NAMES:
         returns = name in ("squared_norm", "perturb_")
         torch.library.register_fake(f"fbopt::{name}", _fake_norm if returns else _fake_none)

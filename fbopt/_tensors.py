@@ -70,7 +70,7 @@ def check_storage(tensor: Tensor, name: str) -> None:
 def check_disjoint(tensors: Sequence[Tensor], name: str) -> None:
     """Refuse different tensors that share memory: an update in place would count twice there.
 
-    Strided views may lie between each other's elements: of those only the first element is compared.
+    Strided views may lie between each other's elements: of those only the first is compared.
     """
     spans = sorted(
         (t.data_ptr(), t.nbytes if is_dense(t) else 1, i)
@@ -80,8 +80,8 @@ def check_disjoint(tensors: Sequence[Tensor], name: str) -> None:
     for (start, size, i), (other, _, j) in itertools.pairwise(spans):
         if start + size > other and tensors[i].device == tensors[j].device:
             raise ValueError(
-                f"{name}[{min(i, j)}] and {name}[{max(i, j)}] share memory but are different tensors: "
-                "to tie weights, use the same Parameter object in both places"
+                f"{name}[{min(i, j)}] and {name}[{max(i, j)}] share memory but are different "
+                "tensors: to tie weights, use the same Parameter object in both places"
             )
 
 

@@ -65,7 +65,7 @@ def clip_grad_norm_(
 
 
 def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
-    """Return the norm of all tensors as one vector: 0-dim, float64 if any of them is, else float32."""
+    """Return the norm of all tensors as one vector: 0-dim, float64 if any is, else float32."""
     if not grads:
         return torch.zeros(())
     wide = any(g.dtype == torch.float64 for g in grads)
@@ -86,6 +86,6 @@ def check_finite(norm: Tensor) -> None:
     """Raise if a gradient norm is NaN or infinite. Reads it on the host."""
     if not torch.isfinite(norm):
         raise RuntimeError(
-            f"the gradient norm is {norm.item()}: the gradient holds NaN or infinite values. Nothing "
-            "was changed. Lower lr or check the data; error_if_nonfinite=False lets it pass"
+            f"the gradient norm is {norm.item()}: the gradient holds NaN or infinite values. "
+            "Nothing was changed. Lower lr or check the data; error_if_nonfinite=False lets it pass"
         )

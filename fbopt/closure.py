@@ -1,4 +1,4 @@
-"""FullBatchClosure: mean loss and gradient over all chunks, as a closure for any torch optimizer."""
+"""FullBatchClosure: mean loss and gradient over all chunks, a closure for any optimizer."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ class FullBatchGD(torch.optim.Optimizer):
         return norms[0] if norms else torch.zeros(())
 
     def _batches(self, accumulator: GradientAccumulator | None) -> Iterable[_Batch]:
-        """What one call can update: tensors of a group that agree in device, dtypes and first step."""
+        """What one call can update: tensors that agree in group, device, dtypes and first step."""
         index = {} if accumulator is None else {id(p): i for i, p in enumerate(accumulator.params)}
         for group in self.param_groups:
             kinds: dict[tuple, list[tuple[Tensor, Tensor, int | None]]] = {}
@@ -206,8 +206,8 @@ class FullBatchGD(torch.optim.Optimizer):
         for name, value in values.items():
             if any(group[name] != value for group in self.param_groups):
                 raise ValueError(
-                    f"{name} differs between parameter groups, but the clip is of the whole gradient: "
-                    f"set one {name} for all groups"
+                    f"{name} differs between parameter groups, but the clip is of the whole "
+                    f"gradient: set one {name} for all groups"
                 )
         return values
 
@@ -216,11 +216,11 @@ class FullBatchGD(torch.optim.Optimizer):
         if announced == [None, None]:
             return
         raise RuntimeError(
-            "torch.amp.GradScaler cannot drive FullBatchGD: it would skip whole passes over the data "
-            "when one chunk overflows, and scale the gradients that the penalty's radius and max_norm "
-            "are measured on. Use bfloat16, which needs no scaling: "
-            "FullBatchClosure(..., autocast=torch.bfloat16), then optimizer.step(closure) without a "
-            "scaler"
+            "torch.amp.GradScaler cannot drive FullBatchGD: it would skip whole passes over the "
+            "data when one chunk overflows, and scale the gradients that the penalty's radius and "
+            "max_norm are measured on. Use bfloat16, which needs no scaling: "
+            "FullBatchClosure(..., autocast=torch.bfloat16), then optimizer.step(closure) without "
+            "a scaler"
         )
 
 

@@ -82,14 +82,14 @@ def _common_lr(optimizer: torch.optim.Optimizer) -> float | Tensor:
     rates = [group["lr"] for group in optimizer.param_groups]
     if any(lr is not rates[0] and _differ(lr, rates[0]) for lr in rates):
         raise ValueError(
-            "the optimizer's parameter groups have different learning rates, so strength gives no one "
-            "lambda = lr * strength / 4: pass GradientPenalty(coefficient=...)"
+            "the optimizer's parameter groups have different learning rates, so strength gives no "
+            "one lambda = lr * strength / 4: pass GradientPenalty(coefficient=...)"
         )
     return rates[0]
 
 
 def _differ(a: float | Tensor, b: float | Tensor) -> bool:
-    """Whether two rates differ; tensors on a GPU count as different, rather than be read from it."""
+    """Whether two rates differ; tensors on a GPU count as different, unread."""
     if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in (a, b)):
         return True
     return float(a) != float(b)

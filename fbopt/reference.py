@@ -14,7 +14,7 @@ from fbopt._tensors import flat_views
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """The tensor in the type that arithmetic is done in: float64 for float64, float32 for the rest."""
+    """The tensor in the type of the arithmetic: float64 for float64, float32 for the rest."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

@@ -157,7 +157,7 @@ def test_statistics_heal_after_a_step_that_diverged():
 
 
 class Counter(nn.Module):
-    """Changes its buffers in every way at every pass: in place, and by putting another tensor there."""
+    """Changes its buffers at every pass: in place, and by putting another tensor there."""
 
     def __init__(self):
         super().__init__()
@@ -324,9 +324,7 @@ def test_autocast_sees_the_shifted_weights(outer):
 
     def run(penalty, autocast):
         inner = None if outer else autocast
-        closure = FullBatchClosure(
-            model, F.cross_entropy, chunks, penalty=penalty, autocast=inner
-        )
+        closure = FullBatchClosure(model, F.cross_entropy, chunks, penalty=penalty, autocast=inner)
         with torch.autocast("cpu", torch.bfloat16, enabled=outer and autocast is not None):
             closure()
         return torch.cat([g.flatten() for g in grads_of(model)])
@@ -418,9 +416,7 @@ def test_observer_sees_every_chunk_once():
         assert not output.requires_grad and not torch.is_grad_enabled()
         seen.append((output, target))
 
-    FullBatchClosure(
-        model, F.cross_entropy, chunked(x, y), penalty=PENALTIES[2], observe=observe
-    )()
+    FullBatchClosure(model, F.cross_entropy, chunked(x, y), penalty=PENALTIES[2], observe=observe)()
     outputs, targets = zip(*seen, strict=True)
     torch.testing.assert_close(torch.cat(outputs), model(x).detach())
     assert torch.equal(torch.cat(targets), y)

@@ -1,4 +1,4 @@
-"""Every kernel against fbopt.reference: shapes, strides, dtypes, list lengths, thread counts; opcheck."""
+"""Every kernel against fbopt.reference: shapes, strides, dtypes, lists, threads; opcheck."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_nonfinite_reaches_every_result(bad):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_half_precision_value_and_rounding(dtype):
-    """All bit patterns of the half types, and ties, go through load and store as torch rounds them."""
+    """All bit patterns of the half types, and ties, are loaded and rounded as torch does."""
     if dtype.itemsize == 2:
         x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         x = x[torch.isfinite(x)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ def flat_gradient(model, chunks, penalty, **options):
 
 
 def objective_gradient(model, chunks, coefficient):
-    """The gradient of J = L + (lambda/2) sum_c (n_c/N) ||g_c||^2, by autograd from the definition."""
+    """The gradient of J = L + (lambda/2) sum_c (n_c/N) ||g_c||^2, from the definition."""
     params = list(model.parameters())
     total = sum(len(y) for _, y in chunks)
     objective = 0.0
@@ -52,7 +54,7 @@ def test_finite_differences_converge_at_their_order(method, order):
     for radius in (4e-2, 2e-2, 1e-2, 5e-3):
         penalty = GradientPenalty(coefficient=1.0, radius=radius, method=method)
         errors.append((flat_gradient(model, chunks, penalty) - wanted).norm().item())
-    ratios = [a / b for a, b in zip(errors, errors[1:], strict=False)]
+    ratios = [a / b for a, b in itertools.pairwise(errors)]
     assert ratios == pytest.approx([2**order] * 3, rel=0.1)
     assert errors[-1] < 0.02 * (wanted - plain).norm()
 
@@ -66,7 +68,9 @@ def test_strength_is_lr_over_four(method, lr):
         model, chunks, GradientPenalty(strength=0.5, method=method), optimizer=optimizer
     )
     number = GradientPenalty(coefficient=float(lr) * 0.5 / 4, method=method)
-    torch.testing.assert_close(by_strength, flat_gradient(model, chunks, number), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        by_strength, flat_gradient(model, chunks, number), rtol=1e-12, atol=0
+    )
 
 
 def test_coefficient_follows_the_current_lr():
@@ -87,7 +91,9 @@ def test_equal_rates_of_several_groups_are_one_rate():
     model, chunks = problem()
     shared = torch.tensor(0.8)
     for lrs in ((0.8, 0.8), (shared, shared), (torch.tensor(0.5), torch.tensor(0.5))):
-        groups = [{"params": [p], "lr": lr} for p, lr in zip(model[0].parameters(), lrs, strict=True)]
+        groups = [
+            {"params": [p], "lr": lr} for p, lr in zip(model[0].parameters(), lrs, strict=True)
+        ]
         optimizer = FullBatchGD(groups, lr=0.1)
         flat_gradient(model, chunks, GradientPenalty(), optimizer=optimizer)
 
@@ -168,7 +174,11 @@ def test_parameters_of_several_dtypes_share_one_norm():
 
 
 def test_shift_moves_by_the_radius_into_a_second_buffer():
-    params = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(())), nn.Parameter(torch.randn(5))]
+    params = [
+        nn.Parameter(torch.randn(3, 4)),
+        nn.Parameter(torch.randn(())),
+        nn.Parameter(torch.randn(5)),
+    ]
     grads = [torch.randn_like(p) for p in params]
     before, pointers = [p.detach().clone() for p in params], [p.data_ptr() for p in params]
     shift = Shift(params)

@@ -1,4 +1,5 @@
-// Threads over tensor lists: an elementwise loop, and a sum whose order follows from the shapes alone.
+// Threads over tensor lists: an elementwise loop, and a sum whose order follows from the shapes
+// alone.
 #pragma once
 
 #include <algorithm>
@@ -16,33 +17,34 @@ constexpr int64_t kUnit = 1024;
 // One partial sum for each so many elements.
 constexpr int64_t kBlock = 8192;
 
-// More than the caches are likely to keep until it is read. A constant: what machines report ranges from
-// one core's share to the sum over all sockets.
+// More than the caches are likely to keep until it is read. A constant: what machines report ranges
+// from one core's share to the sum over all sockets.
 inline bool exceeds_cache(int64_t bytes) { return bytes > int64_t{32} << 20; }
 
-// body(i, begin, end): elements begin ... end of tensor i, each element once, from the last to the first
-// block: after a forward sum over the same memory its end is what the caches still hold.
+// body(i, begin, end): elements begin ... end of tensor i, each element once, from the last to the
+// first block: after a forward sum over the same memory its end is what the caches still hold.
 template <class Body>
 void for_each_backwards(const Layout& layout, const Body& body) {
   std::vector<int64_t> ends(layout.size());
   int64_t total = 0;
   for (int64_t i = 0; i < layout.size(); ++i) ends[i] = total += layout[i].numel;
-  torch::stable::parallel_for(0, (total + kUnit - 1) / kUnit, kGrain / kUnit, [&](int64_t b, int64_t e) {
-    int64_t end = std::min(e * kUnit, total);
-    int64_t i = std::lower_bound(ends.begin(), ends.end(), end) - ends.begin();
-    while (end > b * kUnit) {
-      const int64_t start = ends[i] - layout[i].numel;
-      const int64_t begin = std::max({start, b * kUnit, (end - 1) / kBlock * kBlock});
-      if (begin < end) body(i, begin - start, end - start);
-      end = begin;
-      if (end == start) --i;
-    }
-  });
+  torch::stable::parallel_for(
+      0, (total + kUnit - 1) / kUnit, kGrain / kUnit, [&](int64_t b, int64_t e) {
+        int64_t end = std::min(e * kUnit, total);
+        int64_t i = std::lower_bound(ends.begin(), ends.end(), end) - ends.begin();
+        while (end > b * kUnit) {
+          const int64_t start = ends[i] - layout[i].numel;
+          const int64_t begin = std::max({start, b * kUnit, (end - 1) / kBlock * kBlock});
+          if (begin < end) body(i, begin - start, end - start);
+          end = begin;
+          if (end == start) --i;
+        }
+      });
 }
 
-// Sixteen interleaved sums, combined pairwise: which element goes into which sum depends on its index
-// alone, so every vector width gives the same bits. Vector types rather than a plain loop: the compiler
-// would keep an array of sums in memory.
+// Sixteen interleaved sums, combined pairwise: which element goes into which sum depends on its
+// index alone, so every vector width gives the same bits. Vector types rather than a plain loop:
+// the compiler would keep an array of sums in memory.
 template <class A>
 class SquareSum {
   using Wide = double __attribute__((vector_size(32)));
@@ -58,7 +60,8 @@ class SquareSum {
       s3 = add_square(s3, x + j + 12);
     }
     sums_[0] = s0, sums_[1] = s1, sums_[2] = s2, sums_[3] = s3;
-    for (; j < n; ++j) sums_[j % 16 / 4][j % 4] += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+    for (; j < n; ++j)
+      sums_[j % 16 / 4][j % 4] += static_cast<double>(x[j]) * static_cast<double>(x[j]);
   }
   double total() const {
     const Wide s = (sums_[0] + sums_[1]) + (sums_[2] + sums_[3]);
@@ -99,21 +102,25 @@ double sum_of_squares(const T* p, int64_t n) {
   return sum.total();
 }
 
-// sum over all tensors of |x|^2, in float64: one partial sum per block, added up in the blocks' order.
+// sum over all tensors of |x|^2, in float64: one partial sum per block, added up in the blocks'
+// order.
 template <class T>
 double squared_norm(const Layout& layout, const Operand& tensors) {
   std::vector<int64_t> ends(layout.size());
   int64_t blocks = 0;
-  for (int64_t i = 0; i < layout.size(); ++i) ends[i] = blocks += (layout[i].numel + kBlock - 1) / kBlock;
+  for (int64_t i = 0; i < layout.size(); ++i)
+    ends[i] = blocks += (layout[i].numel + kBlock - 1) / kBlock;
   std::vector<double> partial(blocks);
-  const int64_t grain = std::max<int64_t>(1, kGrain * blocks / std::max<int64_t>(1, layout.total()));
+  const int64_t grain =
+      std::max<int64_t>(1, kGrain * blocks / std::max<int64_t>(1, layout.total()));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t b, int64_t e) {
     int64_t i = std::upper_bound(ends.begin(), ends.end(), b) - ends.begin();
     for (int64_t block = b; block < e; ++block) {
       while (block >= ends[i]) ++i;
       const int64_t count = (layout[i].numel + kBlock - 1) / kBlock;
       const int64_t begin = (block - (ends[i] - count)) * kBlock;
-      partial[block] = sum_of_squares(tensors.at<T>(i) + begin, std::min(kBlock, layout[i].numel - begin));
+      partial[block] =
+          sum_of_squares(tensors.at<T>(i) + begin, std::min(kBlock, layout[i].numel - begin));
     }
   });
   double sum = 0;

@@ -1,5 +1,6 @@
-// The penalised chunk update on the CPU. float32 words per parameter: perturb_ 4 (one read for the norm,
-// two reads and a write for the shift), accumulate_ 3, accumulate_penalty_ 4 (5 for central differences).
+// The penalised chunk update on the CPU. float32 words per parameter: perturb_ 4 (one read for the
+// norm, two reads and a write for the shift), accumulate_ 3, accumulate_penalty_ 4 (5 for central
+// differences).
 #include "../rules/accumulate.h"
 #include "../rules/perturb.h"
 #include "loops.h"
@@ -44,13 +45,14 @@ void shift(const Layout& layout, const Operand& p, const Operand& g, T* out, dou
   });
 }
 
-Tensor perturb_op(const Tensor& out, const TensorList& params, const TensorList& grads, double radius,
-                  std::optional<Tensor> squared) {
+Tensor perturb_op(const Tensor& out, const TensorList& params, const TensorList& grads,
+                  double radius, std::optional<Tensor> squared) {
   const ScalarType dtype = out.scalar_type();
   const Layout layout(params);
   const Operand p("params", params, layout, dtype), g("grads", grads, layout, dtype);
-  FBOPT_CHECK(out.is_contiguous() && out.numel() == layout.total(), "out must be contiguous and have ",
-              layout.total(), " elements, one for each of params");
+  FBOPT_CHECK(out.is_contiguous() && out.numel() == layout.total(),
+              "out must be contiguous and have ", layout.total(),
+              " elements, one for each of params");
   double sum = 0;
   dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
@@ -104,9 +106,9 @@ void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, cons
   Operand a("sums", sums, layout, accumulator_of(dtype));
   const Operand g("grads", grads, layout, dtype), u("plus", plus, layout, dtype);
   const Operand v("minus", central ? minus : grads, layout, dtype);
-  const double factor =
-      rules::penalty_factor(scalar("coefficient", coefficient),
-                            std::sqrt(scalar("squared_norm", squared_norm)), radius, central ? 2 : 1);
+  const double factor = rules::penalty_factor(scalar("coefficient", coefficient),
+                                              std::sqrt(scalar("squared_norm", squared_norm)),
+                                              radius, central ? 2 : 1);
   dispatch_sums(sums, dtype, [&](auto gt, auto at) {
     using G = typename decltype(gt)::type;
     using A = typename decltype(at)::type;
@@ -120,7 +122,8 @@ void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, cons
         const A* d = widen<A>(grad + e, bd, n);
         const A* p = widen<A>(up + e, bp, n);
         const A* m = widen<A>(down + e, bm, n);
-        for (int64_t j = 0; j < n; ++j) x[j] = rules::accumulate_penalty(x[j], d[j], p[j], m[j], k, w);
+        for (int64_t j = 0; j < n; ++j)
+          x[j] = rules::accumulate_penalty(x[j], d[j], p[j], m[j], k, w);
       });
     });
   });

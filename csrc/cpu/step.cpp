@@ -1,5 +1,6 @@
-// Clipping and the finishing step on the CPU. float32 words per parameter: clip_ 2, or none where nothing
-// has to be clipped; sgd_step_ with momentum 5, and 1 more where it leaves the mean in grads.
+// Clipping and the finishing step on the CPU. float32 words per parameter: clip_ 2, or none where
+// nothing has to be clipped; sgd_step_ with momentum 5, and 1 more where it leaves the mean in
+// grads.
 #include "../rules/clip.h"
 #include "../rules/sgd.h"
 #include "loops.h"
@@ -58,10 +59,11 @@ void step(const Layout& layout, const Operand& p, const Operand& g, const Operan
   });
 }
 
-void sgd_step_op(const TensorList& params, const TensorList& grads, const TensorList& momentum_buffers,
-                 const Tensor& lr, std::optional<Tensor> divisor, std::optional<Tensor> total_norm,
-                 std::optional<double> max_norm, double momentum, double dampening, double weight_decay,
-                 bool nesterov, bool maximize, bool first) {
+void sgd_step_op(const TensorList& params, const TensorList& grads,
+                 const TensorList& momentum_buffers, const Tensor& lr,
+                 std::optional<Tensor> divisor, std::optional<Tensor> total_norm,
+                 std::optional<double> max_norm, double momentum, double dampening,
+                 double weight_decay, bool nesterov, bool maximize, bool first) {
   const ScalarType dtype = dtype_of(params), grad_dtype = dtype_of(grads, dtype);
   FBOPT_CHECK(grad_dtype == dtype || grad_dtype == accumulator_of(dtype),
               "grads must have the dtype of params, or that of their sums");
@@ -73,7 +75,8 @@ void sgd_step_op(const TensorList& params, const TensorList& grads, const Tensor
   std::optional<Operand> v;
   if (momentum != 0) v.emplace("momentum_buffers", momentum_buffers, layout, dtype);
   const double negative_lr = -scalar("lr", lr);
-  const double clip = max_norm ? rules::clip_coefficient(*max_norm, scalar("total_norm", *total_norm)) : 1.0;
+  const double clip =
+      max_norm ? rules::clip_coefficient(*max_norm, scalar("total_norm", *total_norm)) : 1.0;
   const double weight = divisor ? scalar("divisor", *divisor) : 1.0;
   dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;

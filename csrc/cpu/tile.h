@@ -1,6 +1,6 @@
-// A tile of up to 512 elements: widened to the type arithmetic is done in, put through a rule in a plain
-// loop that the compiler vectorises for whatever instruction set it is given, and narrowed again. Tensors
-// that are of that type already are used in place.
+// A tile of up to 512 elements: widened to the type arithmetic is done in, put through a rule in a
+// plain loop that the compiler vectorises for whatever instruction set it is given, and narrowed
+// again. Tensors that are of that type already are used in place.
 #pragma once
 
 #include <cmath>
@@ -31,7 +31,8 @@ inline void widen_loop(const Half* p, float* x, int64_t n) {
   int64_t j = 0;
 #if defined(__F16C__)
   for (; j + 8 <= n; j += 8)
-    _mm256_storeu_ps(x + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + j))));
+    _mm256_storeu_ps(x + j,
+                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + j))));
 #endif
   for (; j < n; ++j) x[j] = p[j];
 }
@@ -73,27 +74,27 @@ inline void narrow(T* p, const A* x, int64_t n) {
   if constexpr (!kInPlace<T, A>) narrow_loop(p, x, n);
 }
 
-// n results past the caches, for memory that is written once and read much later: it saves reading the
-// lines first. p is aligned to 32 bytes.
-inline void stream(float* p, const float* x, int64_t n) {
-  int64_t j = 0;
-#if defined(__AVX__)
-  for (; j + 8 <= n; j += 8) _mm256_stream_ps(p + j, _mm256_loadu_ps(x + j));
-#endif
-  for (; j < n; ++j) p[j] = x[j];
-}
-
-inline void stream(double* p, const double* x, int64_t n) {
-  int64_t j = 0;
-#if defined(__AVX__)
-  for (; j + 4 <= n; j += 4) _mm256_stream_pd(p + j, _mm256_loadu_pd(x + j));
-#endif
-  for (; j < n; ++j) p[j] = x[j];
-}
-
+// Elements before p is aligned to a cache line.
 template <class T>
-inline void stream(T* p, const float* x, int64_t n) {
-  narrow_loop(p, x, n);
+inline int64_t misaligned(const T* p) {
+  return static_cast<int64_t>((64 - reinterpret_cast<uintptr_t>(p) % 64) % 64 / sizeof(T));
+}
+
+// n results past the caches, for memory that is written once and read much later: it saves reading
+// the lines first. Where p is not aligned to a cache line, and for half precision, a plain store.
+template <class T, class A>
+inline void stream(T* p, const A* x, int64_t n) {
+  int64_t j = 0;
+#if defined(__AVX__)
+  constexpr int64_t kWidth = 32 / sizeof(T);
+  if constexpr (kInPlace<T, A>) {
+    for (const int64_t end = misaligned(p) == 0 ? n : 0; j + kWidth <= end; j += kWidth) {
+      const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(x + j));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p + j), bits);
+    }
+  }
+#endif
+  narrow_loop(p + j, x + j, n - j);
 }
 
 // Streamed lines must be visible to the thread that continues.
@@ -101,12 +102,6 @@ inline void stream_fence() {
 #if defined(__AVX__)
   _mm_sfence();
 #endif
-}
-
-// Elements before p is aligned to a cache line.
-template <class T>
-inline int64_t misaligned(const T* p) {
-  return static_cast<int64_t>((64 - reinterpret_cast<uintptr_t>(p) % 64) % 64 / sizeof(T));
 }
 
 // body(i, n): tiles of n elements from begin to end; `head` elements come alone before the first.

@@ -1,6 +1,6 @@
 // What the rules need from the host and the device compiler: one marker and one fused multiply-add.
-// Contraction is switched off for the whole build, so a rule rounds where it is written to round and
-// gives the same bits in a vector loop, in its scalar tail and on the device.
+// Contraction is switched off for the whole build, so a rule rounds where it is written to round
+// and gives the same bits in a vector loop, in its scalar tail and on the device.
 #pragma once
 
 #ifdef __CUDACC__

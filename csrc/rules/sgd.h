@@ -1,6 +1,6 @@
 // The finishing step of one element, in torch.optim.SGD's own order and rounding:
-//   m <- mean (sum / divisor);  g <- +-c m;  g <- g + wd p;  v <- mu v + (1 - tau) g  (first: v <- g);
-//   g <- g + mu v (Nesterov) or v;  p <- p - lr g
+//   m <- mean (sum / divisor);  g <- +-c m;  g <- g + wd p;  v <- mu v + (1 - tau) g  (first: v <-
+//   g); g <- g + mu v (Nesterov) or v;  p <- p - lr g
 #pragma once
 
 #include "math.h"
@@ -10,7 +10,8 @@ namespace fbopt::rules {
 // Uniform over all elements of a call. Flags rather than zeros: 0 * inf would be NaN.
 template <class A>
 struct Sgd {
-  A negative_lr, scale, divisor, weight_decay, momentum, undamped;  // scale: the clip's, -1 maximizes
+  A negative_lr, scale, divisor, weight_decay, momentum,
+      undamped;  // scale: the clip's, -1 maximizes
   bool decays, has_momentum, nesterov, first;
 };
 
@@ -19,8 +20,9 @@ FBOPT_RULE A mean(A sum, const Sgd<A>& r) {
   return sum / r.divisor;
 }
 
-// Updates velocity in place and returns the new parameter; `grad` is the mean. Written with selections
-// in place of branches: what they select by is the same for all elements, and the loop stays a vector's.
+// Updates velocity in place and returns the new parameter; `grad` is the mean. Written with
+// selections in place of branches: what they select by is the same for all elements, and the loop
+// stays a vector's.
 template <class A>
 FBOPT_RULE A sgd(A param, A grad, A& velocity, const Sgd<A>& r) {
   const A scaled = grad * r.scale;
