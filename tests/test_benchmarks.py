@@ -1,4 +1,4 @@
-"""The benchmarks: they run, they write what they promise, and a wrong result stops them. No times."""
+"""The benchmarks run, write what they promise, and stop at wrong results. No test looks at a time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(benchmark, tmp_path, capsys, *arguments: str) -> tuple[dict, str]:
 def check_json(content: dict, name: str) -> None:
     assert content["benchmark"] == name
     assert content["command"].startswith(f"python -m benchmarks.{name} ")
-    assert MACHINE <= content["machine"].keys()
+    assert content["machine"].keys() >= MACHINE
     for table in content["tables"]:
         assert any(row["name"] == table["base"] and row["ratio"] == 1 for row in table["rows"])
         for row in table["rows"]:
@@ -66,8 +66,8 @@ def test_ops_run_and_are_written(few, tmp_path, capsys):
     for kind in (*EAGER_UPDATES, *EAGER_STEPS):
         assert f"| {kind.name} " in printed
     assert "torch.compile" not in printed
-    foreach, *_, fused = [g for g in content["goals"] if "SGD(f" in g["claim"]][-2:]
-    assert foreach["goal"] == "≥ 1.6" and fused["goal"] == "≥ 1"
+    goals = [goal["goal"] for goal in content["goals"] if "SGD(f" in goal["claim"]]
+    assert goals == [None, None, "≥ 1.6", "≥ 1"]
 
 
 def test_step_runs_and_is_written(tmp_path, capsys):
@@ -124,7 +124,8 @@ def test_wrong_finishing_step_is_caught(kind, what):
 
     finish = Finish.of(FEW)
     ops.check_finish(kind(finish), finish)
-    with pytest.raises(WrongResult, match=what):
+    # A wrong momentum shows in the second update.
+    with pytest.raises(WrongResult, match=r"the (update|momentum)"):
         ops.check_finish(Wrong(finish), finish)
 
 
@@ -179,7 +180,7 @@ def test_wrong_triad_is_caught(monkeypatch):
 
 def test_no_compiler_no_limit(monkeypatch, few):
     def refuse(*args):
-        raise BuildError("no compiler")
+        raise BuildError("no compiler", "install one")
 
     monkeypatch.setattr(memory._build, "build", refuse)
     with pytest.warns(RuntimeWarning, match="no memory limit: no compiler"):
