@@ -15,6 +15,12 @@
 #include <vector>
 
 #define FBOPT_CHECK STD_TORCH_CHECK
+// The check of what a C function of the ABI returns, by its name now and that of torch 2.10.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define FBOPT_CALL STABLE_TORCH_ERROR_CODE_CHECK
+#else
+#define FBOPT_CALL TORCH_ERROR_CODE_CHECK
+#endif
 
 namespace fbopt {
 
@@ -29,14 +35,14 @@ class TensorList {
  public:
   explicit TensorList(StableListHandle list) {
     size_t n = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &n));
+    FBOPT_CALL(torch_list_size(list, &n));
     handles_.reserve(n);
     for (size_t i = 0; i < n; ++i) {
       StableIValue item{};
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      FBOPT_CALL(torch_list_get_item(list, i, &item));
       handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(item));
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+    FBOPT_CALL(torch_delete_list(list));
   }
   TensorList(TensorList&&) noexcept = default;
   TensorList(const TensorList&) = delete;
@@ -62,12 +68,12 @@ struct Meta {
   void* data;
 
   explicit Meta(AtenTensorHandle t) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(t, &numel));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &dim));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t, &strides));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &data));
+    FBOPT_CALL(aoti_torch_get_numel(t, &numel));
+    FBOPT_CALL(aoti_torch_get_dim(t, &dim));
+    FBOPT_CALL(aoti_torch_get_sizes(t, &sizes));
+    FBOPT_CALL(aoti_torch_get_strides(t, &strides));
+    FBOPT_CALL(aoti_torch_get_dtype(t, &dtype));
+    FBOPT_CALL(aoti_torch_get_data_ptr(t, &data));
   }
 };
 
@@ -100,7 +106,7 @@ inline bool is_dense(const Meta& t) {
 
 inline Tensor borrow(AtenTensorHandle t) {
   AtenTensorHandle copy = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t, &copy));
+  FBOPT_CALL(aoti_torch_new_tensor_handle(t, &copy));
   return Tensor(copy);
 }
 
@@ -161,12 +167,11 @@ class Operand {
  private:
   void* stage(int64_t i, const Meta& layout) {
     int32_t device_type = 0, device_index = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(list_[i], &device_type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(list_[i], &device_index));
+    FBOPT_CALL(aoti_torch_get_device_type(list_[i], &device_type));
+    FBOPT_CALL(aoti_torch_get_device_index(list_[i], &device_index));
     AtenTensorHandle fresh = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(layout.dim, layout.sizes, layout.strides,
-                                                           Meta(list_[i]).dtype, device_type,
-                                                           device_index, &fresh));
+    FBOPT_CALL(aoti_torch_empty_strided(layout.dim, layout.sizes, layout.strides,
+                                        Meta(list_[i]).dtype, device_type, device_index, &fresh));
     Tensor copy(fresh);
     torch::stable::copy_(copy, borrow(list_[i]));
     void* data = copy.data_ptr();

@@ -195,7 +195,8 @@ def _ninja_script(tools: Toolchain, sources: Sequence[Path]) -> str:
     import torch
 
     root = Path(torch.__file__).parent
-    system = [str(root / "include"), find_pybind11().get_include(), find_headers()]
+    # Torch brings a pybind11 of its own, which refuses to go with the stable ABI.
+    system = [find_pybind11().get_include(), str(root / "include"), find_headers()]
     flags = [*tools.flags, f"-I{CSRC}", *(f"-isystem{folder}" for folder in system)]
     # No search path inside the library: torch is loaded before it, and may be another one by then.
     link = [f"-L{root / 'lib'}", "-ltorch_cpu"]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from fbopt._tensors import overlaps_itself
+
 
 class Buffers:
     """The buffers of a model, to be saved and put back: by value, and which tensor stands where."""
@@ -29,7 +31,7 @@ class Buffers:
             (m._buffers, name, b)
             for m in self._modules
             for name, b in m._buffers.items()
-            if b is not None
+            if b is not None and not overlaps_itself(b)  # nothing can write to those
         ]
         now = [b for _, _, b in self._places]
         fits = len(now) == len(self._copies) and all(

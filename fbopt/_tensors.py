@@ -63,8 +63,13 @@ def check_storage(tensor: Tensor, name: str) -> None:
         raise TypeError(
             f"{name} is {tensor.dtype}: fbopt takes float32, float64, bfloat16 and float16{hint}"
         )
-    if any(st == 0 and n > 1 for st, n in zip(tensor.stride(), tensor.shape, strict=True)):
+    if overlaps_itself(tensor):
         raise ValueError(f"{name} overlaps itself (an expanded tensor): pass {name}.contiguous()")
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether several elements are one place in memory, as in an expanded tensor."""
+    return any(st == 0 and n > 1 for st, n in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def check_disjoint(tensors: Sequence[Tensor], name: str) -> None:

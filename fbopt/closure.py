@@ -177,7 +177,10 @@ class FullBatchClosure:
         total = squares = None
         if coefficient is not None:
             device = self.accumulator.params[0].device
-            coefficient = torch.as_tensor(coefficient, dtype=torch.float64, device=device)
+            if isinstance(coefficient, Tensor):
+                coefficient = coefficient.detach().reshape(()).to(device, torch.float64)
+            else:  # filled there: a copy from the host would wait for the device
+                coefficient = torch.full((), coefficient, dtype=torch.float64, device=device)
         for index, chunk in enumerate(self.chunks):
             weight = weigh(index, chunk, self.weight)
             loss, square = self._chunk(index, chunk, weight, coefficient)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -26,6 +26,19 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test over the compiled kernels, or skip it."""
     use_backend("kernels", monkeypatch)
     return "kernels"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Run a module of small tensors on one thread.
+
+    Beside other work, waiting for a second thread costs far more; and torch's batch_norm rounds
+    differently on two.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from fbopt import (
     clip_grad_norm_,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAN, INF = math.nan, math.inf
 mse = nn.functional.mse_loss
 
@@ -945,7 +946,7 @@ ROWS = [pytest.param(r, id=f"{table}: {r.name}") for table, rows in TABLES.items
 
 
 @pytest.fixture(scope="module")
-def after_a_good_step() -> list:
+def after_a_good_step(one_thread: None) -> list:
     """What the next step gives where nothing went wrong."""
     world = World()
     return [world.good_step().item(), *world.values()]

@@ -1,4 +1,4 @@
-"""The benchmarks run, write what they promise, and stop at wrong results. No test looks at a time."""
+"""The benchmarks run, write what they promise, and stop at wrong results. No test reads a clock."""
 
 from __future__ import annotations
 

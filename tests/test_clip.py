@@ -249,6 +249,20 @@ def test_returns_a_tensor_and_reads_nothing_on_the_host(backend, monkeypatch):
     assert all(isinstance(n, Tensor) and n.dim() == 0 and not n.requires_grad for n in norms)
 
 
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_the_norm_does_not_depend_on_the_number_of_threads(norm_type, backend):
+    grads = gradients(torch.float32, [(1000, 77), (5,), (64, 64, 3, 3)])
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(clip_grad_norm_(parameters(grads), 1.0, norm_type))
+    finally:
+        torch.set_num_threads(threads)
+    assert bits(found[1:]) == bits(found[:1] * 2)
+
+
 def test_gradients_with_a_graph():
     """A gradient made with create_graph=True is scaled in place without recording it."""
     p = Parameter(torch.ones(3))

@@ -163,6 +163,7 @@ class Counter(nn.Module):
         super().__init__()
         self.register_buffer("inplace", torch.zeros(()))
         self.register_buffer("replaced", torch.zeros(()))
+        self.register_buffer("expanded", torch.zeros(1).expand(3))
 
     def forward(self, x):
         self.inplace += 1

@@ -1,4 +1,4 @@
-"""FullBatchGD against torch.optim.SGD and torch.nn.utils.clip_grad_norm_, and as a torch optimizer."""
+"""FullBatchGD against torch.optim.SGD and clip_grad_norm_, and as a torch optimizer."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_bit_for_bit_equal_to_sgd_without_clipping(rule, max_norm, dtype, kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rule", RULES[-4:] + RULES[:4], ids=name)
 def test_half_precision_is_computed_in_float32_and_rounded_once(rule, dtype, backend):
-    """From the same state, a step is SGD's in float32, rounded (up to one unit in the last place)."""
+    """From the same state, a step is SGD's in float32, up to one unit in the last place."""
     params = parameters(dtype, [(), (5,), (17, 31)])
     optimizer = FullBatchGD(params, lr=0.1, max_norm=2.0, **rule)
     for step in range(4):
@@ -779,7 +779,7 @@ def test_plain_closure():
 @pytest.mark.parametrize("max_norm", [None, 0.05])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_sums_are_stepped_on_as_p_grad_would_be(dtype, max_norm, norm_type, backend):
-    """A FullBatchClosure, whose sums are read directly, against the same one wrapped in a function."""
+    """A FullBatchClosure, whose sums are read directly, against one wrapped in a function."""
     options = {**TRAINED, "max_norm": max_norm, "norm_type": norm_type}
     models = small_model(dtype), small_model(dtype)
     penalty = GradientPenalty(coefficient=0.05)

@@ -73,7 +73,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         Recipe(_SGD, "cnn", lr=0.05, warmup=5, cosine=200, epochs=200, batch_size=100),
         Recipe(_FB, "cnn", lr=0.05, warmup=5, cosine=200, steps=200, chunk_size=128),
         Recipe(_LONG, "cnn", lr=0.4, warmup=100, cosine=1300, steps=1000, chunk_size=128),
-        penalty_lr=0.4,
+        penalty_lr=0.8,
     ),
 }
 NAMES = tuple(RECIPES["small"])
