@@ -19,6 +19,7 @@ def check_arguments(
     *,
     evaluate: Any,
     observe: Any,
+    weight: Any,
     autocast: Any,
     **typed: Any,
 ) -> None:
@@ -29,7 +30,8 @@ def check_arguments(
         raise ValueError(
             "pass either loss_fn, for chunks of (input, target), or evaluate=, for any others"
         )
-    for name, function in (("loss_fn", loss_fn), ("evaluate", evaluate), ("observe", observe)):
+    functions = {"loss_fn": loss_fn, "evaluate": evaluate, "observe": observe, "weight": weight}
+    for name, function in functions.items():
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")
     if getattr(loss_fn, "reduction", "mean") != "mean":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -53,7 +54,16 @@ def check_params(params: Iterable[Tensor], name: str = "params") -> list[Tensor]
 
 
 def check_storage(tensor: Tensor, name: str) -> None:
-    """Refuse what the kernels cannot work on: sparse, complex, integer, self-overlapping."""
+    """Refuse what the kernels cannot work on: lazy, meta, sparse, complex, integer, overlapping."""
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ValueError(
+            f"{name} is uninitialized (of a lazy module): run the model on one input first"
+        )
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device, which holds no data: move it to a real one, a model "
+            "with model.to_empty(device=...)"
+        )
     if tensor.layout != torch.strided:
         raise TypeError(
             f"{name} is sparse ({tensor.layout}): use a dense one (for an embedding, sparse=False)"
@@ -69,7 +79,15 @@ def check_storage(tensor: Tensor, name: str) -> None:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether several elements are one place in memory, as in an expanded tensor."""
-    return any(st == 0 and n > 1 for st, n in zip(tensor.stride(), tensor.shape, strict=True))
+    if tensor.is_contiguous():
+        return False
+    reach = 0  # of all smaller strides together; a stride within it may meet one of their elements
+    for stride, n in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if n > 1:
+            if stride <= reach:
+                return tensor.numel() > 0
+            reach += stride * (n - 1)
+    return False
 
 
 def check_disjoint(tensors: Sequence[Tensor], name: str) -> None:
@@ -99,6 +117,8 @@ def check_grads(
     grads: Sequence[Tensor | None], params: Sequence[Tensor], name: str = "grads"
 ) -> None:
     """Refuse gradients that do not fit their parameters, one for one (None: no gradient)."""
+    if isinstance(grads, Tensor):
+        raise TypeError(f"{name} must be a list of tensors, one for each parameter, not one tensor")
     if len(grads) != len(params):
         raise ValueError(
             f"{name} has {len(grads)} entries for {len(params)} parameters: pass one each"
@@ -123,7 +143,7 @@ def check_number(
     name: str, value: float, *, above: float | None = None, least: float | None = None
 ) -> float:
     """Return a finite number within its bounds, or raise an error that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")

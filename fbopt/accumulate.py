@@ -90,7 +90,7 @@ class GradientAccumulator:
         Raises:
             TypeError, ValueError: an argument that does not fit, before anything is added.
         """
-        grads = list(grads)
+        grads = grads if isinstance(grads, Tensor) else list(grads)
         check_grads(grads, self.params)
         check_number("weight", weight, above=0)
         if self._is_mean:

@@ -15,6 +15,8 @@ from torch import Tensor
 from fbopt import _ops
 from fbopt._tensors import accumulator_dtype, by_device_and_dtype, check_number, check_storage
 
+BLOCK = 16384
+
 
 @torch.no_grad()
 def clip_grad_norm_(
@@ -33,7 +35,7 @@ def clip_grad_norm_(
 
     Args:
         parameters: tensors with ``.grad`` of float32, float64, bfloat16 or float16, on any devices.
-        max_norm: the bound, at least 0.
+        max_norm: the bound, at least 0; ``inf`` only measures.
         norm_type: the p of the p-norm, ``inf`` for the maximum.
         error_if_nonfinite: raise instead of scaling when the norm is NaN or infinite; reads the
         norm on
@@ -49,7 +51,11 @@ def clip_grad_norm_(
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; nothing was changed.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    check_number("max_norm", max_norm, least=0)
+    for i, p in enumerate(parameters):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"parameters[{i}] must be a tensor, got {type(p).__name__}")
+    if max_norm != math.inf:
+        check_number("max_norm", max_norm, least=0)
     check_norm_type(norm_type)
     grads = [p.grad for p in parameters if p.grad is not None]
     for i, g in enumerate(grads):
@@ -71,8 +77,10 @@ def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     wide = any(g.dtype == torch.float64 for g in grads)
     dtype = torch.float64 if wide else torch.float32
     if norm_type != 2:
-        exact = [g.to(accumulator_dtype(g.dtype)) for g in grads]
-        return torch.nn.utils.get_total_norm(exact, norm_type).to(dtype)
+        exact = [g.to(accumulator_dtype(g.dtype)).reshape(-1) for g in grads]
+        # Blocks that torch reduces on one thread each: how many there are must not change a bit.
+        blocks = [b for g in exact for b in g.split(BLOCK) if b.numel()]
+        return torch.nn.utils.get_total_norm(blocks, norm_type).to(dtype)
     return _ops.squared_norm(grads).sqrt().to(dtype)
 
 

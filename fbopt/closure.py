@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fbopt import _ops
 from fbopt._chunks import check_arguments, check_loss, pair, refuse_compiled, weigh
 from fbopt._passes import Buffers, RandomState, RunningStatistics
+from fbopt._tensors import check_params
 from fbopt.accumulate import GradientAccumulator
 from fbopt.penalty import GradientPenalty, Shift, hessian_gradient_product
 
@@ -81,6 +82,7 @@ class FullBatchClosure:
             chunks,
             evaluate=evaluate,
             observe=observe,
+            weight=weight,
             autocast=autocast,
             penalty=penalty,
             optimizer=optimizer,
@@ -89,14 +91,14 @@ class FullBatchClosure:
         self.penalty, self.optimizer = penalty, optimizer
         self.evaluate, self.weight, self.observe = evaluate, weight, observe
         self.autocast = autocast
-        self._given = None if params is None else list(params)
+        self._given = None if params is None else check_params(params)
         self.accumulator = GradientAccumulator(self._trainable(), accumulation)
         if penalty is not None:
             self._coefficient()
         self._shift: Shift | None = None
         self._before, self._between = Buffers(model), Buffers(model)
         self._statistics = RunningStatistics(model)
-        self.step = 0
+        self.step = self._step_before = 0
         self.mean_sqnorm: Tensor | None = None
 
     def __call__(self) -> Tensor:
@@ -118,6 +120,7 @@ class FullBatchClosure:
         coefficient = self._coefficient()
         self._prepare(coefficient)
         self._before.save()
+        self._step_before = self.step
         try:
             with torch.enable_grad(), self._statistics.averaging():
                 loss = self._visit(coefficient)
@@ -133,8 +136,9 @@ class FullBatchClosure:
             p.grad = g
 
     def rollback(self) -> None:
-        """Put all buffers back to what they were before the last call."""
+        """Put all buffers and the count of steps back to what they were before the last call."""
         self._before.restore()
+        self.step = self._step_before
 
     def state_dict(self) -> dict[str, int]:
         """Return what has to be saved to go on later: the number of calls."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fbopt import _ops
-from fbopt._tensors import check_disjoint, check_number, check_storage
+from fbopt._tensors import accumulator_dtype, check_disjoint, check_number, check_storage
 from fbopt.accumulate import GradientAccumulator
 from fbopt.clip import check_finite, check_norm_type, total_norm
 from fbopt.closure import FullBatchClosure
@@ -127,6 +127,11 @@ class FullBatchGD(torch.optim.Optimizer):
             TypeError, ValueError: gradients or options that do not fit; likewise.
         """
         self._refuse_grad_scaler()
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                f"closure must be callable, got {type(closure).__name__}: pass the closure itself, "
+                "not what it returns"
+            )
         clipping = self._clipping()
         for group in self.param_groups:
             _check_options(group)
@@ -191,8 +196,13 @@ class FullBatchGD(torch.optim.Optimizer):
                     grad = p.grad
                 if grad is None:
                     continue
-                check_storage(grad, "a gradient")
-                first = group["momentum"] != 0 and self.state[p].get("momentum_buffer") is None
+                buffer = self.state.get(p, {}).get("momentum_buffer")
+                if i is None:
+                    check_storage(grad, "a gradient")
+                    _check_fit(grad, p, "gradient", accumulator_dtype(p.dtype))
+                if buffer is not None and group["momentum"] != 0:
+                    _check_fit(buffer, p, "momentum_buffer", p.dtype)
+                first = group["momentum"] != 0 and buffer is None
                 kinds.setdefault((p.device, p.dtype, grad.dtype, first, i is None), []).append(
                     (p, grad, i)
                 )
@@ -259,13 +269,27 @@ class _Batch(NamedTuple):
             first=self.first,
         )
         torch.autograd.graph.increment_version([*self.params, *buffers])
+        if self.first:
+            for p, buffer in zip(self.params, buffers, strict=True):
+                self.optimizer.state[p]["momentum_buffer"] = buffer
 
     def _momentum_buffers(self) -> list[Tensor]:
-        state = self.optimizer.state
         if self.first:
-            for p in self.params:
-                state[p]["momentum_buffer"] = torch.empty_like(p, requires_grad=False)
-        return [state[p]["momentum_buffer"] for p in self.params]
+            return [torch.empty_like(p, requires_grad=False) for p in self.params]
+        return [self.optimizer.state[p]["momentum_buffer"] for p in self.params]
+
+
+def _check_fit(tensor: Tensor, param: Tensor, name: str, wide: torch.dtype) -> None:
+    """Refuse a gradient or momentum that does not fit, before any parameter is changed."""
+    dtype = tensor.dtype
+    same = dtype == param.dtype or dtype == wide
+    if same and tensor.shape == param.shape and tensor.device == param.device:
+        return
+    raise ValueError(
+        f"a {name} has shape {tuple(tensor.shape)}, dtype {dtype} and device {tensor.device}, its "
+        f"parameter {tuple(param.shape)}, {param.dtype} and {param.device}: compute it anew, or "
+        "load the state dict of the same model"
+    )
 
 
 def _check_options(options: dict[str, Any]) -> None:
