@@ -57,19 +57,25 @@ class Report:
 
     def goal(
         self,
+        about: str,
         claim: str,
         value: float,
         *,
         at_least: float | None = None,
         at_most: float | None = None,
     ) -> None:
-        """Print and keep a ratio, with the bound it should reach if there is one."""
+        """Print and keep a ratio, with the bound it should reach if there is one.
+
+        `about` is the table it comes from.
+        """
         goal, met = None, None
         if at_least is not None:
             goal, met = f"≥ {at_least:g}", value >= at_least
         elif at_most is not None:
             goal, met = f"≤ {at_most:g}", value <= at_most
-        self.goals.append({"claim": claim, "value": value, "goal": goal, "met": met})
+        self.goals.append(
+            {"about": about, "claim": claim, "value": value, "goal": goal, "met": met}
+        )
         bound = f" (goal {goal}: {'met' if met else 'missed'})" if goal else ""
         print(f"- {claim}: {value:.3f}{bound}")
 
@@ -91,13 +97,13 @@ class Report:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
-    pinned = all(os.environ.get(name) == value for name, value in PINNING.items())
+    openmp = " ".join(f"{name}={os.environ.get(name, 'unset')}" for name in PINNING)
     kernels = _build.kernels()
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "pinned": pinned,
+        "openmp": openmp,
         "backend": "reference" if kernels is None else f"kernels ({kernels.instruction_set})",
         "torch": torch.__version__,
         "fbopt": fbopt.__version__,
@@ -125,6 +131,7 @@ def _row(row: Timing, base: Timing, limit: Timing | None) -> dict[str, Any]:
         "name": row.name,
         "median_s": row.median,
         "quartiles_s": list(row.quartiles),
+        "fastest_s": min(row.seconds),
         "rounds": len(row.seconds),
         "ratio": statistics.median(ratios),
         "ratio_quartiles": list(quartiles(ratios)),

@@ -40,19 +40,20 @@ class Ours(ChunkUpdate):
 
     def __init__(self, chunk: Chunk) -> None:
         self.chunk, self.params = chunk, chunk.parameters()
-        self.shift = Shift(self.params)
         self.accumulator = GradientAccumulator(self.params)
+        self.shift = Shift(self.accumulator.groups)
+        self.shift.begin()
         self.sums = self.accumulator.sums
         self.coefficient = scalar(chunk.coefficient)
 
     def update(self, second_pass: Pass) -> None:
-        c = self.chunk
-        square = self.shift.fill(c.grads, c.radius)
+        c, accumulator = self.chunk, self.accumulator
+        grads = accumulator.gather(c.grads)
+        square = self.shift.fill(grads, c.radius)
         with self.shift.applied():
             second_pass()
-        self.accumulator.add_penalised(
-            c.grads, c.plus, [], c.weight, self.coefficient, square, c.radius
-        )
+        plus = accumulator.gather(c.plus, "plus")
+        accumulator.add_penalised(grads, plus, [], c.weight, self.coefficient, square, c.radius)
 
 
 class Loop(ChunkUpdate):

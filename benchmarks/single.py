@@ -15,6 +15,7 @@ RULE = {"momentum": 0.9, "dampening": 0.0, "weight_decay": 5e-4}
 RULE |= {"nesterov": True, "maximize": False, "first": False}
 # float32 words per parameter, read or written.
 WORDS = {
+    "pack_": 2,
     "squared_norm": 1,
     "perturb_": 4,
     "accumulate_": 3,
@@ -35,7 +36,7 @@ class Operands:
         self.params, self.grads, self.plus = own(chunk.params), own(chunk.grads), own(chunk.plus)
         self.clipped, self.stepped = own(chunk.grads), own(chunk.params)
         self.velocity, self.sums, self.penalised = (own(chunk.zeros()) for _ in range(3))
-        self.shifted = torch.empty(chunk.numel, dtype=dtype)
+        self.shifted, self.packed = (torch.empty(chunk.numel, dtype=dtype) for _ in range(2))
         self.square = reference.squared_norm(self.grads)
         self.norm, self.lr = self.square.sqrt(), scalar(1e-3)
         self.weight, self.coefficient = scalar(chunk.weight), scalar(chunk.coefficient)
@@ -44,6 +45,7 @@ class Operands:
         """Every op of a table of ops on these operands."""
         radius, penalty = self.chunk.radius, (self.weight, self.coefficient, self.square)
         return {
+            "pack_": lambda: ops.pack_(self.packed, self.grads),
             "squared_norm": lambda: ops.squared_norm(self.grads),
             "perturb_": lambda: ops.perturb_(self.shifted, self.params, self.grads, radius),
             "accumulate_": lambda: ops.accumulate_(self.sums, self.grads, self.weight),
@@ -60,6 +62,7 @@ class Operands:
     def outcome(self, op: str) -> list[Tensor]:
         """What an op wrote."""
         return {
+            "pack_": [self.packed],
             "squared_norm": [self.square],
             "perturb_": [self.shifted],
             "accumulate_": self.sums,

@@ -110,6 +110,18 @@ inline Tensor borrow(AtenTensorHandle t) {
   return Tensor(copy);
 }
 
+// A fresh tensor with these sizes and strides and the dtype and device of another.
+inline Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides,
+                            AtenTensorHandle like) {
+  int32_t device_type = 0, device_index = 0;
+  FBOPT_CALL(aoti_torch_get_device_type(like, &device_type));
+  FBOPT_CALL(aoti_torch_get_device_index(like, &device_index));
+  AtenTensorHandle fresh = nullptr;
+  FBOPT_CALL(aoti_torch_empty_strided(dim, sizes, strides, Meta(like).dtype, device_type,
+                                      device_index, &fresh));
+  return Tensor(fresh);
+}
+
 // The memory layout of every slot of a call: that of its first list, or a dense stand-in for it.
 class Layout {
  public:
@@ -166,13 +178,7 @@ class Operand {
 
  private:
   void* stage(int64_t i, const Meta& layout) {
-    int32_t device_type = 0, device_index = 0;
-    FBOPT_CALL(aoti_torch_get_device_type(list_[i], &device_type));
-    FBOPT_CALL(aoti_torch_get_device_index(list_[i], &device_index));
-    AtenTensorHandle fresh = nullptr;
-    FBOPT_CALL(aoti_torch_empty_strided(layout.dim, layout.sizes, layout.strides,
-                                        Meta(list_[i]).dtype, device_type, device_index, &fresh));
-    Tensor copy(fresh);
+    Tensor copy = empty_strided(layout.dim, layout.sizes, layout.strides, list_[i]);
     torch::stable::copy_(copy, borrow(list_[i]));
     void* data = copy.data_ptr();
     staged_.emplace_back(i, std::move(copy));

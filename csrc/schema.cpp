@@ -3,6 +3,7 @@
 #include "compat.h"
 
 STABLE_TORCH_LIBRARY(fbopt, m) {
+  m.def("pack_(Tensor(a!) out, Tensor[] tensors) -> ()");
   m.def("squared_norm(Tensor[] tensors) -> Tensor");
   m.def(
       "perturb_(Tensor(a!) out, Tensor[] params, Tensor[] grads, float radius, "

@@ -14,7 +14,15 @@ from torch import Tensor
 from fbopt import _build, reference
 from fbopt._tensors import by_device_and_dtype
 
-NAMES = ("squared_norm", "perturb_", "accumulate_", "accumulate_penalty_", "clip_", "sgd_step_")
+NAMES = (
+    "pack_",
+    "squared_norm",
+    "perturb_",
+    "accumulate_",
+    "accumulate_penalty_",
+    "clip_",
+    "sgd_step_",
+)
 COMPILED_DEVICES = ("cpu",)
 
 
@@ -42,6 +50,11 @@ def _fake_norm(first: Tensor | list[Tensor], *args: object) -> Tensor:
 
 def _fake_none(*args: object) -> None:
     return None
+
+
+def pack_(out: Tensor, tensors: list[Tensor]) -> None:
+    """See :func:`fbopt.reference.pack_`."""
+    table(out.device.type).pack_(out, tensors)
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:

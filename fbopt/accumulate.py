@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from fbopt import _ops
-from fbopt._tensors import (
-    accumulator_dtype,
-    by_device_and_dtype,
-    check_grads,
-    check_number,
-    check_params,
-    flat_views,
-)
+from fbopt._groups import Groups
+from fbopt._tensors import check_grads, check_number, check_params
 
 ACCUMULATIONS = ("float32",)
 
@@ -66,18 +60,10 @@ class GradientAccumulator:
 
     @torch.no_grad()
     def _allocate(self) -> None:
-        self.groups = by_device_and_dtype(self.params)
-        self._flat: list[Tensor] = []
-        self.sums: list[Tensor] = [torch.empty(0)] * len(self.params)
-        for group in self.groups:
-            members = [self.params[i] for i in group]
-            dtype = accumulator_dtype(members[0].dtype)
-            size = sum(p.numel() for p in members)
-            flat = torch.zeros(size, dtype=dtype, device=members[0].device)
-            self._flat.append(flat)
-            for i, view in zip(group, flat_views(flat, members), strict=True):
-                self.sums[i] = view
-        self._lists = [[self.sums[i] for i in group] for group in self.groups]
+        self.groups = Groups(self.params)
+        self._flat = self.groups.buffers(wide=True)
+        self.sums = self.groups.views(self._flat)
+        self._operands = self.groups.operands(self._flat, self.sums)
 
     def add(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
         """Add ``weight * grads``.
@@ -95,41 +81,44 @@ class GradientAccumulator:
         check_number("weight", weight, above=0)
         if self._is_mean:
             self.reset()
-        self.add_unchecked(self.complete(grads), weight)
+        self.add_parts(self.gather(grads), weight)
 
-    def complete(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """Note which parameters have a gradient, and put zeros where there is none."""
-        if None not in grads:
+    def gather(self, grads: Sequence[Tensor | None], slot: str = "grads") -> list[list[Tensor]]:
+        """Return the gradients as the kernels take them, zeros where there is none.
+
+        Notes which parameters have one.
+        """
+        if type(None) in map(type, grads):  # `None in grads` would compare tensors
+            self._unseen.difference_update(i for i, g in enumerate(grads) if g is not None)
+            pairs = zip(grads, self.params, strict=True)
+            grads = [torch.zeros_like(p) if g is None else g for g, p in pairs]
+        else:
             self._unseen.clear()
-            return list(grads)
-        self._unseen.difference_update(i for i, g in enumerate(grads) if g is not None)
-        return [
-            torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params, strict=True)
-        ]
+        with torch.no_grad():
+            return self.groups.gather(grads, slot)
 
     @torch.no_grad()
-    def add_unchecked(
-        self, grads: list[Tensor], weight: float, coefficient: Tensor | None = None
+    def add_parts(
+        self, parts: list[list[Tensor]], weight: float, coefficient: Tensor | None = None
     ) -> None:
-        """:meth:`add` for gradients that autograd has just made, completed by :meth:`complete`.
+        """:meth:`add` for gradients that autograd has just made and :meth:`gather` has gathered.
 
         With a coefficient: add ``weight * coefficient * grads`` to the chunk added last.
         """
-        for sums, group in zip(self._lists, self.groups, strict=True):
-            part = [grads[i] for i in group]
+        for sums, part in zip(self._operands, parts, strict=True):
             scale = self._scalar(weight, part[0].device)
-            _ops.accumulate_(
-                sums, part, scale if coefficient is None else scale * coefficient.to(scale.device)
-            )
+            if coefficient is not None:
+                scale = scale * coefficient.to(scale.device)
+            _ops.accumulate_(sums, part, scale)
         if coefficient is None:
             self.total_weight += weight
 
     @torch.no_grad()
     def add_penalised(
         self,
-        grads: list[Tensor],
-        plus: list[Tensor],
-        minus: list[Tensor],
+        grads: list[list[Tensor]],
+        plus: list[list[Tensor]],
+        minus: list[list[Tensor]],
         weight: float,
         coefficient: Tensor,
         squared_norm: Tensor,
@@ -137,15 +126,15 @@ class GradientAccumulator:
     ) -> None:
         """Add ``weight * (g + lambda H g)``, H g from the gradients at the shifted points.
 
-        See :func:`fbopt.reference.accumulate_penalty_`.
+        The gradients are gathered; see :func:`fbopt.reference.accumulate_penalty_`.
         """
-        for sums, group in zip(self._lists, self.groups, strict=True):
+        for k, sums in enumerate(self._operands):
             device = sums[0].device
             _ops.accumulate_penalty_(
                 sums,
-                [grads[i] for i in group],
-                [plus[i] for i in group],
-                [minus[i] for i in group] if minus else [],
+                grads[k],
+                plus[k],
+                minus[k] if minus else [],
                 self._scalar(weight, device),
                 coefficient.to(device),
                 squared_norm.to(device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -173,8 +173,11 @@ class FullBatchClosure:
         for p in params:
             p.grad = None
         shifts = coefficient is not None and self.penalty.method != "exact"
-        if shifts and (self._shift is None or not self._shift.fits(params)):
-            self._shift = Shift(params)
+        if shifts:
+            groups = self.accumulator.groups
+            if self._shift is None or not self._shift.fits(groups):
+                self._shift = Shift(groups)
+            self._shift.begin()
         self._random = RandomState({p.device for p in params})
 
     def _visit(self, coefficient: float | Tensor | None) -> Tensor:
@@ -210,48 +213,54 @@ class FullBatchClosure:
         value = loss.detach().double()
         self._loss_dtype = torch.float64 if loss.dtype == torch.float64 else torch.float32
         if coefficient is None:
-            self.accumulator.add_unchecked(grads, weight)
+            self.accumulator.add_parts(self.accumulator.gather(grads), weight)
             return value, None
         if exact:
             return value, self._add_exact(grads, weight, coefficient)
         del loss  # its graph holds the activations that the next pass needs room for
         return value, self._add_shifted(index, chunk, grads, weight, coefficient, before)
 
-    def _add_exact(self, grads: list[Tensor], weight: float, coefficient: Tensor) -> Tensor:
-        products = hessian_gradient_product(grads, self.accumulator.params)
-        grads = [g.detach() for g in grads]
-        self.accumulator.add_unchecked(grads, weight)
-        self.accumulator.add_unchecked(products, weight, coefficient)
+    def _add_exact(
+        self, grads: Sequence[Tensor | None], weight: float, coefficient: Tensor
+    ) -> Tensor:
+        accumulator = self.accumulator
+        products = hessian_gradient_product([g for g in grads if g is not None], accumulator.params)
+        parts = accumulator.gather([None if g is None else g.detach() for g in grads])
+        accumulator.add_parts(parts, weight)
+        accumulator.add_parts(accumulator.groups.gather(products, "plus"), weight, coefficient)
         with torch.no_grad():
-            return _ops.squared_norm(grads)
+            return _ops.squared_norm([g for part in parts for g in part])
 
     def _add_shifted(
         self,
         index: int,
         chunk: Any,
-        grads: list[Tensor],
+        grads: Sequence[Tensor | None],
         weight: float,
         coefficient: Tensor,
         before: list[Tensor],
     ) -> Tensor:
-        radius = self.penalty.radius
-        square = self._shift.fill(grads, radius)
+        radius, gather = self.penalty.radius, self.accumulator.gather
+        parts = gather(grads)
+        square = self._shift.fill(parts, radius)
         after = self._random.get()
         self._between.save()
         try:
-            plus = self._shifted_gradient(index, chunk, before)
+            plus = gather(self._shifted_gradient(index, chunk, before), "plus")
             minus = []
             if self.penalty.method == "central":
                 self._between.restore()
-                self._shift.fill(grads, -radius, square)
-                minus = self._shifted_gradient(index, chunk, before)
+                self._shift.fill(parts, -radius, square)
+                minus = gather(self._shifted_gradient(index, chunk, before), "minus")
         finally:
             self._random.set(after)
             self._between.restore()
-        self.accumulator.add_penalised(grads, plus, minus, weight, coefficient, square, radius)
+        self.accumulator.add_penalised(parts, plus, minus, weight, coefficient, square, radius)
         return square
 
-    def _shifted_gradient(self, index: int, chunk: Any, draws: list[Tensor]) -> list[Tensor]:
+    def _shifted_gradient(
+        self, index: int, chunk: Any, draws: list[Tensor]
+    ) -> Sequence[Tensor | None]:
         self._random.set(draws)
         with self._shift.applied():
             return self._gradient(self._forward(index, chunk, first=False))
@@ -272,7 +281,7 @@ class FullBatchClosure:
                 self.observe(output.detach() if isinstance(output, Tensor) else output, target)
         return loss
 
-    def _gradient(self, loss: Tensor, create_graph: bool = False) -> list[Tensor]:
+    def _gradient(self, loss: Tensor, create_graph: bool = False) -> Sequence[Tensor | None]:
         params = self.accumulator.params
         grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
         for i, g in enumerate(grads):
@@ -281,7 +290,7 @@ class FullBatchClosure:
                     f"the gradient of parameter {i} ({self._name(i)}) is sparse: fbopt needs dense "
                     "gradients, for an embedding pass sparse=False"
                 )
-        return self.accumulator.complete(grads)
+        return grads
 
     def _name(self, index: int) -> str:
         wanted = self.accumulator.params[index]

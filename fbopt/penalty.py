@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fbopt import _ops
-from fbopt._tensors import accumulator_dtype, by_device_and_dtype, check_number, flat_views
+from fbopt._groups import Groups
+from fbopt._tensors import accumulator_dtype, check_number
 
 METHODS = ("forward", "central", "exact")
 
@@ -102,57 +103,51 @@ class Shift:
     shift ends, also if the pass in between raises.
     """
 
-    def __init__(self, params: list[Tensor]) -> None:
-        self.params = params
-        self.originals = [p.detach() for p in params]
-        self.groups = by_device_and_dtype(params)
-        self._views: list[Tensor] = [torch.empty(0)] * len(params)
-        self._buffers = []
-        for group in self.groups:
-            members = [self.originals[i] for i in group]
-            size = sum(p.numel() for p in members)
-            flat = torch.empty(size, dtype=members[0].dtype, device=members[0].device)
-            self._buffers.append((flat, members))
-            for i, view in zip(group, flat_views(flat, members), strict=True):
-                self._views[i] = view
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+        self._originals = [p.detach() for p in groups.params]
+        self._flats = groups.buffers()
+        self._views = groups.views(self._flats)
 
-    def fits(self, params: list[Tensor]) -> bool:
+    def fits(self, groups: Groups) -> bool:
         """Whether the buffer was made for these parameters as they lie in memory now."""
-        return len(params) == len(self.params) and all(
-            p is q
-            and p.data_ptr() == o.data_ptr()
-            and p.dtype == o.dtype
-            and p.device == o.device
-            and p.stride() == o.stride()
-            for p, q, o in zip(params, self.params, self.originals, strict=True)
+        return groups is self.groups and all(
+            p.data_ptr() == o.data_ptr()
+            for p, o in zip(groups.params, self._originals, strict=True)
         )
 
     @torch.no_grad()
+    def begin(self) -> None:
+        """Take note of theta, for all shifts until the next call."""
+        self._theta = self.groups.gather(self._originals, "params")
+
+    @torch.no_grad()
     def fill(
-        self, grads: list[Tensor], radius: float, squared_norm: Tensor | None = None
+        self, grads: list[list[Tensor]], radius: float, squared_norm: Tensor | None = None
     ) -> Tensor:
         """Write ``theta + radius g / ||g||`` to the buffer and return ``||g||^2`` (0-dim, float64).
 
-        A negative radius shifts the other way.
+        The gradients are gathered. A negative radius shifts the other way.
         """
-        if squared_norm is None and len(self.groups) > 1:
-            squared_norm = _ops.squared_norm(grads)
-        for (flat, members), group in zip(self._buffers, self.groups, strict=True):
+        if squared_norm is None and len(grads) > 1:
+            squared_norm = _ops.squared_norm([g for part in grads for g in part])
+        for flat, theta, part in zip(self._flats, self._theta, grads, strict=True):
             known = None if squared_norm is None else squared_norm.to(flat.device)
-            part = [grads[i] for i in group]
-            result = _ops.perturb_(flat, members, part, radius, known)
+            result = _ops.perturb_(flat, theta, part, radius, known)
         return result if squared_norm is None else squared_norm
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Let the parameters point to the buffer."""
         try:
-            for p, view in zip(self.params, self._views, strict=True):
-                p.data = view
+            self._point_to(self._views)
             yield
         finally:
-            for p, original in zip(self.params, self.originals, strict=True):
-                p.data = original
+            self._point_to(self._originals)
+
+    def _point_to(self, tensors: list[Tensor]) -> None:
+        for p, t in zip(self.groups.params, tensors, strict=True):
+            p.data = t
 
 
 def hessian_gradient_product(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:

@@ -18,6 +18,12 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def pack_(out: Tensor, tensors: list[Tensor]) -> None:
+    """Set the 1-D `out` to the tensors one after the other, each in row-major order."""
+    if tensors:
+        out.copy_(torch.cat([t.reshape(-1) for t in tensors]))
+
+
 def squared_norm(tensors: list[Tensor]) -> Tensor:
     """Return sum_i ||x_i||^2 as a 0-dim float64 tensor."""
     return torch.stack([t.double().square().sum() for t in tensors]).sum()

@@ -73,6 +73,8 @@ def cases(name, shapes, dtype):
     sums = make(shapes, wide, 4, [lambda t: t, channels_last, transposed])
     if name == "squared_norm":
         return [(params,)]
+    if name == "pack_":
+        return [(torch.empty(sum(p.numel() for p in params), dtype=dtype), params)]
     if name == "perturb_":
         out = torch.empty(sum(p.numel() for p in params), dtype=dtype)
         zero = [torch.zeros_like(g) for g in grads]
@@ -238,6 +240,8 @@ def test_large_output_is_streamed_correctly():
 @pytest.mark.parametrize(
     "name, spoil, message",
     [
+        ("pack_", lambda a: a.__setitem__(0, torch.zeros(3)), "out must have 18 elements"),
+        ("pack_", lambda a: a.__setitem__(0, torch.zeros(18).double()), "another dtype than out"),
         ("accumulate_", lambda a: a[1].pop(), "grads has 2 tensors, expected 3"),
         ("accumulate_", lambda a: a[1].__setitem__(1, torch.zeros(4)), r"grads\[1\].*shape"),
         ("accumulate_", lambda a: a[1].__setitem__(1, a[1][1].double()), r"grads\[1\].*dtype"),

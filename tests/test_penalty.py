@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
+from fbopt._groups import Groups
 from fbopt.penalty import Shift, hessian_gradient_product
 
 
@@ -181,8 +182,9 @@ def test_shift_moves_by_the_radius_into_a_second_buffer():
     ]
     grads = [torch.randn_like(p) for p in params]
     before, pointers = [p.detach().clone() for p in params], [p.data_ptr() for p in params]
-    shift = Shift(params)
-    square = shift.fill(grads, 0.3)
+    shift = Shift(Groups(params))
+    shift.begin()
+    square = shift.fill([grads], 0.3)
     with shift.applied():
         moved = torch.cat([(p - b).flatten() for p, b in zip(params, before, strict=True)])
         assert all(p.data_ptr() != q for p, q in zip(params, pointers, strict=True))

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fbopt.train import models
-from fbopt.train.data import Chunks, DataError, from_arrays
-from fbopt.train.sources import load, parse
+from fbopt.train.data import Chunks, from_arrays
+from fbopt.train.sources import DataError, load, parse
 
 
 def arrays(n: int = 30, shape: tuple[int, ...] = (1, 8, 8), dtype=np.uint8) -> dict:

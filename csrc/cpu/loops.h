@@ -42,33 +42,40 @@ void for_each_backwards(const Layout& layout, const Body& body) {
       });
 }
 
-// Sixteen interleaved sums, combined pairwise: which element goes into which sum depends on its
-// index alone, so every vector width gives the same bits. Vector types rather than a plain loop:
-// the compiler would keep an array of sums in memory.
+// 32 interleaved sums, combined pairwise: which element goes into which sum depends on its index
+// alone, so every vector width gives the same bits. Vector types rather than a plain loop: the
+// compiler would keep an array of sums in memory.
 template <class A>
 class SquareSum {
   using Wide = double __attribute__((vector_size(32)));
+  static constexpr int64_t kVectors = 8, kLanes = 4 * kVectors;
 
  public:
   void add(const A* x, int64_t n) {
-    Wide s0 = sums_[0], s1 = sums_[1], s2 = sums_[2], s3 = sums_[3];
+    Wide sums[kVectors];
+    for (int v = 0; v < kVectors; ++v) sums[v] = sums_[v];
     int64_t j = 0;
-    for (; j + 16 <= n; j += 16) {
-      s0 = add_square(s0, x + j);
-      s1 = add_square(s1, x + j + 4);
-      s2 = add_square(s2, x + j + 8);
-      s3 = add_square(s3, x + j + 12);
+    for (; j + kLanes <= n; j += kLanes) {
+      for (int64_t ahead = 0; ahead < kLanes; ahead += 64 / sizeof(A))
+        __builtin_prefetch(x + j + kAhead + ahead);
+      for (int v = 0; v < kVectors; ++v) sums[v] = add_square(sums[v], x + j + 4 * v);
     }
-    sums_[0] = s0, sums_[1] = s1, sums_[2] = s2, sums_[3] = s3;
-    for (; j < n; ++j)
-      sums_[j % 16 / 4][j % 4] += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+    for (int v = 0; v < kVectors; ++v) sums_[v] = sums[v];
+    for (; j < n; ++j) {
+      const double value = static_cast<double>(x[j]);
+      sums_[j % kLanes / 4][j % 4] += value * value;
+    }
   }
   double total() const {
-    const Wide s = (sums_[0] + sums_[1]) + (sums_[2] + sums_[3]);
+    const Wide s = ((sums_[0] + sums_[1]) + (sums_[2] + sums_[3])) +
+                   ((sums_[4] + sums_[5]) + (sums_[6] + sums_[7]));
     return (s[0] + s[1]) + (s[2] + s[3]);
   }
 
  private:
+  // Elements that a prefetch runs ahead of the sum.
+  static constexpr int64_t kAhead = 512;
+
   static Wide load(const double* x) {
     Wide wide;
     std::memcpy(&wide, x, sizeof wide);
@@ -88,17 +95,21 @@ class SquareSum {
 #endif
     return sum + wide * wide;
   }
-  Wide sums_[4] = {};
+  Wide sums_[kVectors] = {};
 };
 
 template <class T>
 double sum_of_squares(const T* p, int64_t n) {
   using A = accumulate_t<T>;
   SquareSum<A> sum;
-  tiles(0, n, 0, [&](int64_t i, int64_t count) {
-    Buffer<T, A> buffer;
-    sum.add(widen<A>(p + i, buffer, count), count);
-  });
+  if constexpr (kInPlace<T, A>) {
+    sum.add(p, n);
+  } else {
+    tiles(0, n, 0, [&](int64_t i, int64_t count) {
+      Buffer<T, A> buffer;
+      sum.add(widen<A>(p + i, buffer, count), count);
+    });
+  }
   return sum.total();
 }
 

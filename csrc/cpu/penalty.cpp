@@ -14,6 +14,47 @@ Tensor zero_dim(double value) {
   return t;
 }
 
+// A copy with its elements in row-major order.
+Tensor row_major(AtenTensorHandle t) {
+  const Meta meta(t);
+  std::vector<int64_t> strides(meta.dim);
+  int64_t stride = 1;
+  for (int64_t d = meta.dim; d-- > 0; stride *= meta.sizes[d]) strides[d] = stride;
+  Tensor copy = empty_strided(meta.dim, meta.sizes, strides.data(), t);
+  torch::stable::copy_(copy, borrow(t));
+  return copy;
+}
+
+// What a call with packed tensors saves is what each of them costs here: no more is asked of a
+// tensor than has to be known.
+void pack_op(const Tensor& out, const TensorList& tensors) {
+  const Meta target(out.get());
+  FBOPT_CHECK(out.is_contiguous(), "out must be contiguous");
+  const auto size = static_cast<int64_t>(out.element_size());
+  std::vector<int64_t> bytes(tensors.size());
+  int64_t total = 0;
+  for (int64_t i = 0; i < tensors.size(); ++i) {
+    int32_t dtype = 0;
+    FBOPT_CALL(aoti_torch_get_dtype(tensors[i], &dtype));
+    FBOPT_CALL(aoti_torch_get_numel(tensors[i], &bytes[i]));
+    FBOPT_CHECK(dtype == target.dtype, "tensors[", i, "] has another dtype than out");
+    total += bytes[i];
+    bytes[i] *= size;
+  }
+  FBOPT_CHECK(total == target.numel, "out must have ", total, " elements, one for each of tensors");
+  char* to = static_cast<char*>(target.data);
+  for (int64_t i = 0; i < tensors.size(); to += bytes[i++]) {
+    if (bytes[i] == 0) continue;
+    bool contiguous = false;
+    FBOPT_CALL(aoti_torch_is_contiguous(tensors[i], &contiguous));
+    std::optional<Tensor> copy;
+    if (!contiguous) copy = row_major(tensors[i]);
+    void* from = nullptr;
+    FBOPT_CALL(aoti_torch_get_data_ptr(copy ? copy->get() : tensors[i], &from));
+    std::memcpy(to, from, bytes[i]);
+  }
+}
+
 Tensor squared_norm_op(const TensorList& tensors) {
   const ScalarType dtype = dtype_of(tensors);
   const Layout layout(tensors);
@@ -134,6 +175,7 @@ void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, cons
 }  // namespace fbopt::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fbopt, CPU, m) {
+  m.impl("pack_", TORCH_BOX(&fbopt::cpu::pack_op));
   m.impl("squared_norm", TORCH_BOX(&fbopt::cpu::squared_norm_op));
   m.impl("perturb_", TORCH_BOX(&fbopt::cpu::perturb_op));
   m.impl("accumulate_", TORCH_BOX(&fbopt::cpu::accumulate_op));

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from .options import Options, OptionsError
 from .recipes import RECIPES
+from .sources import DataError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +18,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         return _fail("fbopt train needs the package tyro: pip install tyro", 2)
     options = tyro.cli(Options, prog="fbopt train", args=arguments, description=description())
-    from .data import DataError
     from .interrupt import Interrupted
     from .loop import train
     from .run import Diverged

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .options import Options, OptionsError, RecipeName, resolve
+from .sources import DataError
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,17 @@ class Comparison:
     runs: Path = Path("runs")
     """Folder that the run folders lie in."""
     threads: int | None = None
-    """Threads that torch computes with. Default: torch's own choice."""
+    """Threads that torch computes with, as for `fbopt train`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `fbopt compare …`; returns 0, 1 (diverged), 2 (bad input) or 130 (stopped)."""
     import tyro
 
-    from .data import DataError
+    wanted = tyro.cli(Comparison, prog="fbopt compare", args=arguments)
     from .interrupt import Interrupted
     from .run import Diverged
 
-    wanted = tyro.cli(Comparison, prog="fbopt compare", args=arguments)
     try:
         print(compare(wanted))
     except (OptionsError, DataError, Diverged) as error:
@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error, Diverged) else 2
     except Interrupted as stop:
         print(f"{stop}\nor give the same command again", flush=True)
+        return 130
+    except KeyboardInterrupt:
+        print("stopped at once", file=sys.stderr)
         return 130
     return 0
 

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message says which file or array and what to do."""
+from .sources import DataError
 
 
 @dataclass(frozen=True)

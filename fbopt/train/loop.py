@@ -13,13 +13,12 @@ import torch
 from torch import nn
 
 from . import models
-from .data import DataError
 from .interrupt import Interrupt, Interrupted
 from .options import Options, OptionsError, check_resume, resolve
 from .progress import Progress
 from .report import draw_curves
 from .run import Run
-from .sources import load
+from .sources import DataError, load
 from .store import RunFolder
 
 SAVE_SECONDS = 300.0

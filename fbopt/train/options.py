@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .data import DataError
 from .recipes import RECIPES, Recipe, scale_of
-from .sources import parse
+from .sources import DataError, parse
 
 RecipeName = Literal["sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong"]
 ModelName = Literal["cnn", "resnet18"]
@@ -48,7 +47,8 @@ class Options:
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto is cuda where there is one."""
     threads: int | None = None
-    """Threads that torch computes with. Default: torch's own choice."""
+    """Threads that torch computes with. Default: 1 for the small CNN on small data, where more
+    would only wait for each other, else torch's own choice."""
     out: Path | None = None
     """Folder to write. Default: runs/DATA-RECIPE-sSEED."""
     overwrite: bool = False
@@ -222,6 +222,8 @@ def resolve(options: Options) -> Options:
         values |= {"penalty": None, "radius": None, "method": None}
     if options.momentum == 0:
         values["nesterov"] = bool(options.nesterov)
+    if (scale, values["model"]) == ("small", "cnn"):
+        values.setdefault("threads", 1)
     names = {field.name for field in fields(Options)} - {"scale"}
     resolved = replace(options, scale=scale, **{k: v for k, v in values.items() if k in names})
     if resolved.nesterov and resolved.momentum == 0:

@@ -42,9 +42,9 @@ class Recipe:
         return self.batch_size is not None
 
 
-def _ladder(sgd: Recipe, fb: Recipe, long: Recipe, penalty_lr: float) -> dict[str, Recipe]:
+def _ladder(sgd: Recipe, fb: Recipe, long: Recipe) -> dict[str, Recipe]:
     clip = replace(long, summary="fb-long + global gradient clipping", max_norm=0.25)
-    penalty = replace(clip, summary="fb-clip + gradient penalty", lr=penalty_lr, penalty=0.5)
+    penalty = replace(clip, summary="fb-clip + gradient penalty", lr=0.8, penalty=0.5)
     strong = replace(
         penalty, summary="fb-penalty on chunks of 32: a stronger penalty", chunk_size=32
     )
@@ -67,13 +67,11 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         Recipe(_SGD, "resnet18", lr=0.1, warmup=5, cosine=300, epochs=300, batch_size=128),
         Recipe(_FB, "resnet18", lr=0.1, warmup=5, cosine=300, steps=300, chunk_size=128),
         Recipe(_LONG, "resnet18", lr=0.4, warmup=400, cosine=4000, steps=3000, chunk_size=128),
-        penalty_lr=0.8,
     ),
     "small": _ladder(
         Recipe(_SGD, "cnn", lr=0.05, warmup=5, cosine=200, epochs=200, batch_size=100),
         Recipe(_FB, "cnn", lr=0.05, warmup=5, cosine=200, steps=200, chunk_size=128),
         Recipe(_LONG, "cnn", lr=0.4, warmup=100, cosine=1300, steps=1000, chunk_size=128),
-        penalty_lr=0.8,
     ),
 }
 NAMES = tuple(RECIPES["small"])

@@ -15,7 +15,6 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
     """Draw metrics.jsonl to curves.png; False where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogFormatter
     except ImportError:
         print("no curves.png: pip install matplotlib")
         return False
@@ -24,7 +23,7 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
     (loss, accuracy), (norm, rate) = figure.subplots(2, 2, sharex=True)
     _line(loss, records, "loss", BLUE, "train")
     _line(loss, records, "test_loss", ORANGE, "test")
-    loss.set(ylabel="mean cross-entropy (nats)", title="Loss", yscale="log")
+    loss.set(ylabel="mean cross-entropy (nats)", title="Loss")
     _line(accuracy, records, "train_accuracy", BLUE, "train", percent=True)
     _line(accuracy, records, "test_accuracy", ORANGE, "test", percent=True)
     accuracy.set(ylabel="samples classified right (%)", title="Accuracy")
@@ -33,13 +32,12 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
         norm.axhline(options.max_norm, color=GREY, linestyle="--", label="clipped to")
         norm.legend(frameon=False)
     title = "Gradient norm" + (", last mini-batch" if options.stochastic else ", full batch")
-    norm.set(ylabel="Euclidean norm", title=title, yscale="log")
+    norm.set(ylabel="Euclidean norm", title=title)
     _line(rate, records, "lr", BLUE, "learning rate")
     rate.set(ylabel="learning rate", title="Learning rate")
     _finish(figure, (loss, accuracy), (norm, rate), options)
     for axes in (loss, norm):
-        for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+        _log_scale(axes)
     if "test_accuracy" in records[-1]:
         figure.suptitle(
             f"{options.data_name}, {options.recipe}, seed {options.seed}: test accuracy "
@@ -68,6 +66,19 @@ def _line(
             marker=marker,
             markersize=3,
         )
+
+
+def _log_scale(axes: Any) -> None:
+    """A logarithmic scale with plain numbers, for values over more than a decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    values = [value for line in axes.lines for value in line.get_ydata() if value > 0]
+    ratio = max(values, default=1) / min(values, default=1)
+    if ratio > 10:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_minor_formatter("{x:g}" if ratio < 300 else NullFormatter())
 
 
 def _finish(figure: Any, with_legend: tuple, bottom: tuple, options: Options) -> None:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import random
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data import Data, DataError, from_arrays
+if TYPE_CHECKING:
+    from .data import Data
 
+Arrays = tuple[Any, Any, Any, Any]  # x_train, y_train, x_test, y_test
 KINDS = "mnist1d, digits, npz:PATH or imagefolder:PATH"
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message says which file or array and what to do."""
 
 
 def parse(spec: str) -> tuple[str, Path | None]:
@@ -33,17 +40,21 @@ def load(spec: str, image_size: int = 32) -> Data:
     """
     kind, path = parse(spec)
     if kind == "npz":
-        return _npz(path)
-    if kind == "imagefolder":
-        return _imagefolder(path, image_size)
-    return _mnist1d() if kind == "mnist1d" else _digits()
+        arrays = _npz(path)
+    elif kind == "imagefolder":
+        arrays = _imagefolder(path, image_size)
+    else:
+        arrays = _mnist1d() if kind == "mnist1d" else _digits()
+    from .data import from_arrays  # brings torch: a typing error should not wait for it
+
+    return from_arrays(*arrays, spec)
 
 
 def _need(package: str, spec: str) -> DataError:
     return DataError(f"--data {spec} needs the package {package}: pip install {package}")
 
 
-def _mnist1d() -> Data:
+def _mnist1d() -> Arrays:
     """MNIST-1D's own 4,000 training and 1,000 test signals of 40 points, generated offline."""
     try:
         from mnist1d.data import make_dataset
@@ -56,10 +67,10 @@ def _mnist1d() -> Data:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-    return from_arrays(made["x"], made["y"], made["x_test"], made["y_test"], "mnist1d")
+    return made["x"], made["y"], made["x_test"], made["y_test"]
 
 
-def _digits() -> Data:
+def _digits() -> Arrays:
     """scikit-learn's 1,797 digits of 8×8, 1,437 to train and 360 to test, by a fixed shuffle."""
     try:
         from sklearn.datasets import load_digits
@@ -70,10 +81,10 @@ def _digits() -> Data:
     order = np.random.RandomState(0).permutation(len(y))
     x = x.reshape(-1, 1, 8, 8).astype(np.uint8)[order]
     y, cut = y[order], 1437
-    return from_arrays(x[:cut], y[:cut], x[cut:], y[cut:], "digits")
+    return x[:cut], y[:cut], x[cut:], y[cut:]
 
 
-def _npz(path: Path) -> Data:
+def _npz(path: Path) -> Arrays:
     names = ("x_train", "y_train", "x_test", "y_test")
     if not path.is_file():
         raise DataError(f"--data npz:{path}: there is no such file")
@@ -84,7 +95,7 @@ def _npz(path: Path) -> Data:
                     f"--data npz:{path}: no array {', '.join(missing)}; save it with "
                     f"numpy.savez(path, {', '.join(f'{n}={n}' for n in names)})"
                 )
-            arrays = [archive[name] for name in names]
+            return tuple(archive[name] for name in names)
     except DataError:
         raise
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
@@ -92,10 +103,9 @@ def _npz(path: Path) -> Data:
             f"--data npz:{path}: not an .npz file of plain arrays (pickled objects are "
             f"never read): {error}"
         ) from error
-    return from_arrays(*arrays, f"npz:{path}")
 
 
-def _imagefolder(path: Path, size: int) -> Data:
+def _imagefolder(path: Path, size: int) -> Arrays:
     try:
         from torchvision.datasets import ImageFolder
     except ImportError as error:
@@ -116,13 +126,8 @@ def _imagefolder(path: Path, size: int) -> Data:
             f"--data imagefolder:{path}: train and test have different classes; only "
             f"one of them has {', '.join(odd)}"
         )
-    return from_arrays(
-        _pixels(train.samples, size),
-        train.targets,
-        _pixels(test.samples, size),
-        test.targets,
-        f"imagefolder:{path}",
-    )
+    pixels = [_pixels(folder.samples, size) for folder in (train, test)]
+    return pixels[0], train.targets, pixels[1], test.targets
 
 
 def _pixels(samples: list[tuple[str, int]], size: int) -> np.ndarray:
