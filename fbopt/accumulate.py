@@ -65,6 +65,7 @@ class GradientAccumulator:
         self.sums = self.groups.views(self._flat)
         self._operands = self.groups.operands(self._flat, self.sums)
 
+    @torch.no_grad()
     def add(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
         """Add ``weight * grads``.
 
@@ -94,10 +95,8 @@ class GradientAccumulator:
             grads = [torch.zeros_like(p) if g is None else g for g, p in pairs]
         else:
             self._unseen.clear()
-        with torch.no_grad():
-            return self.groups.gather(grads, slot)
+        return self.groups.gather(grads, slot)
 
-    @torch.no_grad()
     def add_parts(
         self, parts: list[list[Tensor]], weight: float, coefficient: Tensor | None = None
     ) -> None:
@@ -113,7 +112,6 @@ class GradientAccumulator:
         if coefficient is None:
             self.total_weight += weight
 
-    @torch.no_grad()
     def add_penalised(
         self,
         grads: list[list[Tensor]],
@@ -166,9 +164,11 @@ class GradientAccumulator:
     @torch.no_grad()
     def settle(self, done: set[int]) -> None:
         """Turn the sums into means, except those that the optimizer's step has turned already."""
-        for i, view in enumerate(self.sums):
-            if i not in done:
-                view.div_(self._scalar(self.total_weight, view.device).to(view.dtype))
+        for flat, group in zip(self._flat, self.groups.indices, strict=True):
+            weight = self._scalar(self.total_weight, flat.device).to(flat.dtype)
+            left = [i for i in group if i not in done]
+            for tensor in [flat] if len(left) == len(group) else [self.sums[i] for i in left]:
+                tensor.div_(weight)
         self._is_mean = True
 
     def has_grad(self, index: int) -> bool:

@@ -122,7 +122,7 @@ class FullBatchClosure:
         self._before.save()
         self._step_before = self.step
         try:
-            with torch.enable_grad(), self._statistics.averaging():
+            with torch.no_grad(), self._statistics.averaging():
                 loss = self._visit(coefficient)
         except BaseException:
             self.rollback()
@@ -178,10 +178,12 @@ class FullBatchClosure:
             if self._shift is None or not self._shift.fits(groups):
                 self._shift = Shift(groups)
             self._shift.begin()
-        self._random = RandomState({p.device for p in params})
+            self._random = RandomState({p.device for p in params})
 
     def _visit(self, coefficient: float | Tensor | None) -> Tensor:
-        total = squares = None
+        losses: list[Tensor] = []
+        squares: list[Tensor] = []
+        weights: list[float] = []
         if coefficient is not None:
             device = self.accumulator.params[0].device
             if isinstance(coefficient, Tensor):
@@ -191,34 +193,34 @@ class FullBatchClosure:
         for index, chunk in enumerate(self.chunks):
             weight = weigh(index, chunk, self.weight)
             loss, square = self._chunk(index, chunk, weight, coefficient)
-            total = weight * loss if total is None else total + weight * loss
+            losses.append(loss)
+            weights.append(weight)
             if square is not None:
-                squares = weight * square if squares is None else squares + weight * square
-        if total is None:
+                squares.append(square)
+        if not losses:
             raise ValueError("chunks is empty: there is no sample to average over")
-        weights = self.accumulator.total_weight
-        self._statistics.commit(weights)
-        self.mean_sqnorm = None if squares is None else squares / weights
-        return (total / weights).to(self._loss_dtype)
+        self._statistics.commit(self.accumulator.total_weight)
+        self.mean_sqnorm = _mean(squares, weights) if squares else None
+        wide = losses[-1].dtype == torch.float64
+        return _mean(losses, weights).to(torch.float64 if wide else torch.float32)
 
     def _chunk(
         self, index: int, chunk: Any, weight: float, coefficient: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Add one chunk's gradient; return its loss (float64) and, with a penalty, ||g||^2."""
+        """Add one chunk's gradient; return its loss and, with a penalty, ||g||^2 (float64)."""
         exact = coefficient is not None and self.penalty.method == "exact"
-        before = None if coefficient is None else self._random.get()
+        shifts = coefficient is not None and not exact
+        before = self._random.get() if shifts else None
         loss = self._forward(index, chunk, first=True)
         grads = self._gradient(loss, create_graph=exact)
         self._statistics.record(weight)
-        value = loss.detach().double()
-        self._loss_dtype = torch.float64 if loss.dtype == torch.float64 else torch.float32
+        loss = loss.detach()  # its graph holds the activations that the next pass needs room for
         if coefficient is None:
             self.accumulator.add_parts(self.accumulator.gather(grads), weight)
-            return value, None
+            return loss, None
         if exact:
-            return value, self._add_exact(grads, weight, coefficient)
-        del loss  # its graph holds the activations that the next pass needs room for
-        return value, self._add_shifted(index, chunk, grads, weight, coefficient, before)
+            return loss, self._add_exact(grads, weight, coefficient)
+        return loss, self._add_shifted(index, chunk, grads, weight, coefficient, before)
 
     def _add_exact(
         self, grads: Sequence[Tensor | None], weight: float, coefficient: Tensor
@@ -228,8 +230,7 @@ class FullBatchClosure:
         parts = accumulator.gather([None if g is None else g.detach() for g in grads])
         accumulator.add_parts(parts, weight)
         accumulator.add_parts(accumulator.groups.gather(products, "plus"), weight, coefficient)
-        with torch.no_grad():
-            return _ops.squared_norm([g for part in parts for g in part])
+        return _ops.squared_norm([g for part in parts for g in part])
 
     def _add_shifted(
         self,
@@ -268,7 +269,7 @@ class FullBatchClosure:
     def _forward(self, index: int, chunk: Any, *, first: bool) -> Tensor:
         # Autocast keeps the weights it has cast, by parameter: those know nothing of the shift.
         torch.clear_autocast_cache()
-        with self._autocast():
+        with torch.enable_grad(), self._autocast():
             if self.evaluate is not None:
                 loss = self.evaluate(self.model, chunk)
             else:
@@ -277,8 +278,7 @@ class FullBatchClosure:
                 loss = self.loss_fn(output, target)
         check_loss(index, loss, "evaluate" if self.evaluate else "loss_fn")
         if first and self.observe is not None:
-            with torch.no_grad():
-                self.observe(output.detach() if isinstance(output, Tensor) else output, target)
+            self.observe(output.detach() if isinstance(output, Tensor) else output, target)
         return loss
 
     def _gradient(self, loss: Tensor, create_graph: bool = False) -> Sequence[Tensor | None]:
@@ -300,3 +300,9 @@ class FullBatchClosure:
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.accumulator.params[0].device.type, dtype=self.autocast)
+
+
+def _mean(values: list[Tensor], weights: list[float]) -> Tensor:
+    """The weighted mean of 0-dim tensors, in float64."""
+    wide = torch.stack(values).double()
+    return torch.stack(torch._foreach_mul(list(wide.unbind()), weights)).sum() / sum(weights)

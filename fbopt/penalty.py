@@ -158,9 +158,9 @@ def hessian_gradient_product(grads: list[Tensor], params: list[Tensor]) -> list[
         grads: gradients made with ``create_graph=True``.
         params: the parameters they belong to.
     """
-    half = (
-        sum(g.to(accumulator_dtype(g.dtype)).square().sum() for g in grads if g.requires_grad) / 2
-    )
+    with torch.enable_grad():
+        squares = [g.to(accumulator_dtype(g.dtype)).square() for g in grads if g.requires_grad]
+        half = sum(square.sum() for square in squares) / 2
     if not isinstance(half, Tensor):  # the loss is linear in every parameter
         return [torch.zeros_like(p) for p in params]
     products = torch.autograd.grad(half, params, allow_unused=True)
