@@ -58,3 +58,14 @@ def test_options_in_commands_are_known(command):
     tyro = pytest.importorskip("tyro")
     words = shlex.split(command.replace("PATH", "somewhere"))[1:]
     tyro.cli({"train": Options, "compare": Comparison}[words[0]], args=words[1:])
+
+
+def test_doctor_says_what_the_readme_shows(capsys):
+    from fbopt import doctor
+
+    doctor.main()
+    labels = [
+        [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
+        for text in (capsys.readouterr().out, blocks("console")[0])
+    ]
+    assert labels[0][: len(labels[1])] == labels[1]

@@ -6,9 +6,9 @@ import inspect
 import sys
 from collections.abc import Sequence
 
-from .options import Options, OptionsError
-from .recipes import RECIPES
-from .sources import DataError
+from fbopt.train.options import Options, OptionsError
+from fbopt.train.recipes import RECIPES
+from fbopt.train.sources import DataError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,9 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         return _fail("fbopt train needs the package tyro: pip install tyro", 2)
     options = tyro.cli(Options, prog="fbopt train", args=arguments, description=description())
-    from .interrupt import Interrupted
-    from .loop import train
-    from .run import Diverged
+    from fbopt.train.interrupt import Interrupted
+    from fbopt.train.loop import train
+    from fbopt.train.run import Diverged
 
     try:
         train(options)

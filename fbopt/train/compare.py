@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .options import Options, OptionsError, RecipeName, resolve
-from .sources import DataError
+from fbopt.train.options import Options, OptionsError, RecipeName, resolve
+from fbopt.train.sources import DataError
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     wanted = tyro.cli(Comparison, prog="fbopt compare", args=arguments)
-    from .interrupt import Interrupted
-    from .run import Diverged
+    from fbopt.train.interrupt import Interrupted
+    from fbopt.train.run import Diverged
 
     try:
         print(compare(wanted))
@@ -59,8 +59,8 @@ def compare(wanted: Comparison) -> str:
     if wanted.seeds < 1:
         raise OptionsError(f"--seeds {wanted.seeds}: has to be at least 1")
     rows = [
-        "| recipe | test accuracy (%) | train loss | steps | passes of gradients | seconds |",
-        "|---|---|---|---|---|---|",
+        "| recipe | test accuracy (%) | train loss | steps | passes of gradients |",
+        "|---|---|---|---|---|",
     ]
     for recipe in wanted.recipes:
         results = [_result(wanted, recipe, seed) for seed in range(wanted.seeds)]
@@ -71,15 +71,14 @@ def compare(wanted: Comparison) -> str:
             _spread([r["loss"] for r in results], 4),
             f"{first['step']:,}",
             f"{first['gradient_evaluations']:,}",
-            _spread([r["seconds"] for r in results], 0),
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def _result(wanted: Comparison, recipe: str, seed: int) -> dict:
-    from .loop import train
-    from .store import RunFolder
+    from fbopt.train.loop import train
+    from fbopt.train.store import RunFolder
 
     options = Options(data=wanted.data, recipe=recipe, seed=seed, threads=wanted.threads)
     folder = RunFolder(wanted.runs / options.folder.name)

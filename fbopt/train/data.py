@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .sources import DataError
+from fbopt.train.sources import DataError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from .store import RunFolder
+from fbopt.train.store import RunFolder
 
 
 class Interrupted(Exception):

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import models
-from .interrupt import Interrupt, Interrupted
-from .options import Options, OptionsError, check_resume, resolve
-from .progress import Progress
-from .report import draw_curves
-from .run import Run
-from .sources import DataError, load
-from .store import RunFolder
+from fbopt.train import models
+from fbopt.train.interrupt import Interrupt, Interrupted
+from fbopt.train.options import Options, OptionsError, check_resume, resolve
+from fbopt.train.progress import Progress
+from fbopt.train.report import draw_curves
+from fbopt.train.run import Run
+from fbopt.train.sources import DataError, load
+from fbopt.train.store import RunFolder
 
 SAVE_SECONDS = 300.0
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .recipes import RECIPES, Recipe, scale_of
-from .sources import DataError, parse
+from fbopt.train.recipes import RECIPES, Recipe, scale_of
+from fbopt.train.sources import DataError, parse
 
 RecipeName = Literal["sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong"]
 ModelName = Literal["cnn", "resnet18"]

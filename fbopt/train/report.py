@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .options import Options
-from .store import RunFolder
+from fbopt.train.options import Options
+from fbopt.train.store import RunFolder
 
 # Okabe and Ito's palette, told apart with any colour vision.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"

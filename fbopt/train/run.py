@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
-
-from . import models
-from .data import Chunks, Data, Split
-from .options import Options, OptionsError
+from fbopt.train import models
+from fbopt.train.data import Chunks, Data, Split
+from fbopt.train.options import Options, OptionsError
 
 GRADIENTS = {None: 1, "forward": 2, "central": 3, "exact": 2}  # backward passes per chunk
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from .data import Data
+    from fbopt.train.data import Data
 
 Arrays = tuple[Any, Any, Any, Any]  # x_train, y_train, x_test, y_test
 KINDS = "mnist1d, digits, npz:PATH or imagefolder:PATH"
@@ -45,7 +45,7 @@ def load(spec: str, image_size: int = 32) -> Data:
         arrays = _imagefolder(path, image_size)
     else:
         arrays = _mnist1d() if kind == "mnist1d" else _digits()
-    from .data import from_arrays  # brings torch: a typing error should not wait for it
+    from fbopt.train.data import from_arrays  # brings torch: a typing error should not wait for it
 
     return from_arrays(*arrays, spec)
 

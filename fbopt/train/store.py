@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .options import OptionsError
+from fbopt.train.options import OptionsError
 
 FILES = ("options.json", "metrics.jsonl", "checkpoint.pt", "curves.png", "result.json")
 
