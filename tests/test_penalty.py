@@ -96,7 +96,9 @@ def test_equal_rates_of_several_groups_are_one_rate():
             {"params": [p], "lr": lr} for p, lr in zip(model[0].parameters(), lrs, strict=True)
         ]
         optimizer = FullBatchGD(groups, lr=0.1)
-        flat_gradient(model, chunks, GradientPenalty(), optimizer=optimizer)
+        got = flat_gradient(model, chunks, GradientPenalty(), optimizer=optimizer)
+        wanted = flat_gradient(model, chunks, GradientPenalty(coefficient=float(lrs[0]) / 8))
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
 
 
 def test_coefficient_may_be_a_function_of_the_step():

@@ -15,14 +15,16 @@ constexpr int64_t kGrain = 32768;
 // Threads split the elements at multiples of this, so that none begins inside a cache line.
 constexpr int64_t kUnit = 1024;
 // One partial sum for each so many elements.
-constexpr int64_t kBlock = 8192;
+constexpr int64_t kBlock = 32768;
+// The elementwise loop goes backwards in runs of so many elements.
+constexpr int64_t kRun = 8192;
 
 // More than the caches are likely to keep until it is read. A constant: what machines report ranges
 // from one core's share to the sum over all sockets.
 inline bool exceeds_cache(int64_t bytes) { return bytes > int64_t{32} << 20; }
 
-// body(i, begin, end): elements begin ... end of tensor i, each element once, from the last to the
-// first block: after a forward sum over the same memory its end is what the caches still hold.
+// body(i, begin, end): elements begin ... end of tensor i, each element once, from the last run
+// to the first: after a forward sum over the same memory its end is what the caches still hold.
 template <class Body>
 void for_each_backwards(const Layout& layout, const Body& body) {
   std::vector<int64_t> ends(layout.size());
@@ -34,7 +36,7 @@ void for_each_backwards(const Layout& layout, const Body& body) {
         int64_t i = std::lower_bound(ends.begin(), ends.end(), end) - ends.begin();
         while (end > b * kUnit) {
           const int64_t start = ends[i] - layout[i].numel;
-          const int64_t begin = std::max({start, b * kUnit, (end - 1) / kBlock * kBlock});
+          const int64_t begin = std::max({start, b * kUnit, (end - 1) / kRun * kRun});
           if (begin < end) body(i, begin - start, end - start);
           end = begin;
           if (end == start) --i;
@@ -42,28 +44,31 @@ void for_each_backwards(const Layout& layout, const Body& body) {
       });
 }
 
-// 32 interleaved sums, combined pairwise: which element goes into which sum depends on its index
-// alone, so every vector width gives the same bits. Vector types rather than a plain loop: the
-// compiler would keep an array of sums in memory.
+// 32 interleaved sums over four quarters of the elements at once, combined pairwise. One stream of
+// reads does not fill the memory's bandwidth; four do. Which element goes into which sum depends on
+// its index alone, so every vector width gives the same bits. Vector types rather than a plain
+// loop: the compiler would keep an array of sums in memory.
 template <class A>
 class SquareSum {
   using Wide = double __attribute__((vector_size(32)));
-  static constexpr int64_t kVectors = 8, kLanes = 4 * kVectors;
+  static constexpr int64_t kStreams = 4, kPerStream = 2, kStep = 4 * kPerStream;
+  static constexpr int64_t kVectors = kStreams * kPerStream;
 
  public:
   void add(const A* x, int64_t n) {
+    const int64_t quarter = n / (kStreams * kStep) * kStep;
     Wide sums[kVectors];
     for (int v = 0; v < kVectors; ++v) sums[v] = sums_[v];
-    int64_t j = 0;
-    for (; j + kLanes <= n; j += kLanes) {
-      for (int64_t ahead = 0; ahead < kLanes; ahead += 64 / sizeof(A))
-        __builtin_prefetch(x + j + kAhead + ahead);
-      for (int v = 0; v < kVectors; ++v) sums[v] = add_square(sums[v], x + j + 4 * v);
-    }
+    for (int64_t j = 0; j < quarter; j += kStep)
+      for (int s = 0; s < kStreams; ++s)
+        for (int v = 0; v < kPerStream; ++v) {
+          Wide& sum = sums[s * kPerStream + v];
+          sum = add_square(sum, x + s * quarter + j + 4 * v);
+        }
     for (int v = 0; v < kVectors; ++v) sums_[v] = sums[v];
-    for (; j < n; ++j) {
+    for (int64_t j = kStreams * quarter; j < n; ++j) {
       const double value = static_cast<double>(x[j]);
-      sums_[j % kLanes / 4][j % 4] += value * value;
+      sums_[j / 4 % kVectors][j % 4] += value * value;
     }
   }
   double total() const {
@@ -73,9 +78,6 @@ class SquareSum {
   }
 
  private:
-  // Elements that a prefetch runs ahead of the sum.
-  static constexpr int64_t kAhead = 512;
-
   static Wide load(const double* x) {
     Wide wide;
     std::memcpy(&wide, x, sizeof wide);
