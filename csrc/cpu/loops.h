@@ -17,7 +17,7 @@ constexpr int64_t kUnit = 1024;
 // One partial sum for each so many elements.
 constexpr int64_t kBlock = 32768;
 // The elementwise loop goes backwards in runs of so many elements.
-constexpr int64_t kRun = 8192;
+constexpr int64_t kRun = 131072;
 
 // More than the caches are likely to keep until it is read. A constant: what machines report ranges
 // from one core's share to the sum over all sockets.
