@@ -24,9 +24,13 @@ class Buffers:
         self._places: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         self._copies: list[Tensor] = []
 
-    @torch.no_grad()
     def save(self) -> None:
         """Remember all buffers as they are now."""
+        if self._modules:
+            self._save()
+
+    @torch.no_grad()
+    def _save(self) -> None:
         self._places = [
             (m._buffers, name, b)
             for m in self._modules
@@ -43,13 +47,13 @@ class Buffers:
         if now:
             torch._foreach_copy_(self._copies, now)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Put back what :meth:`save` remembered."""
         for table, name, b in self._places:
             table[name] = b
         if self._places:
-            torch._foreach_copy_([b for _, _, b in self._places], self._copies)
+            with torch.no_grad():
+                torch._foreach_copy_([b for _, _, b in self._places], self._copies)
 
 
 class RunningStatistics:
@@ -72,10 +76,9 @@ class RunningStatistics:
         momenta = [m.momentum for m in active]
         self._running = [t for m in active for t in (m.running_mean, m.running_var)]
         self._sums = [torch.zeros_like(t, dtype=torch.float64) for t in self._running]
-        with torch.no_grad():
-            # With momentum 1 the old value enters times zero: NaN would survive that.
-            for t in self._running:
-                t.zero_()
+        # With momentum 1 the old value enters times zero: NaN would survive that.
+        for t in self._running:
+            t.zero_()
         try:
             for m in active:
                 m.momentum = 1.0
@@ -84,14 +87,12 @@ class RunningStatistics:
             for m, momentum in zip(active, momenta, strict=True):
                 m.momentum = momentum
 
-    @torch.no_grad()
     def record(self, weight: float) -> None:
         """Add the statistics of the pass that has just been made."""
         if self._running:
             wide = [t.double() for t in self._running]
             torch._foreach_add_(self._sums, wide, alpha=weight)
 
-    @torch.no_grad()
     def commit(self, total_weight: float) -> None:
         """Write the mean over all passes recorded."""
         if self._running:
