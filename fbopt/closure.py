@@ -254,6 +254,7 @@ class FullBatchClosure:
                 self._shift.fill(parts, -radius, square)
                 minus = gather(self._shifted_gradient(index, chunk, before), "minus")
         finally:
+            torch.clear_autocast_cache()
             self._random.set(after)
             self._between.restore()
         self.accumulator.add_penalised(parts, plus, minus, weight, coefficient, square, radius)

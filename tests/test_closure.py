@@ -335,6 +335,18 @@ def test_autocast_sees_the_shifted_weights(outer):
     assert (cast - exact).norm() < 0.2 * exact.norm()
 
 
+def test_autocast_around_the_call_keeps_no_shifted_weights():
+    x, y = data(dtype=torch.float32)
+    model = mlp(dtype=torch.float32)
+    penalty = GradientPenalty(coefficient=1.0, radius=0.5)
+    closure = FullBatchClosure(model, F.cross_entropy, chunked(x, y), penalty=penalty)
+    with torch.autocast("cpu", torch.bfloat16):
+        closure()
+        found = model(x)
+        torch.clear_autocast_cache()
+        assert torch.equal(found, model(x))
+
+
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 def test_compiled_model_gives_the_same(penalty):
     x, y = data(n=24, dtype=torch.float32)
