@@ -223,7 +223,7 @@ class FullBatchGD(torch.optim.Optimizer):
 
     def _refuse_grad_scaler(self) -> None:
         announced = [self.__dict__.pop(name, None) for name in ("grad_scale", "found_inf")]
-        if announced == [None, None]:
+        if all(value is None for value in announced):
             return
         raise RuntimeError(
             "torch.amp.GradScaler cannot drive FullBatchGD: it would skip whole passes over the "
