@@ -38,8 +38,7 @@ def clip_grad_norm_(
         max_norm: the bound, at least 0; ``inf`` only measures.
         norm_type: the p of the p-norm, ``inf`` for the maximum.
         error_if_nonfinite: raise instead of scaling when the norm is NaN or infinite; reads the
-        norm on
-            the host.
+            norm on the host.
         foreach: accepted for compatibility; there is one implementation.
 
     Returns:

@@ -38,23 +38,25 @@ class FullBatchClosure:
         model: the module to train.
         loss_fn: ``loss_fn(model(input), target)`` is the chunk's mean loss, 0-dim.
         chunks: an iterable over (input, target) that can be iterated once per call: a list, a
-        DataLoader.
-            The size of a chunk is part of the model where there is a penalty or BatchNorm.
+            DataLoader. The size of a chunk is part of the model where there is a penalty or
+            BatchNorm.
         penalty: a :class:`GradientPenalty`, or None.
         optimizer: whose learning rate the penalty's coefficient follows.
         accumulation: how the sum over chunks is kept, see :class:`GradientAccumulator`.
         evaluate: ``evaluate(model, chunk)`` returns the chunk's mean loss; takes the place of
-        ``loss_fn``
-            for chunks that are no (input, target) pairs.
+            ``loss_fn`` for chunks that are no (input, target) pairs.
         weight: ``weight(chunk)`` returns n_c; by default the length of the chunk's first tensor.
         params: the tensors to differentiate by; by default the model's parameters that require
-        grad. autocast: dtype to autocast the forward passes to, e.g. ``torch.bfloat16``. observe:
-        ``observe(output, target)`` is called after every chunk's first pass, without gradients.
+            grad.
+        autocast: dtype to autocast the forward passes to, e.g. ``torch.bfloat16``.
+        observe: ``observe(output, target)`` is called after every chunk's first pass, without
+            gradients.
 
     Attributes:
         step: number of completed calls; the argument of a penalty's ``coefficient`` function.
         mean_sqnorm: with a penalty, ``sum_c (n_c/N) ||g_c||^2`` of the last call (0-dim float64),
-        else None. accumulator: the :class:`GradientAccumulator` at work.
+            else None.
+        accumulator: the :class:`GradientAccumulator` at work.
 
     Raises:
         TypeError, ValueError: an argument, a chunk or a loss that does not fit; the message names

@@ -43,13 +43,11 @@ class FullBatchGD(torch.optim.Optimizer):
         max_norm: bound of the global gradient norm; None does not clip.
         norm_type: the p of that norm, ``inf`` for the maximum.
         error_if_nonfinite: raise, before anything is changed, when the norm is NaN or infinite.
-        Reads the
-            norm on the host.
+            Reads the norm on the host.
 
     Attributes:
         last_grad_norm: norm of the last step's gradient before clipping, 0-dim, on the device; None
-        before
-            the first step.
+            before the first step.
 
     Source: Geiping et al., "Stochastic Training is Not Necessary for Generalization", ICLR 2022,
     section 3-4.

@@ -24,22 +24,19 @@ class GradientPenalty:
     """Penalty on the squared gradient norm of every chunk, with its gradient ``lambda H_c g_c``.
 
     - ``forward``: ``H g ~ (grad L(theta + s g) - g) / s``, ``s = radius / ||g||``; one more pass
-    per chunk,
-      error of first order in the radius.
+      per chunk, error of first order in the radius.
     - ``central``: ``H g ~ (grad L(theta + s g) - grad L(theta - s g)) / 2s``; two more passes,
-    second order.
+      error of second order.
     - ``exact``: double backward. Needs operations that can be differentiated twice.
 
     Args:
         strength: the published strength; ``lambda = lr * strength / 4`` with lr the optimizer's
-        current
-            learning rate, as in the code released with the paper. (Its autograd-penalty variant
-            adds twice that.)
+            current learning rate, as in the code released with the paper. (Its autograd-penalty
+            variant adds twice that.)
         radius: length of the shift in parameter space, ``||s g|| = radius``.
         method: ``"forward"``, ``"central"`` or ``"exact"``.
         coefficient: lambda itself, in place of ``lr * strength / 4``: a number, or a function of
-        the step
-            (the number of closure calls so far) that returns one.
+            the step (the number of closure calls so far) that returns one.
     """
 
     strength: float = 0.5
