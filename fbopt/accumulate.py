@@ -24,8 +24,8 @@ class GradientAccumulator:
 
     Args:
         params: the parameters, float32, float64, bfloat16 or float16, of any shapes and on any
-        devices. accumulation: ``"float32"``: sums are kept in float32, for float64 parameters in
-        float64.
+            devices.
+        accumulation: ``"float32"``: sums are kept in float32, for float64 parameters in float64.
 
     Example:
         >>> accumulator = GradientAccumulator(model.parameters())

@@ -57,9 +57,8 @@ class GradientPenalty:
 
         Raises:
             ValueError: the parameter groups have different learning rates, there is no optimizer to
-            follow,
-                or the function ``coefficient`` returned something that is not a number of at least
-                zero.
+                follow, or the function ``coefficient`` returned something that is not a number of
+                at least zero.
         """
         if callable(self.coefficient):
             value = self.coefficient(step)
