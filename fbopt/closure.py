@@ -60,7 +60,7 @@ class FullBatchClosure:
 
     Raises:
         TypeError, ValueError: an argument, a chunk or a loss that does not fit; the message names
-        it.
+            it.
     """
 
     def __init__(

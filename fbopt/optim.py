@@ -116,12 +116,11 @@ class FullBatchGD(torch.optim.Optimizer):
 
         Args:
             closure: evaluates the loss and fills ``p.grad``; a :class:`FullBatchClosure` or any
-            other.
+                other.
 
         Raises:
             RuntimeError: a GradScaler is at work, or the gradient is not finite and
-            ``error_if_nonfinite``
-                is set; parameters, state and buffers are as they were.
+                ``error_if_nonfinite`` is set; parameters, state and buffers are as they were.
             TypeError, ValueError: gradients or options that do not fit; likewise.
         """
         self._refuse_grad_scaler()
