@@ -2,6 +2,7 @@
 // TensorList is a `Tensor[]` argument, Operand the pointers into one, Scalars are 0-dim tensors.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,9 +11,16 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <utility>
 #include <vector>
+
+// The ops' namespace, and the dispatch key of the CUDA kernels: tests run those on the CPU.
+#ifndef FBOPT_LIBRARY
+#define FBOPT_LIBRARY fbopt
+#define FBOPT_CUDA_KEY CUDA
+#endif
 
 #define FBOPT_CHECK STD_TORCH_CHECK
 // The check of what a C function of the ABI returns, by its name now and that of torch 2.10.
@@ -28,6 +36,7 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
 
 // Owns the handles of a list. A torch::stable::Tensor each would add a shared_ptr control block:
 // for 1,000 small tensors that costs more than the arithmetic.
@@ -60,14 +69,25 @@ class TensorList {
   std::vector<AtenTensorHandle> handles_;
 };
 
+struct Device {
+  int32_t type, index;
+
+  explicit Device(AtenTensorHandle t) {
+    FBOPT_CALL(aoti_torch_get_device_type(t, &type));
+    FBOPT_CALL(aoti_torch_get_device_index(t, &index));
+  }
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+};
+
 // The facts about a tensor that a kernel needs; sizes and strides are borrowed from it.
 struct Meta {
   int64_t numel, dim;
   int64_t *sizes, *strides;
   int32_t dtype;
   void* data;
+  Device device;
 
-  explicit Meta(AtenTensorHandle t) {
+  explicit Meta(AtenTensorHandle t) : device(t) {
     FBOPT_CALL(aoti_torch_get_numel(t, &numel));
     FBOPT_CALL(aoti_torch_get_dim(t, &dim));
     FBOPT_CALL(aoti_torch_get_sizes(t, &sizes));
@@ -110,17 +130,41 @@ inline Tensor borrow(AtenTensorHandle t) {
   return Tensor(copy);
 }
 
-// A fresh tensor with these sizes and strides and the dtype and device of another.
+inline int32_t code_of(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
+// A fresh tensor, its elements not set.
 inline Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides,
-                            AtenTensorHandle like) {
-  int32_t device_type = 0, device_index = 0;
-  FBOPT_CALL(aoti_torch_get_device_type(like, &device_type));
-  FBOPT_CALL(aoti_torch_get_device_index(like, &device_index));
+                            int32_t dtype, const Device& device) {
   AtenTensorHandle fresh = nullptr;
-  FBOPT_CALL(aoti_torch_empty_strided(dim, sizes, strides, Meta(like).dtype, device_type,
-                                      device_index, &fresh));
+  FBOPT_CALL(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device.type, device.index, &fresh));
   return Tensor(fresh);
 }
+
+// The same, 0-dim or 1-D.
+inline Tensor fresh(std::initializer_list<int64_t> size, ScalarType dtype, const Device& device) {
+  const int64_t stride = 1;
+  return empty_strided(static_cast<int64_t>(size.size()), size.begin(), &stride, code_of(dtype),
+                       device);
+}
+
+// A copy with its elements in row-major order.
+inline Tensor row_major(AtenTensorHandle t) {
+  const Meta meta(t);
+  std::vector<int64_t> strides(meta.dim);
+  int64_t stride = 1;
+  for (int64_t d = meta.dim; d-- > 0; stride *= meta.sizes[d]) strides[d] = stride;
+  Tensor copy = empty_strided(meta.dim, meta.sizes, strides.data(), meta.dtype, meta.device);
+  torch::stable::copy_(copy, borrow(t));
+  return copy;
+}
+
+// Tensors that lie one after the other in a flat buffer begin at multiples of this many elements:
+// 16-byte accesses are then aligned for every dtype.
+constexpr int64_t kAlign = 16;
+inline int64_t aligned(int64_t offset) { return (offset + kAlign - 1) / kAlign * kAlign; }
 
 // The memory layout of every slot of a call: that of its first list, or a dense stand-in for it.
 class Layout {
@@ -133,17 +177,35 @@ class Layout {
       stand_ins_.push_back(torch::stable::empty_like(borrow(list[i])));
       metas_.back() = Meta(stand_ins_.back().get());
     }
-    for (const Meta& m : metas_) total_ += m.numel;
+    starts_.reserve(list.size());
+    for (const Meta& m : metas_) {
+      starts_.push_back(aligned(flat_size_));
+      flat_size_ = starts_.back() + m.numel;
+    }
   }
   const Meta& operator[](int64_t i) const { return metas_[i]; }
   int64_t size() const { return static_cast<int64_t>(metas_.size()); }
-  int64_t total() const { return total_; }
+  int64_t total() const {
+    int64_t sum = 0;
+    for (const Meta& m : metas_) sum += m.numel;
+    return sum;
+  }
+  // A flat buffer over all slots: where each begins, and how many elements it has.
+  int64_t start(int64_t i) const { return starts_[i]; }
+  int64_t flat_size() const { return flat_size_; }
 
  private:
   std::vector<Meta> metas_;
   std::vector<Tensor> stand_ins_;
-  int64_t total_ = 0;
+  std::vector<int64_t> starts_;
+  int64_t flat_size_ = 0;
 };
+
+inline void check_flat(const Tensor& out, const Layout& layout) {
+  FBOPT_CHECK(out.is_contiguous() && out.numel() == layout.flat_size(),
+              "out must be contiguous and have ", layout.flat_size(),
+              " elements: params one after the other, each from a multiple of ", kAlign, " on");
+}
 
 // Linear pointers into one list. A tensor that lies otherwise in memory than its slot is staged
 // through a dense copy; write_back() returns the staged results.
@@ -153,13 +215,15 @@ class Operand {
       : list_(list) {
     FBOPT_CHECK(list.size() == layout.size(), name, " has ", list.size(), " tensors, expected ",
                 layout.size());
-    const int32_t expected = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    const int32_t expected = code_of(dtype);
     pointers_.reserve(list.size());
     for (int64_t i = 0; i < list.size(); ++i) {
       const Meta meta(list[i]);
       FBOPT_CHECK(meta.dtype == expected, name, "[", i, "] has another dtype than the op expects");
       FBOPT_CHECK(same_shape(meta, layout[i]), name, "[", i,
                   "] has another shape than the tensor it belongs to");
+      FBOPT_CHECK(meta.device == layout[i].device, name, "[", i,
+                  "] is on another device than the tensor it belongs to");
       pointers_.push_back(same_layout(meta, layout[i]) ? meta.data : stage(i, layout[i]));
     }
   }
@@ -168,6 +232,7 @@ class Operand {
   T* at(int64_t i) const {
     return static_cast<T*>(pointers_[i]);
   }
+  const std::vector<void*>& pointers() const { return pointers_; }
 
   void write_back() {
     for (auto& [i, copy] : staged_) {
@@ -178,7 +243,8 @@ class Operand {
 
  private:
   void* stage(int64_t i, const Meta& layout) {
-    Tensor copy = empty_strided(layout.dim, layout.sizes, layout.strides, list_[i]);
+    Tensor copy = empty_strided(layout.dim, layout.sizes, layout.strides, Meta(list_[i]).dtype,
+                                layout.device);
     torch::stable::copy_(copy, borrow(list_[i]));
     void* data = copy.data_ptr();
     staged_.emplace_back(i, std::move(copy));

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from fbopt import _ops
-from fbopt._tensors import accumulator_dtype, by_device_and_dtype, flat_views
+from fbopt._tensors import (
+    ALIGN,
+    accumulator_dtype,
+    by_device_and_dtype,
+    flat_size,
+    flat_views,
+)
 
 # Copying a tensor of this size costs about what it saves; fewer tensors are not worth a call.
 PACK_NUMEL, PACK_COUNT = 512, 16
@@ -58,8 +64,10 @@ class Groups:
     def views(self, flats: Sequence[Tensor]) -> list[Tensor]:
         """Return a view for each parameter into the flat buffers of the groups."""
         found: list[Tensor] = list(self.params)
-        for group, members, flat in zip(self.indices, self._members, flats, strict=True):
-            for i, view in zip(group, flat_views(flat, members), strict=True):
+        for k, (group, flat) in enumerate(zip(self.indices, flats, strict=True)):
+            for i, view in zip(
+                group, flat_views(flat, self._members[k], self._align(k)), strict=True
+            ):
                 found[i] = view
         return found
 
@@ -72,8 +80,11 @@ class Groups:
 
     def _flat(self, group: int, dtype: torch.dtype) -> Tensor:
         members = self._members[group]
-        size = sum(p.numel() for p in members)
+        size = flat_size(members, self._align(group))
         return torch.zeros(size, dtype=dtype, device=members[0].device)
+
+    def _align(self, group: int) -> int:
+        return 1 if self._packed[group] else ALIGN
 
 
 def _worth_packing(members: Sequence[Tensor]) -> bool:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Where tensors of a flat buffer begin, in elements: kAlign of csrc/compat.h.
+ALIGN = 16
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -18,14 +20,29 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def flat_views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views into a 1-D tensor, one after the other, with the tensors' shapes and dense strides."""
-    views, start = [], flat.storage_offset()
-    for t in like:
+def flat_views(flat: Tensor, like: Sequence[Tensor], align: int = ALIGN) -> list[Tensor]:
+    """Views into a 1-D tensor, one after the other, with the tensors' shapes and dense strides.
+
+    Each begins at a multiple of `align` elements.
+    """
+    views, first = [], flat.storage_offset()
+    for t, start in zip(like, _starts(like, align), strict=True):
         strides = torch.empty_like(t, device="meta").stride()
-        views.append(flat.as_strided(t.shape, strides, start))
-        start += t.numel()
+        views.append(flat.as_strided(t.shape, strides, first + start))
     return views
+
+
+def flat_size(like: Sequence[Tensor], align: int = ALIGN) -> int:
+    """The number of elements that a flat tensor needs for :func:`flat_views`."""
+    return _starts(like, align)[-1] + like[-1].numel() if like else 0
+
+
+def _starts(like: Sequence[Tensor], align: int) -> list[int]:
+    starts, end = [], 0
+    for t in like:
+        starts.append(-(-end // align) * align)
+        end = starts[-1] + t.numel()
+    return starts
 
 
 def by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:

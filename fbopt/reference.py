@@ -39,7 +39,8 @@ def perturb_(
     """Set out <- p + s g with s = radius / ||g|| (0 where g = 0) and return ||g||^2 (0-dim,
     float64).
 
-    `out` is one flat buffer: params one after the other, each in its own memory order.
+    `out` is one flat buffer: params one after the other, each in its own memory order and from a
+    multiple of 16 elements on; what lies between them is left alone.
     `squared_norm` replaces that of `grads` where these are a part of the gradient.
     """
     squared = _squared_norm(grads) if squared_norm is None else squared_norm.double().clone()

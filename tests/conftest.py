@@ -6,12 +6,29 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
+import targets
 import torch
 from torch import Tensor, nn
 
 from fbopt import _build, _ops, reference
 
 BACKENDS = ("kernels", "reference")
+TARGETS = ("cpu", "emulated", pytest.param("cuda", marks=pytest.mark.cuda))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", params=TARGETS)
+def target(request: pytest.FixtureRequest) -> targets.Target:
+    """Run a test of ops over every target that this machine has."""
+    return targets.target(request.param)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -14,17 +14,6 @@ Tensor zero_dim(double value) {
   return t;
 }
 
-// A copy with its elements in row-major order.
-Tensor row_major(AtenTensorHandle t) {
-  const Meta meta(t);
-  std::vector<int64_t> strides(meta.dim);
-  int64_t stride = 1;
-  for (int64_t d = meta.dim; d-- > 0; stride *= meta.sizes[d]) strides[d] = stride;
-  Tensor copy = empty_strided(meta.dim, meta.sizes, strides.data(), t);
-  torch::stable::copy_(copy, borrow(t));
-  return copy;
-}
-
 // What a call with packed tensors saves is what each of them costs here: no more is asked of a
 // tensor than has to be known.
 void pack_op(const Tensor& out, const TensorList& tensors) {
@@ -67,13 +56,11 @@ Tensor squared_norm_op(const TensorList& tensors) {
 template <class T>
 void shift(const Layout& layout, const Operand& p, const Operand& g, T* out, double step) {
   using A = accumulate_t<T>;
-  std::vector<int64_t> starts(layout.size());
-  for (int64_t i = 1; i < layout.size(); ++i) starts[i] = starts[i - 1] + layout[i - 1].numel;
   const bool streams = exceeds_cache(3 * layout.total() * static_cast<int64_t>(sizeof(T)));
   const A s = static_cast<A>(step);
   for_each_backwards(layout, [&](int64_t i, int64_t begin, int64_t end) {
     const T *param = p.at<T>(i), *grad = g.at<T>(i);
-    T* to = out + starts[i];
+    T* to = out + layout.start(i);
     tiles(begin, end, streams ? misaligned(to + begin) : 0, [&](int64_t k, int64_t n) {
       Buffer<T, A> bx, bd;
       alignas(64) A moved[kTile];
@@ -91,9 +78,7 @@ Tensor perturb_op(const Tensor& out, const TensorList& params, const TensorList&
   const ScalarType dtype = out.scalar_type();
   const Layout layout(params);
   const Operand p("params", params, layout, dtype), g("grads", grads, layout, dtype);
-  FBOPT_CHECK(out.is_contiguous() && out.numel() == layout.total(),
-              "out must be contiguous and have ", layout.total(),
-              " elements, one for each of params");
+  check_flat(out, layout);
   double sum = 0;
   dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
@@ -174,7 +159,7 @@ void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, cons
 }  // namespace
 }  // namespace fbopt::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fbopt, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, CPU, m) {
   m.impl("pack_", TORCH_BOX(&fbopt::cpu::pack_op));
   m.impl("squared_norm", TORCH_BOX(&fbopt::cpu::squared_norm_op));
   m.impl("perturb_", TORCH_BOX(&fbopt::cpu::perturb_op));

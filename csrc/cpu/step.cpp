@@ -108,7 +108,7 @@ void sgd_step_op(const TensorList& params, const TensorList& grads,
 }  // namespace
 }  // namespace fbopt::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fbopt, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, CPU, m) {
   m.impl("clip_", TORCH_BOX(&fbopt::cpu::clip_op));
   m.impl("sgd_step_", TORCH_BOX(&fbopt::cpu::sgd_step_op));
 }

@@ -12,7 +12,12 @@
 namespace fbopt::rules {
 
 // a * b + c with one rounding.
+#ifdef __CUDA_ARCH__
+FBOPT_RULE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+FBOPT_RULE double fma(double a, double b, double c) { return ::fma(a, b, c); }
+#else
 FBOPT_RULE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FBOPT_RULE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#endif
 
 }  // namespace fbopt::rules

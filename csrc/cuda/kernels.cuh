@@ -1,0 +1,210 @@
+// The two kernels: one applies a rule to every element of some lists of tensors, the other sums
+// squares in an order that follows from the shapes alone.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "../rules/math.h"
+#include "plan.h"
+
+namespace fbopt::cuda {
+
+constexpr int kThreads = 256;
+// Elements a block works on: enough blocks for every multiprocessor from models of a million
+// parameters on, and several 16-byte accesses per thread.
+constexpr int kChunk = 4096, kSumChunk = 8192;
+// Accesses in flight before the first is used.
+constexpr int kUnroll = 2;
+constexpr int kAccess = 16;
+
+// Half precision is computed in float.
+template <class T>
+using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// A 0-dim tensor that is read on the device; nothing is read where there is none.
+struct Scalar {
+  const void* data = nullptr;
+  bool wide = true;
+
+  __device__ double operator()() const {
+    return wide ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
+  }
+};
+
+// n elements that are loaded and stored by 16-byte accesses.
+template <class T, int N>
+struct alignas(sizeof(T) * N < kAccess ? sizeof(T) * N : kAccess) Pack {
+  T lane[N];
+};
+
+inline __host__ __device__ bool is_aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % kAccess == 0;
+}
+
+// A rule over lists: `Operands` is a tuple of their element types, const where they are only read;
+// `Value` the type of the arithmetic; uniform() what all elements share, read from the device once
+// per block; apply() changes one element of each list. reads() and writes() may depend on the call.
+template <class Rule>
+struct Lists {
+  using Value = typename Rule::Value;
+  using Operands = typename Rule::Operands;
+  using Uniform = typename Rule::Uniform;
+  static constexpr int kDepth = std::tuple_size_v<Operands>;
+  template <int K>
+  using Element = std::remove_const_t<std::tuple_element_t<K, Operands>>;
+
+  static constexpr auto kAll = std::make_index_sequence<kDepth>{};
+  template <size_t... K>
+  static constexpr std::array<int, kDepth> sizes(std::index_sequence<K...>) {
+    return {static_cast<int>(sizeof(Element<K>))...};
+  }
+  // Elements per access of the list with the smallest ones; the others take several.
+  static constexpr int kLanes = kAccess / std::ranges::min(sizes(kAll));
+
+  template <int N, int K>
+  static __device__ void load(const Rule& rule, char* const (&base)[kDepth], int i,
+                              Value (&x)[kDepth][N]) {
+    if (!rule.reads(K)) {
+#pragma unroll
+      for (int lane = 0; lane < N; ++lane) x[K][lane] = Value{};
+      return;
+    }
+    using T = Element<K>;
+    const auto pack = *reinterpret_cast<const Pack<T, N>*>(base[K] + sizeof(T) * i);
+#pragma unroll
+    for (int lane = 0; lane < N; ++lane) x[K][lane] = static_cast<Value>(pack.lane[lane]);
+  }
+
+  template <int N, int K>
+  static __device__ void store(const Rule& rule, char* const (&base)[kDepth], int i,
+                               const Value (&x)[kDepth][N]) {
+    if constexpr (!std::is_const_v<std::tuple_element_t<K, Operands>>) {
+      if (!rule.writes(K)) return;
+      using T = Element<K>;
+      Pack<T, N> pack;
+#pragma unroll
+      for (int lane = 0; lane < N; ++lane) pack.lane[lane] = static_cast<T>(x[K][lane]);
+      *reinterpret_cast<Pack<T, N>*>(base[K] + sizeof(T) * i) = pack;
+    }
+  }
+
+  // Elements first ... n - 1, N at a time, as far as that goes; returns where it stopped.
+  template <int N, size_t... K>
+  static __device__ int sweep(const Rule& rule, const Uniform& uniform, char* const (&base)[kDepth],
+                              int first, int n, std::index_sequence<K...>) {
+    const int packs = (n - first) / N;
+    for (int j = threadIdx.x; j < packs; j += kThreads * kUnroll) {
+      Value x[kUnroll][kDepth][N];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u)
+        if (j + u * kThreads < packs)
+          (load<N, K>(rule, base, first + (j + u * kThreads) * N, x[u]), ...);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (j + u * kThreads >= packs) continue;
+#pragma unroll
+        for (int lane = 0; lane < N; ++lane) {
+          Value element[kDepth] = {x[u][K][lane]...};
+          Rule::apply(element, uniform);
+          ((x[u][K][lane] = element[K]), ...);
+        }
+        (store<N, K>(rule, base, first + (j + u * kThreads) * N, x[u]), ...);
+      }
+    }
+    return first + packs * N;
+  }
+};
+
+// One block per chunk, from the last to the first: after a forward sum over the same memory its end
+// is what the cache still holds.
+template <class Rule, int Capacity>
+__global__ void __launch_bounds__(kThreads)
+    for_each(const __grid_constant__ Table<Lists<Rule>::kDepth, Capacity> table,
+             const __grid_constant__ Rule rule) {
+  using L = Lists<Rule>;
+  __shared__ typename L::Uniform shared;
+  if (threadIdx.x == 0) shared = rule.uniform();
+  const Span span = span_of(table, gridDim.x - 1 - blockIdx.x, kChunk);
+  __syncthreads();
+  const typename L::Uniform uniform = shared;
+  if (Rule::idle(uniform)) return;
+  constexpr auto sizes = L::sizes(L::kAll);
+  char* base[L::kDepth];
+  bool aligned = true;
+#pragma unroll
+  for (int k = 0; k < L::kDepth; ++k) {
+    base[k] = static_cast<char*>(table.data[k][span.tensor]) + sizes[k] * span.begin;
+    aligned = aligned && is_aligned(base[k]);
+  }
+  const int done =
+      aligned ? L::template sweep<L::kLanes>(rule, uniform, base, 0, span.length, L::kAll) : 0;
+  L::template sweep<1>(rule, uniform, base, done, span.length, L::kAll);
+}
+
+// The sum over the threads of a block, in thread 0, in an order that is always the same.
+template <int Threads>
+__device__ inline double block_sum(double value) {
+  constexpr int kWarp = 32;
+  __shared__ double warps[Threads / kWarp];
+#pragma unroll
+  for (int lane = kWarp / 2; lane > 0; lane /= 2)
+    value += __shfl_xor_sync(0xffffffffu, value, lane);
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  double sum = 0;
+  if (threadIdx.x == 0)
+    for (int w = 0; w < Threads / kWarp; ++w) sum += warps[w];
+  return sum;
+}
+
+template <class T, int N>
+__device__ inline double add_squares(double sum, const T* x) {
+  const auto pack = *reinterpret_cast<const Pack<T, N>*>(x);
+#pragma unroll
+  for (int lane = 0; lane < N; ++lane) {
+    const double value = static_cast<double>(pack.lane[lane]);
+    sum = rules::fma(value, value, sum);
+  }
+  return sum;
+}
+
+// partial[b] = sum of squares of block b's elements. A thread takes the same elements in the same
+// order whether it can load them by packs or has to one by one.
+template <class T, int Capacity>
+__global__ void __launch_bounds__(kThreads)
+    sum_squares(const __grid_constant__ Table<1, Capacity> table, double* partial) {
+  constexpr int kLanes = kAccess / static_cast<int>(sizeof(T)), kStride = kThreads * kLanes;
+  const Span span = span_of(table, blockIdx.x, kSumChunk);
+  const T* x = static_cast<const T*>(table.data[0][span.tensor]) + span.begin;
+  int i = threadIdx.x * kLanes;
+  double sum = 0;
+  if (is_aligned(x)) {
+#pragma unroll 4
+    for (; i + kLanes <= span.length; i += kStride) sum = add_squares<T, kLanes>(sum, x + i);
+  }
+  for (; i < span.length; i += kStride) {
+    const int end = i + kLanes < span.length ? i + kLanes : span.length;
+    for (int j = i; j < end; ++j) sum = add_squares<T, 1>(sum, x + j);
+  }
+  sum = block_sum<kThreads>(sum);
+  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+constexpr int kFinishThreads = 1024;
+
+static __global__ void __launch_bounds__(kFinishThreads)
+    finish_sum(const double* partial, int64_t n, double* out) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < n; i += kFinishThreads) sum += partial[i];
+  sum = block_sum<kFinishThreads>(sum);
+  if (threadIdx.x == 0) *out = sum;
+}
+
+}  // namespace fbopt::cuda

@@ -1,0 +1,120 @@
+// The one launcher: an op's lists of tensors become tables, and each table a launch. Longer lists
+// than a table holds take more launches; scalars stay on the device; nothing waits for it.
+#pragma once
+
+#include "../compat.h"
+#include "kernels.cuh"
+
+namespace fbopt::cuda {
+
+// The pointers into each list.
+template <int Depth>
+using Pointers = std::array<const std::vector<void*>*, Depth>;
+
+// Where a call runs: under a guard for the device, on torch's current stream.
+class Call {
+ public:
+  explicit Call(AtenTensorHandle on) : device_(on), guard_(device_.index) {
+    void* stream = nullptr;
+    FBOPT_CALL(aoti_torch_get_current_cuda_stream(device_.index, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  Scalar scalar(const char* name, const Tensor& t) const {
+    FBOPT_CHECK(t.numel() == 1 && Device(t.get()) == device_, name,
+                " must be a 0-dim tensor on the device of the tensors");
+    const ScalarType dtype = t.scalar_type();
+    FBOPT_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, name,
+                " must be float32 or float64");
+    return {t.data_ptr(), dtype == ScalarType::Double};
+  }
+
+  // How many elements each tensor has; all must be on the device.
+  std::vector<int64_t> sizes(const Layout& layout) const {
+    std::vector<int64_t> sizes(layout.size());
+    for (int64_t i = 0; i < layout.size(); ++i) {
+      FBOPT_CHECK(layout[i].device == device_, "tensor ", i, " is on another device than the rest");
+      sizes[i] = layout[i].numel;
+    }
+    return sizes;
+  }
+
+  // One element of every list at a time; a list that takes no part is null.
+  template <class Rule>
+  void for_each(const std::vector<int64_t>& sizes, const Rule& rule,
+                const Pointers<Lists<Rule>::kDepth>& lists) const {
+    constexpr int kDepth = Lists<Rule>::kDepth, kMany = capacity(kDepth);
+    if (sizes.size() <= kFew) {
+      spread<kDepth, kFew>(sizes, lists, kChunk, [&](auto& table, int64_t, int64_t blocks) {
+        run(&cuda::for_each<Rule, kFew>, blocks, kThreads, table, rule);
+      });
+    } else {
+      spread<kDepth, kMany>(sizes, lists, kChunk, [&](auto& table, int64_t, int64_t blocks) {
+        run(&cuda::for_each<Rule, kMany>, blocks, kThreads, table, rule);
+      });
+    }
+  }
+
+  // The sum of the squares of all elements, 0-dim float64, in two stages.
+  template <class T>
+  Tensor squared_norm(const std::vector<int64_t>& sizes, const Operand& tensors) const {
+    int64_t blocks = 0;
+    for (const int64_t n : sizes) blocks += blocks_of(n, kSumChunk);
+    const Tensor partial = fresh({blocks}, ScalarType::Double, device_);
+    const Tensor sum = fresh({}, ScalarType::Double, device_);
+    auto* out = static_cast<double*>(partial.data_ptr());
+    const auto stage = [&](auto& table, int64_t before, int64_t launched) {
+      constexpr int kCapacity = std::extent_v<std::remove_reference_t<decltype(table.numel)>>;
+      run(&sum_squares<T, kCapacity>, launched, kThreads, table, out + before);
+    };
+    if (sizes.size() <= kFew) {
+      spread<1, kFew>(sizes, {&tensors.pointers()}, kSumChunk, stage);
+    } else {
+      spread<1, capacity(1)>(sizes, {&tensors.pointers()}, kSumChunk, stage);
+    }
+    run(&finish_sum, 1, kFinishThreads, static_cast<const double*>(out), blocks,
+        static_cast<double*>(sum.data_ptr()));
+    return sum;
+  }
+
+ private:
+  // body(table, blocks of earlier launches, blocks of this one) for every launch.
+  template <int Depth, int Capacity, class Body>
+  static void spread(const std::vector<int64_t>& sizes, const Pointers<Depth>& lists, int64_t chunk,
+                     const Body& body) {
+    Table<Depth, Capacity> table;
+    int64_t before = 0;
+    for (const Launch& launch : plan(sizes, Capacity, chunk)) {
+      if (launch.blocks == 0) continue;
+      table.count = static_cast<int32_t>(launch.count);
+      uint32_t end = 0;
+      for (int64_t j = 0; j < launch.count; ++j) {
+        const int64_t i = launch.first + j;
+        for (int k = 0; k < Depth; ++k) table.data[k][j] = lists[k] ? (*lists[k])[i] : nullptr;
+        table.numel[j] = sizes[i];
+        table.end[j] = end += static_cast<uint32_t>(blocks_of(sizes[i], chunk));
+      }
+      body(table, before, launch.blocks);
+      before += launch.blocks;
+    }
+  }
+
+  template <class... Parameters, class... Arguments>
+  void run(void (*kernel)(Parameters...), int64_t blocks, int threads,
+           const Arguments&... arguments) const {
+    static_assert((std::is_same_v<std::remove_cv_t<Parameters>, Arguments> && ...));
+    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+    const cudaError_t status =
+        cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
+                         dim3(static_cast<unsigned>(threads)), pointers, 0, stream_);
+    if (status == cudaSuccess) return;
+    (void)cudaGetLastError();  // it is told here, not blamed on whoever looks next
+    FBOPT_CHECK(false, "a CUDA kernel of fbopt was not launched: ", cudaGetErrorString(status));
+  }
+
+  Device device_;
+  DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+}  // namespace fbopt::cuda

@@ -1,0 +1,210 @@
+// The penalised chunk update on CUDA. float32 words per parameter as on the CPU: perturb_ 4,
+// accumulate_ 3, accumulate_penalty_ 4 (5 for central differences). Launches per table of tensors:
+// perturb_ 3 (two of them the norm's), the others 1.
+#include "multi_tensor.cuh"
+#include "../rules/accumulate.h"
+#include "../rules/perturb.h"
+
+namespace fbopt::cuda {
+namespace {
+
+struct Nothing {};
+
+template <class T>
+struct Copy {
+  using Operands = std::tuple<T, const T>;
+  using Value = T;
+  using Uniform = Nothing;
+
+  __device__ Uniform uniform() const { return {}; }
+  static __device__ bool idle(Uniform) { return false; }
+  static __device__ constexpr bool reads(int k) { return k == 1; }
+  static __device__ constexpr bool writes(int k) { return k == 0; }
+  static __device__ void apply(Value (&x)[2], Uniform) { x[0] = x[1]; }
+};
+
+void pack_op(const Tensor& out, const TensorList& tensors) {
+  const Call call(out.get());
+  const Meta target(out.get());
+  FBOPT_CHECK(out.is_contiguous(), "out must be contiguous");
+  std::vector<int64_t> sizes(tensors.size());
+  std::vector<void*> to(tensors.size()), from(tensors.size());
+  std::vector<Tensor> copies;
+  int64_t total = 0;
+  for (int64_t i = 0; i < tensors.size(); ++i) {
+    const Meta meta(tensors[i]);
+    FBOPT_CHECK(meta.dtype == target.dtype, "tensors[", i, "] has another dtype than out");
+    FBOPT_CHECK(meta.device == target.device, "tensors[", i, "] is on another device than out");
+    bool contiguous = false;
+    FBOPT_CALL(aoti_torch_is_contiguous(tensors[i], &contiguous));
+    if (!contiguous) copies.push_back(row_major(tensors[i]));
+    from[i] = contiguous ? meta.data : copies.back().data_ptr();
+    to[i] = static_cast<char*>(target.data) + total * static_cast<int64_t>(out.element_size());
+    sizes[i] = meta.numel;
+    total += meta.numel;
+  }
+  FBOPT_CHECK(total == target.numel, "out must have ", total, " elements, one for each of tensors");
+  dispatch(out.scalar_type(),
+           [&](auto t) { call.for_each(sizes, Copy<typename decltype(t)::type>{}, {&to, &from}); });
+}
+
+Tensor squared_norm(const Call& call, ScalarType dtype, const Layout& layout, const Operand& x) {
+  std::optional<Tensor> sum;
+  dispatch(dtype, [&](auto t) {
+    sum = call.squared_norm<typename decltype(t)::type>(call.sizes(layout), x);
+  });
+  return *sum;
+}
+
+Tensor squared_norm_op(const TensorList& tensors) {
+  FBOPT_CHECK(!tensors.empty(), "tensors must hold at least one");
+  const Call call(tensors[0]);
+  const ScalarType dtype = dtype_of(tensors);
+  const Layout layout(tensors);
+  return squared_norm(call, dtype, layout, Operand("tensors", tensors, layout, dtype));
+}
+
+template <class T>
+struct Perturb {
+  using Value = accumulate_t<T>;
+  using Operands = std::tuple<T, const T, const T>;  // out, params, grads
+  using Uniform = Value;
+  Scalar squared_norm;
+  double radius;
+
+  __device__ Uniform uniform() const {
+    return static_cast<Value>(rules::perturb_step(radius, sqrt(squared_norm())));
+  }
+  static __device__ bool idle(Uniform) { return false; }
+  static __device__ constexpr bool reads(int k) { return k > 0; }
+  static __device__ constexpr bool writes(int k) { return k == 0; }
+  static __device__ void apply(Value (&x)[3], Uniform step) {
+    x[0] = rules::perturb(x[1], x[2], step);
+  }
+};
+
+Tensor perturb_op(const Tensor& out, const TensorList& params, const TensorList& grads,
+                  double radius, std::optional<Tensor> squared) {
+  const Call call(out.get());
+  const ScalarType dtype = out.scalar_type();
+  const Layout layout(params);
+  const Operand p("params", params, layout, dtype), g("grads", grads, layout, dtype);
+  check_flat(out, layout);
+  if (squared) call.scalar("squared_norm", *squared);
+  Tensor sum = squared ? fresh({}, ScalarType::Double, Device(out.get()))
+                       : squared_norm(call, dtype, layout, g);
+  if (squared) torch::stable::copy_(sum, *squared);
+  const Scalar source = call.scalar("squared_norm", sum);
+  dispatch(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    std::vector<void*> to(layout.size());
+    for (int64_t i = 0; i < layout.size(); ++i)
+      to[i] = static_cast<T*>(out.data_ptr()) + layout.start(i);
+    call.for_each(call.sizes(layout), Perturb<T>{source, radius},
+                  {&to, &p.pointers(), &g.pointers()});
+  });
+  return sum;
+}
+
+// f(Type<G>, Type<A>) for the element types of gradients and of their sums.
+template <class F>
+void dispatch_sums(const TensorList& sums, ScalarType grads, F&& f) {
+  FBOPT_CHECK(dtype_of(sums, accumulator_of(grads)) == accumulator_of(grads),
+              "sums must be float32, or float64 for float64 grads");
+  dispatch(grads, [&](auto g) {
+    using G = typename decltype(g)::type;
+    f(Type<G>{}, Type<accumulate_t<G>>{});
+  });
+}
+
+template <class G, class A>
+struct Accumulate {
+  using Value = A;
+  using Operands = std::tuple<A, const G>;  // sums, grads
+  using Uniform = A;
+  Scalar weight;
+
+  __device__ Uniform uniform() const { return static_cast<A>(weight()); }
+  static __device__ bool idle(Uniform) { return false; }
+  static __device__ constexpr bool reads(int) { return true; }
+  static __device__ constexpr bool writes(int k) { return k == 0; }
+  static __device__ void apply(A (&x)[2], Uniform w) { x[0] = rules::accumulate(x[0], x[1], w); }
+};
+
+void accumulate_op(const TensorList& sums, const TensorList& grads, const Tensor& weight) {
+  const Call call(weight.get());
+  const ScalarType dtype = dtype_of(grads);
+  const Layout layout(sums);
+  Operand a("sums", sums, layout, accumulator_of(dtype));
+  const Operand g("grads", grads, layout, dtype);
+  const Scalar w = call.scalar("weight", weight);
+  dispatch_sums(sums, dtype, [&](auto gt, auto at) {
+    using Rule = Accumulate<typename decltype(gt)::type, typename decltype(at)::type>;
+    call.for_each(call.sizes(layout), Rule{w}, {&a.pointers(), &g.pointers()});
+  });
+  a.write_back();
+}
+
+// Steps: 1 for forward differences, where grads stand for minus as well, 2 for central ones.
+template <class G, class A, int Steps>
+struct AccumulatePenalty {
+  using Value = A;
+  // sums, grads, plus, minus
+  using Operands = std::conditional_t<Steps == 2, std::tuple<A, const G, const G, const G>,
+                                      std::tuple<A, const G, const G>>;
+  struct Uniform {
+    A factor, weight;
+  };
+  Scalar weight, coefficient, squared_norm;
+  double radius;
+
+  __device__ Uniform uniform() const {
+    const double norm = sqrt(squared_norm());
+    return {static_cast<A>(rules::penalty_factor(coefficient(), norm, radius, Steps)),
+            static_cast<A>(weight())};
+  }
+  static __device__ bool idle(const Uniform&) { return false; }
+  static __device__ constexpr bool reads(int) { return true; }
+  static __device__ constexpr bool writes(int k) { return k == 0; }
+  static __device__ void apply(Value (&x)[Steps + 2], const Uniform& u) {
+    const Value minus = x[Steps == 2 ? 3 : 1];
+    x[0] = rules::accumulate_penalty(x[0], x[1], x[2], minus, u.factor, u.weight);
+  }
+};
+
+void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, const TensorList& plus,
+                           const TensorList& minus, const Tensor& weight, const Tensor& coefficient,
+                           const Tensor& squared_norm, double radius) {
+  const Call call(weight.get());
+  const ScalarType dtype = dtype_of(grads);
+  const bool central = !minus.empty();
+  const Layout layout(sums);
+  Operand a("sums", sums, layout, accumulator_of(dtype));
+  const Operand g("grads", grads, layout, dtype), u("plus", plus, layout, dtype);
+  const Operand v("minus", central ? minus : grads, layout, dtype);
+  const Scalar w = call.scalar("weight", weight), c = call.scalar("coefficient", coefficient);
+  const Scalar s = call.scalar("squared_norm", squared_norm);
+  dispatch_sums(sums, dtype, [&](auto gt, auto at) {
+    using G = typename decltype(gt)::type;
+    using A = typename decltype(at)::type;
+    if (central) {
+      call.for_each(call.sizes(layout), AccumulatePenalty<G, A, 2>{w, c, s, radius},
+                    {&a.pointers(), &g.pointers(), &u.pointers(), &v.pointers()});
+    } else {
+      call.for_each(call.sizes(layout), AccumulatePenalty<G, A, 1>{w, c, s, radius},
+                    {&a.pointers(), &g.pointers(), &u.pointers()});
+    }
+  });
+  a.write_back();
+}
+
+}  // namespace
+}  // namespace fbopt::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, FBOPT_CUDA_KEY, m) {
+  m.impl("pack_", TORCH_BOX(&fbopt::cuda::pack_op));
+  m.impl("squared_norm", TORCH_BOX(&fbopt::cuda::squared_norm_op));
+  m.impl("perturb_", TORCH_BOX(&fbopt::cuda::perturb_op));
+  m.impl("accumulate_", TORCH_BOX(&fbopt::cuda::accumulate_op));
+  m.impl("accumulate_penalty_", TORCH_BOX(&fbopt::cuda::accumulate_penalty_op));
+}

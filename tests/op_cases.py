@@ -1,0 +1,130 @@
+"""What the ops are tried with: shapes, layouts, dtypes and lists; how results are compared."""
+
+from __future__ import annotations
+
+import torch
+
+from fbopt._tensors import accumulator_dtype, flat_size
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(), (0,), (1,), (7,), (513,), (3, 5, 7), (64, 32, 3, 3), (8193,), (0, 4), (1, 1, 1)]
+
+
+def channels_last(t):
+    return t.to(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def transposed(t):
+    return t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t
+
+
+def with_gaps(t):
+    return torch.stack([t, t], -1)[..., 0]
+
+
+def misaligned(t):
+    return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].reshape(t.shape)
+
+
+# Elements on either side of a copy, and what they hold.
+FENCE, POST = 64, 77.0
+
+STRIDES = [lambda t: t, channels_last, transposed, with_gaps, misaligned]
+LISTS = {
+    "shapes": SHAPES,
+    "one": [(100,)],
+    "none": [],
+    "thousand": [(16,)] * 1000,
+    "large": [(200_000,), (3,), (70_001,)],
+}
+
+
+def make(shapes, dtype, seed, layouts=STRIDES):
+    """Random tensors that cycle through the memory layouts."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    return [layouts[(i + seed) % len(layouts)](t) for i, t in enumerate(made)]
+
+
+def clone(value, device="cpu"):
+    """A copy that lies in memory as the original does, by strides and alignment.
+
+    What an op mutates must not leak into the next call. The copy has a fence on either side, see
+    `fences_hold`.
+    """
+    if isinstance(value, list):
+        return [clone(v, device) for v in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    start = FENCE + value.storage_offset() % FENCE
+    storage = torch.full((start + last + 1 + FENCE,), POST, dtype=value.dtype, device=device)
+    return storage.as_strided(value.shape, value.stride(), start).copy_(value)
+
+
+def fences_hold(value):
+    """Whether nothing was written beside the elements of what `clone` returned."""
+    if not isinstance(value, torch.Tensor):
+        return all(fences_hold(v) for v in value) if isinstance(value, list) else True
+    beside = value._base.clone()
+    beside.as_strided(value.shape, value.stride(), value.storage_offset()).fill_(POST)
+    return bool((beside == POST).all())
+
+
+def scalar(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def cases(name, shapes, dtype):
+    """The argument lists that an op is tried with."""
+    wide = accumulator_dtype(dtype)
+    params, grads, plus, minus = (make(shapes, dtype, seed) for seed in range(4))
+    sums = make(shapes, wide, 4, [lambda t: t, channels_last, transposed])
+    if name == "squared_norm":
+        return [(params,)]
+    if name == "pack_":
+        return [(torch.empty(sum(p.numel() for p in params), dtype=dtype), params)]
+    if name == "perturb_":
+        out = torch.zeros(flat_size(params), dtype=dtype)
+        zero = [torch.zeros_like(g) for g in grads]
+        return [
+            (out, params, grads, 1e-2),
+            (out, params, grads, -0.5, scalar(4.0)),
+            (out, params, zero, 1e-2),
+        ]
+    if name == "accumulate_":
+        return [(sums, grads, scalar(128.0)), (sums, grads, torch.tensor(3.0))]
+    if name == "accumulate_penalty_":
+        rest = (scalar(96.0), scalar(0.1), scalar(2.5), 1e-2)
+        return [
+            (sums, grads, plus, [], *rest),
+            (sums, grads, plus, minus, *rest),
+            (sums, grads, plus, [], scalar(1.0), scalar(0.1), scalar(0.0), 1e-2),
+        ]
+    if name == "clip_":
+        return [(grads, scalar(10.0), 0.25), (grads, scalar(0.1), 0.25)]
+    buffers = make(shapes, dtype, 5)
+    step = [
+        (0.0, 0.0, 0.0, False, False, False),
+        (0.9, 0.0, 5e-4, True, False, True),
+        (0.9, 0.0, 5e-4, True, False, False),
+        (0.9, 0.3, 0.0, False, True, False),
+    ]
+    return [
+        (params, g, buffers if rule[0] else [], scalar(0.8), divisor, norm, max_norm, *rule)
+        for rule in step
+        for g in ([grads] if dtype == wide else [grads, sums])
+        for divisor in (None, scalar(3.0))
+        for norm, max_norm in ((None, None), (scalar(2.0), 0.25), (scalar(0.1), 0.25))
+    ]
+
+
+def assert_same(got, wanted):
+    """Equal to rounding, measured by the largest element: sums may cancel."""
+    for a, b in zip(got, wanted, strict=True):
+        if isinstance(b, list):
+            assert_same(a, b)
+        elif isinstance(b, torch.Tensor):
+            eps = torch.finfo(b.dtype).eps
+            largest = b.double().abs().max().item() if b.numel() else 0.0
+            torch.testing.assert_close(a, b, rtol=4 * eps, atol=8 * eps * largest, equal_nan=True)

@@ -1,0 +1,68 @@
+"""Where the ops run in tests: the CPU's kernels, CUDA's compiled for the CPU, CUDA's on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from op_cases import clone, fences_hold
+
+from fbopt import _build, _ops
+
+EMULATED = Path(__file__).parent / "emulated"
+EMULATED_FLAGS = (
+    f"-I{EMULATED} -DUSE_CUDA -DFBOPT_LIBRARY=fbopt_emulated -DFBOPT_CUDA_KEY=CPU "
+    # What nvcc unrolls, and a warning about functions that were merged.
+    "-Wno-unknown-pragmas -fno-ipa-icf"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Ops, and the device their tensors have to be on."""
+
+    name: str
+    device: str
+    op: Callable[[str], Callable[..., Any]]
+    # How many cases with a thousand tensors it is tried with: fibers are slow.
+    few: int = 3
+
+    def call(self, name: str, arguments: tuple) -> tuple[Any, list]:
+        """Run an op on copies; return its result and the copies afterwards, on the CPU."""
+        mine = clone(list(arguments), self.device)
+        result = self.op(name)(*mine)
+        assert fences_hold(mine), f"{name} wrote beside its tensors"
+        return (None if result is None else result.cpu()), to_cpu(mine)
+
+
+def to_cpu(value: Any) -> Any:
+    if isinstance(value, list):
+        return [to_cpu(v) for v in value]
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def of_table(device: str) -> Callable[[str], Callable[..., Any]]:
+    return lambda name: getattr(_ops.table(device), name)
+
+
+@functools.cache
+def emulator() -> ctypes.CDLL:
+    """Compile and load the emulated kernels, as the ops fbopt_emulated::*."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXXFLAGS", EMULATED_FLAGS)
+        library = _build.build("emulated", [EMULATED / "kernels.cpp"], "the emulated CUDA kernels")
+    torch.ops.load_library(library)
+    return ctypes.CDLL(str(library))
+
+
+def target(name: str) -> Target:
+    if name == "emulated":
+        emulator()
+        return Target(name, "cpu", lambda op: getattr(torch.ops.fbopt_emulated, op).default, few=1)
+    return Target(name, name, of_table(name))

@@ -1,0 +1,256 @@
+"""The launcher of the CUDA kernels, as far as it is host code: on the emulated device of
+tests/emulated. What runs on a GPU alone is at the end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import assert_same, cases, clone, make, scalar
+from targets import emulator, target
+
+from fbopt import _ops, reference
+from fbopt._tensors import flat_size
+
+INT32_MAX = 2**31 - 1
+
+
+@pytest.fixture(scope="module")
+def device():
+    """The library of the emulated kernels."""
+    return emulator()
+
+
+def rows(device, sizes, capacity, chunk):
+    """The plan for a list of tensors: (first, count, blocks) of every launch."""
+    found = (ctypes.c_int64 * (3 * len(sizes)))()
+    n = device.plan(
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        *map(ctypes.c_int64, (len(sizes), capacity, chunk)),
+        found,
+    )
+    return [tuple(found[3 * i : 3 * i + 3]) for i in range(n)]
+
+
+def span(device, sizes, chunk, block):
+    """The tensor, begin and length that a block works on."""
+    row = (ctypes.c_int64 * 3)()
+    array = (ctypes.c_int64 * len(sizes))(*sizes)
+    device.span(array, *map(ctypes.c_int64, (len(sizes), chunk, block)), row)
+    return tuple(row)
+
+
+def launched(device):
+    """The blocks of the launches since the last call."""
+    blocks = (ctypes.c_int64 * 100)()
+    return list(blocks[: device.launches(blocks, ctypes.c_int64(100))])
+
+
+# --- the plan ------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(
+    sizes=st.lists(st.integers(0, 300), min_size=1, max_size=40),
+    capacity=st.integers(1, 12),
+    chunk=st.sampled_from([1, 7, 64]),
+)
+def test_every_tensor_is_in_one_launch_and_every_element_in_one_block(sizes, capacity, chunk):
+    plan = rows(emulator(), sizes, capacity, chunk)
+    assert [first for first, _, _ in plan] == [0, *itertools.accumulate(n for _, n, _ in plan)][:-1]
+    assert sum(n for _, n, _ in plan) == len(sizes)
+    assert all(n <= capacity for _, n, _ in plan)
+    for first, count, blocks in plan:
+        part = sizes[first : first + count]
+        spans = [span(emulator(), part, chunk, b) for b in range(blocks)]
+        elements = [(i, begin + k) for i, begin, length in spans for k in range(length)]
+        assert elements == [(i, k) for i, n in enumerate(part) for k in range(n)]
+        assert all(0 < length <= chunk for _, _, length in spans)
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1, 12345])
+def test_more_than_two_to_the_31_elements(device, extra):
+    n, chunk = 2**31 + extra, 4096
+    blocks = -(-n // chunk)
+    assert rows(device, [5, n, 3], 72, chunk) == [(0, 3, blocks + 2)]
+    assert span(device, [5, n, 3], chunk, blocks) == (
+        1,
+        (blocks - 1) * chunk,
+        n - (blocks - 1) * chunk,
+    )
+    assert span(device, [5, n, 3], chunk, blocks + 1) == (2, 0, 3)
+
+
+def test_more_blocks_than_a_grid_takes(device):
+    huge = 4096 * (INT32_MAX - 10)
+    plan = rows(device, [huge, 9 * 4096, 2 * 4096, 5, huge, 8 * 4096], 72, 4096)
+    assert plan == [(0, 2, INT32_MAX - 1), (2, 3, INT32_MAX - 7), (5, 1, 8)]
+    last = INT32_MAX - 11
+    assert span(device, [huge], 4096, last) == (0, last * 4096, 4096)
+
+
+def test_the_tables_fit_what_a_kernel_takes(device):
+    for depth in range(1, 6):
+        capacity = device.capacity(ctypes.c_int64(depth))
+        assert capacity > 500
+        assert capacity * (8 * depth + 12) + 8 <= 32764 - 256
+        assert device.few() * (8 * depth + 12) + 8 <= 4096 - 256
+
+
+# --- launches -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 62, 72, 73, 700, 1700])
+@pytest.mark.parametrize("name", _ops.NAMES)
+def test_lists_are_split_over_launches(device, name, count):
+    """Few launches, of tables that fit; what they compute is the reference's."""
+    arguments = cases(name, [(3,)] * count, torch.float32)[0]
+    launched(device)
+    result, found = target("emulated").call(name, arguments)
+    blocks = launched(device)
+    expected = clone(list(arguments))
+    wanted = getattr(reference, name)(*expected)
+    assert_same([result, *found], [wanted, *expected])
+    depth = {"pack_": 2, "perturb_": 3, "accumulate_": 2, "accumulate_penalty_": 3, "clip_": 1}
+    per_launch = [device.capacity(ctypes.c_int64(depth.get(name, 3)))]
+    norm = -(-count // device.capacity(ctypes.c_int64(1)))
+    launches = {
+        "squared_norm": norm + 1,
+        "perturb_": norm + 1 + -(-count // per_launch[0]),
+    }.get(name, -(-count // per_launch[0]))
+    assert len(blocks) == launches
+    assert sum(blocks) == {
+        "squared_norm": count + 1,
+        "perturb_": 2 * count + 1,
+    }.get(name, count)
+
+
+def test_the_penalised_chunk_update_takes_four_launches(device):
+    shapes = [(16,)] * 62  # as many as ResNet-18 has
+    params, grads, plus = (make(shapes, torch.float32, seed) for seed in range(3))
+    sums = [torch.zeros(s) for s in shapes]
+    flat = torch.zeros(flat_size(params))
+    ops = target("emulated").op
+    launched(device)
+    square = ops("perturb_")(flat, params, grads, 1e-2)
+    ops("accumulate_penalty_")(sums, grads, plus, [], scalar(1.0), scalar(0.1), square, 1e-2)
+    assert len(launched(device)) == 4
+
+
+def test_nothing_is_launched_for_no_elements(device):
+    empty = [torch.zeros(0), torch.zeros(0, 3)]
+    ops = target("emulated").op
+    launched(device)
+    ops("accumulate_")(empty, empty, scalar(1.0))
+    ops("clip_")(empty, scalar(1.0), 0.5)
+    ops("accumulate_")([], [], scalar(1.0))
+    assert launched(device) == []
+    assert ops("squared_norm")(empty).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", _ops.NAMES)
+def test_the_order_of_threads_does_not_matter(device, name, dtype):
+    """A barrier that is missing, or two threads that write one place, would show."""
+    arguments = cases(name, [(9001,), (64,), (70, 3)], dtype)[0]
+    forwards = target("emulated").call(name, arguments)
+    device.run_backwards(True)
+    try:
+        backwards = target("emulated").call(name, arguments)
+    finally:
+        device.run_backwards(False)
+    torch.testing.assert_close(backwards, forwards, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", _ops.NAMES)
+def test_a_launch_that_fails_is_an_error(device, name):
+    device.fail_launches(True)
+    try:
+        with pytest.raises(RuntimeError, match="not launched: no CUDA-capable device"):
+            target("emulated").call(name, cases(name, [(5,)], torch.float32)[0])
+    finally:
+        device.fail_launches(False)
+
+
+def test_a_sum_is_exact_where_float32_is_not(device):
+    x = torch.full((100_001,), 4097.0)
+    assert target("emulated").op("squared_norm")([x]).item() == 100_001 * 4097**2
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+def test_more_than_two_to_the_31_elements_on_a_gpu():
+    if torch.cuda.mem_get_info()[0] < 12e9:
+        pytest.skip("needs 12 GB of GPU memory")
+    n = 2**31 + 17
+    x = torch.ones(n, dtype=torch.bfloat16, device="cuda")
+    ops = _ops.table("cuda")
+    assert ops.squared_norm([x]).item() == n
+    ops.clip_([x], torch.tensor(2.0, device="cuda", dtype=torch.float64), 1.0)
+    assert all(x[i].item() == 0.5 for i in (0, 2**31 - 1, 2**31, n - 1))
+    assert ops.squared_norm([x]).item() == n / 4
+
+
+@pytest.mark.cuda
+def test_kernels_run_on_the_current_stream_and_device():
+    ops, stream = _ops.table("cuda"), torch.cuda.Stream()
+    x = torch.ones(1 << 24, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        x.mul_(2)
+        square = ops.squared_norm([x])
+    assert not stream.query()
+    stream.synchronize()
+    assert square.item() == 4 * x.numel()
+    if torch.cuda.device_count() > 1:
+        other = torch.ones(1000, device="cuda:1")
+        assert ops.squared_norm([other]).device == other.device
+        assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", _ops.NAMES)
+def test_no_op_waits_for_the_device(name):
+    arguments = clone(list(cases(name, [(5,), (3, 4)], torch.float32)[0]), "cuda")
+    op = getattr(_ops.table("cuda"), name)
+    op(*arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        op(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", _ops.NAMES)
+def test_ops_can_be_captured(name):
+    arguments = clone(list(cases(name, [(9001,), (3, 4)], torch.float32)[0]), "cuda")
+    eager, captured = clone(arguments, "cuda"), clone(arguments, "cuda")
+    op = getattr(_ops.table("cuda"), name)
+    op(*clone(arguments, "cuda"))
+    wanted = op(*eager)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = op(*captured)
+    graph.replay()
+    torch.testing.assert_close([found, *captured], [wanted, *eager], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.cuda
+def test_tensors_on_several_devices_are_refused():
+    on_gpu, on_cpu = torch.zeros(3, device="cuda"), torch.zeros(3)
+    ops = torch.ops.fbopt
+    _ops.table("cuda")
+    weight = torch.ones((), dtype=torch.float64, device="cuda")
+    with pytest.raises(RuntimeError, match=r"grads\[0\] is on another device"):
+        ops.accumulate_([on_gpu], [on_cpu], weight)
+    with pytest.raises(RuntimeError, match="weight must be a 0-dim tensor on the device"):
+        ops.accumulate_([on_gpu], [on_gpu], weight.cpu())
