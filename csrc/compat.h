@@ -21,6 +21,8 @@
 #define FBOPT_LIBRARY fbopt
 #define FBOPT_CUDA_KEY CUDA
 #endif
+// One level more: torch 2.10 takes the namespace's name without expanding it.
+#define FBOPT_OPS(ns, m) STABLE_TORCH_LIBRARY(ns, m)
 
 #define FBOPT_CHECK STD_TORCH_CHECK
 // The check of what a C function of the ABI returns, by its name now and that of torch 2.10.

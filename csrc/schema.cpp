@@ -2,7 +2,7 @@
 // torch.
 #include "compat.h"
 
-STABLE_TORCH_LIBRARY(FBOPT_LIBRARY, m) {
+FBOPT_OPS(FBOPT_LIBRARY, m) {
   m.def("pack_(Tensor(a!) out, Tensor[] tensors) -> ()");
   m.def("squared_norm(Tensor[] tensors) -> Tensor");
   m.def(

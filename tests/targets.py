@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,13 @@ from op_cases import clone, fences_hold
 from fbopt import _build, _ops
 
 EMULATED = Path(__file__).parent / "emulated"
+KERNELS = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu*"))
 EMULATED_FLAGS = (
     f"-I{EMULATED} -DUSE_CUDA -DFBOPT_LIBRARY=fbopt_emulated -DFBOPT_CUDA_KEY=CPU "
     # What nvcc unrolls, and a warning about functions that were merged.
-    "-Wno-unknown-pragmas -fno-ipa-icf"
+    "-Wno-unknown-pragmas -fno-ipa-icf "
+    # The sources that kernels.cpp includes: the library's name has to change with them.
+    f"-DSOURCES={hashlib.sha256(b''.join(map(Path.read_bytes, KERNELS))).hexdigest()}"
 )
 
 
@@ -47,10 +51,6 @@ def to_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
-def of_table(device: str) -> Callable[[str], Callable[..., Any]]:
-    return lambda name: getattr(_ops.table(device), name)
-
-
 @functools.cache
 def emulator() -> ctypes.CDLL:
     """Compile and load the emulated kernels, as the ops fbopt_emulated::*."""
@@ -65,4 +65,6 @@ def target(name: str) -> Target:
     if name == "emulated":
         emulator()
         return Target(name, "cpu", lambda op: getattr(torch.ops.fbopt_emulated, op).default, few=1)
-    return Target(name, name, of_table(name))
+    if name == "cuda":
+        assert _build.cuda_kernels() is not None  # not plain torch in their place
+    return Target(name, name, lambda op: getattr(_ops.table(name), op))

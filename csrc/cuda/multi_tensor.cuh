@@ -103,6 +103,7 @@ class Call {
   void run(void (*kernel)(Parameters...), int64_t blocks, int threads,
            const Arguments&... arguments) const {
     static_assert((std::is_same_v<std::remove_cv_t<Parameters>, Arguments> && ...));
+    static_assert((sizeof(Arguments) + ...) <= kParameterBytes);
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
     const cudaError_t status =
         cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),

@@ -12,8 +12,8 @@
 
 namespace fbopt::cuda {
 
-// What CUDA >= 12.1 hands a kernel by value, 32,764 bytes, less what stands beside the table.
-constexpr int64_t kTableBytes = 32764 - 256;
+// What CUDA >= 12.1 hands a kernel by value; and that, less what stands beside the table.
+constexpr int64_t kParameterBytes = 32764, kTableBytes = kParameterBytes - 256;
 // A small table for short lists: what the driver copies for a launch then stays under 4 KB.
 constexpr int kFew = 72;
 constexpr int64_t kMaxBlocks = INT32_MAX;
