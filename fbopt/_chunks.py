@@ -21,6 +21,7 @@ def check_arguments(
     observe: Any,
     weight: Any,
     autocast: Any,
+    cuda_graph: Any,
     **typed: Any,
 ) -> None:
     """Check what FullBatchClosure is made from; its docstring says what each argument is."""
@@ -56,6 +57,8 @@ def check_arguments(
             )
     if autocast is not None and autocast not in (torch.bfloat16, torch.float16):
         raise ValueError(f"autocast must be torch.bfloat16 or torch.float16, got {autocast}")
+    if not isinstance(cuda_graph, bool):
+        raise TypeError(f"cuda_graph must be True or False, got {type(cuda_graph).__name__}")
 
 
 def refuse_compiled(model: nn.Module) -> None:

@@ -5,13 +5,14 @@ right: buffers (BatchNorm statistics above all) and random draws.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from fbopt._tensors import overlaps_itself
+from fbopt import _ops
+from fbopt._tensors import by_device_and_dtype, overlaps_itself
 
 
 class Buffers:
@@ -62,23 +63,25 @@ class RunningStatistics:
     While :meth:`averaging` is on, every normalisation layer in training mode records with momentum
     1, so that after a pass its running statistics are that chunk's own; :meth:`record` adds them
     up, and :meth:`commit` writes the mean. Layers in eval mode are left alone.
+
+    Attributes:
+        sums: the sums of all layers, which stay where they are from one step to the next.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._layers = [m for m in model.modules() if isinstance(m, _NormBase)]
         self._running: list[Tensor] = []
-        self._sums: list[Tensor] = []
+        self.sums: list[Tensor] = []
+        self._active: list[tuple[list[Tensor], list[Tensor]]] = []
 
     @contextlib.contextmanager
     def averaging(self) -> Iterator[None]:
         """Let the layers in training mode record each pass alone."""
-        active = [m for m in self._layers if m.training and m.running_mean is not None]
+        layers = [m for m in self._layers if m.running_mean is not None]
+        active = [m for m in layers if m.training]
         momenta = [m.momentum for m in active]
-        self._running = [t for m in active for t in (m.running_mean, m.running_var)]
-        self._sums = [torch.zeros_like(t, dtype=torch.float64) for t in self._running]
-        # With momentum 1 the old value enters times zero: NaN would survive that.
-        for t in self._running:
-            t.zero_()
+        self._begin([t for m in layers for t in (m.running_mean, m.running_var)])
+        self._choose([i for k, m in enumerate(layers) if m.training for i in (2 * k, 2 * k + 1)])
         try:
             for m in active:
                 m.momentum = 1.0
@@ -87,21 +90,40 @@ class RunningStatistics:
             for m, momentum in zip(active, momenta, strict=True):
                 m.momentum = momentum
 
-    def record(self, weight: float) -> None:
-        """Add the statistics of the pass that has just been made."""
-        if self._running:
-            wide = [t.double() for t in self._running]
-            torch._foreach_add_(self._sums, wide, alpha=weight)
+    def _begin(self, running: list[Tensor]) -> None:
+        if [id(t) for t in running] != [id(t) for t in self._running]:
+            self._running = running
+            self.sums = [torch.zeros_like(t, dtype=torch.float64) for t in running]
+        elif running:
+            torch._foreach_zero_(self.sums)
+
+    def _choose(self, indices: list[int]) -> None:
+        """Keep sums and statistics of the layers in training mode, by device."""
+        groups = by_device_and_dtype([self.sums[i] for i in indices])
+        chosen = [[indices[k] for k in group] for group in groups]
+        self._active = [([self.sums[i] for i in c], [self._running[i] for i in c]) for c in chosen]
+        for _, running in self._active:
+            # With momentum 1 the old value enters times zero: NaN would survive that.
+            torch._foreach_zero_(running)
+
+    def record(self, weight: Callable[[torch.device], Tensor]) -> None:
+        """Add the statistics of the pass that has just been made.
+
+        Args:
+            weight: returns the chunk's weight on a device, 0-dim.
+        """
+        for sums, running in self._active:
+            _ops.accumulate_(sums, [t.double() for t in running], weight(sums[0].device))
 
     def commit(self, total_weight: float) -> None:
         """Write the mean over all passes recorded."""
-        if self._running:
-            torch._foreach_div_(self._sums, total_weight)
-            torch._foreach_copy_(self._running, self._sums)
+        for sums, running in self._active:
+            torch._foreach_div_(sums, total_weight)
+            torch._foreach_copy_(running, sums)
 
 
 class RandomState:
-    """The state of torch's random generators on the CPU and on the devices of a model."""
+    """The draws of torch's random generators, on the CPU and on the devices of a model."""
 
     def __init__(self, devices: set[torch.device]) -> None:
         self._generators = [torch.default_generator]
@@ -110,11 +132,22 @@ class RandomState:
                 index = torch.cuda.current_device() if device.index is None else device.index
                 self._generators.append(torch.cuda.default_generators[index])
 
-    def get(self) -> list[Tensor]:
-        """Return the state of every generator."""
+    def begin(self) -> None:
+        """Note where the draws of a chunk begin."""
+        self._start = self._get()
+
+    @contextlib.contextmanager
+    def repeated(self) -> Iterator[Callable[[], None]]:
+        """Give a function that goes back to where :meth:`begin` was; go on from here in the end."""
+        after = self._get()
+        try:
+            yield lambda: self._set(self._start)
+        finally:
+            self._set(after)
+
+    def _get(self) -> list[Tensor]:
         return [g.get_state() for g in self._generators]
 
-    def set(self, states: list[Tensor]) -> None:
-        """Set the state of every generator."""
+    def _set(self, states: list[Tensor]) -> None:
         for generator, state in zip(self._generators, states, strict=True):
             generator.set_state(state)

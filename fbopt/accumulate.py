@@ -55,7 +55,7 @@ class GradientAccumulator:
             for flat in self._flat:
                 flat.zero_()
         self.total_weight = 0.0
-        self._unseen = set(range(len(self.params)))
+        self.unseen = set(range(len(self.params)))
         self._is_mean = False
 
     @torch.no_grad()
@@ -83,6 +83,7 @@ class GradientAccumulator:
         if self._is_mean:
             self.reset()
         self.add_parts(self.gather(grads), weight)
+        self.total_weight += weight
 
     def gather(self, grads: Sequence[Tensor | None], slot: str = "grads") -> list[list[Tensor]]:
         """Return the gradients as the kernels take them, zeros where there is none.
@@ -90,41 +91,41 @@ class GradientAccumulator:
         Notes which parameters have one.
         """
         if type(None) in map(type, grads):  # `None in grads` would compare tensors
-            self._unseen.difference_update(i for i, g in enumerate(grads) if g is not None)
+            self.unseen.difference_update(i for i, g in enumerate(grads) if g is not None)
             pairs = zip(grads, self.params, strict=True)
             grads = [torch.zeros_like(p) if g is None else g for g, p in pairs]
         else:
-            self._unseen.clear()
+            self.unseen.clear()
         return self.groups.gather(grads, slot)
 
     def add_parts(
-        self, parts: list[list[Tensor]], weight: float, coefficient: Tensor | None = None
+        self, parts: list[list[Tensor]], weight: float | Tensor, coefficient: Tensor | None = None
     ) -> None:
         """:meth:`add` for gradients that autograd has just made and :meth:`gather` has gathered.
 
-        With a coefficient: add ``weight * coefficient * grads`` to the chunk added last.
+        With a coefficient: add ``weight * coefficient * grads``. The caller counts the weight in
+        ``total_weight``: a weight on the device is not read.
         """
         for sums, part in zip(self._operands, parts, strict=True):
-            scale = self._scalar(weight, part[0].device)
+            scale = self.scalar(weight, part[0].device)
             if coefficient is not None:
                 scale = scale * coefficient.to(scale.device)
             _ops.accumulate_(sums, part, scale)
-        if coefficient is None:
-            self.total_weight += weight
 
     def add_penalised(
         self,
         grads: list[list[Tensor]],
         plus: list[list[Tensor]],
         minus: list[list[Tensor]],
-        weight: float,
+        weight: float | Tensor,
         coefficient: Tensor,
         squared_norm: Tensor,
         radius: float,
     ) -> None:
         """Add ``weight * (g + lambda H g)``, H g from the gradients at the shifted points.
 
-        The gradients are gathered; see :func:`fbopt.reference.accumulate_penalty_`.
+        The gradients are gathered, and the caller counts the weight, as for :meth:`add_parts`; see
+        :func:`fbopt.reference.accumulate_penalty_`.
         """
         for k, sums in enumerate(self._operands):
             device = sums[0].device
@@ -133,12 +134,11 @@ class GradientAccumulator:
                 grads[k],
                 plus[k],
                 minus[k] if minus else [],
-                self._scalar(weight, device),
+                self.scalar(weight, device),
                 coefficient.to(device),
                 squared_norm.to(device),
                 radius,
             )
-        self.total_weight += weight
 
     def mean(self) -> list[Tensor | None]:
         """Return the weighted mean: for each parameter a tensor of its shape and dtype.
@@ -157,7 +157,7 @@ class GradientAccumulator:
         if not self._is_mean:
             self.settle(set())
         return [
-            None if i in self._unseen else view if view.dtype == p.dtype else view.to(p.dtype)
+            None if i in self.unseen else view if view.dtype == p.dtype else view.to(p.dtype)
             for i, (view, p) in enumerate(zip(self.sums, self.params, strict=True))
         ]
 
@@ -165,7 +165,7 @@ class GradientAccumulator:
     def settle(self, done: set[int]) -> None:
         """Turn the sums into means, except those that the optimizer's step has turned already."""
         for flat, group in zip(self._flat, self.groups.indices, strict=True):
-            weight = self._scalar(self.total_weight, flat.device).to(flat.dtype)
+            weight = self.scalar(self.total_weight, flat.device).to(flat.dtype)
             left = [i for i in group if i not in done]
             for tensor in [flat] if len(left) == len(group) else [self.sums[i] for i in left]:
                 tensor.div_(weight)
@@ -173,14 +173,16 @@ class GradientAccumulator:
 
     def has_grad(self, index: int) -> bool:
         """Whether any gradient was added for this parameter."""
-        return index not in self._unseen
+        return index not in self.unseen
 
     def divisor(self, device: torch.device) -> Tensor | None:
         """The weight that the sums still have to be divided by, a 0-dim tensor; None for means."""
-        return None if self._is_mean else self._scalar(self.total_weight, device)
+        return None if self._is_mean else self.scalar(self.total_weight, device)
 
-    def _scalar(self, value: float, device: torch.device) -> Tensor:
+    def scalar(self, value: float | Tensor, device: torch.device) -> Tensor:
         """A 0-dim float64 tensor; chunks come in few sizes, so that most are made once."""
+        if isinstance(value, Tensor):
+            return value
         if len(self._scalars) > 64:
             self._scalars.clear()
         key = (value, device)

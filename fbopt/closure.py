@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fbopt import _ops
-from fbopt._chunks import check_arguments, check_loss, pair, refuse_compiled, weigh
+from fbopt._chunks import check_arguments, refuse_compiled, weigh
+from fbopt._graphs import Graphs, graph_device, refuse_nested
 from fbopt._passes import Buffers, RandomState, RunningStatistics
 from fbopt._tensors import check_params
+from fbopt._work import ChunkWork
 from fbopt.accumulate import GradientAccumulator
-from fbopt.penalty import GradientPenalty, Shift, hessian_gradient_product
+from fbopt.penalty import GradientPenalty, Shift
 
 
 class FullBatchClosure:
@@ -51,16 +51,38 @@ class FullBatchClosure:
         autocast: dtype to autocast the forward passes to, e.g. ``torch.bfloat16``.
         observe: ``observe(output, target)`` is called after every chunk's first pass, without
             gradients.
+        cuda_graph: capture the work on a chunk in a CUDA graph and replay it, see below.
+
+    **CUDA graphs.** Launching kernels one by one can take longer than the kernels. With
+    ``cuda_graph=True`` chunks alike in shape share a graph: the first two are worked on as usual,
+    at the third all device work is captured (both passes, penalty, accumulation), and from then on
+    it is replayed on copies of the chunk's tensors, which may come from the CPU. The bits are those
+    without graphs (for a chunk cut from a larger tensor libraries may choose by its alignment);
+    dropout draws what it would have drawn, learning rate, coefficient and weights may change.
+    Python does not run in a replay: forward hooks, prints and counters of the model, ``loss_fn``
+    and ``evaluate`` take effect at visits without a graph and at captures only, while ``chunks``,
+    ``weight``, ``observe`` (with copies, after the whole chunk) and the penalty's ``coefficient``
+    run as ever. A number or flag in a chunk or in a module (dropout's ``p``, ``training``) makes
+    another kind of chunk; 8 kinds have a graph, the rest run without after one RuntimeWarning.
+    Graphs are captured anew when parameters or buffers have moved. Other tensors that the model
+    reaches have to stay where they are, and settings of torch as they were at the capture.
+    Each capture waits for the device; graphs keep the memory of one chunk's work, activations
+    included, which the rest of the program cannot use, and a copy of a chunk for each kind.
 
     Attributes:
         step: number of completed calls; the argument of a penalty's ``coefficient`` function.
         mean_sqnorm: with a penalty, ``sum_c (n_c/N) ||g_c||^2`` of the last call (0-dim float64),
             else None.
         accumulator: the :class:`GradientAccumulator` at work.
+        cuda_graph: whether chunks are captured. Set to False, the next call frees all graphs; set
+            to True, captures begin again.
 
     Raises:
         TypeError, ValueError: an argument, a chunk or a loss that does not fit; the message names
-            it.
+            it. With ``cuda_graph`` also a model that is not on one CUDA device or that
+            ``torch.compile`` captures itself.
+        RuntimeError: a chunk cannot be captured since the model waits for the device or replaces a
+            buffer; the call has changed nothing, and the next one tries again.
     """
 
     def __init__(
@@ -77,6 +99,7 @@ class FullBatchClosure:
         params: Iterable[Tensor] | None = None,
         autocast: torch.dtype | None = None,
         observe: Callable[[Any, Any], None] | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         check_arguments(
             model,
@@ -86,6 +109,7 @@ class FullBatchClosure:
             observe=observe,
             weight=weight,
             autocast=autocast,
+            cuda_graph=cuda_graph,
             penalty=penalty,
             optimizer=optimizer,
         )
@@ -97,7 +121,11 @@ class FullBatchClosure:
         self.accumulator = GradientAccumulator(self._trainable(), accumulation)
         if penalty is not None:
             self._coefficient()
+        self.cuda_graph = cuda_graph
+        self._graphs: Graphs | None = None
+        self._follow_cuda_graph()
         self._shift: Shift | None = None
+        self._random: RandomState | None = None
         self._before, self._between = Buffers(model), Buffers(model)
         self._statistics = RunningStatistics(model)
         self.step = self._step_before = 0
@@ -119,6 +147,7 @@ class FullBatchClosure:
             raise RuntimeError(
                 "FullBatchClosure needs gradients: call it outside torch.inference_mode()"
             )
+        self._follow_cuda_graph()
         coefficient = self._coefficient()
         self._prepare(coefficient)
         self._before.save()
@@ -166,6 +195,16 @@ class FullBatchClosure:
         value = self.penalty.coefficient_at(getattr(self, "step", 0), self.optimizer)
         return None if isinstance(value, (int, float)) and value == 0 else value
 
+    def _follow_cuda_graph(self) -> None:
+        """Let there be graphs, on the model's device, if and only if ``cuda_graph`` is set."""
+        if not self.cuda_graph:
+            self._graphs = None
+            return
+        device = graph_device(self.model, self._trainable())
+        if self._graphs is None or self._graphs.device != device:
+            refuse_nested(self.model)
+            self._graphs = Graphs(device)
+
     def _prepare(self, coefficient: float | Tensor | None) -> None:
         params = self._trainable()
         if [id(p) for p in params] != [id(p) for p in self.accumulator.params]:
@@ -192,9 +231,26 @@ class FullBatchClosure:
                 coefficient = coefficient.detach().reshape(()).to(device, torch.float64)
             else:  # filled there: a copy from the host would wait for the device
                 coefficient = torch.full((), coefficient, dtype=torch.float64, device=device)
+        work = ChunkWork(
+            self.model,
+            self.loss_fn,
+            self.evaluate,
+            self.autocast,
+            None if coefficient is None else self.penalty,
+            self.accumulator,
+            self._statistics,
+            self._between,
+            self._shift,
+        )
+        if self._graphs is not None:
+            self._graphs.begin(work, coefficient, self.observe)
         for index, chunk in enumerate(self.chunks):
             weight = weigh(index, chunk, self.weight)
-            loss, square = self._chunk(index, chunk, weight, coefficient)
+            if self._graphs is None:
+                loss, square = work(index, chunk, weight, coefficient, self._random, self.observe)
+            else:
+                loss, square = self._graphs.visit(work, index, chunk, weight, self._random)
+            self.accumulator.total_weight += weight
             losses.append(loss)
             weights.append(weight)
             if square is not None:
@@ -205,104 +261,6 @@ class FullBatchClosure:
         self.mean_sqnorm = _mean(squares, weights) if squares else None
         wide = losses[-1].dtype == torch.float64
         return _mean(losses, weights).to(torch.float64 if wide else torch.float32)
-
-    def _chunk(
-        self, index: int, chunk: Any, weight: float, coefficient: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Add one chunk's gradient; return its loss and, with a penalty, ||g||^2 (float64)."""
-        exact = coefficient is not None and self.penalty.method == "exact"
-        shifts = coefficient is not None and not exact
-        before = self._random.get() if shifts else None
-        loss = self._forward(index, chunk, first=True)
-        grads = self._gradient(loss, create_graph=exact)
-        self._statistics.record(weight)
-        loss = loss.detach()  # its graph holds the activations that the next pass needs room for
-        if coefficient is None:
-            self.accumulator.add_parts(self.accumulator.gather(grads), weight)
-            return loss, None
-        if exact:
-            return loss, self._add_exact(grads, weight, coefficient)
-        return loss, self._add_shifted(index, chunk, grads, weight, coefficient, before)
-
-    def _add_exact(
-        self, grads: Sequence[Tensor | None], weight: float, coefficient: Tensor
-    ) -> Tensor:
-        accumulator = self.accumulator
-        products = hessian_gradient_product([g for g in grads if g is not None], accumulator.params)
-        parts = accumulator.gather([None if g is None else g.detach() for g in grads])
-        accumulator.add_parts(parts, weight)
-        accumulator.add_parts(accumulator.groups.gather(products, "plus"), weight, coefficient)
-        return _ops.squared_norm([g for part in parts for g in part])
-
-    def _add_shifted(
-        self,
-        index: int,
-        chunk: Any,
-        grads: Sequence[Tensor | None],
-        weight: float,
-        coefficient: Tensor,
-        before: list[Tensor],
-    ) -> Tensor:
-        radius, gather = self.penalty.radius, self.accumulator.gather
-        parts = gather(grads)
-        square = self._shift.fill(parts, radius)
-        after = self._random.get()
-        self._between.save()
-        try:
-            plus = gather(self._shifted_gradient(index, chunk, before), "plus")
-            minus = []
-            if self.penalty.method == "central":
-                self._between.restore()
-                self._shift.fill(parts, -radius, square)
-                minus = gather(self._shifted_gradient(index, chunk, before), "minus")
-        finally:
-            torch.clear_autocast_cache()
-            self._random.set(after)
-            self._between.restore()
-        self.accumulator.add_penalised(parts, plus, minus, weight, coefficient, square, radius)
-        return square
-
-    def _shifted_gradient(
-        self, index: int, chunk: Any, draws: list[Tensor]
-    ) -> Sequence[Tensor | None]:
-        self._random.set(draws)
-        with self._shift.applied():
-            return self._gradient(self._forward(index, chunk, first=False))
-
-    def _forward(self, index: int, chunk: Any, *, first: bool) -> Tensor:
-        # Autocast keeps the weights it has cast, by parameter: those know nothing of the shift.
-        torch.clear_autocast_cache()
-        with torch.enable_grad(), self._autocast():
-            if self.evaluate is not None:
-                loss = self.evaluate(self.model, chunk)
-            else:
-                inputs, target = pair(index, chunk)
-                output = self.model(inputs)
-                loss = self.loss_fn(output, target)
-        check_loss(index, loss, "evaluate" if self.evaluate else "loss_fn")
-        if first and self.observe is not None:
-            self.observe(output.detach() if isinstance(output, Tensor) else output, target)
-        return loss
-
-    def _gradient(self, loss: Tensor, create_graph: bool = False) -> Sequence[Tensor | None]:
-        params = self.accumulator.params
-        grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
-        for i, g in enumerate(grads):
-            if g is not None and g.layout != torch.strided:
-                raise TypeError(
-                    f"the gradient of parameter {i} ({self._name(i)}) is sparse: fbopt needs dense "
-                    "gradients, for an embedding pass sparse=False"
-                )
-        return grads
-
-    def _name(self, index: int) -> str:
-        wanted = self.accumulator.params[index]
-        return next((n for n, p in self.model.named_parameters() if p is wanted), "unnamed")
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.accumulator.params[0].device.type, dtype=self.autocast)
 
 
 def _mean(values: list[Tensor], weights: list[float]) -> Tensor:

@@ -600,6 +600,15 @@ CLOSURE = [
         "autocast to float32", lambda w: w.make(autocast=torch.float32), ValueError, "autocast must"
     ),
     Row(
+        "cuda_graph is text", lambda w: w.make(cuda_graph="yes"), TypeError, "cuda_graph must be T"
+    ),
+    Row(
+        "cuda_graph on the CPU",
+        lambda w: w.make(cuda_graph=True),
+        ValueError,
+        r"cuda_graph=True needs.*one CUDA device.*on cpu.*model\.cuda\(\)",
+    ),
+    Row(
         "params is one tensor",
         lambda w: w.make(params=w.loose[0]),
         TypeError,
