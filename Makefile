@@ -5,13 +5,13 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 # A terminal sees pip's progress; a log does not need it.
 PIP_FLAGS := --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet --quiet)
-CXX_FILES = $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp')
+CXX_FILES = $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: help train test lint format bench clean
+.PHONY: help train test lint format bench wheel-check gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 train: $(READY)  ## train; options go in ARGS, such as make train ARGS="--help"
 	$(VENV)/bin/fbopt train $(ARGS)
@@ -33,11 +33,17 @@ bench: $(READY)  ## check the kernels against the reference, then time them
 	$(VENV)/bin/python -m benchmarks.ops $(ARGS)
 	$(VENV)/bin/python -m benchmarks.step $(ARGS)
 
+wheel-check: $(READY)  ## build a wheel, install and try it under several versions of torch
+	$(VENV)/bin/python tests/wheel_check.py $(ARGS)
+
+gpu-check: $(READY)  ## test and measure on a GPU; ARGS are stages, such as make gpu-check ARGS="ops"
+	$(VENV)/bin/python -m benchmarks.gpu_check $(ARGS)
+
 clean:  ## remove the virtual environment and what tools left behind
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml setup.py
+$(READY): pyproject.toml setup.py build_backend.py
 	@echo "Installing fbopt and what it needs, torch above all, into $(VENV): some minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e '.[train,test,dev]'

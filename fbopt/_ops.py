@@ -23,13 +23,13 @@ NAMES = (
     "clip_",
     "sgd_step_",
 )
-COMPILED_DEVICES = ("cpu",)
+LIBRARIES = {"cpu": _build.kernels, "cuda": _build.cuda_kernels}
 
 
 @functools.cache
 def table(device_type: str) -> SimpleNamespace | ModuleType:
     """The ops for a device, by name. The first call for a compiled device may build them."""
-    if device_type not in COMPILED_DEVICES or _build.kernels() is None:
+    if device_type not in LIBRARIES or LIBRARIES[device_type]() is None:
         return reference
     _register_fakes()
     return SimpleNamespace(**{name: getattr(torch.ops.fbopt, name).default for name in NAMES})

@@ -18,17 +18,29 @@ from pathlib import Path
 from types import ModuleType
 
 COMPILERS = ("c++", "g++", "clang++")
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 FLAGS = (
     "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra "
+    # No vector is handed from one library to another.
+    "-Wno-psabi "
     # Every sum and product is rounded as it is written, so that the result is the reference's.
-    "-ffp-contract=off -fno-math-errno -fno-trapping-math "
-    "-DTORCH_TARGET_VERSION=0x020a000000000000"
+    "-ffp-contract=off -fno-math-errno -fno-trapping-math " + TORCH_TARGET
 )
 NATIVE = {
     "x86_64": "-march=native",
     "AMD64": "-march=native",
     "aarch64": "-mcpu=native",
     "arm64": "-mcpu=native",
+}
+# What a wheel is compiled for, each a library of its own, the widest first. The names are those of
+# torch.backends.cpu.get_cpu_capability(), and so is what they ask of a processor.
+_AVX2 = "-march=x86-64 -mavx2 -mfma -mf16c"
+TARGETS = {
+    "x86_64": {
+        "avx512": f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq",
+        "avx2": _AVX2,
+        "default": "-march=x86-64",
+    },
 }
 # Widest first: the macro by which the compiler tells what "native" came to, and its name.
 INSTRUCTION_SETS = {
@@ -80,22 +92,37 @@ class Toolchain:
         return f"{name} {'.'.join(value.get(part, '?') for part in parts)}"
 
     @property
+    def bare(self) -> str:
+        """The compiler's path, without a launcher such as ccache before it and options after."""
+        word = [word for word in self.compiler if not word.startswith("-")][-1]
+        return shutil.which(word) or word
+
+    @property
     def instruction_set(self) -> str:
         """The widest instruction set that the flags turn on, such as ``avx2``."""
         words = set(self.macros.split())
         return next((name for macro, name in INSTRUCTION_SETS.items() if macro in words), "generic")
 
 
-def toolchain() -> Toolchain:
+def targets() -> dict[str, str]:
+    """Return what a wheel for this kind of processor is compiled for, widest first, and how."""
+    return TARGETS.get(platform.machine(), {"default": ""})
+
+
+def toolchain(target: str = "native") -> Toolchain:
     """Find the compiler, named by CXX or usual, and ask it what it is and what it builds for.
 
     CXXFLAGS are added to the flags; FBOPT_WERROR=1 turns warnings into errors.
+
+    Args:
+        target: one of ``targets()``, or ``"native"`` for the processor at hand.
 
     Raises:
         BuildError: there is no compiler, or it does not know C++20 or a flag.
     """
     compiler = find_compiler()
-    flags = [*FLAGS.split(), *filter(None, [NATIVE.get(platform.machine())])]
+    chosen = NATIVE.get(platform.machine(), "") if target == "native" else targets()[target]
+    flags = [*FLAGS.split(), *chosen.split()]
     flags += ["-Werror"] if os.environ.get("FBOPT_WERROR", "0") not in ("", "0") else []
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
     probe = run([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])

@@ -5,6 +5,8 @@ It compiles nothing, and tells of anything broken in a line of its report, not b
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import platform
 import shlex
@@ -13,14 +15,31 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fbopt
-from fbopt import _build, _toolchain
+from fbopt import _build, _doctor_cuda, _jobs, _toolchain, _toolkit
+from fbopt._cache import cache_folder, tilde
 from fbopt._toolchain import BuildError
 
 OLDEST_TORCH = (2, 10)
 INSTALL_TORCH = "pip install 'torch>=2.10'"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The libraries that are there already, and whether the CUDA one is wanted."""
+
+    cpu: Path | None
+    cuda: Path | None
+    cuda_wanted: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing has to be compiled, so that no tool is missing."""
+        return self.cpu is not None and (self.cuda is not None or not self.cuda_wanted)
 
 
 class Examination:
@@ -30,17 +49,19 @@ class Examination:
         self.lines: list[tuple[str, str]] = []
         self.cures: list[str] = []
 
-    def look(self, what: str, find: Callable[[], str]) -> bool:
+    def look(self, what: str, find: Callable[[], str], needed: bool = True) -> bool:
         """Add what ``find`` returns, or the cause and the cure that its exception names."""
         try:
-            found = find()
+            self.lines.append((what, find()))
+            return True
         except Exception as error:  # whatever is broken here is what the report is for
             text = " ".join(str(error).split()) or type(error).__name__
-            self.lines.append((what, getattr(error, "cause", text)))
-            self.cures.append(f"{what}: {getattr(error, 'cure', 'mend this')}")
+            cause, _, cure = text.partition("; ")
+            cause, cure = getattr(error, "cause", cause), getattr(error, "cure", cure)
+            self.lines.append((what, cause if needed else f"{cause} (not needed)"))
+            if needed:
+                self.cures.append(f"{what}: {cure or 'mend this'}")
             return False
-        self.lines.append((what, found))
-        return True
 
     def show(self) -> None:
         """Print the report, a finding a line."""
@@ -48,31 +69,53 @@ class Examination:
         width = shutil.get_terminal_size((100, 24)).columns
         cures = [("to do", cure) for cure in self.cures or ["nothing"]]
         for what, found in self.lines + cures:
-            print(textwrap.fill(f"  {what:<11} {found}", width, subsequent_indent=" " * 14))
+            line = f"  {what:<11} {found}"
+            lines = textwrap.wrap(line, width, subsequent_indent=" " * 14, break_on_hyphens=False)
+            print("\n".join(lines))
 
 
 def main() -> int:
     """Print the report; return 0 if fbopt can work as it is asked to, else 1."""
-    report = Examination()
-    parts = {
-        "Python": _python,
-        "torch": _torch,
-        "compiler": _compiler,
-        "ninja": _toolchain.find_ninja,
-        "pybind11": _pybind11,
-    }
-    found = {what: report.look(what, find) for what, find in parts.items()}
+    report, kernels = Examination(), _kernels()
+    needed = not kernels.complete
+    tools = {"compiler": _compiler, "ninja": _toolchain.find_ninja, "pybind11": _pybind11}
+    found = [report.look("Python", _python, needed), report.look("torch", _torch)]
+    torch = found[-1]
+    found += [report.look(what, find, needed) for what, find in tools.items()]
+    able = all(found)
     report.look("processor", _processor)
-    report.look("GPU", _gpu) if found["torch"] else None
-    able = all(found.values())
-    report.look("cache", _cache) if able else None
-    works = report.look("in use", lambda: _in_use(able)) if found["torch"] else False
+    report.look("GPU", _doctor_cuda.gpu) if torch else None
+    able_cuda = able and kernels.cuda_wanted and _examine_toolkit(report, kernels.cuda is None)
+    report.look("cache", lambda: _cache(kernels)) if able or kernels.complete else None
+    works = torch and report.look("in use", lambda: _in_use(kernels, able))
+    if torch and _quietly(_doctor_cuda.is_shown):
+        cpu = able or kernels.cpu is not None
+        on_cuda = functools.partial(_doctor_cuda.in_use, cpu, kernels.cuda, able_cuda)
+        works = report.look("on CUDA", on_cuda) and works
     report.show()
     return 0 if works else 1
 
 
+def _kernels() -> Kernels:
+    wanted = bool(_quietly(_toolkit.wanted))
+    cuda = _quietly(_build.find_cuda) if wanted else None
+    return Kernels(_quietly(_build.find_kernels), cuda, wanted)
+
+
+def _examine_toolkit(report: Examination, needed: bool) -> bool:
+    return report.look("toolkit", _doctor_cuda.toolkit, needed) and report.look(
+        "built for", _doctor_cuda.built_for, needed
+    )
+
+
+def _quietly(find: Callable[[], Any]) -> Any:
+    """Return what is found; what is broken has a line of its own in the report."""
+    with contextlib.suppress(Exception), warnings.catch_warnings(record=True):
+        return find()
+
+
 def _python() -> str:
-    return f"{platform.python_version()}, headers in {_tilde(_toolchain.find_headers())}"
+    return f"{platform.python_version()}, headers in {tilde(Path(_toolchain.find_headers()))}"
 
 
 def _torch() -> str:
@@ -101,52 +144,40 @@ def _processor() -> str:
     if torch := sys.modules.get("torch"):
         cores += f", {torch.get_num_threads()} threads in use"
     try:
-        return f"{_toolchain.toolchain().instruction_set}, {cores}"
-    except _toolchain.BuildError:
+        recipe = _build.cpu_recipe()
+    except BuildError:
         return f"{platform.machine()}, {cores}"
+    jobs, free = _toolkit.jobs(recipe.gigabytes_per_job), _jobs.memory() / 1e9
+    return f"{recipe.tools.instruction_set}, {cores}; {free:.0f} GB free, so {jobs} files at a time"
 
 
-def _gpu() -> str:
-    import torch
-
-    with warnings.catch_warnings(record=True) as said:
-        if torch.cuda.is_available():
-            return f"{torch.cuda.get_device_name()} (its tensors use plain torch)"
-    return f"none ({str(said[0].message).splitlines()[0]})" if said else "none"
-
-
-def _cache() -> str:
-    folder = _build.cache_folder()
+def _cache(kernels: Kernels) -> str:
+    folder = cache_folder()
+    libraries = {"the kernels for this machine": kernels.cpu}
+    libraries |= {"the CUDA kernels": kernels.cuda} if kernels.cuda_wanted else {}
+    held = [name for name, path in libraries.items() if path and path.parent == folder]
+    missing = [name for name, path in libraries.items() if not path]
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if _library():
-        return f"{_tilde(folder)}, with the kernels for this machine"
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise BuildError(f"{_tilde(folder)} is not writable", "set FBOPT_CACHE_DIR to one that is")
-    return f"{_tilde(folder)}, without the kernels so far"
+    if missing and not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise BuildError(f"{tilde(folder)} is not writable", "set FBOPT_CACHE_DIR to one that is")
+    words = [f"with {' and '.join(held)}"] if held else []
+    words += [f"without {' and '.join(missing)} so far"] if missing else []
+    return ", ".join([tilde(folder), *(words or ["not used"])])
 
 
-def _library() -> Path | None:
-    return _build.find("_C", _build.sources())
-
-
-def _in_use(able: bool) -> str:
-    try:
-        asked = _build.requested_backend()
-    except ValueError as error:
-        raise BuildError(*str(error).split("; ")) from error
+def _in_use(kernels: Kernels, able: bool) -> str:
+    asked = _build.requested_backend()
     if asked == "reference":
         return "plain torch, as FBOPT_BACKEND asks"
-    if asked == "kernels" and not able:
+    why = ", as FBOPT_BACKEND asks" if asked else ""
+    if kernels.cpu:
+        return f"the kernels{why}{_doctor_cuda.whence(kernels.cpu)}"
+    if able:
+        return f"the kernels{why}, compiled at first use in half a minute"
+    if asked == "kernels":
         cure = "unset FBOPT_BACKEND to use plain torch"
         raise BuildError("nothing: FBOPT_BACKEND asks for the kernels", cure)
-    if not able:
-        return "plain torch, as the kernels cannot be compiled"
-    why = ", as FBOPT_BACKEND asks" if asked else ""
-    return f"the kernels{why}" + ("" if _library() else ", compiled at first use in half a minute")
-
-
-def _tilde(path: str | Path) -> str:
-    return _build.tilde(Path(path))
+    return "plain torch, as the kernels cannot be compiled"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import ctypes
 import dataclasses
-import hashlib
+import functools
 import os
 import re
 import shutil
@@ -11,16 +11,17 @@ import subprocess
 import sys
 import time
 import warnings
-import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from fbopt import _build, _toolchain
-from fbopt._build import BuildError
+from fbopt import _build, _cache, _library, _toolchain, _toolkit
+from fbopt._toolchain import BuildError
 
 ROOT = Path(_build.__file__).resolve().parent.parent
+VARIABLES = ("FBOPT_BACKEND", "FBOPT_CUDA", "FBOPT_WERROR", "CXX", "CXXFLAGS", "MAX_JOBS")
 ANSWER = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
 MODULE = """#include <Python.h>
 static PyModuleDef tiny = {PyModuleDef_HEAD_INIT, "tiny", nullptr, -1, nullptr, nullptr, nullptr,
@@ -29,6 +30,7 @@ PyMODINIT_FUNC PyInit_tiny() { return PyModule_Create(&tiny); }
 """
 BUILD = """import sys
 from pathlib import Path
+from types import ModuleType
 from fbopt._build import build
 print(build("tiny", [Path(sys.argv[1])], "a tiny library"))
 """
@@ -49,14 +51,21 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path):
     """An empty cache, no wishes, and no kernels loaded so far; afterwards all is as it was."""
-    for name in ("FBOPT_BACKEND", "CXX", "CXXFLAGS", "MAX_JOBS", "FBOPT_WERROR"):
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FBOPT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delitem(sys.modules, "fbopt._C", raising=False)
-    _build.kernels.cache_clear()
+    for name in ("_C", "_cuda"):
+        monkeypatch.delitem(sys.modules, f"fbopt.{name}", raising=False)
+    forget()
     yield
-    sys.modules.pop("fbopt.tiny", None)
+    for name in ("_C", "_cuda", "tiny"):
+        sys.modules.pop(f"fbopt.{name}", None)
+    forget()
+
+
+def forget():
     _build.kernels.cache_clear()
+    _build.cuda_kernels.cache_clear()
 
 
 @pytest.fixture
@@ -78,6 +87,10 @@ def gate(tmp_path):
     compiler.chmod(0o755)
     yield folder
     (folder / "go").touch()  # lets go of whatever still waits, also when a test fails
+
+
+def tiny(source):
+    return _build.recipe("tiny", [source], "a tiny library")
 
 
 def start(program, argument="", stderr=subprocess.PIPE, **environment):
@@ -148,7 +161,7 @@ def test_a_second_build_finds_the_first_and_is_silent(source, tmp_path, capfd):
     assert said.startswith("fbopt: compiling a tiny library for this machine (")
     assert said.count("\n") == 1 and " done in " in said and str(tmp_path / "cache") in said
     assert ctypes.CDLL(str(library)).answer() == 42
-    assert _build.build("tiny", [source]) == library == _build.find("tiny", [source])
+    assert _build.build("tiny", [source]) == library == _library.find(tiny(source))
     assert capfd.readouterr() == ("", "")
     assert not leftovers(library.parent)
 
@@ -175,8 +188,8 @@ def test_the_key_follows(change, source, monkeypatch):
     header = source.with_name("tiny.h")
     header.write_text("")
     tools = _toolchain.toolchain()
-    before = _build.key("tiny", tools, [source])
-    assert before == _build.key("tiny", _toolchain.toolchain(), [source])
+    before = tiny(source).stem()
+    assert before == tiny(source).stem()
     if change in ("CXXFLAGS", "FBOPT_WERROR"):
         monkeypatch.setenv(change, {"CXXFLAGS": "-O1", "FBOPT_WERROR": "1"}[change])
         tools = _toolchain.toolchain()
@@ -194,14 +207,14 @@ def test_the_key_follows(change, source, monkeypatch):
         tools = dataclasses.replace(tools, macros=tools.macros + "#define __AVX9999__ 1\n")
     elif change == "CXX":
         tools = dataclasses.replace(tools, compiler=("/elsewhere/c++",))
-    assert _build.key("tiny", tools, [source]) != before
+    assert dataclasses.replace(tiny(source), tools=tools).stem() != before
 
 
 @needs_compiler
 def test_a_truncated_library_is_rebuilt(source):
     library = _build.build("tiny", [source])
     os.truncate(library, 1000)
-    assert _build.find("tiny", [source]) is None
+    assert _library.find(tiny(source)) is None
     again = _build.build("tiny", [source])
     assert ctypes.CDLL(str(again)).answer() == 42
     assert [*again.parent.glob("*.so")] == [again]
@@ -210,13 +223,11 @@ def test_a_truncated_library_is_rebuilt(source):
 @needs_compiler
 def test_a_library_that_does_not_load_is_rebuilt_once(source):
     source.write_text(MODULE)
-    folder = _build.cache_folder()
+    folder = _cache.cache_folder()
     folder.mkdir()
-    stem = _build.key("tiny", _toolchain.toolchain(), [source])
-    digest = hashlib.sha256(b"garbage").hexdigest()[:16]
-    garbage = folder / f"{stem}.{digest}.so"
-    garbage.write_bytes(b"garbage")
-    assert _build.find("tiny", [source]) == garbage
+    (folder / "garbage").write_bytes(b"garbage")
+    garbage = _cache.keep(folder / "garbage", folder, tiny(source).stem())
+    assert _library.find(tiny(source)) == garbage
     assert _build.load("tiny", [source]).__name__ == "fbopt.tiny"
     assert not garbage.exists()
 
@@ -232,10 +243,10 @@ def test_a_compile_error_is_summed_up_and_logged(source, capfd):
     source.write_text("int answer() { return forty_two; }\n")
     with pytest.raises(BuildError, match="forty_two") as raised:
         _build.build("tiny", [source])
-    (log,) = _build.cache_folder().glob("*.log")
+    (log,) = _cache.cache_folder().glob("*.log")
     assert str(log) in str(raised.value) and "forty_two" in log.read_text()
     assert capfd.readouterr().err.endswith("failed\n")
-    assert not leftovers(_build.cache_folder())
+    assert not leftovers(_cache.cache_folder())
 
 
 @needs_compiler
@@ -321,6 +332,7 @@ CAUSES = {
         "no pybind11; pip install pybind11",
         lambda patch, path: patch.setitem(sys.modules, "pybind11", None),
     ),
+    "jobs": ("MAX_JOBS is 'many'", lambda patch, path: patch.setenv("MAX_JOBS", "many")),
     "sources": (
         "failed:.*broken",
         lambda patch, path: patch.setattr(_build, "sources", lambda: broken_sources(path)),
@@ -379,61 +391,77 @@ print(module.compiler, module.cxx_standard, module.instruction_set, *module.torc
     assert out == f"{tools.name} 202002 {tools.instruction_set} 2 10"
 
 
-# --- installing ----------------------------------------------------------------------------------
+# --- the CUDA kernels ----------------------------------------------------------------------------
 
 
 @pytest.fixture
-def checkout(tmp_path):
-    """A copy of what a package is made of, a torch that must not be imported, and no compiler."""
-    folder = tmp_path / "checkout"
-    folder.mkdir()
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    for name in ("fbopt", "csrc"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "fake").mkdir()
-    (tmp_path / "fake" / "torch.py").write_text("raise SystemExit('torch was imported')\n")
-    return folder
+def loads(monkeypatch):
+    """What is loaded, by name, in place of being loaded."""
+    names = []
+
+    def load(name, *args):
+        names.append(name)
+        return ModuleType(name)
+
+    monkeypatch.setattr(_build, "_load", load)
+    return names
 
 
-def pip(checkout, *arguments):
-    fake = checkout.parent / "fake"
-    environment = {**os.environ, "PYTHONPATH": str(fake), "PATH": str(fake)}
-    options = ["--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", *arguments, *options]
-    subprocess.run(command, env=environment, check=True, cwd=checkout.parent, timeout=240)
+@pytest.mark.parametrize(
+    ("cuda", "backend", "gpu", "loaded"),
+    [
+        (None, None, False, []),
+        (None, None, True, ["_C", "_cuda"]),
+        ("0", "kernels", True, []),
+        ("1", None, False, ["_C", "_cuda"]),
+        ("1", "reference", True, []),
+    ],
+)
+def test_cuda_kernels_are_loaded_where_they_are_wanted(
+    cuda, backend, gpu, loaded, loads, monkeypatch
+):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for name, value in (("FBOPT_CUDA", cuda), ("FBOPT_BACKEND", backend)):
+        monkeypatch.setenv(name, value) if value else None
+    assert (_build.cuda_kernels() is not None) == bool(loaded)
+    assert loads == loaded
 
 
-def test_editable_install_without_torch_or_compiler(checkout, tmp_path):
-    pip(checkout, "install", "--ignore-installed", "--prefix", tmp_path / "prefix", "-e", checkout)
-    (script,) = (tmp_path / "prefix").rglob("bin/fbopt")
-    (link,) = (tmp_path / "prefix").rglob("__editable__*.pth")
-    program = "import site, sys; site.addsitedir(sys.argv[1]); import importlib.util as u; "
-    program += "print(u.find_spec('fbopt').origin)"
-    command = [sys.executable, "-S", "-c", program, str(link.parent)]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert script.exists() and found.stdout.strip() == str(checkout / "fbopt" / "__init__.py")
-    assert not [*tmp_path.rglob("*.so")] and not (tmp_path / "cache").exists()
+def no_toolkit():
+    raise BuildError("no CUDA toolkit", "install one")
 
 
-def test_wheel_brings_its_sources(checkout, tmp_path):
-    stale = checkout / "build" / "lib" / "fbopt" / "csrc" / "stale.cpp"
-    stale.parent.mkdir(parents=True)
-    stale.touch()
-    pip(checkout, "wheel", "--wheel-dir", tmp_path, checkout)
-    (wheel,) = tmp_path.glob("fbopt-*-py3-none-any.whl")
-    installed = tmp_path / "installed"
-    zipfile.ZipFile(wheel).extractall(installed)
-    program = "from fbopt._build import CSRC, sources; print(CSRC, len(sources()))"
-    process = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(installed)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
+def test_without_a_toolkit_cuda_tensors_get_plain_torch(monkeypatch):
+    monkeypatch.setenv("FBOPT_CUDA", "1")
+    monkeypatch.setattr(_toolkit, "toolkit", no_toolkit)
+    monkeypatch.setattr(_build, "kernels", functools.cache(lambda: ModuleType("_C")))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert _build.cuda_kernels() is None and _build.cuda_kernels() is None
+    (warning,) = caught
+    assert str(warning.message) == (
+        "fbopt falls back to plain torch on CUDA tensors: no CUDA toolkit; install one"
     )
-    shipped = installed / "fbopt" / "csrc"
-    assert process.stdout.split() == [str(shipped), str(len(_build.sources()))]
-    files = {path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*.*")}
-    assert {path.relative_to(shipped) for path in shipped.rglob("*.*")} == files
+    assert warning.filename == __file__
+    forget()
+    monkeypatch.setenv("FBOPT_BACKEND", "kernels")
+    with pytest.raises(BuildError, match="FBOPT_BACKEND asks for the kernels, but: no CUDA"):
+        _build.cuda_kernels()
+
+
+@needs_compiler
+def test_the_cpu_kernels_ask_nothing_about_cuda(source, monkeypatch):
+    for name in ("wanted", "toolkit"):
+        monkeypatch.setattr(_toolkit, name, lambda: pytest.fail("this concerns CUDA"))
+    source.write_text(MODULE.replace("tiny", "_C"))
+    monkeypatch.setattr(_build, "sources", lambda: [source])
+    assert _build.find_kernels() is None
+    library = Path(_build.kernels().__file__)
+    assert library == _build.find_kernels()
+
+
+def test_sources_belong_to_one_library():
+    cpu, cuda = set(_build.sources()), set(_build.cuda_sources())
+    assert cpu and cuda and not cpu & cuda
+    assert cpu | cuda == {*_build.CSRC.rglob("*.cpp"), *_build.CSRC.rglob("*.cu")}
