@@ -2,31 +2,68 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import cases
-from benchmarks.cases import WrongResult, require_close, scalar
+from benchmarks import updates
+from benchmarks.cases import scalar
+from benchmarks.devices import capture
+from benchmarks.rivals import Foreach, ForeachUnsyncedSwapped
 from fbopt import FullBatchClosure, GradientPenalty, reference
-from fbopt._tensors import flat_views
+from fbopt._tensors import flat_size, flat_views
 
 Tensors = Sequence[Tensor]
 Chunks = Sequence[tuple[Tensor, Tensor]]
-RADIUS, COEFFICIENT = 1e-2, 0.1
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all contenders do: the gradient of a model's mean loss over chunks, penalised or not."""
+
+    model: nn.Module
+    chunks: Chunks
+    penalised: bool
+    autocast: torch.dtype | None = None
+    radius: float = 1e-2
+    coefficient: float = 0.1
+
+    @functools.cached_property
+    def params(self) -> list[nn.Parameter]:
+        """The model's parameters."""
+        return list(self.model.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.params[0].device
+
+    def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensors]:
+        """One pass forward and back: the loss and its gradient."""
+        with torch.enable_grad():
+            with self._cast():
+                loss = F.cross_entropy(self.model(x), y)
+            return loss.detach(), torch.autograd.grad(loss, self.params)
+
+    def _cast(self) -> contextlib.AbstractContextManager:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
 
 
 class Call:
     """A contender: visits all chunks and leaves the mean gradient in `p.grad`."""
 
     name: str
+    ragged = True  # whether chunks count by their samples
 
-    def __init__(self, model: nn.Module, chunks: Chunks, penalised: bool) -> None:
-        self.model, self.chunks, self.penalised = model, chunks, penalised
-        self.params = list(model.parameters())
+    def __init__(self, task: Task) -> None:
+        self.task, self.params = task, task.params
 
     def __call__(self) -> object:
         raise NotImplementedError
@@ -38,122 +75,157 @@ class Bare(Call):
     name = "bare passes"
 
     def __call__(self) -> None:
-        for x, y in self.chunks:
-            for _ in range(1 + self.penalised):
-                torch.autograd.grad(F.cross_entropy(self.model(x), y), self.params)
+        for x, y in self.task.chunks:
+            self.passes(x, y)
+
+    def passes(self, x: Tensor, y: Tensor) -> None:
+        for _ in range(1 + self.task.penalised):
+            self.task.gradient(x, y)
+
+
+class BareGraphed(Bare):
+    """The passes of a chunk as one CUDA graph for each shape."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.graphs: dict[torch.Size, tuple] = {}
+
+    def passes(self, x: Tensor, y: Tensor) -> None:
+        if x.shape not in self.graphs:
+            copies = x.clone(), y.clone()
+            run = functools.partial(super().passes, *copies)
+            self.graphs[x.shape] = *copies, capture(run, x.device)
+        images, labels, replay = self.graphs[x.shape]
+        images.copy_(x)
+        labels.copy_(y)
+        replay()
 
 
 class Ours(Call):
-    """FullBatchClosure."""
+    """FullBatchClosure; a GPU's work as CUDA graphs if asked."""
 
-    name = "fbopt"
+    name, graphs = "fbopt", False
 
-    def __init__(self, model: nn.Module, chunks: Chunks, penalised: bool) -> None:
-        super().__init__(model, chunks, penalised)
-        penalty = GradientPenalty(coefficient=COEFFICIENT, radius=RADIUS) if penalised else None
-        self.closure = FullBatchClosure(model, F.cross_entropy, chunks, penalty=penalty)
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        penalty = GradientPenalty(coefficient=task.coefficient, radius=task.radius)
+        options = {"cuda_graph": True} if self.graphs and task.device.type == "cuda" else {}
+        self.closure = FullBatchClosure(
+            task.model,
+            F.cross_entropy,
+            task.chunks,
+            penalty=penalty if task.penalised else None,
+            autocast=task.autocast,
+            **options,
+        )
 
     def __call__(self) -> Tensor:
         return self.closure()
 
 
-class Plain(Call):
-    """As one would write it in torch, with foreach calls. BatchNorm's statistics get no care."""
+class OursGraphed(Ours):
+    graphs = True
 
-    name = "plain torch"
+
+class Rival(Call):
+    """A chunk update of benchmarks.rivals between the passes; BatchNorm gets no care."""
+
+    kind: type[updates.ChunkUpdate]
 
     def __call__(self) -> Tensor:
-        total, mean = sum(len(y) for _, y in self.chunks), 0.0
-        sums = [torch.zeros_like(p) for p in self.params]
-        for x, y in self.chunks:
-            weight = len(y) / total
-            loss = F.cross_entropy(self.model(x), y)
-            grads = torch.autograd.grad(loss, self.params)
-            mean = mean + weight * loss.detach()
-            torch._foreach_add_(sums, grads, alpha=weight)
-            if self.penalised:
-                difference, step = self._second_pass(x, y, grads)
-                torch._foreach_add_(sums, difference, alpha=weight * COEFFICIENT / step)
-        for p, g in zip(self.params, sums, strict=True):
+        task, losses = self.task, []
+        total = sum(len(y) for _, y in task.chunks)
+        live = Live(task)
+        update = self.kind(live) if task.penalised else None
+        sums = update.sums if update else live.zeros()
+        for x, y in task.chunks:
+            live.weight = len(y) / total
+            loss, live.grads = task.gradient(x, y)
+            losses.append(live.weight * loss)
+            if update:
+                update.update(functools.partial(live.second_pass, x, y))
+            else:
+                torch._foreach_add_(sums, live.grads, alpha=live.weight)
+        found = update.total(len(task.chunks)) if update else sums
+        for p, g in zip(self.params, found, strict=True):
             p.grad = g
-        return mean
-
-    def _second_pass(self, x: Tensor, y: Tensor, grads: Tensors) -> tuple[list[Tensor], float]:
-        step = RADIUS / torch.stack(torch._foreach_norm(grads)).norm().item()
-        with torch.no_grad():
-            saved = [p.clone() for p in self.params]
-            torch._foreach_add_(self.params, grads, alpha=step)
-        plus = torch.autograd.grad(F.cross_entropy(self.model(x), y), self.params)
-        with torch.no_grad():
-            torch._foreach_copy_(self.params, saved)
-        return torch._foreach_sub(plus, grads), step
+        return torch.stack(losses).sum()
 
 
-CALLS = (Bare, Ours, Plain)
+class Live:
+    """The chunk at hand, as a rival's update looks at it."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.radius, self.coefficient = task, task.radius, task.coefficient
+        self.weight, self.grads, self.plus = 0.0, (), ()
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self.task.params
+
+    def zeros(self) -> list[Tensor]:
+        return [torch.zeros_like(p, requires_grad=False) for p in self.task.params]
+
+    def second_pass(self, x: Tensor, y: Tensor) -> None:
+        _, self.plus = self.task.gradient(x, y)
 
 
-def model(size: str) -> nn.Module:
-    """The network of a size, with a gradient everywhere."""
-    torch.manual_seed(0)
-    network = cases.model(size)
-    for module in network.modules():
-        # The last BatchNorm of a block starts at zero, which would hide all that is before it.
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)
-    return network
+class Plain(Rival):
+    """As one would write it in torch, with foreach calls."""
+
+    name, kind = "plain torch", Foreach
 
 
-def chunks(size: str, samples: int, chunk: int) -> Chunks:
-    """Random inputs and labels, the last chunk ragged."""
-    generator = torch.Generator().manual_seed(1)
-    shape = (3, 32, 32) if size == "resnet18" else (1, 40)
-    x = torch.randn(samples, *shape, generator=generator)
-    y = torch.randint(10, (samples,), generator=generator)
-    return list(zip(x.split(chunk), y.split(chunk), strict=True))
+class PlainUnsynced(Rival):
+    name, kind = "plain torch without a sync", ForeachUnsyncedSwapped
 
 
-def expected(model: nn.Module, chunks: Chunks, penalised: bool) -> list[Tensor]:
-    """The mean gradient over the chunks, by fbopt.reference, in the dtype of the model."""
-    params = list(model.parameters())
-    sums, originals = [torch.zeros_like(p) for p in params], [p.detach() for p in params]
-    flat = torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype)
+class Published(Rival):
+    name, kind, ragged = updates.Published.name, updates.Published, updates.Published.ragged
+
+
+def expected(task: Task) -> list[Tensor]:
+    """The mean gradient over the chunks, by fbopt.reference, in the arithmetic of the task."""
+    params = task.params
+    sums, originals = Live(task).zeros(), [p.detach() for p in params]
+    flat = torch.empty(flat_size(params), dtype=params[0].dtype, device=task.device)
     shifted = flat_views(flat, params)
-    for x, y in chunks:
-        weight = scalar(float(len(y)))
-        grads = torch.autograd.grad(F.cross_entropy(model(x), y), params)
-        if not penalised:
+    coefficient = scalar(task.coefficient, task.device)
+    for x, y in task.chunks:
+        weight = scalar(float(len(y)), task.device)
+        _, grads = task.gradient(x, y)
+        if not task.penalised:
             reference.accumulate_(sums, grads, weight)
             continue
-        square = reference.perturb_(flat, originals, grads, RADIUS)
+        with torch.no_grad():
+            square = reference.perturb_(flat, originals, grads, task.radius)
         _point(params, shifted)
-        plus = torch.autograd.grad(F.cross_entropy(model(x), y), params)
+        _, plus = task.gradient(x, y)
         _point(params, originals)
         reference.accumulate_penalty_(
-            sums, grads, plus, [], weight, scalar(COEFFICIENT), square, RADIUS
+            sums, grads, plus, [], weight, coefficient, square, task.radius
         )
-    return torch._foreach_div(sums, sum(len(y) for _, y in chunks))
+    return torch._foreach_div(sums, sum(len(y) for _, y in task.chunks))
 
 
-def _point(params: list[Tensor], at: list[Tensor]) -> None:
+def visible(task: Task) -> Task:
+    """The same task with a radius and a coefficient that make half of the gradient the penalty's.
+
+    lambda ||g|| = radius lets no error of the difference grow: g + lambda H g is the gradient at
+    the shifted point.
+    """
+    x, y = task.chunks[0]
+    _, grads = task.gradient(x, y)
+    norm = reference.squared_norm(grads).sqrt().item()
+    found = replace(task, chunks=[(x, y)])
+    for _ in range(12):
+        found = replace(found, coefficient=found.radius / norm)
+        difference = torch._foreach_sub(expected(found), list(grads))
+        if reference.squared_norm(difference).sqrt().item() > norm / 2:
+            break
+        found = replace(found, radius=2 * found.radius)
+    return replace(found, chunks=task.chunks)
+
+
+def _point(params: list[nn.Parameter], at: list[Tensor]) -> None:
     for p, t in zip(params, at, strict=True):
         p.data = t
-
-
-def check(size: str, samples: int, chunk: int, penalised: bool) -> None:
-    """Compare every contender with the reference in float64, and count its forward passes."""
-    network = copy.deepcopy(model(size)).double()
-    data = [(x.double(), y) for x, y in chunks(size, samples, chunk)]
-    with torch.no_grad():
-        before = [p.clone() for p in network.parameters()]
-    mean = expected(network, data, penalised)
-    passes: list[int] = []
-    network.register_forward_hook(lambda *_: passes.append(1))
-    for kind in CALLS:
-        call = kind(network, data, penalised)
-        passes.clear()
-        call()
-        if len(passes) != len(data) * (1 + penalised):
-            raise WrongResult(f"{kind.name}: {len(passes)} forward passes over {len(data)} chunks")
-        require_close(kind.name, "a parameter afterwards", call.params, before, 0)
-        if kind is not Bare:
-            require_close(kind.name, "p.grad", [p.grad for p in call.params], mean, 1e-8)

@@ -12,13 +12,16 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from benchmarks.devices import CPU
 from fbopt import reference
+from fbopt._tensors import flat_size, flat_views
 
 SIZES = ("resnet18", "small-cnn", "tiny")
 TITLES = {
     "resnet18": "ResNet-18 for 32×32 images",
     "small-cnn": "the small CNN for MNIST-1D",
     "tiny": "1,000 tensors of 16 elements",
+    "large": "one tensor of 2²⁶ elements",
 }
 
 
@@ -30,14 +33,18 @@ def shapes(size: str) -> list[torch.Size]:
     """The shapes of the parameters of a size."""
     if size == "tiny":
         return [torch.Size([16])] * 1000
+    if size == "large":
+        return [torch.Size([2**26])]
     return [p.shape for p in model(size).parameters()]
 
 
-def model(size: str) -> nn.Module:
+def model(size: str, width: int | None = None) -> nn.Module:
     """The network that a size is named after."""
     from fbopt.train import models
 
-    return models.resnet18(3, 10) if size == "resnet18" else models.cnn(1, (40,), 10)
+    if size == "resnet18":
+        return models.build("resnet18", (3, 32, 32), 10, width)
+    return models.build("cnn", (1, 40), 10, width)
 
 
 def require_close(
@@ -51,10 +58,12 @@ def require_close(
         raise WrongResult(f"{who}: {what} is off by {error / scale:.1e} of its largest value")
 
 
-def normal(like: Sequence[torch.Size], scale: float, seed: int) -> list[Tensor]:
+def normal(
+    like: Sequence[torch.Size], scale: float, seed: int, device: torch.device
+) -> list[Tensor]:
     """Normal random tensors of the given shapes."""
-    generator = torch.Generator().manual_seed(seed)
-    return [scale * torch.randn(shape, generator=generator) for shape in like]
+    generator = torch.Generator(device).manual_seed(seed)
+    return [scale * torch.randn(shape, generator=generator, device=device) for shape in like]
 
 
 def double(*tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -62,9 +71,9 @@ def double(*tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return [[t.detach().double() for t in each] for each in tensors]
 
 
-def scalar(value: float) -> Tensor:
+def scalar(value: float, device: torch.device = CPU) -> Tensor:
     """A 0-dim float64 tensor, as the ops take their coefficients."""
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,11 @@ class Work:
         torch._foreach_copy_([*self.grads, *self.plus], self.pristine)
 
     @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.grads[0].device
+
+    @property
     def numel(self) -> int:
         """Elements in one list of gradients."""
         return sum(g.numel() for g in self.grads)
@@ -98,12 +112,12 @@ class Chunk(Work):
     radius: float = 1.0
 
     @classmethod
-    def of(cls, like: Sequence[torch.Size], seed: int = 0) -> Chunk:
+    def of(cls, like: Sequence[torch.Size], seed: int = 0, device: torch.device = CPU) -> Chunk:
         """Random tensors of these shapes, with terms of comparable size, so that an error shows."""
-        grads = normal(like, 1.0, seed + 1)
-        plus = torch._foreach_add(grads, normal(like, 0.3, seed + 2))
+        grads = normal(like, 1.0, seed + 1, device)
+        plus = torch._foreach_add(grads, normal(like, 0.3, seed + 2, device))
         coefficient = 2 / math.sqrt(sum(g.numel() for g in grads))
-        return cls(grads, plus, normal(like, 0.05, seed), coefficient)
+        return cls(grads, plus, normal(like, 0.05, seed, device), coefficient)
 
     def parameters(self) -> list[nn.Parameter]:
         """A contender's own copy of the parameters."""
@@ -117,12 +131,11 @@ class Chunk(Work):
     def expected(self) -> tuple[list[Tensor], list[Tensor]]:
         """The shift of the parameters, and what the chunk adds to the sums."""
         params, grads, plus = double(self.params, self.grads, self.plus)
-        flat = torch.empty(self.numel, dtype=torch.float64)
+        flat = torch.empty(flat_size(params), dtype=torch.float64, device=self.device)
         square = reference.perturb_(flat, params, grads, self.radius)
-        parts = flat.split([p.numel() for p in params])
-        shifted = [part.view_as(p) for part, p in zip(parts, params, strict=True)]
+        shifted = flat_views(flat, params)
         sums = [torch.zeros_like(g) for g in grads]
-        weight, coefficient = scalar(self.weight), scalar(self.coefficient)
+        weight, coefficient = (scalar(x, self.device) for x in (self.weight, self.coefficient))
         reference.accumulate_penalty_(
             sums, grads, plus, [], weight, coefficient, square, self.radius
         )
@@ -140,9 +153,9 @@ class Finish(Work):
     max_norm: float = 0.25
 
     @classmethod
-    def of(cls, like: Sequence[torch.Size], seed: int = 0) -> Finish:
+    def of(cls, like: Sequence[torch.Size], seed: int = 0, device: torch.device = CPU) -> Finish:
         """Random tensors of these shapes, of a norm that has to be clipped."""
-        return cls(normal(like, 1.0, seed + 1), [], normal(like, 0.05, seed))
+        return cls(normal(like, 1.0, seed + 1, device), [], normal(like, 0.05, seed, device))
 
     def parameters(self) -> list[nn.Parameter]:
         """A contender's own copy of the parameters, with the shared gradients in place."""
@@ -159,7 +172,7 @@ class Finish(Work):
         norm = reference.squared_norm(grads).sqrt()
         rule = {"dampening": 0.0, "nesterov": True, "maximize": False}
         rule |= {"momentum": self.momentum, "weight_decay": self.weight_decay}
-        lr = scalar(self.lr)
+        lr = scalar(self.lr, self.device)
         for first in (True, False):
             reference.sgd_step_(
                 params, grads, velocity, lr, None, norm, self.max_norm, **rule, first=first

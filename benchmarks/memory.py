@@ -1,19 +1,53 @@
-"""The memory limit: a triad a = b + s c over as many words as a contender moves."""
+"""The memory limit: what moves as many words as a contender and computes next to nothing. On the
+CPU a triad a = b + s c, on a GPU a copy from device to device.
+"""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.cases import require_close
-from benchmarks.harness import Contender
+from benchmarks.devices import CPU, sets_beyond_cache
+from benchmarks.harness import Contender, in_turn
 from fbopt import _build
 from fbopt._toolchain import BuildError
 
 SOURCE = Path(__file__).with_name("triad.cpp")
 NAMES = {True: "triad, streaming stores", False: "triad, plain stores"}
+COPY = "device-to-device copy"
+MOST_COPIES = 64
+
+
+def limits(words: int, device: torch.device = CPU) -> list[Contender]:
+    """What moves this many float32 words in all, read and written."""
+    return triads(words) if device.type == "cpu" else [copy(words, device)]
+
+
+def is_limit(name: str) -> bool:
+    """Whether a contender of this name is a memory limit."""
+    return name in NAMES.values() or name.startswith(COPY)
+
+
+def copy(words: int, device: torch.device, label: str = COPY) -> Contender:
+    """A copy between buffers that are no longer in the cache when their turn comes again."""
+    half = max(1, words // 2)
+    sets = sets_beyond_cache(device, 8 * half, MOST_COPIES)
+    pairs = [(torch.randn(half, device=device), torch.zeros(half, device=device))]
+    pairs += [tuple(t.clone() for t in pairs[0]) for _ in range(sets - 1)]
+    run = in_turn([functools.partial(_copy, *pair) for pair in pairs])
+    for _ in pairs:
+        run()
+    require_close(label, "the copy", [to for _, to in pairs], [pairs[0][0].double()] * sets, 0)
+    return Contender(label, run, words=2 * half)
+
+
+def _copy(source: Tensor, to: Tensor) -> None:
+    to.copy_(source)
 
 
 def triads(words: int) -> list[Contender]:
@@ -22,7 +56,7 @@ def triads(words: int) -> list[Contender]:
         _build.build("triad", [SOURCE], "the memory benchmark")
         triad = _build.load("triad", [SOURCE]).triad
     except BuildError as error:
-        warnings.warn(f"no memory limit: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"no memory limit: {error}", RuntimeWarning, stacklevel=3)
         return []
     n = max(1, words // 3)
     a, b, c = torch.zeros(n), torch.randn(n), torch.randn(n)

@@ -7,7 +7,7 @@ Every contender is checked against fbopt.reference in float64 before it is timed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from benchmarks import finishing, rivals
 from benchmarks.cases import SIZES, TITLES, Chunk, Finish, require_close, shapes
-from benchmarks.harness import Contender, Timing, Timings, measure
-from benchmarks.memory import NAMES as TRIADS
-from benchmarks.memory import triads
+from benchmarks.devices import Eviction
+from benchmarks.harness import Contender, Plan, Timing, Timings, measure
+from benchmarks.memory import is_limit, limits
 from benchmarks.report import Report, arguments, options
-from benchmarks.single import single_ops
+from benchmarks.single import copies, sets_for, single_ops
 
 ROUNDS = {"resnet18": 40, "small-cnn": 60, "tiny": 60}
 QUICK_ROUNDS = 3
@@ -69,48 +69,76 @@ def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.double() for t in tensors]
 
 
-def chunk_table(size: str, rounds: int, compiled: bool) -> Timings:
-    """Check and time the penalised chunk update."""
-    chunk = Chunk.of(shapes(size))
-    contenders = []
+def chunk_updates(chunk: Chunk, compiled: bool) -> list[rivals.ChunkUpdate]:
+    """All contenders for the penalised chunk update, checked."""
+    updates = []
     for kind in rivals.CHUNK_UPDATES:
         if compiled or kind is not rivals.Compiled:
             update = kind(chunk)
             check_chunk(update, chunk)
-            run = lambda update=update: update.update(_nothing)  # noqa: E731
-            contenders.append(Contender(kind.name, run, kind.words * chunk.numel))
-    contenders += triads(CHUNK_WORDS * chunk.numel)
-    return measure(f"Penalised chunk update, {TITLES[size]}", contenders, rounds, chunk.refresh)
+            updates.append(update)
+    return updates
 
 
-def finish_table(size: str, rounds: int, compiled: bool) -> Timings:
-    """Check and time the finishing step."""
-    finish = Finish.of(shapes(size))
+def chunk_table(size: str, plan: Plan, hot: bool = False) -> Timings:
+    """Check and time the penalised chunk update; on a GPU with empty caches unless `hot`."""
+    chunk = Chunk.of(shapes(size), device=plan.device)
+    contenders = [
+        Contender(u.name, lambda u=u: u.update(nothing), u.words * chunk.numel)
+        for u in chunk_updates(chunk, plan.compiled)
+    ]
+    contenders += limits(CHUNK_WORDS * chunk.numel, plan.device)
+    title = f"Penalised chunk update, {TITLES[size]}{_state(plan, hot)}"
+    return measure(title, contenders, plan, prepare(chunk, hot))
+
+
+def finish_table(size: str, plan: Plan, hot: bool = False) -> Timings:
+    """Check and time the finishing step; on a GPU with empty caches unless `hot`."""
+    finish = Finish.of(shapes(size), device=plan.device)
     contenders = []
     for kind in finishing.FINISHING_STEPS:
-        if compiled or kind is not finishing.Compiled:
+        if plan.compiled or kind is not finishing.Compiled:
             step = kind(finish)
             check_finish(step, finish)
             words = kind.words and kind.words * finish.numel
             contenders.append(Contender(kind.name, step.step, words))
-    contenders += triads(FINISH_WORDS * finish.numel)
-    return measure(f"Finishing step, {TITLES[size]}", contenders, rounds, finish.refresh)
+    contenders += limits(FINISH_WORDS * finish.numel, plan.device)
+    title = f"Finishing step, {TITLES[size]}{_state(plan, hot)}"
+    return measure(title, contenders, plan, prepare(finish, hot))
 
 
-def single_table(size: str, rounds: int) -> Timings:
+def single_table(size: str, plan: Plan) -> Timings:
     """Check and time the kernels one by one."""
-    chunk = Chunk.of(shapes(size))
-    contenders = [*single_ops(chunk), *triads(CHUNK_WORDS * chunk.numel)]
-    return measure(f"Single kernels, {TITLES[size]}", contenders, rounds)
+    chunk = Chunk.of(shapes(size), device=plan.device)
+    sets = sets_for(chunk)
+    contenders = single_ops(chunk, sets)
+    contenders += copies(chunk) if plan.device.type != "cpu" else []
+    contenders += limits(CHUNK_WORDS * chunk.numel, plan.device)
+    where = "" if plan.device.type == "cpu" else f", {sets} set{'s' * (sets > 1)} of operands"
+    return measure(f"Single kernels, {TITLES[size]}{where}", contenders, plan)
 
 
-def _nothing() -> None:
-    pass
+def prepare(work: Chunk | Finish, hot: bool) -> Callable[[], None]:
+    """What is done before every call: renew the gradients and, on a GPU, empty its cache."""
+    if hot or work.device.type == "cpu":
+        return work.refresh
+    evict = Eviction(work.device)
+    return lambda: (work.refresh(), evict())
+
+
+def _state(plan: Plan, hot: bool) -> str:
+    return "" if plan.device.type == "cpu" else ", caches as they are" if hot else ", caches empty"
+
+
+def nothing() -> None:
+    """The second pass, which is not what is timed."""
 
 
 def limit_of(timings: Timings) -> Timing | None:
-    """The faster of the triads."""
-    name = timings.fastest(list(TRIADS.values()))
+    """The fastest that only moves memory; the largest, where there are copies of several sizes."""
+    names = [row.name for row in timings.rows if is_limit(row.name)]
+    most = max((timings[name].words for name in names), default=0)
+    name = timings.fastest([name for name in names if timings[name].words == most])
     return name and timings[name]
 
 
@@ -149,11 +177,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     for size in choice.sizes:
         compiled = size in choice.compile and not choice.quick
         rounds = choice.rounds or (QUICK_ROUNDS if choice.quick else ROUNDS[size])
-        chunk = chunk_table(size, rounds, compiled)
+        plan = Plan(rounds, compiled=compiled)
+        chunk = chunk_table(size, plan)
         report.table(chunk, limit_of(chunk))
-        finish = finish_table(size, rounds, compiled)
+        finish = finish_table(size, plan)
         report.table(finish, limit_of(finish))
-        single = single_table(size, rounds)
+        single = single_table(size, plan)
         limit = limit_of(single)
         report.table(single, limit, base=limit and limit.name)
         conclude(report, size, chunk, finish)

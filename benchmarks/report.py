@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,11 +17,12 @@ import torch
 
 import fbopt
 from benchmarks import PINNING
-from benchmarks.harness import Timing, Timings, quartiles
+from benchmarks.devices import CPU, cpu_name, facts
+from benchmarks.harness import Timing, Timings
+from benchmarks.tables import entries, markdown
 from fbopt import _build
 
 RESULTS = Path(__file__).parent / "results"
-UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
 def options(description: str) -> argparse.ArgumentParser:
@@ -37,23 +37,38 @@ def options(description: str) -> argparse.ArgumentParser:
 
 @dataclass
 class Report:
-    """Collects tables and goals, prints them as they come, writes them to one JSON file."""
+    """Collects facts, tables and goals, prints them as they come, writes them to a JSON file.
+
+    With a `path`, the file is written anew at every table and goal: a run that is cut short leaves
+    what it had.
+    """
 
     name: str
     arguments: Sequence[str]
+    device: torch.device = CPU
+    path: Path | None = None
+    facts: dict[str, str] = field(default_factory=dict)
     tables: list[dict[str, Any]] = field(default_factory=list)
     goals: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.machine = machine()
+        self.machine = machine(self.device)
         print(", ".join(f"{key}: {value}" for key, value in self.machine.items()))
+
+    def fact(self, what: str, value: object) -> None:
+        """Print and keep something that is no time."""
+        self.facts[what] = str(value)
+        print(f"- {what}: {value}", flush=True)
+        self._keep()
 
     def table(self, timings: Timings, limit: Timing | None = None, base: str | None = None) -> None:
         """Print and keep one table; ratios are to `base`, the first row unless named."""
         reference = timings[base] if base else timings.rows[0]
-        rows = [_row(row, reference, limit) for row in timings.rows]
+        limits = [timings[row.limit] if row.limit else limit for row in timings.rows]
+        rows = [entries(row, reference, of) for row, of in zip(timings.rows, limits, strict=True)]
         self.tables.append({"title": timings.title, "base": reference.name, "rows": rows})
-        print(f"\n### {timings.title}\n\n{_markdown(rows, reference.name)}")
+        print(f"\n### {timings.title}\n\n{markdown(rows, reference.name)}", flush=True)
+        self._keep()
 
     def goal(
         self,
@@ -77,7 +92,8 @@ class Report:
             {"about": about, "claim": claim, "value": value, "goal": goal, "met": met}
         )
         bound = f" (goal {goal}: {'met' if met else 'missed'})" if goal else ""
-        print(f"- {claim}: {value:.3f}{bound}")
+        print(f"- {claim}: {value:.3f}{bound}", flush=True)
+        self._keep()
 
     def heading(self, text: str) -> None:
         """Print a line that opens a list."""
@@ -85,22 +101,37 @@ class Report:
 
     def write(self, folder: Path) -> Path:
         """Write the JSON and return its path."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}-{_slug(self.machine['cpu'])}.json"
-        command = " ".join(["python -m", f"benchmarks.{self.name}", *self.arguments])
-        content = {"benchmark": self.name, "command": command, "machine": self.machine}
-        content |= {"tables": self.tables, "goals": self.goals}
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        path = folder / f"{self.name}-{slug(self.machine['cpu'])}.json"
+        write_json(path, self.content())
         print(f"\nwrote {os.path.relpath(path)}")
         return path
 
+    def content(self) -> dict[str, Any]:
+        """All that was collected."""
+        command = " ".join(["python -m", f"benchmarks.{self.name}", *self.arguments])
+        content = {"benchmark": self.name, "command": command, "machine": self.machine}
+        content |= {"facts": self.facts} if self.facts else {}
+        return content | {"tables": self.tables, "goals": self.goals}
 
-def machine() -> dict[str, Any]:
+    def _keep(self) -> None:
+        if self.path is not None:
+            write_json(self.path, self.content())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file for people to read too, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    scratch.replace(path)
+
+
+def machine(device: torch.device = CPU) -> dict[str, Any]:
     """What the figures depend on."""
     openmp = " ".join(f"{name}={os.environ.get(name, 'unset')}" for name in PINNING)
     kernels = _build.kernels()
-    return {
-        "cpu": _cpu(),
+    found = {
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "openmp": openmp,
@@ -110,68 +141,12 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }
+    return found if device.type == "cpu" else facts(device) | found
 
 
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """A name for a file."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def _row(row: Timing, base: Timing, limit: Timing | None) -> dict[str, Any]:
-    ratios = row.over(base)
-    found = {
-        "name": row.name,
-        "median_s": row.median,
-        "quartiles_s": list(row.quartiles),
-        "fastest_s": min(row.seconds),
-        "rounds": len(row.seconds),
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": list(quartiles(ratios)),
-    }
-    if row.words is not None:
-        found |= {"words": row.words, "gb_per_s": row.rate}
-        if limit is not None:
-            found["of_limit"] = row.rate / limit.rate
-    return found
-
-
-def _markdown(rows: list[dict[str, Any]], base: str) -> str:
-    unit, symbol = _unit(min(row["median_s"] for row in rows))
-    with_rate = any("words" in row for row in rows)
-    with_limit = any("of_limit" in row for row in rows)
-    head = ["", f"median {symbol}", "quartiles", f"ratio to {base}", "its quartiles"]
-    head += ["GB/s"] * with_rate + ["of the limit"] * with_limit
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
-    for row in rows:
-        first, third = (x / unit for x in row["quartiles_s"])
-        low, high = row["ratio_quartiles"]
-        cells = [row["name"], f"{row['median_s'] / unit:.2f}", f"{first:.2f} – {third:.2f}"]
-        cells += [f"{row['ratio']:.3f}", f"{low:.3f} – {high:.3f}"]
-        cells += [f"{row['gb_per_s']:.3g}" if "words" in row else ""] * with_rate
-        cells += [f"{row['of_limit']:.0%}" if "of_limit" in row else ""] * with_limit
-        lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(_line(line, widths) for line in lines)
-
-
-def _line(cells: list[str], widths: list[int]) -> str:
-    first, *rest = zip(cells, widths, strict=True)
-    fill = "-" if set(cells[0]) == {"-"} else " "
-    padded = [first[0].ljust(first[1], fill)]
-    padded += [(f"{'-' * (w - 1)}:" if fill == "-" else c.rjust(w)) for c, w in rest]
-    return f"| {' | '.join(padded)} |"
-
-
-def _unit(seconds: float) -> tuple[float, str]:
-    return next((u for u in UNITS if seconds >= u[0]), UNITS[-1])
 
 
 def arguments(argv: Sequence[str] | None) -> list[str]:

@@ -1,118 +1,14 @@
-"""The penalised chunk update, ours and others: norm, shift the parameters, [second pass], put them
-back, accumulate w (g + lambda H g). What is kept between chunks of a step is made in `__init__`.
-"""
+"""The penalised chunk update in foreach calls: with a host sync, without one, and compiled."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import Chunk, scalar
-from fbopt import GradientAccumulator
-from fbopt.penalty import Shift
+from benchmarks.cases import Chunk
+from benchmarks.updates import ChunkUpdate, Loop, Ours, Pass, Published
 
-Pass = Callable[[], object]
-
-
-class ChunkUpdate:
-    """A contender. `update` calls `second_pass` while the parameters are shifted."""
-
-    name: str
-    words: int  # per parameter, read or written
-
-    def __init__(self, chunk: Chunk) -> None:
-        self.chunk, self.params, self.sums = chunk, chunk.parameters(), chunk.zeros()
-
-    def update(self, second_pass: Pass) -> None:
-        raise NotImplementedError
-
-    def total(self, chunks: int) -> list[Tensor]:
-        """The weighted sum over the chunks so far."""
-        return self.sums
-
-
-class Ours(ChunkUpdate):
-    """What FullBatchClosure calls between and after the passes."""
-
-    name, words = "fbopt", 8
-
-    def __init__(self, chunk: Chunk) -> None:
-        self.chunk, self.params = chunk, chunk.parameters()
-        self.accumulator = GradientAccumulator(self.params)
-        self.shift = Shift(self.accumulator.groups)
-        self.shift.begin()
-        self.sums = self.accumulator.sums
-        self.coefficient = scalar(chunk.coefficient)
-
-    def update(self, second_pass: Pass) -> None:
-        c, accumulator = self.chunk, self.accumulator
-        grads = accumulator.gather(c.grads)
-        square = self.shift.fill(grads, c.radius)
-        with self.shift.applied():
-            second_pass()
-        plus = accumulator.gather(c.plus, "plus")
-        accumulator.add_penalised(grads, plus, [], c.weight, self.coefficient, square, c.radius)
-
-
-class Loop(ChunkUpdate):
-    """One tensor at a time, each formula as it is written on paper."""
-
-    name, words = "per-tensor loop", 19
-
-    def __init__(self, chunk: Chunk) -> None:
-        super().__init__(chunk)
-        self.saved = [p.detach().clone() for p in self.params]
-
-    @torch.no_grad()
-    def update(self, second_pass: Pass) -> None:
-        c = self.chunk
-        norm = torch.stack([g.norm() for g in c.grads]).norm().item()
-        for p, g in zip(self.params, c.grads, strict=True):
-            p.add_(g, alpha=c.radius / norm)
-        second_pass()
-        factor = c.coefficient * norm / c.radius
-        for p, old in zip(self.params, self.saved, strict=True):
-            p.copy_(old)
-        for a, g, up in zip(self.sums, c.grads, c.plus, strict=True):
-            a.add_(c.weight * (g + factor * (up - g)))
-
-
-class Published(ChunkUpdate):
-    """The calls of the code released with the paper, in its order: 29 words and a host sync.
-
-    It takes the norm twice (once to log it), clones the parameters for every chunk, and keeps a
-    running mean, in which all chunks count alike.
-    """
-
-    name, words = "as published", 29
-
-    def __init__(self, chunk: Chunk) -> None:
-        super().__init__(chunk)
-        self.count = 0
-        self.strength, self.correction = 1.0, chunk.coefficient
-
-    @torch.no_grad()
-    def update(self, second_pass: Pass) -> None:
-        c, grads, vhp = self.chunk, self.chunk.grads, self.chunk.plus
-        self.logged = torch.stack([g.pow(2).sum() for g in grads]).sum()
-        originals = [p.detach().clone() for p in self.params]
-        vector = torch._foreach_mul(grads, self.strength)
-        eps = c.radius / torch.stack([g.pow(2).sum() for g in vector]).sum().sqrt()
-        torch._foreach_add_(self.params, vector, alpha=eps)
-        second_pass()
-        torch._foreach_sub_(vhp, grads)
-        torch._foreach_div_(vhp, eps)
-        for p, old in zip(self.params, originals, strict=True):
-            p.data.copy_(old)
-        torch._foreach_add_(grads, vhp, alpha=self.correction)
-        self.count += 1
-        torch._foreach_sub_(grads, self.sums)
-        torch._foreach_add_(self.sums, grads, alpha=1 / self.count)
-
-    def total(self, chunks: int) -> list[Tensor]:
-        return torch._foreach_mul(self.sums, chunks * self.chunk.weight)
+Tensors = list[Tensor]
 
 
 class Foreach(ChunkUpdate):
@@ -122,7 +18,10 @@ class Foreach(ChunkUpdate):
 
     def __init__(self, chunk: Chunk) -> None:
         super().__init__(chunk)
-        self.saved = [p.detach().clone() for p in self.params]
+        self.saved = self.keep()
+
+    def keep(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.params]
 
     @torch.no_grad()
     def update(self, second_pass: Pass) -> None:
@@ -144,6 +43,9 @@ class ForeachSwapped(Foreach):
 
     name, words = "foreach, new tensors swapped in", 10
 
+    def keep(self) -> list[Tensor]:
+        return [p.detach() for p in self.params]
+
     def shifted(self, second_pass: Pass, step: float) -> None:
         moved = torch._foreach_add(self.saved, self.chunk.grads, alpha=step)
         _point(self.params, moved)
@@ -164,6 +66,42 @@ class ForeachBuffered(ForeachSwapped):
         torch._foreach_copy_(self.buffer, self.saved)
         torch._foreach_add_(self.buffer, self.chunk.grads, alpha=step)
         _point(self.params, self.buffer)
+        second_pass()
+        _point(self.params, self.saved)
+
+
+class ForeachUnsynced(Foreach):
+    """Without reading the norm on the host: scalars that are tensors, which only products take."""
+
+    name, words = "foreach without a sync, in place", 18
+
+    @torch.no_grad()
+    def update(self, second_pass: Pass) -> None:
+        c = self.chunk
+        norm = torch.stack(torch._foreach_norm(c.grads)).norm()
+        self.shifted(second_pass, c.radius / norm)
+        factor = c.weight * c.coefficient / c.radius * norm
+        torch._foreach_mul_(c.grads, c.weight - factor)
+        torch._foreach_mul_(c.plus, factor)
+        torch._foreach_add_(self.sums, c.grads)
+        torch._foreach_add_(self.sums, c.plus)
+
+    def shifted(self, second_pass: Pass, step: Tensor) -> None:
+        torch._foreach_add_(self.params, torch._foreach_mul(self.chunk.grads, step))
+        second_pass()
+        torch._foreach_copy_(self.params, self.saved)
+
+
+class ForeachUnsyncedSwapped(ForeachUnsynced):
+    """The same with new tensors swapped in."""
+
+    name, words = "foreach without a sync, new tensors swapped in", 16
+    keep = ForeachSwapped.keep
+
+    def shifted(self, second_pass: Pass, step: Tensor) -> None:
+        moved = torch._foreach_mul(self.chunk.grads, step)
+        torch._foreach_add_(moved, self.saved)
+        _point(self.params, moved)
         second_pass()
         _point(self.params, self.saved)
 
@@ -195,27 +133,20 @@ def _point(params: list[nn.Parameter], at: list[Tensor]) -> None:
         p.data = t
 
 
-def _before(
-    buffer: list[Tensor], params: list[Tensor], grads: list[Tensor], radius: float
-) -> Tensor:
+def _before(buffer: Tensors, params: Tensors, grads: Tensors, radius: float) -> Tensor:
     norm = torch.stack(torch._foreach_norm(grads)).norm()
-    torch._foreach_copy_(
-        buffer, torch._foreach_add(params, torch._foreach_mul(grads, radius / norm))
-    )
+    shifted = torch._foreach_add(params, torch._foreach_mul(grads, radius / norm))
+    torch._foreach_copy_(buffer, shifted)
     return norm
 
 
 def _after(
-    sums: list[Tensor],
-    grads: list[Tensor],
-    plus: list[Tensor],
-    norm: Tensor,
-    weight: float,
-    ratio: float,
+    sums: Tensors, grads: Tensors, plus: Tensors, norm: Tensor, weight: float, ratio: float
 ) -> None:
     difference = torch._foreach_mul(torch._foreach_sub(plus, grads), ratio * norm)
     torch._foreach_add_(sums, torch._foreach_add(grads, difference), alpha=weight)
 
 
-CHUNK_UPDATES = (Ours, Loop, Published, Foreach, ForeachSwapped, ForeachBuffered, Compiled)
 FOREACH = (Foreach, ForeachSwapped, ForeachBuffered)
+UNSYNCED = (ForeachUnsynced, ForeachUnsyncedSwapped)
+CHUNK_UPDATES = (Ours, Loop, Published, *FOREACH, *UNSYNCED, Compiled)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Chunk, require_close, scalar
-from benchmarks.harness import Contender
+from benchmarks.devices import sets_beyond_cache
+from benchmarks.harness import Contender, in_turn
+from benchmarks.memory import COPY, copy
 from fbopt import _ops, reference
+from fbopt._tensors import accumulator_dtype, flat_size, flat_views
 
 RULE = {"momentum": 0.9, "dampening": 0.0, "weight_decay": 5e-4}
 RULE |= {"nesterov": True, "maximize": False, "first": False}
@@ -23,25 +26,42 @@ WORDS = {
     "clip_": 2,
     "sgd_step_": 5,
 }
+Place = Callable[[Tensor], Tensor]
+Calls = dict[str, Callable[[], object]]
+MOST_SETS = 8
 
 
 class Operands:
-    """A set of arguments for all kernels, in one dtype."""
+    """Arguments for all kernels, in one dtype; `place` lays each tensor out on `device`."""
 
-    def __init__(self, chunk: Chunk, dtype: torch.dtype) -> None:
-        def own(tensors: list[Tensor]) -> list[Tensor]:
-            return [t.detach().clone().to(dtype) for t in tensors]
+    def __init__(
+        self,
+        chunk: Chunk,
+        dtype: torch.dtype,
+        place: Place = Tensor.clone,
+        device: torch.device | None = None,
+    ) -> None:
+        def own(tensors: Sequence[Tensor], dtype: torch.dtype = dtype) -> list[Tensor]:
+            return [place(t.detach().to(dtype)) for t in tensors]
 
+        device, wide = device or chunk.device, accumulator_dtype(dtype)
         self.chunk = chunk
         self.params, self.grads, self.plus = own(chunk.params), own(chunk.grads), own(chunk.plus)
         self.clipped, self.stepped = own(chunk.grads), own(chunk.params)
-        self.velocity, self.sums, self.penalised = (own(chunk.zeros()) for _ in range(3))
-        self.shifted, self.packed = (torch.empty(chunk.numel, dtype=dtype) for _ in range(2))
-        self.square = reference.squared_norm(self.grads)
-        self.norm, self.lr = self.square.sqrt(), scalar(1e-3)
-        self.weight, self.coefficient = scalar(chunk.weight), scalar(chunk.coefficient)
+        self.velocity = own(chunk.zeros())
+        self.sums, self.penalised = (own(chunk.zeros(), wide) for _ in range(2))
+        # What an op leaves out shows.
+        nan = {"fill_value": float("nan"), "dtype": dtype, "device": device}
+        self.shifted = torch.full((flat_size(self.params),), **nan)
+        self.packed = torch.full((chunk.numel,), **nan)
+        self.square = reference.squared_norm([g.to(dtype) for g in chunk.grads]).to(device)
+        self.norm, self.lr = self.square.sqrt(), scalar(1e-3, device)
+        self.weight = scalar(chunk.weight, device)
+        self.coefficient = scalar(chunk.coefficient, device)
+        # Scaled by 0.999: the values stay ordinary numbers, however often this runs.
+        self.too_long = scalar(1 / 0.999, device)
 
-    def calls(self, ops: object) -> dict[str, Callable[[], object]]:
+    def calls(self, ops: object) -> Calls:
         """Every op of a table of ops on these operands."""
         radius, penalty = self.chunk.radius, (self.weight, self.coefficient, self.square)
         return {
@@ -52,8 +72,7 @@ class Operands:
             "accumulate_penalty_": lambda: ops.accumulate_penalty_(
                 self.penalised, self.grads, self.plus, [], *penalty, radius
             ),
-            # Scaled by 0.999: the values stay ordinary numbers, however often this runs.
-            "clip_": lambda: ops.clip_(self.clipped, scalar(1 / 0.999), 1.0),
+            "clip_": lambda: ops.clip_(self.clipped, self.too_long, 1.0),
             "sgd_step_": lambda: ops.sgd_step_(
                 self.stepped, self.grads, self.velocity, self.lr, None, self.norm, 0.25, **RULE
             ),
@@ -64,7 +83,7 @@ class Operands:
         return {
             "pack_": [self.packed],
             "squared_norm": [self.square],
-            "perturb_": [self.shifted],
+            "perturb_": flat_views(self.shifted, self.params),
             "accumulate_": self.sums,
             "accumulate_penalty_": self.penalised,
             "clip_": self.clipped,
@@ -72,13 +91,38 @@ class Operands:
         }[op]
 
 
-def single_ops(chunk: Chunk) -> list[Contender]:
-    """All kernels, each checked against its reference in float64."""
-    ours, expected = Operands(chunk, torch.float32), Operands(chunk, torch.float64)
-    table, oracle = ours.calls(_ops), expected.calls(reference)
-    for name, call in table.items():
+def single_ops(chunk: Chunk, sets: int = 1) -> list[Contender]:
+    """All kernels, each checked against its reference in float64; sets of operands in turn."""
+    operands, expected = Operands(chunk, torch.float32), Operands(chunk, torch.float64)
+    ours, oracle = operands.calls(_ops), expected.calls(reference)
+    for name, call in ours.items():
         returned, wanted = call(), oracle[name]()
         if wanted is not None:
             require_close(name, "the squared norm", [returned], [wanted], 1e-6)
-        require_close(name, "the result", ours.outcome(name), expected.outcome(name), 1e-5)
-    return [Contender(name, call, WORDS[name] * chunk.numel) for name, call in table.items()]
+        require_close(name, "the result", operands.outcome(name), expected.outcome(name), 1e-5)
+    del expected, oracle
+    tables = [ours, *(Operands(chunk, torch.float32).calls(_ops) for _ in range(sets - 1))]
+    limits = {} if chunk.device.type == "cpu" else {name: limit_name(name) for name in WORDS}
+    return [
+        Contender(
+            name, in_turn([t[name] for t in tables]), WORDS[name] * chunk.numel, limits.get(name)
+        )
+        for name in WORDS
+    ]
+
+
+def sets_for(chunk: Chunk) -> int:
+    """Sets of operands in which even the op that reads the least finds nothing in the cache."""
+    least = 4 * chunk.numel * min(WORDS.values())
+    return sets_beyond_cache(chunk.device, least, MOST_SETS)
+
+
+def limit_name(op: str) -> str:
+    """The copy that moves as many words as an op."""
+    return f"{COPY}, {WORDS[op]} words"
+
+
+def copies(chunk: Chunk) -> list[Contender]:
+    """For each op a copy of as many words, on a GPU: small ones are slower."""
+    numbers = {limit_name(op): words * chunk.numel for op, words in WORDS.items()}
+    return [copy(words, chunk.device, label) for label, words in numbers.items()]

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import calls
+from benchmarks import networks
+from benchmarks.calls import Bare, Ours, Plain, Task
 from benchmarks.cases import TITLES
-from benchmarks.harness import Contender, Timings, measure
+from benchmarks.harness import Contender, Plan, Timings, measure
 from benchmarks.report import Report, arguments, options
 
 CNN_CHUNK = 128
@@ -36,13 +37,14 @@ def settings(size: str, chunk: int, quick: bool) -> list[tuple[int, int]]:
 
 def table(size: str, samples: int, chunk: int, penalised: bool, rounds: int) -> Timings:
     """Check on a few samples in float64, then time."""
-    calls.check(size, CHECKED_SAMPLES, CHECKED_CHUNK, penalised)
-    model, data = calls.model(size), calls.chunks(size, samples, chunk)
-    contenders = [Contender(kind.name, kind(model, data, penalised)) for kind in calls.CALLS]
+    networks.check(size, CHECKED_SAMPLES, CHECKED_CHUNK, penalised)
+    data = networks.chunks(size, samples, chunk)
+    task = Task(networks.model(size), data, penalised)
+    contenders = [Contender(kind.name, kind(task)) for kind in networks.CALLS]
     what = "with penalty" if penalised else "without penalty"
     count = "one chunk" if len(data) == 1 else f"{len(data)} chunks"
     title = f"Closure call {what}, {TITLES[size]}, {samples} samples in {count} of {chunk}"
-    return measure(title, contenders, rounds)
+    return measure(title, contenders, Plan(rounds))
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -60,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 timings = table(size, samples, chunk, penalised, rounds)
                 report.table(timings)
                 report.heading("Time over that of the passes alone:")
-                for kind in (calls.Ours, calls.Plain):
-                    bound = GOALS[size] if kind is calls.Ours else None
-                    ratio = timings.ratio(kind.name, calls.Bare.name)
+                for kind in (Ours, Plain):
+                    bound = GOALS[size] if kind is Ours else None
+                    ratio = timings.ratio(kind.name, Bare.name)
                     report.goal(timings.title, kind.name, ratio, at_most=bound)
     return report.write(choice.out)
 
