@@ -24,6 +24,7 @@ class Buffers:
         ]
         self._places: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         self._copies: list[Tensor] = []
+        self._groups: list[list[int]] = []
 
     def save(self) -> None:
         """Remember all buffers as they are now."""
@@ -45,8 +46,8 @@ class Buffers:
         )
         if not fits:
             self._copies = [torch.empty_like(b) for b in now]
-        if now:
-            torch._foreach_copy_(self._copies, now)
+            self._groups = by_device_and_dtype(now)
+        self._copy(self._copies, now)
 
     def restore(self) -> None:
         """Put back what :meth:`save` remembered."""
@@ -54,7 +55,12 @@ class Buffers:
             table[name] = b
         if self._places:
             with torch.no_grad():
-                torch._foreach_copy_([b for _, _, b in self._places], self._copies)
+                self._copy([b for _, _, b in self._places], self._copies)
+
+    def _copy(self, to: list[Tensor], source: list[Tensor]) -> None:
+        # By dtype: a mixed list would be copied one by one.
+        for group in self._groups:
+            torch._foreach_copy_([to[i] for i in group], [source[i] for i in group])
 
 
 class RunningStatistics:
@@ -72,7 +78,8 @@ class RunningStatistics:
         self._layers = [m for m in model.modules() if isinstance(m, _NormBase)]
         self._running: list[Tensor] = []
         self.sums: list[Tensor] = []
-        self._active: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._wide: list[Tensor] = []
+        self._active: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
 
     @contextlib.contextmanager
     def averaging(self) -> Iterator[None]:
@@ -94,15 +101,16 @@ class RunningStatistics:
         if [id(t) for t in running] != [id(t) for t in self._running]:
             self._running = running
             self.sums = [torch.zeros_like(t, dtype=torch.float64) for t in running]
+            self._wide = [torch.empty_like(t) for t in self.sums]
         elif running:
             torch._foreach_zero_(self.sums)
 
     def _choose(self, indices: list[int]) -> None:
         """Keep sums and statistics of the layers in training mode, by device."""
+        lists = (self.sums, self._wide, self._running)
         groups = by_device_and_dtype([self.sums[i] for i in indices])
-        chosen = [[indices[k] for k in group] for group in groups]
-        self._active = [([self.sums[i] for i in c], [self._running[i] for i in c]) for c in chosen]
-        for _, running in self._active:
+        self._active = [tuple([x[indices[k]] for k in group] for x in lists) for group in groups]
+        for _, _, running in self._active:
             # With momentum 1 the old value enters times zero: NaN would survive that.
             torch._foreach_zero_(running)
 
@@ -112,12 +120,13 @@ class RunningStatistics:
         Args:
             weight: returns the chunk's weight on a device, 0-dim.
         """
-        for sums, running in self._active:
-            _ops.accumulate_(sums, [t.double() for t in running], weight(sums[0].device))
+        for sums, wide, running in self._active:
+            torch._foreach_copy_(wide, running)
+            _ops.accumulate_(sums, wide, weight(sums[0].device))
 
     def commit(self, total_weight: float) -> None:
         """Write the mean over all passes recorded."""
-        for sums, running in self._active:
+        for sums, _, running in self._active:
             torch._foreach_div_(sums, total_weight)
             torch._foreach_copy_(running, sums)
 

@@ -45,6 +45,19 @@ def _starts(like: Sequence[Tensor], align: int) -> list[int]:
     return starts
 
 
+def scalar_on(device: torch.device, value: float | Tensor) -> Tensor:
+    """Return a number or a tensor of one element as a 0-dim float64 tensor on a device.
+
+    What the host knows is filled in there: a copy would wait for the device.
+    """
+    if isinstance(value, Tensor):
+        value = value.detach().reshape(())
+        if value.device.type != "cpu" or device.type == "cpu":
+            return value.to(device, torch.float64)
+        value = value.item()
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
 def by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Indices of the tensors that one kernel call can take together, in order of appearance."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}

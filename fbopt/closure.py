@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fbopt._chunks import check_arguments, refuse_compiled, weigh
 from fbopt._graphs import Graphs, graph_device, refuse_nested
 from fbopt._passes import Buffers, RandomState, RunningStatistics
-from fbopt._tensors import check_params
+from fbopt._tensors import check_params, scalar_on
 from fbopt._work import ChunkWork
 from fbopt.accumulate import GradientAccumulator
 from fbopt.penalty import GradientPenalty, Shift
@@ -226,11 +226,7 @@ class FullBatchClosure:
         squares: list[Tensor] = []
         weights: list[float] = []
         if coefficient is not None:
-            device = self.accumulator.params[0].device
-            if isinstance(coefficient, Tensor):
-                coefficient = coefficient.detach().reshape(()).to(device, torch.float64)
-            else:  # filled there: a copy from the host would wait for the device
-                coefficient = torch.full((), coefficient, dtype=torch.float64, device=device)
+            coefficient = scalar_on(self.accumulator.params[0].device, coefficient)
         work = ChunkWork(
             self.model,
             self.loss_fn,

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from fbopt import _ops
-from fbopt._tensors import accumulator_dtype, check_disjoint, check_number, check_storage
+from fbopt._tensors import (
+    accumulator_dtype,
+    check_disjoint,
+    check_number,
+    check_storage,
+    scalar_on,
+)
 from fbopt.accumulate import GradientAccumulator
 from fbopt.clip import check_finite, check_norm_type, total_norm
 from fbopt.closure import FullBatchClosure
@@ -244,17 +250,12 @@ class _Batch(NamedTuple):
 
     def step(self, norm: Tensor, max_norm: float | None) -> None:
         group, device = self.group, self.params[0].device
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            lr = lr.detach().reshape(()).to(device=device, dtype=torch.float64)
-        else:
-            lr = torch.full((), lr, dtype=torch.float64, device=device)
         buffers = self._momentum_buffers() if group["momentum"] != 0 else []
         _ops.sgd_step_(
             self.params,
             self.grads,
             buffers,
-            lr,
+            scalar_on(device, group["lr"]),
             self.divisor,
             None if max_norm is None else norm.to(device),
             max_norm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,6 +15,10 @@ from fbopt import _build, _ops, reference
 
 BACKENDS = ("kernels", "reference")
 TARGETS = ("cpu", "emulated", pytest.param("cuda", marks=pytest.mark.cuda))
+
+
+# What tests a GPU has to run without it.
+collect_ignore = [] if find_spec("hypothesis") else ["test_optim.py", "test_properties.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -68,3 +68,22 @@ def target(name: str) -> Target:
     if name == "cuda":
         assert _build.cuda_kernels() is not None  # not plain torch in their place
     return Target(name, name, lambda op: getattr(_ops.table(name), op))
+
+
+def rows(device, sizes, capacity, chunk):
+    """The plan for a list of tensors: (first, count, blocks) of every launch."""
+    found = (ctypes.c_int64 * (3 * len(sizes)))()
+    n = device.plan(
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        *map(ctypes.c_int64, (len(sizes), capacity, chunk)),
+        found,
+    )
+    return [tuple(found[3 * i : 3 * i + 3]) for i in range(n)]
+
+
+def span(device, sizes, chunk, block):
+    """The tensor, begin and length that a block works on."""
+    row = (ctypes.c_int64 * 3)()
+    array = (ctypes.c_int64 * len(sizes))(*sizes)
+    device.span(array, *map(ctypes.c_int64, (len(sizes), chunk, block)), row)
+    return tuple(row)

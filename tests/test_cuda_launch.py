@@ -5,14 +5,11 @@ tests/emulated. What runs on a GPU alone is at the end.
 from __future__ import annotations
 
 import ctypes
-import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from op_cases import assert_same, cases, clone, make, scalar
-from targets import emulator, target
+from targets import emulator, rows, span, target
 
 from fbopt import _ops, reference
 from fbopt._tensors import flat_size
@@ -26,25 +23,6 @@ def device():
     return emulator()
 
 
-def rows(device, sizes, capacity, chunk):
-    """The plan for a list of tensors: (first, count, blocks) of every launch."""
-    found = (ctypes.c_int64 * (3 * len(sizes)))()
-    n = device.plan(
-        (ctypes.c_int64 * len(sizes))(*sizes),
-        *map(ctypes.c_int64, (len(sizes), capacity, chunk)),
-        found,
-    )
-    return [tuple(found[3 * i : 3 * i + 3]) for i in range(n)]
-
-
-def span(device, sizes, chunk, block):
-    """The tensor, begin and length that a block works on."""
-    row = (ctypes.c_int64 * 3)()
-    array = (ctypes.c_int64 * len(sizes))(*sizes)
-    device.span(array, *map(ctypes.c_int64, (len(sizes), chunk, block)), row)
-    return tuple(row)
-
-
 def launched(device):
     """The blocks of the launches since the last call."""
     blocks = (ctypes.c_int64 * 100)()
@@ -52,25 +30,6 @@ def launched(device):
 
 
 # --- the plan ------------------------------------------------------------------------------------
-
-
-@settings(deadline=None, derandomize=True, max_examples=200)
-@given(
-    sizes=st.lists(st.integers(0, 300), min_size=1, max_size=40),
-    capacity=st.integers(1, 12),
-    chunk=st.sampled_from([1, 7, 64]),
-)
-def test_every_tensor_is_in_one_launch_and_every_element_in_one_block(sizes, capacity, chunk):
-    plan = rows(emulator(), sizes, capacity, chunk)
-    assert [first for first, _, _ in plan] == [0, *itertools.accumulate(n for _, n, _ in plan)][:-1]
-    assert sum(n for _, n, _ in plan) == len(sizes)
-    assert all(n <= capacity for _, n, _ in plan)
-    for first, count, blocks in plan:
-        part = sizes[first : first + count]
-        spans = [span(emulator(), part, chunk, b) for b in range(blocks)]
-        elements = [(i, begin + k) for i, begin, length in spans for k in range(length)]
-        assert elements == [(i, k) for i, n in enumerate(part) for k in range(n)]
-        assert all(0 < length <= chunk for _, _, length in spans)
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1, 12345])

@@ -8,13 +8,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from op_cases import (
     DTYPES,
     LISTS,
     SHAPES,
-    STRIDES,
     assert_same,
     cases,
     clone,
@@ -204,30 +201,6 @@ def test_kernels_refuse_what_does_not_fit(name, spoil, message, target):
     with pytest.raises(RuntimeError, match=message):
         target.op(name)(*arguments)
     torch.testing.assert_close(arguments, before, rtol=0, atol=0, equal_nan=True)
-
-
-@settings(deadline=None, derandomize=True, max_examples=60)
-@given(
-    shapes=st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=5),
-    dtype=st.sampled_from(DTYPES),
-    name=st.sampled_from([n for n in _ops.NAMES if n != "squared_norm"]),
-    seed=st.integers(0, 4),
-)
-def test_any_shapes(target, shapes, dtype, name, seed):
-    if not shapes:
-        return
-    layouts = STRIDES[seed:] + STRIDES[:seed]
-    for arguments in cases(name, shapes, dtype)[:2]:
-        arguments = [
-            [layouts[i % len(layouts)](t) for i, t in enumerate(a)]
-            if isinstance(a, list) and name != "perturb_"
-            else a
-            for a in arguments
-        ]
-        theirs = clone(arguments)
-        getattr(reference, name)(*theirs)
-        _, found = target.call(name, arguments)
-        assert_same(found, theirs)
 
 
 def test_flat_views_follow_memory_order():

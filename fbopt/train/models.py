@@ -55,7 +55,6 @@ def resnet18(channels: int, classes: int, width: int = 64) -> nn.Module:
     BatchNorm; convolutions start Kaiming-normal (fan-out), the last BatchNorm of a block at zero.
     11,173,962 parameters for 3 channels, 10 classes and width 64.
     """
-    from torchvision.models.resnet import BasicBlock
 
     def stage(inner: int, outer: int, stride: int) -> nn.Module:
         shortcut = None
@@ -85,6 +84,27 @@ def resnet18(channels: int, classes: int, width: int = 64) -> nn.Module:
         elif isinstance(module, BasicBlock):
             nn.init.zeros_(module.bn2.weight)
     return model
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions beside a shortcut; the modules are named as in torchvision."""
+
+    def __init__(
+        self, inner: int, outer: int, stride: int = 1, downsample: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inner, outer, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outer)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outer, outer, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outer)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(residual + shortcut)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        residual = self.conv2(self.relu(self.bn1(self.conv1(x))))
+        return self.relu(self.bn2(residual) + shortcut)
 
 
 def count_parameters(model: nn.Module) -> int:
