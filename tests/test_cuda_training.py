@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import use_backend
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fbopt import (
     FullBatchClosure,
@@ -18,6 +19,7 @@ from fbopt import (
     GradientAccumulator,
     GradientPenalty,
     _build,
+    _ops,
     clip_grad_norm_,
 )
 
@@ -37,10 +39,14 @@ def device(request, kernels):
     return torch.device(request.param)
 
 
+def layers(*extra):
+    first = [nn.Conv1d(2, 6, 3), nn.BatchNorm1d(6), nn.Tanh()]
+    return nn.Sequential(*first, *extra, nn.Flatten(), nn.Linear(6 * 8, 3))
+
+
 def network(*extra, device="cpu", dtype=torch.float32):
     torch.manual_seed(0)
-    first = [nn.Conv1d(2, 6, 3), nn.BatchNorm1d(6), nn.Tanh()]
-    return nn.Sequential(*first, *extra, nn.Flatten(), nn.Linear(6 * 8, 3)).to(device, dtype)
+    return layers(*extra).to(device, dtype)
 
 
 def chunks(device="cpu", dtype=torch.float32, size=8):
@@ -106,6 +112,40 @@ def test_a_step_reads_nothing_from_the_device(penalty, options):
         clip_grad_norm_(model.parameters(), 0.1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch was built without CUDA")
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("options", [{}, {"max_norm": None, "momentum": 0, "nesterov": False}])
+@pytest.mark.parametrize("penalty", ["none", "forward", "central"])
+def test_a_step_on_fake_cuda_tensors_reads_nothing(penalty, options, kernels, monkeypatch):
+    """Without a GPU: fake tensors of the device run all code but the kernels, and hold no values.
+
+    Their autograd would ask for a driver; random gradients stand for it.
+    """
+    table = _ops.table("cpu")
+    monkeypatch.setattr(_ops, "table", lambda device_type: table)
+    monkeypatch.setattr(torch.cuda, "default_generators", (torch.Generator(),))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda _, params, **options: [torch.randn_like(p) for p in params]
+    )
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        with torch.device("cuda:0"):
+            model = layers(nn.Dropout(0.3))
+            x, y = torch.randn(16, 2, 10), torch.zeros(16, dtype=int)
+        optimizer = FullBatchGD(model.parameters(), **(OPTIONS | options))
+        data = list(zip(x.split(6), y.split(6), strict=True))
+        closure = FullBatchClosure(
+            model, F.cross_entropy, data, penalty=PENALTIES[penalty], optimizer=optimizer
+        )
+        for _ in range(2):
+            loss = optimizer.step(closure)
+        optimizer.step()
+        norm = clip_grad_norm_(model.parameters(), 0.1)
+        assert loss.device == norm.device == optimizer.last_grad_norm.device == x.device
+        with pytest.raises(DataDependentOutputException):
+            loss.item()  # what a read would have raised
 
 
 @pytest.mark.parametrize("method", ["forward", "central"])
