@@ -20,8 +20,9 @@ EMULATED = Path(__file__).parent / "emulated"
 KERNELS = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu*"))
 EMULATED_FLAGS = (
     f"-I{EMULATED} -DUSE_CUDA -DFBOPT_LIBRARY=fbopt_emulated -DFBOPT_CUDA_KEY=CPU "
-    # What nvcc unrolls, and a warning about functions that were merged.
-    "-Wno-unknown-pragmas -fno-ipa-icf "
+    # What nvcc unrolls; warnings about functions that were merged, and about what is loaded and
+    # used under the same condition.
+    "-Wno-unknown-pragmas -fno-ipa-icf -Wno-uninitialized -Wno-maybe-uninitialized "
     # The sources that kernels.cpp includes: the library's name has to change with them.
     f"-DSOURCES={hashlib.sha256(b''.join(map(Path.read_bytes, KERNELS))).hexdigest()}"
 )
