@@ -114,7 +114,8 @@ def compare(first: Kept, second: Kept) -> tuple[int, str]:
 
 def causes(first: Kept, second: Kept, step: int) -> list[str]:
     """What differs between two runs' options and surroundings, and why that matters."""
-    found = [text.replace(", now ", " and ") for text in differences(first.options, second.options)]
+    pairs = differences(first.options, second.options)
+    found = [f"{name} {old} and {new}" for name, old, new in pairs]
     facts = [run.environment(step) for run in (first, second)]
     found += [
         f"{name} {_short(old)} and {_short(new)}: {WHY.get(name, 'unknown')}"

@@ -34,20 +34,21 @@ def given(options: Options) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in (None, "auto")}
 
 
-def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The options that differ between two runs' `as_json`, as `--lr 0.1, now 0.2`."""
+def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The options that differ between two runs' `as_json`: the flag and both values."""
     defaults = {field.name: field.default for field in fields(Options)}
     names = [name for name in dict.fromkeys([*now, *made]) if name not in FREE]
     pairs = ((n, made.get(n, defaults.get(n)), now.get(n, defaults.get(n))) for n in names)
-    return [f"{flag(n)} {_word(old)}, now {_word(new)}" for n, old, new in pairs if old != new]
+    return [(flag(name), _word(old), _word(new)) for name, old, new in pairs if old != new]
 
 
 def check_options(where: str, made: Mapping[str, Any], now: Options) -> None:
     """Refuse to go on with a run that other options made, such as another version of a recipe."""
     if found := differences(made, now.as_json()):
+        text = "; ".join(f"{name} {old}, now {new}" for name, old, new in found)
         raise OptionsError(
-            f"{where} was made with other options: {'; '.join(found)}. Give the run's own, "
-            "or another folder (--out for a run, --runs for a comparison)"
+            f"{where} was made with other options: {text}. Give the run's own, or another folder "
+            "(--out for a run, --runs for a comparison)"
         )
 
 

@@ -142,7 +142,8 @@ class RunFolder:
             raise CheckpointError(f"it holds step {state['step']}: it was renamed")
         made = self.read_options()
         if made is not None and (found := differences(made, state["options"])):
-            raise CheckpointError(f"it belongs to another run than options.json: {found[0]}")
+            name, own, other = found[0]
+            raise CheckpointError(f"it belongs to another run ({name} {other}, not {own})")
         return state
 
     def read_options(self) -> dict[str, Any] | None:
