@@ -141,7 +141,7 @@ FACTS = {
     "fbopt": ("0.0.9", "versions may round"),
     "threads": (7, "torch splits some sums by the number of threads"),
     "device": ("NVIDIA H100", "another device"),
-    "matmul_precision": ("high", "products are rounded"),
+    "precision": ("matmul tf32, convolution tf32", "products are rounded"),
     "data": ("ab" * 32, "other samples or labels"),
     "chunk_order": ([1, 0], "float32 sums depend on the order of the chunks"),
     "accumulation": ("exact", "sums over the chunks"),

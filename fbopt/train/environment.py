@@ -19,8 +19,7 @@ WHY = {
     "processor": "other instructions round sums in another order",
     "device": "another device sums in another order",
     "threads": "torch splits some sums by the number of threads",
-    "matmul_precision": "products are rounded to another precision",
-    "tf32": "convolutions are rounded to another precision",
+    "precision": "products are rounded to another precision",
     "deterministic": "without it some of torch's kernels sum in an order that chance decides",
     "kernels": "the compiled kernels and plain torch sum in another order",
     "accumulation": "sums over the chunks are rounded differently",
@@ -39,8 +38,7 @@ def facts(run: Run, data: str) -> dict[str, Any]:
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "device": _device(run.device),
         "threads": torch.get_num_threads(),
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "tf32": bool(torch.backends.cudnn.allow_tf32) and run.device.type == "cuda",
+        "precision": _precision(run.device),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "kernels": _kernels(run),
         "accumulation": None if closure is None else closure.accumulator.accumulation,
@@ -51,6 +49,15 @@ def facts(run: Run, data: str) -> dict[str, Any]:
 
 def _device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _precision(device: torch.device) -> str:
+    """What float32 products are rounded to; none is torch's default."""
+    backends = torch.backends  # the older getters raise where somebody has used the newer setters
+    matmul, convolution = backends.mkldnn.matmul, backends.mkldnn.conv
+    if device.type == "cuda":
+        matmul, convolution = backends.cuda.matmul, backends.cudnn.conv
+    return f"matmul {matmul.fp32_precision}, convolution {convolution.fp32_precision}"
 
 
 def _kernels(run: Run) -> str:
