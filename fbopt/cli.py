@@ -10,6 +10,10 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("fbopt.train.__main__", "train a network by full-batch gradient descent, or SGD"),
     "compare": ("fbopt.train.compare", "train several recipes and seeds, print a table"),
+    "fingerprint": (
+        "fbopt.train.fingerprint",
+        "print a run's SHA-256 by step, compare two runs",
+    ),
     "doctor": ("fbopt.doctor", "say what this machine has, what fbopt uses, what is missing"),
 }
 
@@ -35,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """The help of the whole program."""
-    rows = "\n".join(f"  {name:9} {words}" for name, (_, words) in COMMANDS.items())
+    rows = "\n".join(f"  {name:11} {words}" for name, (_, words) in COMMANDS.items())
     return f"usage: fbopt COMMAND [options]\n\n{rows}\n\nfbopt COMMAND --help says more."
 
 

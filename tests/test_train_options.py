@@ -13,16 +13,10 @@ import pytest
 import torch
 
 from fbopt.train import models, recipes
-from fbopt.train.options import (
-    ModelName,
-    Options,
-    OptionsError,
-    RecipeName,
-    check_resume,
-    flag,
-    resolve,
-)
-from fbopt.train.run import epoch_order, rate_factor
+from fbopt.train.draws import epoch_order
+from fbopt.train.match import check_resume
+from fbopt.train.options import ModelName, Options, OptionsError, RecipeName, flag, resolve
+from fbopt.train.run import rate_factor
 
 
 def test_the_papers_hyperparameters():
@@ -46,6 +40,7 @@ def test_nothing_is_left_open(data, recipe):
     o = resolve(Options(data=data, recipe=recipe))
     open_names = {f.name for f in fields(o) if getattr(o, f.name) is None}
     allowed = {"width", "threads", "out", "resume", "max_norm", "penalty", "radius", "method"}
+    allowed.add("save_every")
     allowed |= {"steps", "chunk_size"} if o.stochastic else {"epochs", "batch_size"}
     assert open_names <= allowed
     assert Options.from_json(o.as_json()) == o
@@ -103,6 +98,11 @@ BAD = {
     "large seed": ({"seed": 2**63}, "--seed"),
     "eval": ({"eval_every": 0}, "--eval-every 0"),
     "log": ({"log_every": 0}, "--log-every 0"),
+    "save": ({"save_every": 0}, "--save-every 0: has to be at least 1"),
+    "keep": ({"keep": 0}, "--keep 0: has to be at least 1"),
+    "fingerprints": ({"fingerprint_every": -1}, "--fingerprint-every -1: has to be at least 0"),
+    "dropout": ({"dropout": 1.0}, "--dropout 1.0: has to be at least 0 and below 1"),
+    "auto": ({"resume": "auto", "overwrite": True}, "--overwrite contradicts --resume auto"),
     "epochs for full batch": ({"epochs": 3}, "--epochs is only for --recipe sgd.*use --steps"),
     "batch for full batch": ({"batch_size": 3}, "--batch-size is only for.*use --chunk-size"),
     "steps for sgd": ({"recipe": "sgd", "steps": 3}, "--steps is only for .*use --epochs"),
@@ -121,8 +121,8 @@ def test_bad_options(case):
 
 
 def test_resume_takes_no_other_options(tmp_path):
-    check_resume(Options(resume=tmp_path, threads=1, device="cpu"))
-    with pytest.raises(OptionsError, match="--lr cannot be given with --resume"):
+    check_resume(Options(resume=tmp_path, threads=1, device="cpu", save_every=1, keep=3))
+    with pytest.raises(OptionsError, match="--lr cannot be given with --resume RUN"):
         check_resume(Options(resume=tmp_path, lr=0.1))
 
 
@@ -184,7 +184,7 @@ def test_bad_input_creates_nothing(tmp_path, capsys, monkeypatch):
         (["--data", "npz:ok.npz"], "--model cnn takes signals or images of at least 3"),
         (["--data", "digits", "--device", "tpu9"], "--device tpu9"),
         (["--data", "mnist1d", "--model", "resnet18"], "--model resnet18 takes images"),
-        (["--resume", "runs/none"], "--resume runs/none: there is no checkpoint.pt"),
+        (["--resume", "runs/none"], "--resume runs/none: there is no checkpoint in it"),
         (["--out", "file"], "--out file: is a file"),
         (["--out", "mine"], "holds thesis.tex"),
     ]

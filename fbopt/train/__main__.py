@@ -12,12 +12,13 @@ from fbopt.train.sources import DataError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the command line says; returns 0, 1 (diverged), 2 (bad input) or 130 (stopped)."""
+    """Train as the command line says; returns 0, 1 (diverged, disk full), 2 (bad input) or 130."""
     try:
         import tyro
     except ImportError:
         return _fail("fbopt train needs the package tyro: pip install tyro", 2)
     options = tyro.cli(Options, prog="fbopt train", args=arguments, description=description())
+    from fbopt.train.files import WriteError
     from fbopt.train.interrupt import Interrupted
     from fbopt.train.loop import train
     from fbopt.train.run import Diverged
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train(options)
     except (OptionsError, DataError) as error:
         return _fail(f"fbopt train: {error}", 2)
-    except Diverged as error:
+    except (Diverged, WriteError) as error:
         return _fail(f"fbopt train: {error}", 1)
     except Interrupted as stop:
         print(stop, flush=True)

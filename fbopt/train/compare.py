@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fbopt.train.options import Options, OptionsError, RecipeName, resolve
@@ -33,18 +33,19 @@ class Comparison:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `fbopt compare …`; returns 0, 1 (diverged), 2 (bad input) or 130 (stopped)."""
+    """Run `fbopt compare …`; returns 0, 1 (diverged, disk full), 2 (bad input) or 130."""
     import tyro
 
     wanted = tyro.cli(Comparison, prog="fbopt compare", args=arguments)
+    from fbopt.train.files import WriteError
     from fbopt.train.interrupt import Interrupted
     from fbopt.train.run import Diverged
 
     try:
         print(compare(wanted))
-    except (OptionsError, DataError, Diverged) as error:
+    except (OptionsError, DataError, Diverged, WriteError) as error:
         print(f"fbopt compare: {error}", file=sys.stderr)
-        return 1 if isinstance(error, Diverged) else 2
+        return 2 if isinstance(error, OptionsError | DataError) else 1
     except Interrupted as stop:
         print(f"{stop}\nor give the same command again", flush=True)
         return 130
@@ -78,30 +79,16 @@ def compare(wanted: Comparison) -> str:
 
 def _result(wanted: Comparison, recipe: str, seed: int) -> dict:
     from fbopt.train.loop import train
+    from fbopt.train.match import check_options
     from fbopt.train.store import RunFolder
 
     options = Options(data=wanted.data, recipe=recipe, seed=seed, threads=wanted.threads)
     folder = RunFolder(wanted.runs / options.folder.name)
-    options = resolve(Options(**{**vars(options), "out": folder.path}))
-    if folder.checkpoint.exists():
-        _check_same(folder, options)
-        if folder.result.exists():
-            return folder.read_result()
-        options = Options(resume=folder.path, threads=wanted.threads)
+    options = replace(options, out=folder.path, resume="auto")
+    if folder.result.exists():
+        check_options(str(folder.path), folder.read_options() or {}, resolve(options))
+        return folder.read_result()
     return train(options).summary
-
-
-def _check_same(folder, options: Options) -> None:
-    """Refuse a run that other options made, such as an earlier version of the recipe."""
-    import json
-
-    made = json.loads(folder.options.read_text(encoding="utf-8"))
-    for name, value in options.as_json().items():
-        if name not in ("out", "threads", "device", "overwrite") and made.get(name) != value:
-            raise OptionsError(
-                f"{folder.path} was made with {name} = {made.get(name)}, not "
-                f"{value}; remove it or give another --runs"
-            )
 
 
 def _spread(values: list[float], digits: int) -> str:

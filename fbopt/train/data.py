@@ -6,7 +6,7 @@ Images stay uint8 and are normalised chunk by chunk with the training set's mean
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,17 +48,25 @@ class Split:
 
 @dataclass(frozen=True)
 class Chunks:
-    """A split in fixed order, `size` samples at a time, the last chunk ragged; re-iterable."""
+    """A split, `size` samples at a time, the last chunk ragged; re-iterable.
+
+    Chunk i holds the samples from i·size on. `order` lists the chunks in the order to visit, by
+    default 0, 1, …; `begin(i)` is called before chunk i is handed out.
+    """
 
     split: Split
     size: int
+    order: Sequence[int] | None = None
+    begin: Callable[[int], None] | None = None
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self.split), self.size):
-            yield self.split.batch(slice(start, start + self.size))
+        for index in range(len(self)) if self.order is None else self.order:
+            if self.begin is not None:
+                self.begin(index)
+            yield self.split.batch(slice(index * self.size, (index + 1) * self.size))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Interrupt:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if kind is KeyboardInterrupt and self.folder.checkpoint.exists():
+        if kind is KeyboardInterrupt and self.folder.checkpoints():
             raise Interrupted("stopped at once, back at the last save", self.folder)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

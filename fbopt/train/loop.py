@@ -6,22 +6,23 @@ for step in …:  take a step;  after each pass: log, evaluate, move the learnin
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from fbopt.train import models
+from fbopt.train.environment import facts
 from fbopt.train.interrupt import Interrupt, Interrupted
-from fbopt.train.options import Options, OptionsError, check_resume, resolve
+from fbopt.train.options import Options, OptionsError
 from fbopt.train.progress import Progress
 from fbopt.train.report import draw_curves
+from fbopt.train.resume import find_start, restore
 from fbopt.train.run import Run
-from fbopt.train.sources import DataError, load
+from fbopt.train.saving import Saver
+from fbopt.train.sources import load
 from fbopt.train.store import RunFolder
-
-SAVE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -38,55 +39,42 @@ def train(options: Options) -> Result:
     """Train as `options` say (see `Options`), write the run folder, and return the result.
 
     Raises OptionsError or DataError before anything is created where something cannot work,
-    Interrupted after a signal (the run is saved), Diverged for a loss that is not finite.
+    Interrupted after a signal (the run is saved), Diverged for a loss that is not finite,
+    WriteError for a full disk and the like (earlier checkpoints are whole).
     """
-    options, state = _prepare(options)
-    folder = RunFolder(options.resume or options.folder)
-    if state is None:
-        folder.check_free(options.overwrite)
+    start = find_start(options)
+    options, folder, state = start
     device = _device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     data = load(options.data, options.image_size)
-    fingerprint = data.sha256()
+    digest = data.sha256()
     run = Run(options, data.to(device), device)
+    surroundings = facts(run, digest)
     if state is None:
-        folder.create(options.as_json())
+        folder.create(options.as_json() | {"resume": None})
     else:
-        if state["data"] != fingerprint:
-            raise DataError(
-                f"--resume {folder.path}: {options.data} is not the data that the run "
-                "began with; restore it, or start a new run with --out"
-            )
-        run.load_state_dict(state)
+        restore(run, start, surroundings)
+        if run.step == run.total_steps and folder.result.exists():
+            return _finished(run, folder)
         folder.forget_after(run.step)
-    where = f"resumed at step {run.step} of {run.total_steps}" if state else "run folder"
-    print(f"{run.describe()}\n{where}: {folder.path}/", flush=True)
+    folder.append(folder.environment, {"step": run.step} | surroundings)
+    where = f"run folder: {folder.path}/"
+    if state is not None:
+        where = f"resumed at step {run.step} of {run.total_steps}: {folder.path_of(run.step)}"
+    print(f"{run.describe()}\n{where}", flush=True)
+    extra = {"data": digest, "environment": surroundings}
     with Interrupt(folder) as interrupt:
-        _fit(run, folder, interrupt, {"data": fingerprint})
+        saver = Saver(run, folder, extra, None if state is None else run.step)
+        _fit(run, saver, interrupt)
     return _finish(run, folder)
 
 
-def _prepare(options: Options) -> tuple[Options, dict[str, Any] | None]:
-    """Resolved options, and the checkpoint to go on from where `options` ask for that."""
-    if options.resume is None:
-        return resolve(options), None
-    check_resume(options)
-    folder = RunFolder(options.resume)
-    state = folder.load()
-    try:
-        saved = Options.from_json(state["options"])
-    except (KeyError, TypeError) as error:
-        raise OptionsError(
-            f"--resume {folder.path}: the run was made by another version of fbopt ({error}); "
-            "go on with that version, or start a new run with --out"
-        ) from error
-    if folder.result.exists():
-        raise OptionsError(
-            f"--resume {folder.path}: the run is finished; start a new one with --out"
-        )
-    threads = options.threads or saved.threads
-    return replace(saved, resume=folder.path, device=options.device, threads=threads), state
+def _finished(run: Run, folder: RunFolder) -> Result:
+    """The result of a run that needs no further step."""
+    summary = folder.read_result()
+    print(f"{folder.path}/ is finished: test accuracy {summary['test_accuracy']:.2%}", flush=True)
+    return Result(run.options, folder, summary, run.model)
 
 
 def _device(name: str) -> torch.device:
@@ -101,12 +89,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _fit(run: Run, folder: RunFolder, interrupt: Interrupt, extra: dict[str, Any]) -> None:
+def _fit(run: Run, saver: Saver, interrupt: Interrupt) -> None:
     """Take the steps that are left; log, save now and then, and stop when asked to."""
-    options = run.options
+    options, folder = run.options, saver.folder
     progress = Progress(options.passes, run.step // run.steps_per_pass, len(run.data.train))
     run.advance = progress.advance
-    begin, before, saved = time.monotonic(), run.seconds, time.monotonic()
+    begin, before = time.monotonic(), run.seconds
     try:
         while run.step < run.total_steps:
             run.take_step()
@@ -116,25 +104,27 @@ def _fit(run: Run, folder: RunFolder, interrupt: Interrupt, extra: dict[str, Any
                 on_test = done % options.eval_every == 0 or done == options.passes
                 if on_test or done == 1 or done % options.log_every == 0:
                     record = run.record(on_test)
-                    folder.append(record)
+                    folder.append(folder.metrics, record)
                     progress.report(record)
                 run.scheduler.step()
-            late = time.monotonic() - saved > SAVE_SECONDS
-            if late or (interrupt.requested and run.step < run.total_steps):
-                run.check_finite()
-                folder.save(run.state_dict() | extra)
-                saved = time.monotonic()
-                if interrupt.requested:
-                    raise Interrupted(f"saved at step {run.step} of {run.total_steps}", folder)
+            last = run.step == run.total_steps
+            stop = interrupt.requested and not last
+            saver.after_step(at_once=stop or last)
+            if stop:
+                raise Interrupted(f"saved at step {run.step} of {run.total_steps}", folder)
     finally:
         progress.close()
-    folder.save(run.state_dict() | extra)
 
 
 def _finish(run: Run, folder: RunFolder) -> Result:
-    records = folder.read_metrics()
+    last = [record for record in folder.read_metrics() if record["step"] == run.step]
+    if not last:
+        raise OptionsError(
+            f"{folder.metrics} has no line for the last step; put it back and resume, or start "
+            "again with --overwrite"
+        )
     summary = {
-        **records[-1],
+        **last[-1],
         "parameters": models.count_parameters(run.model),
         "device": str(run.device),
         "torch": torch.__version__,
@@ -145,7 +135,7 @@ def _finish(run: Run, folder: RunFolder) -> Result:
         f"test accuracy {summary['test_accuracy']:.2%} (loss {summary['test_loss']:.4f}), train "
         f"{summary['train_accuracy']:.2%} (loss {summary['loss']:.4f}) after {run.step} steps, "
         f"{summary['seconds']:.0f} s\nwritten: {folder.path}/ (options.json, metrics.jsonl, "
-        f"{'curves.png, ' if drawn else ''}checkpoint.pt, result.json)",
+        f"{'curves.png, ' if drawn else ''}checkpoint-{run.step}.pt, result.json)",
         flush=True,
     )
     return Result(run.options, folder, summary, run.model)

@@ -11,24 +11,32 @@ NAMES = ("cnn", "resnet18")
 WIDTHS = {"cnn": 25, "resnet18": 64}
 
 
-def build(name: str, shape: Sequence[int], classes: int, width: int | None = None) -> nn.Module:
+def build(
+    name: str,
+    shape: Sequence[int],
+    classes: int,
+    width: int | None = None,
+    dropout: float = 0.0,
+) -> nn.Module:
     """The network `name` for samples of `shape` (channels, length) or (channels, height, width).
 
-    It maps float32 (n, *shape) to logits (n, classes). Raises ValueError for a shape that the
-    network cannot take.
+    It maps float32 (n, *shape) to logits (n, classes); `dropout` is the probability with which an
+    input of the last layer is dropped. Raises ValueError for a shape that the network cannot take.
     """
     channels, space = shape[0], tuple(shape[1:])
     width = WIDTHS[name] if width is None else width
     if name == "cnn":
-        return cnn(channels, space, classes, width)
+        return cnn(channels, space, classes, width, dropout)
     if len(space) != 2:
         raise ValueError(
             f"--model resnet18 takes images, not samples of shape {tuple(shape)}; use --model cnn"
         )
-    return resnet18(channels, classes, width)
+    return resnet18(channels, classes, width, dropout)
 
 
-def cnn(channels: int, space: tuple[int, ...], classes: int, width: int = 25) -> nn.Module:
+def cnn(
+    channels: int, space: tuple[int, ...], classes: int, width: int = 25, dropout: float = 0.0
+) -> nn.Module:
     """Three convolutions of stride 2 and a linear layer, in one or two dimensions, no BatchNorm.
 
     In one dimension this is MNIST-1D's own convolutional baseline (Greydanus & Kobak 2020,
@@ -45,10 +53,13 @@ def cnn(channels: int, space: tuple[int, ...], classes: int, width: int = 25) ->
         layers += [convolution(inner, width, kernel, stride=2, padding=1), nn.ReLU()]
         space = tuple((side + 2 - kernel) // 2 + 1 for side in space)
     features = width * space[0] * (space[1] if len(space) == 2 else 1)
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, classes))
+    layers.append(nn.Flatten())
+    if dropout:
+        layers.append(nn.Dropout(dropout))
+    return nn.Sequential(*layers, nn.Linear(features, classes))
 
 
-def resnet18(channels: int, classes: int, width: int = 64) -> nn.Module:
+def resnet18(channels: int, classes: int, width: int = 64, dropout: float = 0.0) -> nn.Module:
     """ResNet-18 as in Geiping et al. (arXiv 2109.14119, appendix A), for images of 32×32.
 
     A 3×3 stem without pooling; shortcuts downsample by an average pool, a 1×1 convolution and
@@ -76,8 +87,10 @@ def resnet18(channels: int, classes: int, width: int = 64) -> nn.Module:
     for index, outer in enumerate((width, 2 * width, 4 * width, 8 * width)):
         layers.append((f"stage{index + 1}", stage(inner, outer, stride=1 if index == 0 else 2)))
         inner = outer
-    head = [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]
-    model = nn.Sequential(OrderedDict([*layers, *head, ("linear", nn.Linear(inner, classes))]))
+    layers += [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]
+    if dropout:
+        layers.append(("dropout", nn.Dropout(dropout)))
+    model = nn.Sequential(OrderedDict([*layers, ("linear", nn.Linear(inner, classes))]))
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

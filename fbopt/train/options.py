@@ -53,8 +53,9 @@ class Options:
     """Folder to write. Default: runs/DATA-RECIPE-sSEED."""
     overwrite: bool = False
     """Replace a run that is already in the folder."""
-    resume: Path | None = None
-    """Go on with the interrupted run in this folder, with its own options."""
+    resume: Literal["auto"] | Path | None = None
+    """Go on with the interrupted run in this folder, with its own options; auto: with the run that
+    the other options make, from the beginning where there is none yet."""
     lr: float | None = None
     """Peak learning rate."""
     steps: int | None = None
@@ -84,10 +85,18 @@ class Options:
     """Nesterov's variant of momentum."""
     weight_decay: float | None = None
     """L2 regularisation, as in torch.optim.SGD."""
+    dropout: float = 0.0
+    """Probability with which an input of the last layer is dropped."""
     eval_every: int | None = None
     """Passes between two evaluations on the test set. Default: a hundredth of the run."""
     log_every: int | None = None
     """Passes between two lines of metrics.jsonl. Default: a four-hundredth of the run."""
+    save_every: int | None = None
+    """Optimizer steps between two checkpoints. Default: one every five minutes."""
+    keep: int | None = None
+    """Checkpoints to keep, the newest. Default: 2."""
+    fingerprint_every: int | None = None
+    """Steps between two lines of fingerprints.jsonl. Default: 0, only with checkpoints."""
 
     @property
     def stochastic(self) -> bool:
@@ -117,20 +126,22 @@ class Options:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Options:
         """The options that `as_json` gave."""
-        paths = {k: Path(values[k]) for k in ("out", "resume") if values.get(k) is not None}
-        return cls(**{**values, **paths})
+        paths = {k: values[k] for k in ("out", "resume") if values.get(k) not in (None, "auto")}
+        return cls(**{**values, **{k: Path(v) for k, v in paths.items()}})
 
 
 _SGD_ONLY = ("epochs", "batch_size")
 _FULL_BATCH_ONLY = ("steps", "chunk_size", "penalty", "radius", "method")
-_WITH_RESUME = ("resume", "device", "threads")
-_COUNTS = "width image_size threads steps epochs cosine chunk_size batch_size eval_every log_every"
+_COUNTS = """width image_size threads steps epochs cosine chunk_size batch_size eval_every log_every
+save_every keep"""
 # lower bound, whether the bound itself is allowed, upper bound (never reached)
 _BOUNDS = {
     **dict.fromkeys(_COUNTS.split(), (1, True, math.inf)),
-    **dict.fromkeys(("seed", "warmup", "penalty", "weight_decay"), (0, True, math.inf)),
+    **dict.fromkeys(
+        ("seed", "warmup", "penalty", "weight_decay", "fingerprint_every"), (0, True, math.inf)
+    ),
     **dict.fromkeys(("lr", "radius"), (0, False, math.inf)),
-    "momentum": (0, True, 1),
+    **dict.fromkeys(("momentum", "dropout"), (0, True, 1)),
 }
 _CHOICES = {
     "recipe": get_args(RecipeName),
@@ -157,6 +168,8 @@ def check(options: Options) -> None:
         raise OptionsError(f"--max-norm {options.max_norm}: has to be above 0; inf for no clipping")
     if options.seed >= 2**63:
         raise OptionsError(f"--seed {options.seed}: has to be below 2**63")
+    if options.resume == "auto" and options.overwrite:
+        raise OptionsError("--overwrite contradicts --resume auto; leave one of them out")
     _check_belongs(options)
     try:
         parse(options.data)
@@ -190,17 +203,6 @@ def _check_belongs(options: Options) -> None:
             )
 
 
-def check_resume(options: Options) -> None:
-    """Refuse options that a resumed run would not follow; it goes on with its own."""
-    for field in fields(Options):
-        if field.name not in _WITH_RESUME and getattr(options, field.name) != field.default:
-            raise OptionsError(
-                f"{flag(field.name)} cannot be given with --resume: the run goes on "
-                "with its own options (only --device and --threads may change); "
-                "leave it out, or start a new run with --out"
-            )
-
-
 def resolve(options: Options) -> Options:
     """Fill in everything that was left out from the recipe; checks the result too.
 
@@ -215,6 +217,7 @@ def resolve(options: Options) -> Options:
     values |= {k: v for k, v in _schedule(recipe, passes).items() if k not in given}
     values.setdefault("eval_every", max(1, passes // 100))
     values.setdefault("log_every", max(1, passes // 400))
+    values = {"keep": 2, "fingerprint_every": 0, **values}
     if values["max_norm"] == math.inf:
         values["max_norm"] = None
     if not values["penalty"]:

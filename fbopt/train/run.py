@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
 from fbopt.train import models
 from fbopt.train.data import Chunks, Data, Split
+from fbopt.train.draws import epoch_order, seed_chunk
 from fbopt.train.options import Options, OptionsError
 
 GRADIENTS = {None: 1, "forward": 2, "central": 3, "exact": 2}  # backward passes per chunk
@@ -28,7 +28,9 @@ class Run:
         self.options, self.data, self.device = options, data, device
         torch.manual_seed(options.seed)
         try:
-            model = models.build(options.model, data.shape, data.classes, options.width)
+            model = models.build(
+                options.model, data.shape, data.classes, options.width, options.dropout
+            )
         except ValueError as error:
             raise OptionsError(str(error)) from error
         self.model = model.to(device).train()
@@ -36,7 +38,7 @@ class Run:
             self.model.to(memory_format=torch.channels_last)
         self.loss_fn = nn.functional.cross_entropy
         size = options.batch_size if options.stochastic else options.chunk_size
-        self.chunks = Chunks(data.train, size)
+        self.chunks = Chunks(data.train, size, begin=self._seed_draws)
         self.steps_per_pass = len(self.chunks) if options.stochastic else 1
         self.total_steps = options.passes * self.steps_per_pass
         self.step, self.seconds = 0, 0.0
@@ -77,6 +79,9 @@ class Run:
             self.optimizer, lambda done: rate_factor(done, options.warmup, options.cosine)
         )
 
+    def _seed_draws(self, chunk: int = 0) -> None:
+        seed_chunk(self.device, self.options.seed, self.step, chunk)
+
     def _observe(self, output: Tensor, target: Tensor) -> None:
         self.correct += (output.argmax(1) == target).sum()
         self.advance(len(target))
@@ -103,6 +108,7 @@ class Run:
             self.order = epoch_order(len(train), self.options.seed, epoch).to(self.device)
         input, target = train.batch(self.order[index * size : (index + 1) * size])
         self.optimizer.zero_grad()
+        self._seed_draws()
         output = self.model(input)
         loss = self.loss_fn(output, target)
         loss.backward()
@@ -156,13 +162,14 @@ class Run:
             penalty = f"penalty {o.penalty:g} ({o.method} differences, radius {o.radius:g})"
             if o.method == "exact":
                 penalty = f"penalty {o.penalty:g} (exact)"
+        dropout = f", dropout {o.dropout:g}" if o.dropout else ""
         return (
             f"{o.recipe} on {o.data} ({len(self.data.train):,} samples in {kind} of "
             f"{self.chunks.size}): {o.model} with {models.count_parameters(self.model):,} "
             f"parameters, {o.passes} {unit}, {self.device}\n"
             f"lr {o.lr:g} ({o.warmup} of warm-up, cosine over {o.cosine}), momentum "
             f"{o.momentum:g}{' (Nesterov)' if o.nesterov else ''}, weight decay "
-            f"{o.weight_decay:g}, {clip}, {penalty}"
+            f"{o.weight_decay:g}, {clip}, {penalty}{dropout}"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -176,6 +183,7 @@ class Run:
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         return state | {
             "options": self.options.as_json() | {"resume": None},
+            "parameters": [name for name, _ in self.model.named_parameters()],
             "step": self.step,
             "seconds": self.seconds,
             "correct": self.correct,
@@ -205,16 +213,6 @@ def rate_factor(done: int, warmup: int, cosine: int) -> float:
     if done < warmup:
         return (done + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / cosine)))
-
-
-def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
-    """The order of the samples in an epoch, int64 (samples,).
-
-    A function of seed and epoch alone: a run resumed within an epoch needs no stored order.
-    """
-    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
-    return torch.randperm(samples, generator=generator)
 
 
 @torch.no_grad()

@@ -1,0 +1,78 @@
+"""A checkpoint file: a torch.save archive that ends in the SHA-256 of everything before.
+
+The digest is the archive's zip comment, `fbopt sha256 ` and 64 digits, so torch.load reads the file
+as it is, and one that was cut or altered is told before anything in it is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 2  # raised when older programs can no longer go on from what is saved
+_TAG = b"fbopt sha256 "
+_DIGITS = 64
+_END = b"PK\x05\x06"  # the zip record whose last two bytes are the length of the comment
+_END_SIZE = 22
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says what is wrong with it."""
+
+
+def seal(state: dict[str, Any]) -> bytes:
+    """The file for `state`, which may hold tensors and plain types.
+
+    Raises TypeError, naming the entry, for anything that would not load as weights only.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **plain(state)}, buffer)
+    archive = buffer.getvalue()
+    if archive[-_END_SIZE:][:4] != _END or archive[-2:] != b"\0\0":
+        raise RuntimeError(f"torch {torch.__version__} writes archives that cannot be sealed")
+    body = archive[:-2] + (len(_TAG) + _DIGITS).to_bytes(2, "little") + _TAG
+    return body + hashlib.sha256(body).hexdigest().encode()
+
+
+def unseal(content: bytes) -> dict[str, Any]:
+    """The state in a file that `seal` made, on the CPU. Raises CheckpointError for any other."""
+    body, digest = content[:-_DIGITS], content[-_DIGITS:]
+    if not body.endswith(_TAG):
+        raise CheckpointError("it is cut short, altered, or no checkpoint of this version of fbopt")
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise CheckpointError("its content does not have the SHA-256 that it was written with")
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:
+        text = str(error).partition("\n")[0]
+        raise CheckpointError(f"torch {torch.__version__} cannot read it ({text})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else None
+        raise CheckpointError(f"it has format {found}, and this version of fbopt reads {FORMAT}")
+    return state
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The state in the file at `path`. Raises CheckpointError."""
+    try:
+        return unseal(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read ({error.strerror})") from error
+
+
+def plain(value: Any, name: str = "state") -> Any:
+    """`value` with its tensors on the CPU. Raises TypeError for what is no tensor or plain type."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {plain(k, f"{name} key"): plain(v, f"{name}[{k!r}]") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([plain(v, f"{name}[{i}]") for i, v in enumerate(value)])
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(f"a checkpoint cannot hold {name}, a {type(value).__name__}: plain types only")

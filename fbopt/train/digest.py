@@ -1,0 +1,51 @@
+"""Fingerprints: the SHA-256 of a run's parameters, momentum and buffers, tensor by tensor.
+
+A tensor's digest is of its type, shape and bytes; a group's is of its tensors' names and digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GROUPS = ("parameters", "momentum", "buffers")
+SHORT = 16  # digits kept of a single tensor's digest
+
+
+def fingerprint(state: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of fingerprints.jsonl, from what a checkpoint holds.
+
+    {"step", "parameters", "momentum", "buffers": 64 digits each, "tensors": {group: {name: 16}}}
+    """
+    record: dict[str, Any] = {"step": state["step"]}
+    short: dict[str, dict[str, str]] = {}
+    for group, tensors in groups(state).items():
+        digests = {name: sha256(tensor) for name, tensor in tensors.items()}
+        lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+        record[group] = hashlib.sha256(lines.encode()).hexdigest()
+        short[group] = {name: digest[:SHORT] for name, digest in digests.items()}
+    return record | {"tensors": short}
+
+
+def groups(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The parameters, momenta and buffers in what a checkpoint holds, by the model's names."""
+    model, names = state["model"], state["parameters"]
+    kept = state["optimizer"]["state"]
+    momenta = {n: kept.get(i, {}).get("momentum_buffer") for i, n in enumerate(names)}
+    return {
+        "parameters": {name: model[name] for name in names},
+        "momentum": {name: m for name, m in momenta.items() if m is not None},
+        "buffers": {name: tensor for name, tensor in model.items() if name not in set(names)},
+    }
+
+
+def sha256(tensor: Tensor) -> str:
+    """The digest of a tensor's type, shape and values, wherever and in whatever order it lies."""
+    plain = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(str((plain.dtype, tuple(plain.shape))).encode())
+    digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,91 @@
+"""Files that no crash leaves half written: whole ones replaced at once, and lines of JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+PARTIAL = ".partial"  # what is being written, until it is renamed
+CURES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EROFS: "make the folder writable",
+    errno.EACCES: "make the folder writable",
+    errno.EPERM: "make the folder writable",
+}
+
+
+class WriteError(RuntimeError):
+    """A file of a run that cannot be written; the message says why and what to do."""
+
+
+def cure(error: OSError) -> str:
+    """What the user can do about a file that cannot be written."""
+    return CURES.get(error.errno, "see to the disk")
+
+
+def reason(error: OSError) -> str:
+    """What went wrong, without the path."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+def replace(path: Path, content: bytes, temporary: str | None = None) -> None:
+    """Write `content` beside `path` and rename it over `path`: on the disk, or nothing changed."""
+    partial = path.with_name(temporary or f".{path.name}{PARTIAL}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Have the new name on the disk too, where the file system can do that for folders."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(folder)
+
+
+def replace_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a file of one JSON object."""
+    replace(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Add one line of JSON."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def replace_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write a file of JSON lines anew."""
+    replace(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records in a file of JSON lines, none where there is no file.
+
+    What is no record is left out, such as a last line that a crash cut short.
+    """
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and "step" in record]

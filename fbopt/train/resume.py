@@ -1,0 +1,74 @@
+"""Where a run begins: afresh, or from the newest sound checkpoint of its folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fbopt.train import match
+from fbopt.train.environment import WHY
+from fbopt.train.options import Options, OptionsError, resolve
+from fbopt.train.run import Run
+from fbopt.train.store import RunFolder
+
+
+class Start(NamedTuple):
+    """The resolved options, the run's folder, and the checkpoint's content (None: afresh)."""
+
+    options: Options
+    folder: RunFolder
+    state: dict[str, Any] | None
+
+
+def find_start(options: Options) -> Start:
+    """What `options` ask to begin with. Raises OptionsError; nothing is changed."""
+    if options.resume is None:
+        options = resolve(options)
+        folder = RunFolder(options.folder)
+        folder.check_free(options.overwrite)
+        return Start(options, folder, None)
+    if options.resume == "auto":
+        return _automatic(resolve(options))
+    return _continued(options, options.resume)
+
+
+def _automatic(options: Options) -> Start:
+    """The run that these options make, from its newest sound checkpoint if there is any."""
+    folder = RunFolder(options.folder)
+    if not folder.checkpoints():
+        folder.check_free(overwrite=False)
+        print(f"--resume auto: no checkpoint in {folder.path}/, so from the beginning", flush=True)
+        return Start(options, folder, None)
+    state = folder.load()
+    match.check_options(f"the run in {folder.path}", state["options"], options)
+    return Start(options, folder, state)
+
+
+def _continued(options: Options, path: Path) -> Start:
+    """The run in a folder, with its own options."""
+    match.check_resume(options)
+    folder = RunFolder(path)
+    state = folder.load()
+    try:
+        saved = Options.from_json(state["options"])
+    except TypeError as error:
+        versions = state["environment"]
+        raise OptionsError(
+            f"--resume {path}: the run was made by fbopt {versions['fbopt']}, which has other "
+            f"options ({error}); go on with that version, or start a new run with --out"
+        ) from error
+    if folder.result.exists():
+        raise OptionsError(f"--resume {path}: the run is finished; start a new one with --out")
+    own = {"out": path, "resume": path, **match.given(options)}
+    return Start(replace(saved, **own), folder, state)
+
+
+def restore(run: Run, start: Start, facts: dict[str, Any]) -> None:
+    """Bring a run to where its checkpoint was written. Raises OptionsError for what differs."""
+    where, state = f"--resume {start.folder.path}", start.state
+    match.check_data(where, state["data"], facts["data"], start.options.data)
+    match.check_model(where, state["model"], run.model.state_dict())
+    run.load_state_dict(state)
+    for name, old, new in match.changed(state["environment"], facts):
+        print(f"note: {name} {old} before, {new} now: {WHY.get(name, 'bits may differ')}")

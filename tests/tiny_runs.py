@@ -1,0 +1,48 @@
+"""Runs of the training program that take a second, for several test files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from fbopt.train.options import Options
+
+
+def data(folder: Path, count: int = 75, side: int = 12) -> str:
+    """`--data` for three classes of noisy images, `count` to train and 30 to test."""
+    rng = np.random.default_rng(0)
+    patterns = rng.normal(size=(3, 1, side, side))
+    arrays = {}
+    for part, samples in (("train", count), ("test", 30)):
+        labels = np.arange(samples) % 3
+        x = patterns[labels] + 0.7 * rng.normal(size=(samples, 1, side, side))
+        arrays |= {f"x_{part}": x.astype(np.float32), f"y_{part}": labels}
+    path = folder / "tiny.npz"
+    np.savez(path, **arrays)
+    return f"npz:{path}"
+
+
+def options(tiny: str, out: Path, recipe: str = "fb-penalty", **changes) -> Options:
+    """Twelve passes in chunks of 32, or mini-batches of 16, unless `changes` say otherwise."""
+    passes = {"epochs": 12, "batch_size": 16} if recipe == "sgd" else {"steps": 12}
+    if recipe != "sgd":
+        passes["chunk_size"] = 32
+    common = {"warmup": 2, "cosine": 16, "lr": 0.2, "width": 4, "threads": 1}
+    return Options(data=tiny, recipe=recipe, out=out, **(common | passes | changes))
+
+
+def with_noise(tiny: str, out: Path, recipe: str = "fb-penalty", **changes) -> Options:
+    """The same for a model with BatchNorm and dropout, with fingerprints of every step."""
+    noise = {"model": "resnet18", "width": 2, "dropout": 0.3, "fingerprint_every": 1}
+    return options(tiny, out, recipe, **(noise | changes))
+
+
+def digest(source) -> str:
+    """SHA-256 of a model's parameters and buffers, or of those in a checkpoint."""
+    state = source if isinstance(source, dict) else source.state_dict()
+    total = hashlib.sha256()
+    for name, tensor in state.items():
+        total.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+    return total.hexdigest()
