@@ -10,7 +10,8 @@ import sys
 # in every parallel region.
 PINNING = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 # A pinned process hands its one core on to all it starts: compilers, and the threads that launch.
-_FOR_GPU = any(word.startswith("benchmarks.gpu") for word in sys.orig_argv)
+_GPU = ("benchmarks.gpu", "benchmarks.sanitized")
+_FOR_GPU = any(word.startswith(_GPU) for word in sys.orig_argv)
 if "torch" not in sys.modules and not _FOR_GPU:
     for _name, _value in PINNING.items():
         os.environ.setdefault(_name, _value)

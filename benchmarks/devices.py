@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 CPU = torch.device("cpu")
+_compiles: dict[torch.device, bool] = {}
 # Read, never set: a benchmark takes the card as it finds it.
 SMI_FIELDS = (
     "driver_version",
@@ -42,6 +43,22 @@ def cpu_name() -> str:
         text = ""
     found = re.search(r"model name\s*:\s*(.+)", text)
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile works for the device.
+
+    It needs Triton, a C compiler and Python's headers. Tried once, on a function of one line; what
+    stands in the way is printed.
+    """
+    if device not in _compiles:
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+            _compiles[device] = True
+        except Exception as error:  # whatever it is, the other contenders can be timed
+            print(f"nothing is timed compiled, torch.compile fails: {str(error).splitlines()[0]}")
+            _compiles[device] = False
+    return _compiles[device]
 
 
 def facts(device: torch.device) -> dict[str, str]:

@@ -5,8 +5,8 @@ captures that fail.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -17,6 +17,15 @@ T = TypeVar("T")
 _FAILED: list[torch.cuda.CUDAGraph] = []
 # As many as central differences repeat a chunk's draws.
 REPETITIONS = 2
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+# From here on a graph finds by itself the generators that are drawn from while it is captured.
+FINDS_GENERATORS = (2, 14)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of all captures on a device: libraries keep memory for each they meet."""
+    return torch.cuda.Stream(device)
 
 
 class CudaRecorder:
@@ -30,7 +39,7 @@ class CudaRecorder:
         self._device = device
         self._generator = torch.cuda.default_generators[device.index]
         self._states = [self._generator.clone_state() for _ in range(REPETITIONS)]
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     @contextlib.contextmanager
@@ -134,10 +143,10 @@ class Draws:
 
     def register(self, graph: torch.cuda.CUDAGraph) -> None:
         """Tell a graph of the states."""
-        with warnings.catch_warnings():  # newer versions of torch need not be told, and say so
-            warnings.simplefilter("ignore")
-            for state in self._states:
-                graph.register_generator_state(state)
+        if TORCH >= FINDS_GENERATORS:  # need not be told, and says so at every call
+            return
+        for state in self._states:
+            graph.register_generator_state(state)
 
     def align(self) -> None:
         """Set the states to where the generator is."""

@@ -150,28 +150,31 @@ def test_more_than_two_to_the_31_elements_on_a_gpu():
         pytest.skip("needs 12 GB of GPU memory")
     n = 2**31 + 17
     x = torch.ones(n, dtype=torch.bfloat16, device="cuda")
-    ops = _ops.table("cuda")
-    assert ops.squared_norm([x]).item() == n
-    ops.clip_([x], torch.tensor(2.0, device="cuda", dtype=torch.float64), 1.0)
+    op = target("cuda").op
+    assert op("squared_norm")([x]).item() == n
+    op("clip_")([x], torch.tensor(2.0, device="cuda", dtype=torch.float64), 1.0)
     assert all(x[i].item() == 0.5 for i in (0, 2**31 - 1, 2**31, n - 1))
-    assert ops.squared_norm([x]).item() == n / 4
+    assert op("squared_norm")([x]).item() == n / 4
 
 
 @pytest.mark.cuda
 def test_kernels_run_on_the_current_stream_and_device():
-    ops, stream = _ops.table("cuda"), torch.cuda.Stream()
+    squared_norm, stream = target("cuda").op("squared_norm"), torch.cuda.Stream()
     x = torch.ones(1 << 24, device="cuda")
+    with torch.cuda.stream(stream):  # the first launches load code and may wait for the device
+        torch.cuda._sleep(1)
+        squared_norm([x.mul_(1)])
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
         x.mul_(2)
-        square = ops.squared_norm([x])
+        square = squared_norm([x])
     assert not stream.query()
     stream.synchronize()
     assert square.item() == 4 * x.numel()
     if torch.cuda.device_count() > 1:
         other = torch.ones(1000, device="cuda:1")
-        assert ops.squared_norm([other]).device == other.device
+        assert squared_norm([other]).device == other.device
         assert torch.cuda.current_device() == 0
 
 
@@ -179,7 +182,7 @@ def test_kernels_run_on_the_current_stream_and_device():
 @pytest.mark.parametrize("name", _ops.NAMES)
 def test_no_op_waits_for_the_device(name):
     arguments = clone(list(cases(name, [(5,), (3, 4)], torch.float32)[0]), "cuda")
-    op = getattr(_ops.table("cuda"), name)
+    op = target("cuda").op(name)
     op(*arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -193,7 +196,7 @@ def test_no_op_waits_for_the_device(name):
 def test_ops_can_be_captured(name):
     arguments = clone(list(cases(name, [(9001,), (3, 4)], torch.float32)[0]), "cuda")
     eager, captured = clone(arguments, "cuda"), clone(arguments, "cuda")
-    op = getattr(_ops.table("cuda"), name)
+    op = target("cuda").op(name)
     op(*clone(arguments, "cuda"))
     wanted = op(*eager)
     graph = torch.cuda.CUDAGraph()
@@ -206,10 +209,9 @@ def test_ops_can_be_captured(name):
 @pytest.mark.cuda
 def test_tensors_on_several_devices_are_refused():
     on_gpu, on_cpu = torch.zeros(3, device="cuda"), torch.zeros(3)
-    ops = torch.ops.fbopt
-    _ops.table("cuda")
+    op = target("cuda").op
     weight = torch.ones((), dtype=torch.float64, device="cuda")
     with pytest.raises(RuntimeError, match=r"grads\[0\] is on another device"):
-        ops.accumulate_([on_gpu], [on_cpu], weight)
+        op("accumulate_")([on_gpu], [on_cpu], weight)
     with pytest.raises(RuntimeError, match="weight must be a 0-dim tensor on the device"):
-        ops.accumulate_([on_gpu], [on_gpu], weight.cpu())
+        op("accumulate_")([on_gpu], [on_gpu], weight.cpu())

@@ -92,14 +92,17 @@ def deterministic():
     """Torch's own kernels without atomics."""
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
-    yield
-    torch.backends.cudnn.deterministic = before
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("options", [{}, {"max_norm": None, "momentum": 0, "nesterov": False}])
 @pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
 def test_a_step_reads_nothing_from_the_device(penalty, options):
+    assert _build.cuda_kernels() is not None
     data, model = chunks("cuda"), network(nn.Dropout(0.3), device="cuda")
     optimizer = FullBatchGD(model.parameters(), **(OPTIONS | options))
     closure = FullBatchClosure(model, F.cross_entropy, data, penalty=penalty, optimizer=optimizer)

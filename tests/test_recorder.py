@@ -123,7 +123,17 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     )
     monkeypatch.setattr(_recorder, "torch", fake)
     monkeypatch.setattr(_recorder, "_FAILED", [])
+    monkeypatch.setattr(_recorder, "_stream", cuda.Stream)
+    monkeypatch.setattr(_recorder, "TORCH", (2, 11))
     return cuda
+
+
+def test_generators_are_registered_where_torch_has_to_be_told(cuda, monkeypatch):
+    for version, expected in (((2, 13), 1), (_recorder.FINDS_GENERATORS, 0)):
+        monkeypatch.setattr(_recorder, "TORCH", version)
+        graph = Graph()
+        _recorder.Draws(cuda.default_generators[0], [cuda.default_generators[0]]).register(graph)
+        assert len(graph.states) == expected
 
 
 def recorder() -> _recorder.CudaRecorder:

@@ -7,14 +7,13 @@ in the same precision and mode. The learning rate is so small that all rounds wo
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks import networks
+from benchmarks import devices, networks
 from benchmarks.calls import (
     Bare,
     BareGraphed,
@@ -78,6 +77,9 @@ def run(report: Report, settings: Settings) -> None:
         fastest = min(whole, key=whole.get)
         bound = SECONDS_GOAL if GOAL_DEVICE in report.machine.get("device", "") else None
         report.goal("whole step, seconds", fastest, whole[fastest], at_most=bound)
+    elif not settings.rehearsal:
+        again = "python -m benchmarks.gpu_check step --precisions bf16 has all the time for it"
+        report.fact(f"a step over {IMAGES:,} images", f"not timed, fewer fitted: {again}")
 
 
 def check(settings: Settings) -> None:
@@ -135,7 +137,7 @@ def table(report: Report, precision: Precision, settings: Settings, seconds: flo
     everything = networks.formatted(everything, precision.memory_format)
     full = [c for c in everything if len(c[1]) == chunk]
     data = full[:CHECKED_CHUNKS]
-    compiled = not settings.quick and importlib.util.find_spec("triton") is not None
+    compiled = not settings.quick and devices.compiles(device)
     task = visible(Task(model, data, True, precision.autocast))
     found = contenders(task, compiled)
     report.fact(f"{precision.name}: gradients off by", warm_up(found, precision))

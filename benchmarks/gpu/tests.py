@@ -4,6 +4,7 @@ failure: it would look like success.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -68,7 +69,9 @@ def pytest(select: Sequence[str]) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "junit.xml")
         command = [sys.executable, "-m", "pytest", *PYTEST, f"--junitxml={results}", *select]
-        status = subprocess.run(command, cwd=ROOT).returncode
+        # Kernels that do not compile are to fail here, not to be passed by plain torch.
+        environment = {**os.environ, "FBOPT_BACKEND": "kernels"}
+        status = subprocess.run(command, cwd=ROOT, env=environment).returncode
         if not results.exists():
             raise StageFailed(f"pytest ended with status {status} and no results")
         return read(results)

@@ -132,7 +132,7 @@ struct Accumulate {
 };
 
 void accumulate_op(const TensorList& sums, const TensorList& grads, const Tensor& weight) {
-  const Call call(weight.get());
+  const Call call(sums.empty() ? weight.get() : sums[0]);
   const ScalarType dtype = dtype_of(grads);
   const Layout layout(sums);
   Operand a("sums", sums, layout, accumulator_of(dtype));
@@ -175,7 +175,7 @@ struct AccumulatePenalty {
 void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, const TensorList& plus,
                            const TensorList& minus, const Tensor& weight, const Tensor& coefficient,
                            const Tensor& squared_norm, double radius) {
-  const Call call(weight.get());
+  const Call call(sums.empty() ? weight.get() : sums[0]);
   const ScalarType dtype = dtype_of(grads);
   const bool central = !minus.empty();
   const Layout layout(sums);
