@@ -203,12 +203,6 @@ class Layout {
   int64_t flat_size_ = 0;
 };
 
-inline void check_flat(const Tensor& out, const Layout& layout) {
-  FBOPT_CHECK(out.is_contiguous() && out.numel() == layout.flat_size(),
-              "out must be contiguous and have ", layout.flat_size(),
-              " elements: params one after the other, each from a multiple of ", kAlign, " on");
-}
-
 // Linear pointers into one list. A tensor that lies otherwise in memory than its slot is staged
 // through a dense copy; write_back() returns the staged results.
 class Operand {

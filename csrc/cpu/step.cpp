@@ -65,11 +65,7 @@ void sgd_step_op(const TensorList& params, const TensorList& grads,
                  std::optional<double> max_norm, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, bool first) {
   const ScalarType dtype = dtype_of(params), grad_dtype = dtype_of(grads, dtype);
-  FBOPT_CHECK(grad_dtype == dtype || grad_dtype == accumulator_of(dtype),
-              "grads must have the dtype of params, or that of their sums");
-  FBOPT_CHECK(!max_norm || total_norm, "max_norm needs total_norm");
-  FBOPT_CHECK(momentum != 0 ? momentum_buffers.size() == params.size() : momentum_buffers.empty(),
-              "momentum_buffers must be as long as params, or empty without momentum");
+  check_step(params, grads, momentum_buffers, momentum, total_norm, max_norm);
   const Layout layout(params);
   Operand p("params", params, layout, dtype), g("grads", grads, layout, grad_dtype);
   std::optional<Operand> v;

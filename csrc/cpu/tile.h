@@ -10,15 +10,11 @@
 #include <immintrin.h>
 #endif
 
-#include "../compat.h"
+#include "../arguments.h"
 
 namespace fbopt::cpu {
 
 constexpr int64_t kTile = 512;
-
-// Half precision is computed in float.
-template <class T>
-using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class T, class A>
 constexpr bool kInPlace = std::is_same_v<T, A>;

@@ -24,10 +24,6 @@ constexpr int kChunk = 4096, kSumChunk = 8192;
 constexpr int kUnroll = 2;
 constexpr int kAccess = 16;
 
-// Half precision is computed in float.
-template <class T>
-using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // A 0-dim tensor that is read on the device; nothing is read where there is none.
 struct Scalar {
   const void* data = nullptr;

@@ -106,17 +106,6 @@ Tensor perturb_op(const Tensor& out, const TensorList& params, const TensorList&
   return sum;
 }
 
-// f(Type<G>, Type<A>) for the element types of gradients and of their sums.
-template <class F>
-void dispatch_sums(const TensorList& sums, ScalarType grads, F&& f) {
-  FBOPT_CHECK(dtype_of(sums, accumulator_of(grads)) == accumulator_of(grads),
-              "sums must be float32, or float64 for float64 grads");
-  dispatch(grads, [&](auto g) {
-    using G = typename decltype(g)::type;
-    f(Type<G>{}, Type<accumulate_t<G>>{});
-  });
-}
-
 template <class G, class A>
 struct Accumulate {
   using Value = A;
