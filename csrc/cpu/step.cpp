@@ -70,25 +70,15 @@ void sgd_step_op(const TensorList& params, const TensorList& grads,
   Operand p("params", params, layout, dtype), g("grads", grads, layout, grad_dtype);
   std::optional<Operand> v;
   if (momentum != 0) v.emplace("momentum_buffers", momentum_buffers, layout, dtype);
-  const double negative_lr = -scalar("lr", lr);
+  const rules::SgdOptions options{momentum, dampening, weight_decay, nesterov, maximize, first};
+  const double rate = scalar("lr", lr);
   const double clip =
       max_norm ? rules::clip_coefficient(*max_norm, scalar("total_norm", *total_norm)) : 1.0;
   const double weight = divisor ? scalar("divisor", *divisor) : 1.0;
   dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     using A = accumulate_t<T>;
-    const rules::Sgd<A> rule{
-        .negative_lr = static_cast<A>(negative_lr),
-        .scale = static_cast<A>(maximize ? -clip : clip),
-        .divisor = static_cast<A>(weight),
-        .weight_decay = static_cast<A>(weight_decay),
-        .momentum = static_cast<A>(momentum),
-        .undamped = static_cast<A>(1 - dampening),
-        .decays = weight_decay != 0,
-        .has_momentum = momentum != 0,
-        .nesterov = nesterov,
-        .first = first,
-    };
+    const rules::Sgd<A> rule = rules::sgd_rule<A>(options, rate, clip, weight);
     const Operand* velocity = v ? &*v : nullptr;
     if (grad_dtype == dtype) {
       step<T, T>(layout, p, g, velocity, rule);

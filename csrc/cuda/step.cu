@@ -44,28 +44,20 @@ struct Step {
   using Value = accumulate_t<T>;
   using Operands = std::tuple<T, G, T>;  // params, grads, momentum_buffers
   using Uniform = rules::Sgd<Value>;
+  rules::SgdOptions options;
   Scalar lr, divisor, total_norm;
-  double max_norm, momentum, dampening, weight_decay;
-  bool divides, clips, maximizes, nesterov, first;
+  double max_norm;
+  bool divides, clips;
 
   __device__ Uniform uniform() const {
     const double clip = clips ? rules::clip_coefficient(max_norm, total_norm()) : 1.0;
-    return {
-        .negative_lr = static_cast<Value>(-lr()),
-        .scale = static_cast<Value>(maximizes ? -clip : clip),
-        .divisor = static_cast<Value>(divides ? divisor() : 1.0),
-        .weight_decay = static_cast<Value>(weight_decay),
-        .momentum = static_cast<Value>(momentum),
-        .undamped = static_cast<Value>(1 - dampening),
-        .decays = weight_decay != 0,
-        .has_momentum = momentum != 0,
-        .nesterov = nesterov,
-        .first = first,
-    };
+    return rules::sgd_rule<Value>(options, lr(), clip, divides ? divisor() : 1.0);
   }
   static __device__ bool idle(const Uniform&) { return false; }
-  __device__ bool reads(int k) const { return k < 2 || (momentum != 0 && !first); }
-  __device__ bool writes(int k) const { return k == 0 || (k == 1 ? divides : momentum != 0); }
+  __device__ bool reads(int k) const { return k < 2 || (options.momentum != 0 && !options.first); }
+  __device__ bool writes(int k) const {
+    return k == 0 || (k == 1 ? divides : options.momentum != 0);
+  }
   static __device__ void apply(Value (&x)[3], const Uniform& rule) {
     x[1] = rules::mean(x[1], rule);
     x[0] = rules::sgd(x[0], x[1], x[2], rule);
@@ -84,6 +76,7 @@ void sgd_step_op(const TensorList& params, const TensorList& grads,
   Operand p("params", params, layout, dtype), g("grads", grads, layout, grad_dtype);
   std::optional<Operand> v;
   if (momentum != 0) v.emplace("momentum_buffers", momentum_buffers, layout, dtype);
+  const rules::SgdOptions options{momentum, dampening, weight_decay, nesterov, maximize, first};
   const Scalar rate = call.scalar("lr", lr);
   const Scalar weight = divisor ? call.scalar("divisor", *divisor) : Scalar{};
   const Scalar norm = max_norm ? call.scalar("total_norm", *total_norm) : Scalar{};
@@ -95,18 +88,13 @@ void sgd_step_op(const TensorList& params, const TensorList& grads,
     using T = typename decltype(t)::type;
     const auto launch = [&](auto grad) {
       run(Step<T, typename decltype(grad)::type>{
+          .options = options,
           .lr = rate,
           .divisor = weight,
           .total_norm = norm,
           .max_norm = max_norm.value_or(0),
-          .momentum = momentum,
-          .dampening = dampening,
-          .weight_decay = weight_decay,
           .divides = divisor.has_value(),
           .clips = max_norm.has_value(),
-          .maximizes = maximize,
-          .nesterov = nesterov,
-          .first = first,
       });
     };
     grad_dtype == dtype ? launch(Type<T>{}) : launch(Type<accumulate_t<T>>{});

@@ -15,6 +15,28 @@ struct Sgd {
   bool decays, has_momentum, nesterov, first;
 };
 
+// The options of a step, as the user gives them.
+struct SgdOptions {
+  double momentum, dampening, weight_decay;
+  bool nesterov, maximize, first;
+};
+
+template <class A>
+FBOPT_RULE Sgd<A> sgd_rule(const SgdOptions& o, double lr, double clip, double divisor) {
+  return {
+      .negative_lr = static_cast<A>(-lr),
+      .scale = static_cast<A>(o.maximize ? -clip : clip),
+      .divisor = static_cast<A>(divisor),
+      .weight_decay = static_cast<A>(o.weight_decay),
+      .momentum = static_cast<A>(o.momentum),
+      .undamped = static_cast<A>(1 - o.dampening),
+      .decays = o.weight_decay != 0,
+      .has_momentum = o.momentum != 0,
+      .nesterov = o.nesterov,
+      .first = o.first,
+  };
+}
+
 template <class A>
 FBOPT_RULE A mean(A sum, const Sgd<A>& r) {
   return sum / r.divisor;

@@ -30,7 +30,6 @@ EXPORT int64_t launches(int64_t* blocks, int64_t n) {
 
 EXPORT int64_t capacity(int64_t depth) { return fbopt::cuda::capacity(static_cast<int>(depth)); }
 EXPORT int64_t few() { return fbopt::cuda::kFew; }
-EXPORT int64_t chunk() { return fbopt::cuda::kChunk; }
 
 // Rows of (first, count, blocks); returns how many.
 EXPORT int64_t plan(const int64_t* sizes, int64_t n, int64_t capacity, int64_t chunk,
