@@ -18,6 +18,17 @@ inline void check_flat(const Tensor& out, const Layout& layout) {
               " elements: params one after the other, each from a multiple of ", kAlign, " on");
 }
 
+// One float64 for each tensor of a list.
+inline double* per_tensor(const char* name, const Tensor& t, const Layout& layout) {
+  FBOPT_CHECK(
+      t.scalar_type() == ScalarType::Double && t.is_contiguous() && t.numel() == layout.size(),
+      name, " must be a contiguous float64 tensor of ", layout.size(),
+      " elements, one for each of sums");
+  FBOPT_CHECK(layout.size() == 0 || Device(t.get()) == layout[0].device, name,
+              " must be on the device of the tensors");
+  return static_cast<double*>(t.data_ptr());
+}
+
 // f(Type<G>, Type<A>) for the element types of gradients and of their sums.
 template <class F>
 void dispatch_sums(const TensorList& sums, ScalarType grads, F&& f) {

@@ -12,6 +12,16 @@ FBOPT_OPS(FBOPT_LIBRARY, m) {
   m.def(
       "accumulate_penalty_(Tensor(a!)[] sums, Tensor[] grads, Tensor[] plus, Tensor[] minus, "
       "Tensor weight, Tensor coefficient, Tensor squared_norm, float radius) -> ()");
+  m.def(
+      "accumulate_exact_(Tensor(a!)[] sums, Tensor(b!)[] carries, Tensor(c!) maxima, "
+      "Tensor[] grads, Tensor weight, Tensor scales) -> ()");
+  m.def(
+      "accumulate_exact_penalty_(Tensor(a!)[] sums, Tensor(b!)[] carries, Tensor(c!) maxima, "
+      "Tensor[] grads, Tensor[] plus, Tensor[] minus, Tensor weight, Tensor scales, "
+      "Tensor coefficient, Tensor squared_norm, float radius) -> ()");
+  m.def(
+      "exact_mean_(Tensor(a!)[] means, Tensor[] sums, Tensor[] carries, Tensor maxima, "
+      "Tensor scales, Tensor divisor) -> ()");
   m.def("clip_(Tensor(a!)[] grads, Tensor total_norm, float max_norm) -> ()");
   m.def(
       "sgd_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, Tensor "

@@ -20,6 +20,9 @@ NAMES = (
     "perturb_",
     "accumulate_",
     "accumulate_penalty_",
+    "accumulate_exact_",
+    "accumulate_exact_penalty_",
+    "exact_mean_",
     "clip_",
     "sgd_step_",
 )
@@ -99,6 +102,59 @@ def accumulate_penalty_(
     table(weight.device.type).accumulate_penalty_(
         sums, grads, plus, minus, weight, coefficient, squared_norm, radius
     )
+
+
+def accumulate_exact_(
+    sums: list[Tensor],
+    carries: list[Tensor],
+    maxima: Tensor,
+    grads: list[Tensor],
+    weight: Tensor,
+    scales: Tensor,
+) -> None:
+    """See :func:`fbopt.reference.accumulate_exact_`."""
+    table(weight.device.type).accumulate_exact_(sums, carries, maxima, grads, weight, scales)
+
+
+def accumulate_exact_penalty_(
+    sums: list[Tensor],
+    carries: list[Tensor],
+    maxima: Tensor,
+    grads: list[Tensor],
+    plus: list[Tensor],
+    minus: list[Tensor],
+    weight: Tensor,
+    scales: Tensor,
+    coefficient: Tensor,
+    squared_norm: Tensor,
+    radius: float,
+) -> None:
+    """See :func:`fbopt.reference.accumulate_exact_penalty_`."""
+    table(weight.device.type).accumulate_exact_penalty_(
+        sums,
+        carries,
+        maxima,
+        grads,
+        plus,
+        minus,
+        weight,
+        scales,
+        coefficient,
+        squared_norm,
+        radius,
+    )
+
+
+def exact_mean_(
+    means: list[Tensor],
+    sums: list[Tensor],
+    carries: list[Tensor],
+    maxima: Tensor,
+    scales: Tensor,
+    divisor: Tensor,
+) -> None:
+    """See :func:`fbopt.reference.exact_mean_`."""
+    table(divisor.device.type).exact_mean_(means, sums, carries, maxima, scales, divisor)
 
 
 def clip_(grads: list[Tensor], total_norm: Tensor, max_norm: float) -> None:

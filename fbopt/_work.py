@@ -79,9 +79,10 @@ class ChunkWork:
         accumulator = self.accumulator
         products = hessian_gradient_product([g for g in grads if g is not None], accumulator.params)
         parts = accumulator.gather([None if g is None else g.detach() for g in grads])
-        accumulator.add_parts(parts, weight)
-        accumulator.add_parts(accumulator.groups.gather(products, "plus"), weight, coefficient)
-        return _ops.squared_norm([g for part in parts for g in part])
+        square = _ops.squared_norm([g for part in parts for g in part])
+        products = accumulator.groups.gather(products, "plus")
+        accumulator.add_products(parts, products, weight, coefficient)
+        return square
 
     def _add_shifted(
         self,

@@ -7,6 +7,8 @@ Half-precision tensors are computed in float32 and rounded once, as in the kerne
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -75,12 +77,101 @@ def accumulate_penalty_(
     Forward differences (`minus` empty): g- = g and k = lambda ||g|| / radius; central ones: half of
     that.
     """
-    span = 2 * radius if minus else radius
+    values = _penalised(grads, plus, minus, coefficient, squared_norm, radius)
+    for a, v in zip(sums, values, strict=True):
+        a.add_(weight.to(a.dtype) * v)
+
+
+def _penalised(
+    grads: list[Tensor],
+    plus: list[Tensor],
+    minus: list[Tensor],
+    coefficient: Tensor,
+    squared_norm: Tensor,
+    radius: float,
+) -> Iterator[Tensor]:
+    """Yield g + k (g+ - g-), see :func:`accumulate_penalty_`."""
     norm = squared_norm.sqrt()
-    factor = torch.where(norm == 0, 0.0, coefficient * norm / span)
-    for a, g, up, down in zip(sums, grads, plus, minus or grads, strict=True):
-        difference = factor.to(a.dtype) * (up.to(a.dtype) - down.to(a.dtype))
-        a.add_(weight.to(a.dtype) * (g.to(a.dtype) + difference))
+    factor = coefficient * norm / (2 * radius if minus else radius)
+    factor = torch.where(norm == 0, 0.0, factor)
+    for g, up, down in zip(grads, plus, minus or grads, strict=True):
+        yield _wide(g) + factor.to(_wide(g).dtype) * (_wide(up) - _wide(down))
+
+
+def accumulate_exact_(
+    sums: list[Tensor],
+    carries: list[Tensor],
+    maxima: Tensor,
+    grads: list[Tensor],
+    weight: Tensor,
+    scales: Tensor,
+) -> None:
+    """Add S <- S + rint(w g s) in integers, S = 2^64 carry + sum, s = `scales` of each tensor.
+
+    `sums` (int64) wrap, and `carries` (int32) count how often; `maxima` <- max(maxima, w |g|).
+    Scales are powers of two, so for half precision and float32, with a weight of up to 29
+    significant bits, w g s has one rounding: to the integer, ties to even. For float64, w g has
+    one, too. What is infinite, NaN or at least 2^94 is not added; maxima tell of it.
+    """
+    for i, g in enumerate(grads):
+        _add_exact(sums[i], carries[i], maxima[i], _wide(g).double(), weight.double(), scales[i])
+
+
+def accumulate_exact_penalty_(
+    sums: list[Tensor],
+    carries: list[Tensor],
+    maxima: Tensor,
+    grads: list[Tensor],
+    plus: list[Tensor],
+    minus: list[Tensor],
+    weight: Tensor,
+    scales: Tensor,
+    coefficient: Tensor,
+    squared_norm: Tensor,
+    radius: float,
+) -> None:
+    """Add v = g + k (g+ - g-) of :func:`accumulate_penalty_`, as :func:`accumulate_exact_` adds g.
+
+    v is rounded as there: in float32, or in float64 for float64.
+    """
+    values = _penalised(grads, plus, minus, coefficient, squared_norm, radius)
+    for i, v in enumerate(values):
+        _add_exact(sums[i], carries[i], maxima[i], v.double(), weight.double(), scales[i])
+
+
+def _add_exact(
+    sums: Tensor, carries: Tensor, maximum: Tensor, v: Tensor, weight: Tensor, scale: Tensor
+) -> None:
+    if v.numel():
+        maximum.copy_(torch.maximum(maximum, v.abs().max() * weight))
+    x = v * (weight * scale)
+    x = torch.where(x.abs() < 2.0**94, x, 0.0)
+    high = torch.where(x.abs() < 2.0**62, 0.0, (x * 2.0**-64).round())
+    x = x - high * 2.0**64
+    tie = x >= 2.0**63
+    x, high = torch.where(tie, x - 2.0**64, x), torch.where(tie, high + 1, high)
+    q = x.round().to(torch.int64)
+    result = sums + q
+    wraps = torch.where(((sums ^ result) & (q ^ result)) < 0, torch.where(q < 0, -1, 1), 0)
+    sums.copy_(result)
+    carries.add_((high.to(torch.int64) + wraps).to(torch.int32))
+
+
+def exact_mean_(
+    means: list[Tensor],
+    sums: list[Tensor],
+    carries: list[Tensor],
+    maxima: Tensor,
+    scales: Tensor,
+    divisor: Tensor,
+) -> None:
+    """Set means (float32 or float64) <- (2^64 carry + sum) / s / divisor, computed in float64.
+
+    All elements of a tensor are NaN where its maximum is: some contribution was not finite.
+    """
+    for i, (m, a, c) in enumerate(zip(means, sums, carries, strict=True)):
+        scale = torch.where(maxima[i].isfinite(), scales[i], float("nan"))
+        m.copy_((c.double() * 2.0**64 + a.double()) / scale / divisor.double())
 
 
 def _clip_coefficient(max_norm: float, total_norm: Tensor) -> Tensor:

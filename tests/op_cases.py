@@ -101,6 +101,8 @@ def cases(name, shapes, dtype):
             (sums, grads, plus, minus, *rest),
             (sums, grads, plus, [], scalar(1.0), scalar(0.1), scalar(0.0), 1e-2),
         ]
+    if "exact" in name:
+        return exact_cases(name, shapes, sums, grads, plus, minus)
     if name == "clip_":
         return [(grads, scalar(10.0), 0.25), (grads, scalar(0.1), 0.25)]
     buffers = make(shapes, dtype, 5)
@@ -119,12 +121,55 @@ def cases(name, shapes, dtype):
     ]
 
 
+def exact_cases(name, shapes, means, grads, plus, minus):
+    """Sums in fixed point: some near to wrapping or beyond, and scales from coarse to out of reach.
+
+    In units of the sums, contributions are of some 2^52, 2^57 (sums wrap), 2^70 (they carry) or
+    2^100 (nothing holds them).
+    """
+    generator = torch.Generator().manual_seed(9)
+    sums = [torch.empty_like(m, dtype=torch.int64) for m in means]
+    for t in sums:
+        t.random_(-(2**63), 2**63 - 1, generator=generator)
+    carries = [t.bitwise_right_shift(60).to(torch.int32) for t in sums]
+    maxima = torch.rand(len(shapes), generator=generator, dtype=torch.float64)
+    largest = 70.0 if "penalty" in name else 100.0
+    exponents = torch.tensor([52.0, 57.0, 70.0, largest, 57.0]).repeat(len(shapes))
+    scales = 2.0 ** (exponents[: len(shapes)].double() - 7)
+    kept = (sums, carries, maxima)
+    if name == "exact_mean_":
+        spoiled = maxima.clone()
+        spoiled[1::3], spoiled[2::3] = float("nan"), float("inf")
+        return [(means, sums, carries, m, scales, scalar(50_000.0)) for m in (maxima, spoiled)]
+    if name == "accumulate_exact_":
+        return [(*kept, grads, scalar(w), scales) for w in (96.0, 0.5)]
+    rest = (scalar(96.0), scales, scalar(0.1), scalar(2.5), 1e-2)
+    return [(*kept, grads, plus, side, *rest) for side in ([], minus)]
+
+
+def added(arguments, afterwards, dtype):
+    """What was added to sums in fixed point, in their units; and the maxima.
+
+    In the type that contributions are rounded to where there is a penalty.
+    """
+    change = []
+    pairs = zip(arguments[0], arguments[1], afterwards[0], afterwards[1], strict=True)
+    for before, carries, after, more in pairs:
+        high = (more - carries).double() * 2.0**64
+        high += ((after >> 32) - (before >> 32)).double() * 2.0**32
+        low = (after & 0xFFFFFFFF) - (before & 0xFFFFFFFF)
+        change.append(high + low.double())
+    return [t.to(accumulator_dtype(dtype)) for t in (*change, afterwards[2])]
+
+
 def assert_same(got, wanted):
     """Equal to rounding, measured by the largest element: sums may cancel."""
     for a, b in zip(got, wanted, strict=True):
         if isinstance(b, list):
             assert_same(a, b)
+        elif isinstance(b, torch.Tensor) and not b.is_floating_point():
+            assert torch.equal(a, b)
         elif isinstance(b, torch.Tensor):
             eps = torch.finfo(b.dtype).eps
-            largest = b.double().abs().max().item() if b.numel() else 0.0
+            largest = b.double().nan_to_num(0.0).abs().max().item() if b.numel() else 0.0
             torch.testing.assert_close(a, b, rtol=4 * eps, atol=8 * eps * largest, equal_nan=True)

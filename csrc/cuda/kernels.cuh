@@ -45,8 +45,9 @@ inline __host__ __device__ bool is_aligned(const void* p) {
 }
 
 // A rule over lists: `Operands` is a tuple of their element types, const where they are only read;
-// `Value` the type of the arithmetic; uniform() what all elements share, read from the device once
-// per block; apply() changes one element of each list. reads() and writes() may depend on the call.
+// `Value` the type of the arithmetic; uniform(i) what all elements of tensor i share, read from the
+// device once per block; apply() changes one element of each list. reads() and writes() may depend
+// on the call.
 template <class Rule>
 struct Lists {
   using Value = typename Rule::Value;
@@ -126,8 +127,8 @@ __global__ void __launch_bounds__(kThreads)
              const __grid_constant__ Rule rule) {
   using L = Lists<Rule>;
   __shared__ typename L::Uniform shared;
-  if (threadIdx.x == 0) shared = rule.uniform();
   const Span span = span_of(table, gridDim.x - 1 - blockIdx.x, kChunk);
+  if (threadIdx.x == 0) shared = rule.uniform(table.first + span.tensor);
   __syncthreads();
   const typename L::Uniform uniform = shared;
   if (Rule::idle(uniform)) return;
@@ -144,20 +145,24 @@ __global__ void __launch_bounds__(kThreads)
   L::template sweep<1>(rule, uniform, base, done, span.length, L::kAll);
 }
 
-// The sum over the threads of a block, in thread 0, in an order that is always the same.
-template <int Threads>
-__device__ inline double block_sum(double value) {
+struct Sum {
+  __device__ double operator()(double a, double b) const { return a + b; }
+};
+
+// Of all threads of a block, combined in thread 0 in an order that is always the same.
+template <int Threads, class Combine = Sum>
+__device__ inline double block_total(double value, const Combine& combine = {}) {
   constexpr int kWarp = 32;
   __shared__ double warps[Threads / kWarp];
 #pragma unroll
   for (int lane = kWarp / 2; lane > 0; lane /= 2)
-    value += __shfl_xor_sync(0xffffffffu, value, lane);
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, lane));
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = value;
   __syncthreads();
-  double sum = 0;
+  double total = 0;
   if (threadIdx.x == 0)
-    for (int w = 0; w < Threads / kWarp; ++w) sum += warps[w];
-  return sum;
+    for (int w = 0; w < Threads / kWarp; ++w) total = combine(total, warps[w]);
+  return total;
 }
 
 template <class T, int N>
@@ -189,7 +194,7 @@ __global__ void __launch_bounds__(kThreads)
     const int end = i + kLanes < span.length ? i + kLanes : span.length;
     for (int j = i; j < end; ++j) sum = add_squares<T, 1>(sum, x + j);
   }
-  sum = block_sum<kThreads>(sum);
+  sum = block_total<kThreads>(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
@@ -199,7 +204,7 @@ static __global__ void __launch_bounds__(kFinishThreads)
     finish_sum(const double* partial, int64_t n, double* out) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += kFinishThreads) sum += partial[i];
-  sum = block_sum<kFinishThreads>(sum);
+  sum = block_total<kFinishThreads>(sum);
   if (threadIdx.x == 0) *out = sum;
 }
 

@@ -8,7 +8,7 @@
 namespace fbopt::cuda {
 
 // The pointers into each list.
-template <int Depth>
+template <size_t Depth>
 using Pointers = std::array<const std::vector<void*>*, Depth>;
 
 // Where a call runs: under a guard for the device, on torch's current stream.
@@ -43,16 +43,10 @@ class Call {
   template <class Rule>
   void for_each(const std::vector<int64_t>& sizes, const Rule& rule,
                 const Pointers<Lists<Rule>::kDepth>& lists) const {
-    constexpr int kDepth = Lists<Rule>::kDepth, kMany = capacity(kDepth);
-    if (sizes.size() <= kFew) {
-      spread<kDepth, kFew>(sizes, lists, kChunk, [&](auto& table, int64_t, int64_t blocks) {
-        run(&cuda::for_each<Rule, kFew>, blocks, kThreads, table, rule);
-      });
-    } else {
-      spread<kDepth, kMany>(sizes, lists, kChunk, [&](auto& table, int64_t, int64_t blocks) {
-        run(&cuda::for_each<Rule, kMany>, blocks, kThreads, table, rule);
-      });
-    }
+    tables(sizes, lists, kChunk,
+           [&]<int D, int Capacity>(const Table<D, Capacity>& table, int64_t, int64_t blocks) {
+             run(&cuda::for_each<Rule, Capacity>, blocks, kThreads, table, rule);
+           });
   }
 
   // The sum of the squares of all elements, 0-dim float64, in two stages.
@@ -63,39 +57,25 @@ class Call {
     const Tensor partial = fresh({blocks}, ScalarType::Double, device_);
     const Tensor sum = fresh({}, ScalarType::Double, device_);
     auto* out = static_cast<double*>(partial.data_ptr());
-    const auto stage = [&](auto& table, int64_t before, int64_t launched) {
-      constexpr int kCapacity = std::extent_v<std::remove_reference_t<decltype(table.numel)>>;
-      run(&sum_squares<T, kCapacity>, launched, kThreads, table, out + before);
-    };
-    if (sizes.size() <= kFew) {
-      spread<1, kFew>(sizes, {&tensors.pointers()}, kSumChunk, stage);
-    } else {
-      spread<1, capacity(1)>(sizes, {&tensors.pointers()}, kSumChunk, stage);
-    }
+    tables(sizes, Pointers<1>{&tensors.pointers()}, kSumChunk,
+           [&]<int D, int Capacity>(const Table<D, Capacity>& table, int64_t before,
+                                    int64_t launched) {
+             run(&sum_squares<T, Capacity>, launched, kThreads, table, out + before);
+           });
     run(&finish_sum, 1, kFinishThreads, static_cast<const double*>(out), blocks,
         static_cast<double*>(sum.data_ptr()));
     return sum;
   }
 
- private:
   // body(table, blocks of earlier launches, blocks of this one) for every launch.
-  template <int Depth, int Capacity, class Body>
-  static void spread(const std::vector<int64_t>& sizes, const Pointers<Depth>& lists, int64_t chunk,
+  template <size_t Depth, class Body>
+  static void tables(const std::vector<int64_t>& sizes, const Pointers<Depth>& lists, int64_t chunk,
                      const Body& body) {
-    Table<Depth, Capacity> table;
-    int64_t before = 0;
-    for (const Launch& launch : plan(sizes, Capacity, chunk)) {
-      if (launch.blocks == 0) continue;
-      table.count = static_cast<int32_t>(launch.count);
-      uint32_t end = 0;
-      for (int64_t j = 0; j < launch.count; ++j) {
-        const int64_t i = launch.first + j;
-        for (int k = 0; k < Depth; ++k) table.data[k][j] = lists[k] ? (*lists[k])[i] : nullptr;
-        table.numel[j] = sizes[i];
-        table.end[j] = end += static_cast<uint32_t>(blocks_of(sizes[i], chunk));
-      }
-      body(table, before, launch.blocks);
-      before += launch.blocks;
+    constexpr int kDepth = static_cast<int>(Depth);
+    if (sizes.size() <= kFew) {
+      spread<kDepth, kFew>(sizes, lists, chunk, body);
+    } else {
+      spread<kDepth, capacity(kDepth)>(sizes, lists, chunk, body);
     }
   }
 
@@ -111,6 +91,28 @@ class Call {
     if (status == cudaSuccess) return;
     (void)cudaGetLastError();  // it is told here, not blamed on whoever looks next
     FBOPT_CHECK(false, "a CUDA kernel of fbopt was not launched: ", cudaGetErrorString(status));
+  }
+
+ private:
+  template <int Depth, int Capacity, class Body>
+  static void spread(const std::vector<int64_t>& sizes, const Pointers<Depth>& lists, int64_t chunk,
+                     const Body& body) {
+    Table<Depth, Capacity> table;
+    int64_t before = 0;
+    for (const Launch& launch : plan(sizes, Capacity, chunk)) {
+      if (launch.blocks == 0) continue;
+      table.count = static_cast<int32_t>(launch.count);
+      table.first = static_cast<int32_t>(launch.first);
+      uint32_t end = 0;
+      for (int64_t j = 0; j < launch.count; ++j) {
+        const int64_t i = launch.first + j;
+        for (int k = 0; k < Depth; ++k) table.data[k][j] = lists[k] ? (*lists[k])[i] : nullptr;
+        table.numel[j] = sizes[i];
+        table.end[j] = end += static_cast<uint32_t>(blocks_of(sizes[i], chunk));
+      }
+      body(table, before, launch.blocks);
+      before += launch.blocks;
+    }
   }
 
   Device device_;

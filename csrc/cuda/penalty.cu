@@ -16,7 +16,7 @@ struct Copy {
   using Value = T;
   using Uniform = Nothing;
 
-  __device__ Uniform uniform() const { return {}; }
+  __device__ Uniform uniform(int) const { return {}; }
   static __device__ bool idle(Uniform) { return false; }
   static __device__ constexpr bool reads(int k) { return k == 1; }
   static __device__ constexpr bool writes(int k) { return k == 0; }
@@ -72,7 +72,7 @@ struct Perturb {
   Scalar squared_norm;
   double radius;
 
-  __device__ Uniform uniform() const {
+  __device__ Uniform uniform(int) const {
     return static_cast<Value>(rules::perturb_step(radius, sqrt(squared_norm())));
   }
   static __device__ bool idle(Uniform) { return false; }
@@ -113,7 +113,7 @@ struct Accumulate {
   using Uniform = A;
   Scalar weight;
 
-  __device__ Uniform uniform() const { return static_cast<A>(weight()); }
+  __device__ Uniform uniform(int) const { return static_cast<A>(weight()); }
   static __device__ bool idle(Uniform) { return false; }
   static __device__ constexpr bool reads(int) { return true; }
   static __device__ constexpr bool writes(int k) { return k == 0; }
@@ -147,7 +147,7 @@ struct AccumulatePenalty {
   Scalar weight, coefficient, squared_norm;
   double radius;
 
-  __device__ Uniform uniform() const {
+  __device__ Uniform uniform(int) const {
     const double norm = sqrt(squared_norm());
     return {static_cast<A>(rules::penalty_factor(coefficient(), norm, radius, Steps)),
             static_cast<A>(weight())};

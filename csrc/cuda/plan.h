@@ -24,7 +24,7 @@ struct Table {
   void* data[Depth][Capacity];
   int64_t numel[Capacity];
   uint32_t end[Capacity];  // blocks of this tensor and of those before it
-  int32_t count;
+  int32_t count, first;    // first: the place of the table's first tensor in the call's lists
 };
 
 constexpr int capacity(int depth) { return static_cast<int>((kTableBytes - 8) / (8 * depth + 12)); }

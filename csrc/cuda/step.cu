@@ -16,7 +16,7 @@ struct Clip {
   Scalar total_norm;
   double max_norm;
 
-  __device__ Uniform uniform() const {
+  __device__ Uniform uniform(int) const {
     return static_cast<Value>(rules::clip_coefficient(max_norm, total_norm()));
   }
   static __device__ bool idle(Uniform coefficient) { return coefficient == Value(1); }
@@ -49,7 +49,7 @@ struct Step {
   double max_norm;
   bool divides, clips;
 
-  __device__ Uniform uniform() const {
+  __device__ Uniform uniform(int) const {
     const double clip = clips ? rules::clip_coefficient(max_norm, total_norm()) : 1.0;
     return rules::sgd_rule<Value>(options, lr(), clip, divides ? divisor() : 1.0);
   }

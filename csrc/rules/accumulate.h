@@ -13,8 +13,13 @@ FBOPT_RULE A accumulate(A sum, A grad, A weight) {
 }
 
 template <class A>
+FBOPT_RULE A penalised(A grad, A plus, A minus, A factor) {
+  return fma(factor, plus - minus, grad);
+}
+
+template <class A>
 FBOPT_RULE A accumulate_penalty(A sum, A grad, A plus, A minus, A factor, A weight) {
-  return fma(weight, fma(factor, plus - minus, grad), sum);
+  return fma(weight, penalised(grad, plus, minus, factor), sum);
 }
 
 // k = lambda / (plus_shift - minus_shift) with shifts of +-radius / |g| along g; steps counts them:

@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -129,6 +130,14 @@ inline void __syncthreads() { emulated::threads.wait("block"); }
 
 inline double __shfl_xor_sync(unsigned, double value, int lane) {
   return emulated::threads.exchange(value, threadIdx.x ^ static_cast<unsigned>(lane));
+}
+
+inline int64_t __double_as_longlong(double x) { return std::bit_cast<int64_t>(x); }
+inline double __longlong_as_double(int64_t x) { return std::bit_cast<double>(x); }
+inline unsigned long long atomicMax(unsigned long long* at, unsigned long long value) {
+  const unsigned long long before = *at;
+  *at = before < value ? value : before;
+  return before;
 }
 
 inline const char* cudaGetErrorString(cudaError_t error) {

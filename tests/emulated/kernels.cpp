@@ -1,6 +1,7 @@
 // The CUDA kernels and their launcher, compiled for the CPU as the ops fbopt_emulated::*, and what
 // tests look at besides: launches, and the arithmetic of their plan.
 #include "../../csrc/schema.cpp"
+#include "../../csrc/cuda/exact.cu"
 #include "../../csrc/cuda/penalty.cu"
 #include "../../csrc/cuda/step.cu"
 

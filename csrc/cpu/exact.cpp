@@ -1,0 +1,166 @@
+// Sums over chunks in fixed point on the CPU. float32 words per parameter: accumulate_exact_ 5,
+// accumulate_exact_penalty_ 6 (7 for central differences); carries are read and written where a sum
+// wraps only. exact_mean_ 4.
+#include "../rules/exact.h"
+
+#include "../rules/accumulate.h"
+#include "loops.h"
+
+namespace fbopt::cpu {
+namespace {
+
+// A magnitude as an integer: NaN is then larger than infinity, and that than the rest.
+template <class A>
+using Bits = std::conditional_t<std::is_same_v<A, float>, int32_t, int64_t>;
+template <class A>
+Bits<A> magnitude(A v) {
+  return std::bit_cast<Bits<A>>(v) & std::numeric_limits<Bits<A>>::max();
+}
+
+// maximum <- max(maximum, value), both at least zero, in the same order as largest().
+void raise_to(double* maximum, double value) {
+  const auto bits = std::bit_cast<int64_t>(value) & std::numeric_limits<int64_t>::max();
+  auto* target = reinterpret_cast<int64_t*>(maximum);
+  int64_t now = __atomic_load_n(target, __ATOMIC_RELAXED);
+  while (now < bits && !__atomic_compare_exchange_n(target, &now, bits, true, __ATOMIC_RELAXED,
+                                                    __ATOMIC_RELAXED)) {
+  }
+}
+
+// Adds n contributions scale * v(j), and returns the largest |v|. No carry is looked at unless some
+// sum is large enough to have wrapped, or some contribution too large: what was added of those is
+// taken back first.
+template <class A, class Values>
+A add_tile(int64_t* __restrict sum, int32_t* __restrict carry, int64_t n, double scale,
+           const Values& v) {
+  Bits<A> most = 0;
+  int64_t large = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    const A value = v(j);
+    const Bits<A> bits = magnitude(value);
+    most = bits > most ? bits : most;
+    sum[j] = rules::wrapping_add(sum[j], rules::quantised(value, scale));
+    large |= rules::wrapping_add(sum[j], rules::kFar);
+  }
+  const bool fits = static_cast<double>(std::bit_cast<A>(most)) * scale < rules::kFits;
+  if (fits && large >= 0) return std::bit_cast<A>(most);
+  for (int64_t j = 0; j < n; ++j) {
+    const A value = v(j);
+    const int64_t before = rules::wrapping_subtract(sum[j], rules::quantised(value, scale));
+    sum[j] = before;
+    rules::add_exact(sum[j], carry[j], value, scale);
+  }
+  return std::bit_cast<A>(most);
+}
+
+// The lists that a sum is kept in, and what each tensor has of its own.
+struct Sums {
+  Layout layout;
+  Operand sums, carries;
+  double *maxima, *scales;
+
+  Sums(const TensorList& sum_list, const TensorList& carry_list, const Tensor& max,
+       const Tensor& scale)
+      : layout(sum_list),
+        sums("sums", sum_list, layout, ScalarType::Long),
+        carries("carries", carry_list, layout, ScalarType::Int),
+        maxima(per_tensor("maxima", max, layout)),
+        scales(per_tensor("scales", scale, layout)) {}
+
+  // Adds weight * v; tile(i, k, n, add) calls add(v) for n elements v(j) of tensor i, from k on.
+  template <class A, class Tile>
+  void add(double weight, const Tile& tile) {
+    for_each_backwards(layout, [&](int64_t i, int64_t begin, int64_t end) {
+      int64_t* sum = sums.at<int64_t>(i);
+      int32_t* carry = carries.at<int32_t>(i);
+      const double scale = weight * scales[i];
+      Bits<A> most = 0;
+      tiles(begin, end, 0, [&](int64_t k, int64_t n) {
+        tile(i, k, n, [&](const auto& v) {
+          most = std::max(most, magnitude(add_tile<A>(sum + k, carry + k, n, scale, v)));
+        });
+      });
+      raise_to(maxima + i, static_cast<double>(std::bit_cast<A>(most)) * weight);
+    });
+    sums.write_back();
+    carries.write_back();
+  }
+};
+
+void accumulate_exact_op(const TensorList& sums, const TensorList& carries, const Tensor& maxima,
+                         const TensorList& grads, const Tensor& weight, const Tensor& scales) {
+  const ScalarType dtype = dtype_of(grads);
+  Sums target(sums, carries, maxima, scales);
+  const Operand g("grads", grads, target.layout, dtype);
+  const double w = scalar("weight", weight);
+  dispatch(dtype, [&](auto t) {
+    using G = typename decltype(t)::type;
+    using A = accumulate_t<G>;
+    target.add<A>(w, [&](int64_t i, int64_t k, int64_t n, const auto& add) {
+      Buffer<G, A> bd;
+      const A* d = widen<A>(g.at<const G>(i) + k, bd, n);
+      add([=](int64_t j) { return d[j]; });
+    });
+  });
+}
+
+void accumulate_exact_penalty_op(const TensorList& sums, const TensorList& carries,
+                                 const Tensor& maxima, const TensorList& grads,
+                                 const TensorList& plus, const TensorList& minus,
+                                 const Tensor& weight, const Tensor& scales,
+                                 const Tensor& coefficient, const Tensor& squared_norm,
+                                 double radius) {
+  const ScalarType dtype = dtype_of(grads);
+  const bool central = !minus.empty();
+  Sums target(sums, carries, maxima, scales);
+  const Layout& layout = target.layout;
+  const Operand g("grads", grads, layout, dtype), u("plus", plus, layout, dtype);
+  const Operand v("minus", central ? minus : grads, layout, dtype);
+  const double factor = rules::penalty_factor(scalar("coefficient", coefficient),
+                                              std::sqrt(scalar("squared_norm", squared_norm)),
+                                              radius, central ? 2 : 1);
+  const double w = scalar("weight", weight);
+  dispatch(dtype, [&](auto t) {
+    using G = typename decltype(t)::type;
+    using A = accumulate_t<G>;
+    const A f = static_cast<A>(factor);
+    target.add<A>(w, [&](int64_t i, int64_t k, int64_t n, const auto& add) {
+      Buffer<G, A> bd, bp, bm;
+      const A* d = widen<A>(g.at<const G>(i) + k, bd, n);
+      const A* p = widen<A>(u.at<const G>(i) + k, bp, n);
+      const A* m = widen<A>(v.at<const G>(i) + k, bm, n);
+      add([=](int64_t j) { return rules::penalised(d[j], p[j], m[j], f); });
+    });
+  });
+}
+
+void exact_mean_op(const TensorList& means, const TensorList& sums, const TensorList& carries,
+                   const Tensor& maxima, const Tensor& scales, const Tensor& divisor) {
+  const ScalarType dtype = dtype_of(means);
+  Sums source(sums, carries, maxima, scales);
+  Operand out("means", means, source.layout, dtype);
+  FBOPT_CHECK(dtype == accumulator_of(dtype), "means must be float32 or float64");
+  const double total = scalar("divisor", divisor);
+  dispatch(dtype, [&](auto t) {
+    using A = typename decltype(t)::type;
+    for_each_backwards(source.layout, [&](int64_t i, int64_t begin, int64_t end) {
+      const int64_t* sum = source.sums.at<int64_t>(i);
+      const int32_t* carry = source.carries.at<int32_t>(i);
+      A* mean = out.at<A>(i);
+      const double scale = rules::sound_scale(source.scales[i], source.maxima[i]);
+      for (int64_t k = begin; k < end; ++k)
+        mean[k] = static_cast<A>(rules::exact_mean(static_cast<double>(sum[k]),
+                                                   static_cast<double>(carry[k]), scale, total));
+    });
+  });
+  out.write_back();
+}
+
+}  // namespace
+}  // namespace fbopt::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, CPU, m) {
+  m.impl("accumulate_exact_", TORCH_BOX(&fbopt::cpu::accumulate_exact_op));
+  m.impl("accumulate_exact_penalty_", TORCH_BOX(&fbopt::cpu::accumulate_exact_penalty_op));
+  m.impl("exact_mean_", TORCH_BOX(&fbopt::cpu::exact_mean_op));
+}

@@ -1,0 +1,238 @@
+// Sums over chunks in fixed point on CUDA. float32 words per parameter as on the CPU:
+// accumulate_exact_ 5, accumulate_exact_penalty_ 6 (7 for central differences), exact_mean_ 4. One
+// launch per table of tensors.
+#include "multi_tensor.cuh"
+#include "../rules/accumulate.h"
+#include "../rules/exact.h"
+
+namespace fbopt::cuda {
+namespace {
+
+// What there is besides the lists: scalars, and one number for each tensor.
+struct Exact {
+  Scalar weight, coefficient, squared_norm;
+  double radius;
+  const double* scales;
+  double* maxima;
+};
+
+// NaN is larger than infinity is larger than the rest, none of them negative.
+struct Larger {
+  __device__ double operator()(double a, double b) const {
+    return __double_as_longlong(a) < __double_as_longlong(b) ? b : a;
+  }
+};
+
+__device__ inline double without_sign(double x) {
+  return __longlong_as_double(__double_as_longlong(x) & INT64_MAX);
+}
+
+// The lists of a call: sums, carries, grads; with a penalty plus, for central differences minus.
+template <int Steps>
+constexpr int kLists = 3 + Steps;
+
+// What a block shares, and its share of each list.
+template <class G, class A, int Steps>
+struct Share {
+  A factor;
+  double scale;
+  int64_t* sums;
+  int32_t* carries;
+  const G *grads, *plus, *minus;
+
+  template <class Table>
+  __device__ Share(const Table& table, const Span& span, A factor, double scale)
+      : factor(factor), scale(scale) {
+    sums = static_cast<int64_t*>(table.data[0][span.tensor]) + span.begin;
+    carries = static_cast<int32_t*>(table.data[1][span.tensor]) + span.begin;
+    grads = static_cast<const G*>(table.data[2][span.tensor]) + span.begin;
+    plus = minus = grads;
+    if constexpr (Steps > 0) plus = static_cast<const G*>(table.data[3][span.tensor]) + span.begin;
+    if constexpr (Steps > 1) minus = static_cast<const G*>(table.data[4][span.tensor]) + span.begin;
+  }
+
+  __device__ bool aligned() const {
+    return is_aligned(sums) && is_aligned(grads) && is_aligned(plus) && is_aligned(minus);
+  }
+
+  // Adds elements first, N at a time, as far as that goes; returns where it stopped. `most` becomes
+  // the largest magnitude.
+  template <int N>
+  __device__ int sweep(int first, int n, double& most) const {
+    const int packs = (n - first) / N;
+    for (int j = threadIdx.x; j < packs; j += kThreads) {
+      const int i = first + j * N;
+      auto sum = *reinterpret_cast<const Pack<int64_t, N>*>(sums + i);
+      const auto g = *reinterpret_cast<const Pack<G, N>*>(grads + i);
+      Pack<G, N> up = g, down = g;
+      if constexpr (Steps > 0) up = *reinterpret_cast<const Pack<G, N>*>(plus + i);
+      if constexpr (Steps > 1) down = *reinterpret_cast<const Pack<G, N>*>(minus + i);
+#pragma unroll
+      for (int lane = 0; lane < N; ++lane) {
+        A v = static_cast<A>(g.lane[lane]);
+        if constexpr (Steps > 0)
+          v = rules::penalised(v, static_cast<A>(up.lane[lane]), static_cast<A>(down.lane[lane]),
+                               factor);
+        most = Larger{}(most, without_sign(static_cast<double>(v)));
+        add(sum.lane[lane], carries + i + lane, v);
+      }
+      *reinterpret_cast<Pack<int64_t, N>*>(sums + i) = sum;
+    }
+    return first + packs * N;
+  }
+
+  // Reads a carry only where the sum wraps or v is too large for it.
+  __device__ void add(int64_t& sum, int32_t* carry, A v) const {
+    if (rules::magnitude(static_cast<double>(v) * scale) < rules::kFits) {
+      const int64_t q = rules::quantised(v, scale);
+      sum = rules::wrapping_add(sum, q);
+      if (const int32_t wrap = rules::wrap(sum, q)) *carry += wrap;
+    } else {
+      rules::add_exact(sum, *carry, v, scale);
+    }
+  }
+};
+
+template <class G, class A, int Steps, int Capacity>
+__global__ void __launch_bounds__(kThreads)
+    add_exact(const __grid_constant__ Table<kLists<Steps>, Capacity> table,
+              const __grid_constant__ Exact call) {
+  __shared__ A factor;
+  __shared__ double scale, weight;
+  const Span span = span_of(table, gridDim.x - 1 - blockIdx.x, kChunk);
+  const int tensor = table.first + span.tensor;
+  if (threadIdx.x == 0) {
+    weight = call.weight();
+    scale = weight * call.scales[tensor];
+    if constexpr (Steps > 0)
+      factor = static_cast<A>(
+          rules::penalty_factor(call.coefficient(), sqrt(call.squared_norm()), call.radius, Steps));
+  }
+  __syncthreads();
+  const Share<G, A, Steps> share(table, span, Steps > 0 ? factor : A(0), scale);
+  double most = 0;
+  constexpr int kLanes = kAccess / static_cast<int>(sizeof(G));
+  const int done = share.aligned() ? share.template sweep<kLanes>(0, span.length, most) : 0;
+  share.template sweep<1>(done, span.length, most);
+  most = block_total<kThreads>(most, Larger{});
+  // Integers: the largest is the same in any order.
+  if (threadIdx.x == 0)
+    atomicMax(reinterpret_cast<unsigned long long*>(call.maxima + tensor),
+              static_cast<unsigned long long>(__double_as_longlong(without_sign(most * weight))));
+}
+
+// The lists that a sum is kept in, and where a call works on them.
+struct Sums {
+  Call call;
+  Layout layout;
+  Operand sums, carries;
+  double *maxima, *scales;
+
+  Sums(const TensorList& sum_list, const TensorList& carry_list, const Tensor& max,
+       const Tensor& scale, const Tensor& weight)
+      : call(sum_list.empty() ? weight.get() : sum_list[0]),
+        layout(sum_list),
+        sums("sums", sum_list, layout, ScalarType::Long),
+        carries("carries", carry_list, layout, ScalarType::Int),
+        maxima(per_tensor("maxima", max, layout)),
+        scales(per_tensor("scales", scale, layout)) {}
+
+  template <class G, class A, int Steps, class... Others>
+  void add(const Exact& rule, const Others&... others) {
+    call.tables(
+        call.sizes(layout),
+        Pointers<kLists<Steps>>{&sums.pointers(), &carries.pointers(), &others.pointers()...},
+        kChunk, [&]<int D, int Capacity>(const Table<D, Capacity>& table, int64_t, int64_t blocks) {
+          call.run(&add_exact<G, A, Steps, Capacity>, blocks, kThreads, table, rule);
+        });
+    sums.write_back();
+    carries.write_back();
+  }
+};
+
+void accumulate_exact_op(const TensorList& sums, const TensorList& carries, const Tensor& maxima,
+                         const TensorList& grads, const Tensor& weight, const Tensor& scales) {
+  Sums target(sums, carries, maxima, scales, weight);
+  const ScalarType dtype = dtype_of(grads);
+  const Operand g("grads", grads, target.layout, dtype);
+  Exact rule{};
+  rule.weight = target.call.scalar("weight", weight);
+  rule.scales = target.scales;
+  rule.maxima = target.maxima;
+  dispatch(dtype, [&](auto t) {
+    using G = typename decltype(t)::type;
+    target.add<G, accumulate_t<G>, 0>(rule, g);
+  });
+}
+
+void accumulate_exact_penalty_op(const TensorList& sums, const TensorList& carries,
+                                 const Tensor& maxima, const TensorList& grads,
+                                 const TensorList& plus, const TensorList& minus,
+                                 const Tensor& weight, const Tensor& scales,
+                                 const Tensor& coefficient, const Tensor& squared_norm,
+                                 double radius) {
+  Sums target(sums, carries, maxima, scales, weight);
+  const ScalarType dtype = dtype_of(grads);
+  const bool central = !minus.empty();
+  const Operand g("grads", grads, target.layout, dtype), u("plus", plus, target.layout, dtype);
+  const Operand v("minus", central ? minus : grads, target.layout, dtype);
+  const Exact rule{
+      .weight = target.call.scalar("weight", weight),
+      .coefficient = target.call.scalar("coefficient", coefficient),
+      .squared_norm = target.call.scalar("squared_norm", squared_norm),
+      .radius = radius,
+      .scales = target.scales,
+      .maxima = target.maxima,
+  };
+  dispatch(dtype, [&](auto t) {
+    using G = typename decltype(t)::type;
+    using A = accumulate_t<G>;
+    central ? target.add<G, A, 2>(rule, g, u, v) : target.add<G, A, 1>(rule, g, u);
+  });
+}
+
+template <class A>
+struct Mean {
+  using Operands = std::tuple<A, const int64_t, const int32_t>;  // means, sums, carries
+  using Value = double;
+  struct Uniform {
+    double scale, divisor;
+  };
+  Scalar divisor;
+  const double *maxima, *scales;
+
+  __device__ Uniform uniform(int tensor) const {
+    return {rules::sound_scale(scales[tensor], maxima[tensor]), divisor()};
+  }
+  static __device__ bool idle(const Uniform&) { return false; }
+  static __device__ constexpr bool reads(int k) { return k > 0; }
+  static __device__ constexpr bool writes(int k) { return k == 0; }
+  static __device__ void apply(Value (&x)[3], const Uniform& u) {
+    x[0] = rules::exact_mean(x[1], x[2], u.scale, u.divisor);
+  }
+};
+
+void exact_mean_op(const TensorList& means, const TensorList& sums, const TensorList& carries,
+                   const Tensor& maxima, const Tensor& scales, const Tensor& divisor) {
+  Sums source(sums, carries, maxima, scales, divisor);
+  const ScalarType dtype = dtype_of(means);
+  Operand out("means", means, source.layout, dtype);
+  const Scalar total = source.call.scalar("divisor", divisor);
+  const auto launch = [&](auto rule) {
+    source.call.for_each(source.call.sizes(source.layout), rule,
+                         {&out.pointers(), &source.sums.pointers(), &source.carries.pointers()});
+  };
+  FBOPT_CHECK(dtype == accumulator_of(dtype), "means must be float32 or float64");
+  dtype == ScalarType::Double ? launch(Mean<double>{total, source.maxima, source.scales})
+                              : launch(Mean<float>{total, source.maxima, source.scales});
+  out.write_back();
+}
+
+}  // namespace
+}  // namespace fbopt::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, FBOPT_CUDA_KEY, m) {
+  m.impl("accumulate_exact_", TORCH_BOX(&fbopt::cuda::accumulate_exact_op));
+  m.impl("accumulate_exact_penalty_", TORCH_BOX(&fbopt::cuda::accumulate_exact_penalty_op));
+  m.impl("exact_mean_", TORCH_BOX(&fbopt::cuda::exact_mean_op));
+}
