@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from fbopt import _ops
 from fbopt._groups import Groups
 from fbopt._tensors import check_grads, check_number, check_params
+
+if TYPE_CHECKING:
+    from fbopt._ranks import Ranks
 
 ACCUMULATIONS = ("float32",)
 
@@ -170,6 +174,10 @@ class GradientAccumulator:
             for tensor in [flat] if len(left) == len(group) else [self.sums[i] for i in left]:
                 tensor.div_(weight)
         self._is_mean = True
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Replace the sums by those of all processes; the caller counts weights and ``unseen``."""
+        ranks.sum_(self._flat)
 
     def has_grad(self, index: int) -> bool:
         """Whether any gradient was added for this parameter."""
