@@ -173,6 +173,15 @@ class Ranks:
             dist.all_gather_object(found, value, group=self.group)
         return found
 
+    def broadcast(self, value: Any) -> Any:
+        """What process 0 gave, picklable; tensors in it have to be on the CPU."""
+        if self.alone:
+            return value
+        found = [value]
+        with self._sending("receive what process 0 read"):
+            dist.broadcast_object_list(found, group=self.group, group_src=0)
+        return found[0]
+
     def check_same(self, facts: Mapping[str, Any], cure: str) -> None:
         """Raise the same ValueError on every process where a fact is not the same on all."""
         everyone = self.objects(dict(facts))
