@@ -84,7 +84,7 @@ class Graphs:
             coefficient: the penalty's, on the device; None without.
             observe: as for the closure.
         """
-        kept = (work.accumulator.groups, work.statistics.sums, work.shift)
+        kept = (work.accumulator.groups, work.statistics.kept, work.shift)
         held = [work.model, work.loss_fn, work.evaluate, *kept]
         self._buffers = dict(work.model.named_buffers(remove_duplicate=False))
         tensors = [*work.accumulator.params, *work.model.parameters(), *self._buffers.values()]

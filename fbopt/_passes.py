@@ -5,14 +5,19 @@ right: buffers (BatchNorm statistics above all) and random draws.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from fbopt import _ops
-from fbopt._tensors import by_device_and_dtype, overlaps_itself
+from fbopt._exact import FixedPoint
+from fbopt._tensors import accumulator_dtype, by_device_and_dtype, overlaps_itself
+
+if TYPE_CHECKING:
+    from fbopt._ranks import Ranks
 
 
 class Buffers:
@@ -70,16 +75,29 @@ class RunningStatistics:
     1, so that after a pass its running statistics are that chunk's own; :meth:`record` adds them
     up, and :meth:`commit` writes the mean. Layers in eval mode are left alone.
 
+    Args:
+        model: whose layers these are.
+        exact: keep the sums in fixed point.
+
     Attributes:
-        sums: the sums of all layers, which stay where they are from one step to the next.
+        sums: the sums of all layers, in float64; none if they are kept in fixed point.
+        fixed: the sums in fixed point of the layers in training mode, None without.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, exact: bool = False) -> None:
         self._layers = [m for m in model.modules() if isinstance(m, _NormBase)]
+        self._exact = exact
         self._running: list[Tensor] = []
         self.sums: list[Tensor] = []
+        self.fixed: FixedPoint | None = None
         self._wide: list[Tensor] = []
         self._active: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
+        self._exponents: Sequence[int] = ()
+
+    @property
+    def kept(self) -> object:
+        """Another object when the sums have moved to another place in memory."""
+        return self.fixed if self._exact else self.sums
 
     @contextlib.contextmanager
     def averaging(self) -> Iterator[None]:
@@ -100,19 +118,30 @@ class RunningStatistics:
     def _begin(self, running: list[Tensor]) -> None:
         if [id(t) for t in running] != [id(t) for t in self._running]:
             self._running = running
-            self.sums = [torch.zeros_like(t, dtype=torch.float64) for t in running]
-            self._wide = [torch.empty_like(t) for t in self.sums]
-        elif running:
+            self._wide = [torch.empty_like(t, dtype=self._wide_dtype(t)) for t in running]
+            self.sums = [] if self._exact else [torch.zeros_like(t) for t in self._wide]
+        elif self.sums:
             torch._foreach_zero_(self.sums)
 
+    def _wide_dtype(self, tensor: Tensor) -> torch.dtype:
+        return accumulator_dtype(tensor.dtype) if self._exact else torch.float64
+
     def _choose(self, indices: list[int]) -> None:
-        """Keep sums and statistics of the layers in training mode, by device."""
-        lists = (self.sums, self._wide, self._running)
-        groups = by_device_and_dtype([self.sums[i] for i in indices])
-        self._active = [tuple([x[indices[k]] for k in group] for x in lists) for group in groups]
-        for _, _, running in self._active:
+        """Keep sums and statistics of the layers in training mode, by device and dtype."""
+        before = [[id(t) for t in running] for _, _, running in self._active]
+        self._active = []
+        for group in by_device_and_dtype([self._running[i] for i in indices]):
+            chosen = [indices[k] for k in group]
+            lists = (self.sums or self._running, self._wide, self._running)
+            self._active.append(tuple([x[i] for i in chosen] for x in lists))
             # With momentum 1 the old value enters times zero: NaN would survive that.
-            torch._foreach_zero_(running)
+            torch._foreach_zero_(self._active[-1][2])
+        if not self._exact or not indices:
+            return
+        if self.fixed is None or before != [[id(t) for t in now] for _, _, now in self._active]:
+            self.fixed = FixedPoint([running for _, _, running in self._active])
+            self.fixed.load_state_dict(self._exponents)
+        self.fixed.reset()
 
     def record(self, weight: Callable[[torch.device], Tensor]) -> None:
         """Add the statistics of the pass that has just been made.
@@ -120,15 +149,51 @@ class RunningStatistics:
         Args:
             weight: returns the chunk's weight on a device, 0-dim.
         """
-        for sums, wide, running in self._active:
-            torch._foreach_copy_(wide, running)
-            _ops.accumulate_(sums, wide, weight(sums[0].device))
+        for k, (sums, wide, running) in enumerate(self._active):
+            scale = weight(running[0].device)
+            if self._exact:
+                self.fixed.add(k, running, scale)
+            else:
+                torch._foreach_copy_(wide, running)
+                _ops.accumulate_(sums, wide, scale)
+
+    @property
+    def width(self) -> int:
+        """The length of :meth:`maxima`, the same whichever layers are in training mode."""
+        return 2 * sum(m.running_mean is not None for m in self._layers) if self._exact else 0
+
+    def maxima(self) -> Tensor:
+        """The largest contributions, see :meth:`FixedPoint.maxima`, and zeros: 1-D, float64."""
+        found = self.fixed.maxima() if self._active else torch.zeros(0, dtype=torch.float64)
+        return torch.nn.functional.pad(found, (0, self.width - len(found)))
+
+    def fit(self, maxima: Tensor, additions: int) -> bool:
+        """See :meth:`FixedPoint.fit`."""
+        return not self._active or self.fixed.fit(maxima[: len(self.fixed)], additions)
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Replace exact sums by those of all processes."""
+        if self._exact and self._active:
+            self.fixed.sum_over(ranks)
 
     def commit(self, total_weight: float) -> None:
         """Write the mean over all passes recorded."""
-        for sums, _, running in self._active:
-            torch._foreach_div_(sums, total_weight)
-            torch._foreach_copy_(running, sums)
+        if self._exact and self._active:
+            self.fixed.means_([wide for _, wide, _ in self._active], total_weight)
+        for sums, wide, running in self._active:
+            if not self._exact:
+                torch._foreach_div_(sums, total_weight)
+            torch._foreach_copy_(running, wide if self._exact else sums)
+
+    def state_dict(self) -> list[int]:
+        """See :meth:`FixedPoint.state_dict`."""
+        return [] if self.fixed is None else self.fixed.state_dict()
+
+    def load_state_dict(self, exponents: Sequence[int]) -> None:
+        """See :meth:`FixedPoint.load_state_dict`; kept until there are sums."""
+        self._exponents = exponents
+        if self.fixed is not None:
+            self.fixed.load_state_dict(exponents)
 
 
 class RandomState:
@@ -145,12 +210,16 @@ class RandomState:
         """Note where the draws of a chunk begin."""
         self._start = self._get()
 
+    def rewind(self) -> None:
+        """Go back to where :meth:`begin` was."""
+        self._set(self._start)
+
     @contextlib.contextmanager
     def repeated(self) -> Iterator[Callable[[], None]]:
         """Give a function that goes back to where :meth:`begin` was; go on from here in the end."""
         after = self._get()
         try:
-            yield lambda: self._set(self._start)
+            yield self.rewind
         finally:
             self._set(after)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from fbopt._exact import FixedPoint
 from fbopt._exact import check_weight as check_exact_weight
 from fbopt._groups import Groups
 from fbopt._tensors import check_grads, check_number, check_params
+
+if TYPE_CHECKING:
+    from fbopt._ranks import Ranks
 
 ACCUMULATIONS = ("float32", "exact")
 # Passes until the units of exact sums must fit: the second does, unless the gradients change.
@@ -128,18 +132,14 @@ class GradientAccumulator:
         if self._is_mean:
             self.reset()
         self.add_parts(self.gather(grads), weight)
-        self.count(weight)
+        self.total_weight += weight
+        self.additions += 1
 
     def check_weight(self, weight: float) -> None:
         """Raise TypeError or ValueError for a weight that cannot be used."""
         check_number("weight", weight, above=0)
         if self.fixed is not None:
             check_exact_weight(weight)
-
-    def count(self, weight: float) -> None:
-        """Count a chunk that has been added by one of the methods below."""
-        self.total_weight += weight
-        self.additions += 1
 
     def gather(self, grads: Sequence[Tensor | None], slot: str = "grads") -> list[list[Tensor]]:
         """Return the gradients as the kernels take them, zeros where there is none.
@@ -160,7 +160,7 @@ class GradientAccumulator:
         """:meth:`add` for gradients that autograd has just made and :meth:`gather` has gathered.
 
         With a coefficient: add ``weight * coefficient * grads``, which exact sums do not do. The
-        caller calls :meth:`count`: a weight on the device is not read.
+        caller counts the weight in ``total_weight``: one on the device is not read.
         """
         for k, part in enumerate(parts):
             scale = self.scalar(weight, part[0].device)
@@ -180,7 +180,7 @@ class GradientAccumulator:
     ) -> None:
         """Add ``weight * (g + lambda H g)`` from gradients and Hessian products, both gathered.
 
-        The caller calls :meth:`count`.
+        The caller counts the weight, as for :meth:`add_parts`.
         """
         if self.fixed is None:
             self.add_parts(grads, weight)
@@ -204,8 +204,8 @@ class GradientAccumulator:
     ) -> None:
         """Add ``weight * (g + lambda H g)``, H g from the gradients at the shifted points.
 
-        The gradients are gathered, and the caller calls :meth:`count`, as for :meth:`add_parts`;
-        see :func:`fbopt.reference.accumulate_penalty_`.
+        The gradients are gathered, and the caller counts the weight, as for :meth:`add_parts`; see
+        :func:`fbopt.reference.accumulate_penalty_`.
         """
         for k, sums in enumerate(self._operands):
             device = sums[0].device
@@ -256,6 +256,23 @@ class GradientAccumulator:
             left = [i for i in group if i not in done]
             for tensor in [flat] if len(left) == len(group) else [self.sums[i] for i in left]:
                 tensor.div_(weight)
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Replace the sums by those of all processes; the caller counts weights and ``unseen``."""
+        if self.fixed is not None:
+            self.fixed.sum_over(ranks)
+        else:
+            ranks.sum_(self._flat)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the units of exact sums: the bits of the next mean depend on them."""
+        return {} if self.fixed is None else {"exponents": self.fixed.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved :meth:`state_dict`, and start over as :meth:`reset` does."""
+        if self.fixed is not None and "exponents" in state:
+            self.fixed.load_state_dict(state["exponents"])
+        self.reset()
 
     def has_grad(self, index: int) -> bool:
         """Whether any gradient was added for this parameter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,8 +13,10 @@ from fbopt._chunks import check_arguments, refuse_compiled, weigh
 from fbopt._graphs import Graphs, graph_device, refuse_nested
 from fbopt._passes import Buffers, RandomState, RunningStatistics
 from fbopt._tensors import check_params, scalar_on
+from fbopt._together import Together
+from fbopt._totals import Totals
 from fbopt._work import ChunkWork
-from fbopt.accumulate import GradientAccumulator
+from fbopt.accumulate import MOST_PASSES, GradientAccumulator, unsettled
 from fbopt.penalty import GradientPenalty, Shift
 
 
@@ -50,8 +53,11 @@ class FullBatchClosure:
             grad.
         autocast: dtype to autocast the forward passes to, e.g. ``torch.bfloat16``.
         observe: ``observe(output, target)`` is called after every chunk's first pass, without
-            gradients.
+            gradients. With exact sums all chunks may be visited again: what it counts has to begin
+            anew where ``chunks`` is iterated.
         cuda_graph: capture the work on a chunk in a CUDA graph and replay it, see below.
+        process_group: the processes that share the step, a ``torch.distributed.ProcessGroup``; see
+            below.
 
     **CUDA graphs.** Launching kernels one by one can take longer than the kernels. With
     ``cuda_graph=True`` chunks alike in shape share a graph: the first two are worked on as usual,
@@ -69,6 +75,19 @@ class FullBatchClosure:
     Each capture waits for the device; graphs keep the memory of one chunk's work, activations
     included, which the rest of the program cannot use, and a copy of a chunk for each kind.
 
+    **Several processes.** With ``process_group`` every process visits the chunks that its own
+    ``chunks`` yields, such as ``chunks[rank::world_size]``; shares may be uneven, or empty. Every
+    process of the group has to call. After the call all have the same gradients, loss,
+    ``mean_sqnorm`` and BatchNorm statistics, bit for bit: those of all chunks of all processes.
+    Everything is summed once per call, after the visits: one small all-reduce to agree, one of the
+    sums of gradients (a flat buffer for each dtype), one of BatchNorm's statistics, a gathering of
+    the losses. Loss and ``mean_sqnorm`` do not depend on how chunks are spread, gradients to
+    rounding. The back end has to fit the model: gloo on the CPU, nccl on CUDA (where one small read
+    from the device is made per call, none with the back ends ``"cpu:gloo,cuda:nccl"``). Where a
+    process fails in its chunks, all put their buffers back, it raises its own error, and the others
+    raise one that names it. Parameters have to be the same to begin with, which the first call
+    checks. Other buffers than those of normalisation layers are each process's own.
+
     Attributes:
         step: number of completed calls; the argument of a penalty's ``coefficient`` function.
         mean_sqnorm: with a penalty, ``sum_c (n_c/N) ||g_c||^2`` of the last call (0-dim float64),
@@ -82,7 +101,8 @@ class FullBatchClosure:
             it. With ``cuda_graph`` also a model that is not on one CUDA device or that
             ``torch.compile`` captures itself.
         RuntimeError: a chunk cannot be captured since the model waits for the device or replaces a
-            buffer; the call has changed nothing, and the next one tries again.
+            buffer; the call has changed nothing, and the next one tries again. Or another process
+            failed or was lost; the call has changed nothing on any.
     """
 
     def __init__(
@@ -100,6 +120,7 @@ class FullBatchClosure:
         autocast: torch.dtype | None = None,
         observe: Callable[[Any, Any], None] | None = None,
         cuda_graph: bool = False,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         check_arguments(
             model,
@@ -119,6 +140,8 @@ class FullBatchClosure:
         self.autocast = autocast
         self._given = None if params is None else check_params(params)
         self.accumulator = GradientAccumulator(self._trainable(), accumulation)
+        devices = {p.device for p in self.accumulator.params}
+        self._together = Together(model, devices, process_group)
         if penalty is not None:
             self._coefficient()
         self.cuda_graph = cuda_graph
@@ -127,7 +150,7 @@ class FullBatchClosure:
         self._shift: Shift | None = None
         self._random: RandomState | None = None
         self._before, self._between = Buffers(model), Buffers(model)
-        self._statistics = RunningStatistics(model)
+        self._statistics = RunningStatistics(model, accumulation == "exact")
         self.step = self._step_before = 0
         self.mean_sqnorm: Tensor | None = None
 
@@ -143,23 +166,43 @@ class FullBatchClosure:
         ``p.grad`` is None afterwards; :meth:`assign` fills it. An exception leaves parameters and
         buffers as they were.
         """
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "FullBatchClosure needs gradients: call it outside torch.inference_mode()"
-            )
-        self._follow_cuda_graph()
-        coefficient = self._coefficient()
-        self._prepare(coefficient)
-        self._before.save()
-        self._step_before = self.step
+        together = self._together
+        with self._telling():
+            coefficient = self._begin()
+        together.begin(
+            self.accumulator,
+            accumulation=self.accumulator.accumulation,
+            penalty=self.penalty and self.penalty.method,
+        )
         try:
-            with torch.no_grad(), self._statistics.averaging():
-                loss = self._visit(coefficient)
+            loss, square = self._complete(coefficient)
         except BaseException:
             self.rollback()
             raise
+        self.mean_sqnorm = None if coefficient is None else square
         self.step += 1
         return loss
+
+    def _telling(self) -> contextlib.AbstractContextManager:
+        return self._together.telling(lambda: self.accumulator, self._statistics)
+
+    def _complete(self, coefficient: float | Tensor | None) -> tuple[Tensor, Tensor]:
+        """Visit all chunks, again where the units of exact sums did not fit; return the means."""
+        draws = RandomState({p.device for p in self.accumulator.params})
+        if self.accumulator.fixed is not None:
+            draws.begin()
+        for attempt in range(MOST_PASSES):
+            if attempt:
+                self._before.restore()
+                self.accumulator.reset()
+                draws.rewind()
+            with torch.no_grad(), self._statistics.averaging():
+                with self._telling():
+                    totals = self._visit(coefficient)
+                found = self._together.combine(self.accumulator, self._statistics, totals)
+            if found is not None:
+                return found
+        raise unsettled()
 
     def assign(self) -> None:
         """Set ``p.grad`` to the mean over all chunks, None for parameters that no chunk used."""
@@ -171,13 +214,16 @@ class FullBatchClosure:
         self._before.restore()
         self.step = self._step_before
 
-    def state_dict(self) -> dict[str, int]:
-        """Return what has to be saved to go on later: the number of calls."""
-        return {"step": self.step}
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has to be saved to go on: the number of calls, the units of exact sums."""
+        units = {"sums": self.accumulator.state_dict(), "statistics": self._statistics.state_dict()}
+        return {"step": self.step} | ({} if self.accumulator.fixed is None else units)
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved :meth:`state_dict`."""
         self.step = int(state["step"])
+        self.accumulator.load_state_dict(state.get("sums", {}))
+        self._statistics.load_state_dict(state.get("statistics", ()))
 
     def _trainable(self) -> list[Tensor]:
         params = self.model.parameters() if self._given is None else self._given
@@ -205,6 +251,19 @@ class FullBatchClosure:
             refuse_nested(self.model)
             self._graphs = Graphs(device)
 
+    def _begin(self) -> float | Tensor | None:
+        """Do all that has to be done before the first chunk; return lambda."""
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "FullBatchClosure needs gradients: call it outside torch.inference_mode()"
+            )
+        self._follow_cuda_graph()
+        coefficient = self._coefficient()
+        self._prepare(coefficient)
+        self._before.save()
+        self._step_before = self.step
+        return coefficient
+
     def _prepare(self, coefficient: float | Tensor | None) -> None:
         params = self._trainable()
         if [id(p) for p in params] != [id(p) for p in self.accumulator.params]:
@@ -221,10 +280,9 @@ class FullBatchClosure:
             self._shift.begin()
             self._random = RandomState({p.device for p in params})
 
-    def _visit(self, coefficient: float | Tensor | None) -> Tensor:
-        losses: list[Tensor] = []
-        squares: list[Tensor] = []
-        weights: list[float] = []
+    def _visit(self, coefficient: float | Tensor | None) -> Totals:
+        """Add up this process's chunks."""
+        totals = Totals()
         if coefficient is not None:
             coefficient = scalar_on(self.accumulator.params[0].device, coefficient)
         work = ChunkWork(
@@ -242,24 +300,10 @@ class FullBatchClosure:
             self._graphs.begin(work, coefficient, self.observe)
         for index, chunk in enumerate(self.chunks):
             weight = weigh(index, chunk, self.weight)
+            self.accumulator.check_weight(weight)
             if self._graphs is None:
                 loss, square = work(index, chunk, weight, coefficient, self._random, self.observe)
             else:
                 loss, square = self._graphs.visit(work, index, chunk, weight, self._random)
-            self.accumulator.total_weight += weight
-            losses.append(loss)
-            weights.append(weight)
-            if square is not None:
-                squares.append(square)
-        if not losses:
-            raise ValueError("chunks is empty: there is no sample to average over")
-        self._statistics.commit(self.accumulator.total_weight)
-        self.mean_sqnorm = _mean(squares, weights) if squares else None
-        wide = losses[-1].dtype == torch.float64
-        return _mean(losses, weights).to(torch.float64 if wide else torch.float32)
-
-
-def _mean(values: list[Tensor], weights: list[float]) -> Tensor:
-    """The weighted mean of 0-dim tensors, in float64."""
-    wide = torch.stack(values).double()
-    return torch.stack(torch._foreach_mul(list(wide.unbind()), weights)).sum() / sum(weights)
+            totals.add(loss, square, weight)
+        return totals

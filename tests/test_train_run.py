@@ -41,7 +41,7 @@ def few_pictures(request, monkeypatch):
 @pytest.mark.parametrize("recipe", recipes.NAMES)
 def test_each_recipe_trains_and_leaves_its_files(tiny, tmp_path, recipe, capsys):
     result = train(options(tiny, tmp_path / "run", recipe))
-    files = {*FILES, f"checkpoint-{60 if recipe == 'sgd' else 12}.pt"}
+    files = {*FILES, ".lock", f"checkpoint-{60 if recipe == 'sgd' else 12}.pt"}
     assert {p.name for p in (tmp_path / "run").iterdir()} == files
     records = result.folder.read_metrics()
     assert records[-1]["loss"] < 0.9 * records[0]["loss"]

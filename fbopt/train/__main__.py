@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 
+from fbopt.train.launch import leads, parse_once
 from fbopt.train.options import Options, OptionsError
 from fbopt.train.recipes import RECIPES
 from fbopt.train.sources import DataError
@@ -17,23 +18,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import tyro
     except ImportError:
         return _fail("fbopt train needs the package tyro: pip install tyro", 2)
-    options = tyro.cli(Options, prog="fbopt train", args=arguments, description=description())
+    options = parse_once(
+        lambda: tyro.cli(Options, prog="fbopt train", args=arguments, description=description())
+    )
+    from fbopt._ranks import PeerError
     from fbopt.train.files import WriteError
     from fbopt.train.interrupt import Interrupted
     from fbopt.train.loop import train
+    from fbopt.train.processes import status_of
     from fbopt.train.run import Diverged
 
+    lead = leads()  # what all processes raise alike it alone says
     try:
         train(options)
     except (OptionsError, DataError) as error:
         return _fail(f"fbopt train: {error}", 2)
     except (Diverged, WriteError) as error:
-        return _fail(f"fbopt train: {error}", 1)
+        return _fail(f"fbopt train: {error}" if lead else "", 1)
+    except PeerError as error:
+        return status_of(error)
     except Interrupted as stop:
-        print(stop, flush=True)
+        if lead:
+            print(stop, flush=True)
         return 130
     except KeyboardInterrupt:
-        return _fail("stopped at once", 130)
+        return _fail("stopped at once" if lead else "", 130)
     return 0
 
 
@@ -44,7 +53,8 @@ def description() -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    print(message, file=sys.stderr, flush=True)
+    if message:
+        print(message, file=sys.stderr, flush=True)
     return status
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fbopt.train.launch import launched, leads, parse_once
 from fbopt.train.options import Options, OptionsError, RecipeName, resolve
 from fbopt.train.sources import DataError
 
@@ -36,7 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `fbopt compare …`; returns 0, 1 (diverged, disk full), 2 (bad input) or 130."""
     import tyro
 
-    wanted = tyro.cli(Comparison, prog="fbopt compare", args=arguments)
+    wanted = parse_once(lambda: tyro.cli(Comparison, prog="fbopt compare", args=arguments))
+    if launched()[1] > 1:
+        if leads():
+            print(
+                "fbopt compare: runs in one process, as its SGD does; start it without torchrun, "
+                "or `fbopt train` with it",
+                file=sys.stderr,
+            )
+        return 2
     from fbopt.train.files import WriteError
     from fbopt.train.interrupt import Interrupted
     from fbopt.train.run import Diverged

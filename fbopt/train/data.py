@@ -51,19 +51,23 @@ class Chunks:
     """A split, `size` samples at a time, the last chunk ragged; re-iterable.
 
     Chunk i holds the samples from i·size on. `order` lists the chunks in the order to visit, by
-    default 0, 1, …; `begin(i)` is called before chunk i is handed out.
+    default 0, 1, …; `begin(i)` is called before chunk i is handed out. Of `processes` each visits
+    every so manieth of them, from the one at its `rank` on.
     """
 
     split: Split
     size: int
     order: Sequence[int] | None = None
     begin: Callable[[int], None] | None = None
+    rank: int = 0
+    processes: int = 1
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in range(len(self)) if self.order is None else self.order:
+        order = range(len(self)) if self.order is None else self.order
+        for index in order[self.rank :: self.processes]:
             if self.begin is not None:
                 self.begin(index)
             yield self.split.batch(slice(index * self.size, (index + 1) * self.size))

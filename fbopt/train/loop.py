@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from fbopt.train import models
+from fbopt.train import checkpoint, models
 from fbopt.train.environment import facts
 from fbopt.train.interrupt import Interrupt, Interrupted
+from fbopt.train.lock import Lock
 from fbopt.train.options import Options, OptionsError
+from fbopt.train.processes import World, joined
 from fbopt.train.progress import Progress
 from fbopt.train.report import draw_curves
-from fbopt.train.resume import find_start, restore
+from fbopt.train.resume import Start, find_start, restore
 from fbopt.train.run import Run
 from fbopt.train.saving import Saver
-from fbopt.train.sources import load
+from fbopt.train.sources import DataError, load
 from fbopt.train.store import RunFolder
 
 
@@ -41,57 +43,97 @@ def train(options: Options) -> Result:
     Raises OptionsError or DataError before anything is created where something cannot work,
     Interrupted after a signal (the run is saved), Diverged for a loss that is not finite,
     WriteError for a full disk and the like (earlier checkpoints are whole).
+
+    Under torchrun all its processes train together, each on its share of the chunks. Rank 0 alone
+    reads and writes the folder, and prints. An error is raised by the process that it happened in;
+    the others raise PeerError.
     """
-    start = find_start(options)
-    options, folder, state = start
-    device = _device(options.device)
+    with joined() as world, Lock() as lock:
+        return _train(options, world, lock)
+
+
+def _train(options: Options, world: World, lock: Lock) -> Result:
+    start = world.decided(lambda: find_start(options, lock))
+    with world.alike():
+        run, digest = _build(start.options, world)
+        surroundings = facts(run, digest)
+        if start.state is not None:
+            restore(run, start, surroundings)
+    if start.state is None:
+        _share_beginning(run, digest)
+    folder, extra = start.folder, {"data": digest, "environment": surroundings}
+    if world.decided(lambda: _is_finished(run, folder)):
+        return Result(run.options, folder, world.decided(lambda: _finished(folder)), run.model)
+    world.decided(lambda: _open(run, start, surroundings, lock))
+    with Interrupt(folder) as interrupt:
+        saved = None if start.state is None else run.step
+        saver = Saver(run, folder, extra, saved) if world.lead else None
+        _fit(run, folder, saver, interrupt)
+    return Result(run.options, folder, world.decided(lambda: _finish(run, folder)), run.model)
+
+
+def _build(options: Options, world: World) -> tuple[Run, str]:
+    """The run and the SHA-256 of its data."""
+    if options.stochastic and world.size > 1:
+        raise OptionsError(
+            f"--recipe sgd runs in one process, not in {world.size}, which would change its "
+            "mini-batches; start it without torchrun, or choose a full-batch recipe"
+        )
+    device = world.device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     data = load(options.data, options.image_size)
-    digest = data.sha256()
-    run = Run(options, data.to(device), device)
-    surroundings = facts(run, digest)
-    if state is None:
-        folder.create(options.as_json() | {"resume": None})
-    else:
-        restore(run, start, surroundings)
-        if run.step == run.total_steps and folder.result.exists():
-            return _finished(run, folder)
-        folder.forget_after(run.step)
-    folder.append(folder.environment, {"step": run.step} | surroundings)
+    return Run(options, data.to(device), device, world), data.sha256()
+
+
+def _share_beginning(run: Run, digest: str) -> None:
+    """Give every process the parameters of rank 0; refuse other data than it has."""
+    world = run.world
+    if world.size == 1:
+        return
+    theirs, model = world.decided(lambda: (digest, checkpoint.plain(run.model.state_dict())))
+    with world.alike():
+        if theirs != digest:
+            raise DataError(
+                f"--data {run.options.data}: process {world.rank} has other samples or labels than "
+                f"process 0 (SHA-256 {digest[:12]}…, not {theirs[:12]}…); give all the same"
+            )
+        run.model.load_state_dict(model)
+
+
+def _open(run: Run, start: Start, surroundings: dict[str, Any], lock: Lock) -> None:
+    """Make the folder ready for the steps to come, and say what they are."""
+    folder = start.folder
     where = f"run folder: {folder.path}/"
-    if state is not None:
+    if start.state is None:
+        lock.hold(folder)
+        folder.check_free(run.options.overwrite)  # once more, now that no other can change it
+        folder.create(run.options.as_json() | {"resume": None})
+    else:
+        folder.forget_after(run.step)
         where = f"resumed at step {run.step} of {run.total_steps}: {folder.path_of(run.step)}"
+    folder.append(folder.environment, {"step": run.step} | surroundings)
     print(f"{run.describe()}\n{where}", flush=True)
-    extra = {"data": digest, "environment": surroundings}
-    with Interrupt(folder) as interrupt:
-        saver = Saver(run, folder, extra, None if state is None else run.step)
-        _fit(run, saver, interrupt)
-    return _finish(run, folder)
 
 
-def _finished(run: Run, folder: RunFolder) -> Result:
-    """The result of a run that needs no further step."""
+def _is_finished(run: Run, folder: RunFolder) -> bool:
+    return run.step == run.total_steps and folder.result.exists()
+
+
+def _finished(folder: RunFolder) -> dict[str, Any]:
+    """The summary of a run that needs no further step."""
     summary = folder.read_result()
     print(f"{folder.path}/ is finished: test accuracy {summary['test_accuracy']:.2%}", flush=True)
-    return Result(run.options, folder, summary, run.model)
+    return summary
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise OptionsError(f"--device {name}: {reason}; use cpu, or leave it out") from error
-    return device
+def _fit(run: Run, folder: RunFolder, saver: Saver | None, interrupt: Interrupt) -> None:
+    """Take the steps that are left; log, save now and then, and stop when asked to.
 
-
-def _fit(run: Run, saver: Saver, interrupt: Interrupt) -> None:
-    """Take the steps that are left; log, save now and then, and stop when asked to."""
-    options, folder = run.options, saver.folder
+    Rank 0 has the saver and writes. It also evaluates the test set alone, which is small and needs
+    no backward pass: nothing of it then depends on the number of processes.
+    """
+    options, world = run.options, run.world
     progress = Progress(options.passes, run.step // run.steps_per_pass, len(run.data.train))
     run.advance = progress.advance
     begin, before = time.monotonic(), run.seconds
@@ -103,20 +145,23 @@ def _fit(run: Run, saver: Saver, interrupt: Interrupt) -> None:
                 done = run.step // run.steps_per_pass
                 on_test = done % options.eval_every == 0 or done == options.passes
                 if on_test or done == 1 or done % options.log_every == 0:
-                    record = run.record(on_test)
-                    folder.append(folder.metrics, record)
+                    record = run.record(on_test and world.lead)
                     progress.report(record)
+                    if world.lead:
+                        folder.append(folder.metrics, record)
                 run.scheduler.step()
             last = run.step == run.total_steps
-            stop = interrupt.requested and not last
-            saver.after_step(at_once=stop or last)
+            stop = world.any(interrupt.requested) and not last
+            if saver is not None:
+                saver.after_step(at_once=stop or last)
             if stop:
                 raise Interrupted(f"saved at step {run.step} of {run.total_steps}", folder)
     finally:
         progress.close()
 
 
-def _finish(run: Run, folder: RunFolder) -> Result:
+def _finish(run: Run, folder: RunFolder) -> dict[str, Any]:
+    """Write the summary of the run that has just ended, and its curves."""
     last = [record for record in folder.read_metrics() if record["step"] == run.step]
     if not last:
         raise OptionsError(
@@ -138,4 +183,4 @@ def _finish(run: Run, folder: RunFolder) -> Result:
         f"{'curves.png, ' if drawn else ''}checkpoint-{run.step}.pt, result.json)",
         flush=True,
     )
-    return Result(run.options, folder, summary, run.model)
+    return summary

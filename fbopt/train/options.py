@@ -13,6 +13,7 @@ from fbopt.train.sources import DataError, parse
 RecipeName = Literal["sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong"]
 ModelName = Literal["cnn", "resnet18"]
 Method = Literal["forward", "central", "exact"]
+Accumulation = Literal["float32", "exact"]
 
 
 class OptionsError(ValueError):
@@ -85,6 +86,9 @@ class Options:
     """Nesterov's variant of momentum."""
     weight_decay: float | None = None
     """L2 regularisation, as in torch.optim.SGD."""
+    accumulation: Accumulation = "float32"
+    """How gradients are summed over chunks (not for sgd): in float32, or exact: in integers, with
+    the same bits in any order of the chunks and on any number of processes."""
     dropout: float = 0.0
     """Probability with which an input of the last layer is dropped."""
     eval_every: int | None = None
@@ -148,6 +152,7 @@ _CHOICES = {
     "scale": tuple(RECIPES),
     "model": get_args(ModelName),
     "method": get_args(Method),
+    "accumulation": get_args(Accumulation),
 }
 
 
@@ -186,6 +191,11 @@ def _check_bounds(name: str, value: float, low: float, closed: bool, high: float
 
 def _check_belongs(options: Options) -> None:
     """Refuse options that the chosen recipe would silently ignore."""
+    if options.stochastic and options.accumulation != "float32":
+        raise OptionsError(
+            "--accumulation exact is for sums over chunks, and --recipe sgd has none; leave it "
+            "out, or choose a full-batch recipe such as --recipe fb-penalty"
+        )
     only, other = (_FULL_BATCH_ONLY, "a full-batch recipe such as --recipe fb-penalty")
     if not options.stochastic:
         only, other = (_SGD_ONLY, "--recipe sgd")

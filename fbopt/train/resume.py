@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fbopt.train import match
 from fbopt.train.environment import WHY
+from fbopt.train.lock import Lock
 from fbopt.train.options import Options, OptionsError, resolve
 from fbopt.train.run import Run
 from fbopt.train.store import RunFolder
+
+Hold = Callable[[RunFolder], None]
 
 
 class Start(NamedTuple):
@@ -21,21 +25,27 @@ class Start(NamedTuple):
     state: dict[str, Any] | None
 
 
-def find_start(options: Options) -> Start:
-    """What `options` ask to begin with. Raises OptionsError; nothing is changed."""
+def find_start(options: Options, lock: Lock | None = None) -> Start:
+    """What `options` ask to begin with; `lock` then holds the folder of a run that is there.
+
+    Raises OptionsError; nothing is changed.
+    """
+    hold: Hold = (lambda folder: None) if lock is None else lock.hold_existing
     if options.resume is None:
         options = resolve(options)
         folder = RunFolder(options.folder)
+        hold(folder)
         folder.check_free(options.overwrite)
         return Start(options, folder, None)
     if options.resume == "auto":
-        return _automatic(resolve(options))
-    return _continued(options, options.resume)
+        return _automatic(resolve(options), hold)
+    return _continued(options, options.resume, hold)
 
 
-def _automatic(options: Options) -> Start:
+def _automatic(options: Options, hold: Hold) -> Start:
     """The run that these options make, from its newest sound checkpoint if there is any."""
     folder = RunFolder(options.folder)
+    hold(folder)
     if not folder.checkpoints():
         folder.check_free(overwrite=False)
         print(f"--resume auto: no checkpoint in {folder.path}/, so from the beginning", flush=True)
@@ -45,10 +55,11 @@ def _automatic(options: Options) -> Start:
     return Start(options, folder, state)
 
 
-def _continued(options: Options, path: Path) -> Start:
+def _continued(options: Options, path: Path, hold: Hold) -> Start:
     """The run in a folder, with its own options."""
     match.check_resume(options)
     folder = RunFolder(path)
+    hold(folder)
     state = folder.load()
     try:
         saved = Options.from_json(state["options"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fbopt.train import models
 from fbopt.train.data import Chunks, Data, Split
 from fbopt.train.draws import epoch_order, seed_chunk
 from fbopt.train.options import Options, OptionsError
+from fbopt.train.processes import World
 
 GRADIENTS = {None: 1, "forward": 2, "central": 3, "exact": 2}  # backward passes per chunk
 
@@ -21,11 +23,28 @@ class Diverged(RuntimeError):
     """The loss became infinite or undefined."""
 
 
-class Run:
-    """A training run: all that a checkpoint holds, and how to take one step."""
+class Visits:
+    """The chunks of a full-batch step; accuracy is counted anew where they are visited again."""
 
-    def __init__(self, options: Options, data: Data, device: torch.device) -> None:
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.run.correct.zero_()
+        return iter(self.run.chunks)
+
+
+class Run:
+    """A training run: all that a checkpoint holds, and how to take one step.
+
+    Of several processes each has a whole run, with the same numbers after every step.
+    """
+
+    def __init__(
+        self, options: Options, data: Data, device: torch.device, world: World | None = None
+    ) -> None:
         self.options, self.data, self.device = options, data, device
+        self.world = world or World()
         torch.manual_seed(options.seed)
         try:
             model = models.build(
@@ -38,7 +57,8 @@ class Run:
             self.model.to(memory_format=torch.channels_last)
         self.loss_fn = nn.functional.cross_entropy
         size = options.batch_size if options.stochastic else options.chunk_size
-        self.chunks = Chunks(data.train, size, begin=self._seed_draws)
+        share = {"rank": self.world.rank, "processes": self.world.size}
+        self.chunks = Chunks(data.train, size, begin=self._seed_draws, **share)
         self.steps_per_pass = len(self.chunks) if options.stochastic else 1
         self.total_steps = options.passes * self.steps_per_pass
         self.step, self.seconds = 0, 0.0
@@ -70,10 +90,12 @@ class Run:
             self.closure = FullBatchClosure(
                 self.model,
                 self.loss_fn,
-                self.chunks,
+                Visits(self),
                 penalty=penalty,
                 optimizer=self.optimizer,
+                accumulation=options.accumulation,
                 observe=self._observe,
+                process_group=self.world.group,
             )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda done: rate_factor(done, options.warmup, options.cosine)
@@ -84,7 +106,7 @@ class Run:
 
     def _observe(self, output: Tensor, target: Tensor) -> None:
         self.correct += (output.argmax(1) == target).sum()
-        self.advance(len(target))
+        self.advance(len(target) * self.world.size)
 
     def take_step(self) -> None:
         """One optimizer step: on the whole training set, or on the next mini-batch."""
@@ -97,6 +119,7 @@ class Run:
         else:
             self.loss += self.optimizer.step(self.closure)
             self.gradient_norm = self.optimizer.last_grad_norm
+            self.world.sum_(self.correct)
         self.step += 1
         if self.step % self.steps_per_pass == 0:
             self.finite &= self.loss.isfinite()
@@ -155,6 +178,9 @@ class Run:
     def describe(self) -> str:
         """Two lines: what is trained on what and where, and the hyperparameters."""
         o = self.options
+        where = str(self.device)
+        if self.world.size > 1:
+            where = f"{self.device.type}, {self.world.size} processes"
         kind, unit = ("mini-batches", "epochs") if o.stochastic else ("chunks", "full-batch steps")
         clip = "no clipping" if o.max_norm is None else f"clipped to {o.max_norm:g}"
         penalty = "no penalty"
@@ -163,13 +189,14 @@ class Run:
             if o.method == "exact":
                 penalty = f"penalty {o.penalty:g} (exact)"
         dropout = f", dropout {o.dropout:g}" if o.dropout else ""
+        exact = ", exact sums" if o.accumulation == "exact" else ""
         return (
             f"{o.recipe} on {o.data} ({len(self.data.train):,} samples in {kind} of "
             f"{self.chunks.size}): {o.model} with {models.count_parameters(self.model):,} "
-            f"parameters, {o.passes} {unit}, {self.device}\n"
+            f"parameters, {o.passes} {unit}, {where}\n"
             f"lr {o.lr:g} ({o.warmup} of warm-up, cosine over {o.cosine}), momentum "
             f"{o.momentum:g}{' (Nesterov)' if o.nesterov else ''}, weight decay "
-            f"{o.weight_decay:g}, {clip}, {penalty}{dropout}"
+            f"{o.weight_decay:g}, {clip}, {penalty}{dropout}{exact}"
         )
 
     def state_dict(self) -> dict[str, Any]:

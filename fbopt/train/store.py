@@ -101,7 +101,7 @@ class RunFolder:
     def save(self, state: dict[str, Any], keep: int) -> None:
         """Write the checkpoint of `state["step"]`, then remove all but the newest `keep`."""
         path = self.path_of(state["step"])
-        with self._writing(path):
+        with self.writing(path):
             files.replace(path, checkpoint.seal(state), PARTIAL)
             for _, older in self.checkpoints()[keep:]:
                 older.unlink(missing_ok=True)
@@ -156,7 +156,7 @@ class RunFolder:
 
     def forget_after(self, step: int) -> None:
         """Take back what was written after `step`, which a resumed run will do again."""
-        with self._writing(self.path):
+        with self.writing(self.path):
             self.result.unlink(missing_ok=True)
             for later, path in self.checkpoints():
                 if later > step:  # passed over as unsound; would push sound ones out
@@ -169,7 +169,7 @@ class RunFolder:
 
     def append(self, path: Path, record: dict[str, Any]) -> None:
         """Add one line to metrics, fingerprints or environment."""
-        with self._writing(path):
+        with self.writing(path):
             files.append_line(path, record)
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -182,11 +182,11 @@ class RunFolder:
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write the summary, which marks the run as finished."""
-        with self._writing(self.result):
+        with self.writing(self.result):
             files.replace_json(self.result, result)
 
     @contextlib.contextmanager
-    def _writing(self, path: Path) -> Iterator[None]:
+    def writing(self, path: Path) -> Iterator[None]:
         """Turn an OSError into a WriteError that says what is left and how to go on."""
         try:
             yield

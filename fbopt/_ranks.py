@@ -1,0 +1,250 @@
+"""What several processes need of torch.distributed: to agree, sum and gather. Alone: nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class PeerError(RuntimeError):
+    """Another process of the group failed, or the connection to it was lost.
+
+    Attributes:
+        rank: the process that failed; None where only the connection is known to be lost.
+        kind: the name of its exception's type.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, kind: str = "") -> None:
+        super().__init__(message)
+        self.rank, self.kind = rank, kind
+
+
+class Agreement(NamedTuple):
+    """What :meth:`Ranks.agree` found: the same on every process.
+
+    Attributes:
+        flags: for each flag, whether any process set it.
+        table: the numbers of every process, a row each.
+        maxima: the elementwise maximum, on the device it was given on; None where none was given.
+    """
+
+    flags: list[bool]
+    table: list[list[float]]
+    maxima: Tensor | None
+
+
+class Ranks:
+    """The processes that share a step; with None, or in a group of one, nothing is sent.
+
+    Every method is to be called by all processes of the group, in the same order.
+
+    Args:
+        group: a ``torch.distributed.ProcessGroup`` or None.
+
+    Raises:
+        TypeError: ``group`` is something else.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise TypeError(
+                "process_group must be a torch.distributed.ProcessGroup that this process is in, "
+                f"or None, got {type(group).__name__}: call "
+                "torch.distributed.init_process_group(), then pass torch.distributed.group.WORLD"
+            )
+        self.group = group
+        self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.size == 1
+
+    def check_devices(self, devices: set[torch.device]) -> None:
+        """Raise ValueError for a device whose tensors the group's back end cannot send."""
+        if self.alone:
+            return
+        served = self._served()
+        for device in devices:
+            if device.type not in served:
+                cure = {"cpu": "gloo", "cuda": "nccl"}.get(device.type, "one for it")
+                raise ValueError(
+                    f"process_group serves {', '.join(sorted(served))}, but the model is on "
+                    f"{device}: make the group with the back end {cure}, or move the model"
+                )
+
+    def agree(
+        self,
+        flags: Sequence[bool],
+        numbers: Sequence[float],
+        device: torch.device,
+        *,
+        maxima: Tensor | None = None,
+        error: BaseException | None = None,
+    ) -> Agreement:
+        """Settle in one all-reduce whether any process failed, and what each has counted.
+
+        Sends ``(1 + len(numbers)) * size + len(flags) + len(maxima)`` float64 values, through the
+        CPU's back end if the group has one: only ``maxima`` is then read from the device.
+
+        Args:
+            flags: to be joined by "or".
+            numbers: finite and not negative; exact up to 2**53.
+            device: where the parameters are.
+            maxima: a vector of numbers that are not negative, infinity in place of NaN.
+            error: what went wrong on this process, if anything did.
+
+        Raises:
+            PeerError: another process failed, and this one did not.
+        """
+        if self.alone:
+            return Agreement(list(flags), [list(numbers)], maxima)
+        table = torch.zeros(self.size, 1 + len(numbers), dtype=torch.float64)
+        table[self.rank] = torch.tensor([error is not None, *numbers], dtype=torch.float64)
+        own = torch.cat([table.flatten(), torch.tensor(flags, dtype=torch.float64)])
+        device = self._control(device)
+        found = own.to(device)
+        if maxima is not None:
+            found = torch.cat([found, maxima.to(found)])
+        with self._sending("agree on a step"):
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+            host = found[: len(own)].cpu()
+        rows = host[: table.numel()].view_as(table).tolist()
+        if any(row[0] for row in rows):
+            self._report(error)
+        return Agreement(
+            host[table.numel() :].bool().tolist(),
+            [row[1:] for row in rows],
+            None if maxima is None else found[len(own) :].to(maxima),
+        )
+
+    def tell(
+        self,
+        error: BaseException,
+        flags: int,
+        numbers: int,
+        device: torch.device,
+        maxima: Tensor | None = None,
+    ) -> None:
+        """Take part in the others' :meth:`agree`, of the same lengths, with nothing but an error.
+
+        Returns quietly if that fails too: the error is what counts.
+        """
+        with contextlib.suppress(Exception):
+            self.agree([False] * flags, [0.0] * numbers, device, maxima=maxima, error=error)
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its sum over all processes; one all-reduce each."""
+        if self.alone:
+            return
+        with self._sending("sum"), torch.no_grad():
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=self.group)
+
+    def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Put the columns of all processes side by side.
+
+        Args:
+            rows: (k, n) with the same k, and n = ``counts[rank]``, on every process.
+            counts: the n of every process.
+        """
+        if self.alone:
+            return rows
+        padded = rows.new_zeros(rows.shape[0], max(counts))
+        padded[:, : rows.shape[1]] = rows
+        found = [torch.empty_like(padded) for _ in counts]
+        with self._sending("gather"):
+            dist.all_gather(found, padded, group=self.group)
+        return torch.cat([part[:, :n] for part, n in zip(found, counts, strict=True)], dim=1)
+
+    def objects(self, value: Any) -> list[Any]:
+        """What every process gave; small plain values. For what is not done at every step."""
+        if self.alone:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with self._sending("exchange values"):
+            dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def broadcast(self, value: Any) -> Any:
+        """What process 0 gave, picklable; tensors in it have to be on the CPU."""
+        if self.alone:
+            return value
+        found = [value]
+        with self._sending("receive what process 0 read"):
+            dist.broadcast_object_list(found, group=self.group, group_src=0)
+        return found[0]
+
+    def check_same(self, facts: Mapping[str, Any], cure: str) -> None:
+        """Raise the same ValueError on every process where a fact is not the same on all."""
+        everyone = self.objects(dict(facts))
+        for rank, theirs in enumerate(everyone):
+            if isinstance(theirs, Failure):
+                raise theirs.as_error(rank)
+        for rank, theirs in enumerate(everyone):
+            for name in {**everyone[0], **theirs}:
+                here, there = everyone[0].get(name, "missing"), theirs.get(name, "missing")
+                if here != there:
+                    raise ValueError(
+                        f"the processes differ: {name} is {here} on process 0 and {there} on "
+                        f"process {rank}: {cure}"
+                    )
+
+    def tell_at_comparison(self, error: BaseException) -> None:
+        """Take part in the others' :meth:`check_same` with nothing but an error."""
+        with contextlib.suppress(Exception):
+            self.objects(Failure.of(error))
+
+    def _report(self, error: BaseException | None) -> None:
+        everyone = self.objects(None if error is None else Failure.of(error))
+        failures = [(rank, what) for rank, what in enumerate(everyone) if what is not None]
+        if error is None:
+            rank, what = failures[0]
+            raise what.as_error(rank)
+
+    def _served(self) -> set[str]:
+        return {p.partition(":")[0] for p in dist.get_backend_config(self.group).split(",")}
+
+    def _control(self, device: torch.device) -> torch.device:
+        return torch.device("cpu") if "cpu" in self._served() else device
+
+    @contextlib.contextmanager
+    def _sending(self, what: str) -> Iterator[None]:
+        """Say which process could not do what when a connection breaks."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise PeerError(
+                f"process {self.rank} of {self.size} could not {what} with the others, one of "
+                f"which has probably died; see its own message, then start all again ({reason})"
+            ) from error
+
+
+class Failure(NamedTuple):
+    """An exception as it is sent to other processes."""
+
+    kind: str
+    text: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """The type and message of `error`."""
+        return cls(type(error).__name__, str(error))
+
+    def as_error(self, rank: int) -> PeerError:
+        """What to raise on a process that did not fail itself."""
+        return PeerError(f"process {rank} failed: {self.kind}: {self.text}", rank, self.kind)
+
+
+def checksum(tensors: Sequence[Tensor]) -> list[int]:
+    """For each tensor the sum of its bits, read as integers: the same in any order of summation."""
+    words = [t.detach().view(_INTEGERS[t.element_size()]) for t in tensors]
+    return torch.stack([w.sum(dtype=torch.int64).to(words[0].device) for w in words]).tolist()
