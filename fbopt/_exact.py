@@ -17,8 +17,11 @@ from fbopt._tensors import flat_size, flat_views, scalar_on
 if TYPE_CHECKING:
     from fbopt._ranks import Ranks
 
-# Additions up to which every sum is exact to PRECISION bits of the largest contribution.
-PRECISION, MOST_ADDITIONS = 48, 2**22
+# Every sum is right to PRECISION bits of the largest contribution; units are chosen finer by a few,
+# MARGIN, so that contributions may shrink from pass to pass.
+PRECISION, MARGIN, LEAST_BITS = 49, 2, 58
+# Those bits and twice the additions', for carries, fit below REACH.
+MOST_ADDITIONS = 2**21
 # A sum reaches to 2^94 units, see csrc/rules/exact.h.
 REACH = 94
 # The unit until a first pass has shown how large contributions are.
@@ -32,9 +35,9 @@ class FixedPoint:
 
     A sum is an int64 that wraps and an int32 that counts how often, 96 bits together. The units
     follow from the largest contributions M of a tensor in the last pass, which depend on no order:
-    u is some 2^-58 M, and less from 256 additions on. A pass for which a unit does not fit has to
-    be repeated: one in which n additions could exceed 2^94 u, or be wrong by ``n u / 2 > 2^-48 M``.
-    For the sums that are kept therefore ``|S u - sum_c w_c v_c| <= 2^-48 M``.
+    u is some 2^-58 M, and less from 128 additions on. A pass for which a unit does not fit has to
+    be repeated: one in which n additions could exceed 2^94 u, or be wrong by ``n u / 2 > 2^-49 M``.
+    For the sums that are kept therefore ``|S u - sum_c w_c v_c| <= 2^-49 M``.
 
     Args:
         parts: lists of tensors, each list of one device and dtype; the sums are of their shapes.
@@ -105,7 +108,7 @@ class FixedPoint:
         Args:
             maxima: M of each tensor over all processes, as from :meth:`maxima`. A tensor whose M
                 is infinite has NaN for its mean, and fits.
-            additions: to each tensor, on all processes: at most 2^22.
+            additions: to each tensor, on all processes: at most 2^21.
         """
         if additions > MOST_ADDITIONS:
             raise RuntimeError(
@@ -118,7 +121,7 @@ class FixedPoint:
             if largest > 0 and math.isfinite(largest):
                 top = math.frexp(largest)[1]  # 2^(top - 1) <= M < 2^top
                 fits &= top + spread - REACH <= exponent <= top - PRECISION - spread
-                exponent = top - max(58, PRECISION + 2 + spread)
+                exponent = top - max(LEAST_BITS, PRECISION + MARGIN + spread)
             chosen.append(exponent)
         for own, part in zip(self._maxima, maxima.split(list(map(len, self._maxima))), strict=True):
             own.copy_(part)

@@ -39,8 +39,8 @@ class GradientAccumulator:
 
     **Exact sums.** ``w_c g_c`` is rounded to a multiple of a unit u, a power of two for each tensor
     (of many small tensors, which are kept as one, for all of them), and added as an integer of 96
-    bits. With M the largest ``|w_c g_c|`` in the tensor, the sum's error is at most ``2^-48 M``,
-    for up to 2^22 additions; the mean in float32 is that sum's, to one unit in the last place. (For
+    bits. With M the largest ``|w_c g_c|`` in the tensor, the sum's error is at most ``2^-49 M``,
+    for up to 2^21 additions; the mean in float32 is that sum's, to one unit in the last place. (For
     float64 parameters ``w_c g_c`` is rounded to float64 first, and the mean in float64 is not as
     near as sums in float64 are.) Units follow from the M of the last pass. Where they turn out not
     to fit, and often in the first pass, all gradients have to be added once more, see

@@ -42,13 +42,17 @@ A add_tile(int64_t* __restrict sum, int32_t* __restrict carry, int64_t n, double
     sum[j] = rules::wrapping_add(sum[j], rules::quantised(value, scale));
     large |= rules::wrapping_add(sum[j], rules::kFar);
   }
-  const bool fits = static_cast<double>(std::bit_cast<A>(most)) * scale < rules::kFits;
-  if (fits && large >= 0) return std::bit_cast<A>(most);
+  if (static_cast<double>(std::bit_cast<A>(most)) * scale < rules::kFits) {
+    if (large < 0)
+      for (int64_t j = 0; j < n; ++j)
+        carry[j] += rules::wrap(sum[j], rules::quantised(v(j), scale));
+    return std::bit_cast<A>(most);
+  }
   for (int64_t j = 0; j < n; ++j) {
     const A value = v(j);
-    const int64_t before = rules::wrapping_subtract(sum[j], rules::quantised(value, scale));
+    int64_t before = rules::wrapping_subtract(sum[j], rules::quantised(value, scale));
+    rules::add_exact(before, carry[j], value, scale);
     sum[j] = before;
-    rules::add_exact(sum[j], carry[j], value, scale);
   }
   return std::bit_cast<A>(most);
 }
