@@ -7,9 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from fbopt.train import models
 from fbopt.train.data import Chunks, from_arrays
 from fbopt.train.sources import DataError, load, parse
 
@@ -158,45 +156,3 @@ def test_constant_channel_is_not_divided_by_zero():
     values = arrays() | {"x_train": np.full((30, 1, 8, 8), 7, np.uint8)}
     x, _ = from_arrays(**values, name="test").train.batch(slice(None))
     assert torch.equal(x, torch.zeros_like(x))
-
-
-def test_cnn_is_the_mnist1d_baseline():
-    model = models.build("cnn", (1, 40), 10)
-    assert models.count_parameters(model) == 5210
-    assert [type(m) for m in model].count(nn.Conv1d) == 3
-    assert not any(isinstance(m, nn.BatchNorm1d) for m in model.modules())
-    assert model(torch.zeros(2, 1, 40)).shape == (2, 10)
-
-
-@pytest.mark.parametrize("shape", [(1, 3), (2, 41), (1, 8, 8), (3, 32, 32), (1, 5, 9)])
-def test_cnn_takes_signals_and_images(shape):
-    assert models.build("cnn", shape, 4, width=3)(torch.zeros(2, *shape)).shape == (2, 4)
-
-
-def test_resnet18_is_the_papers():
-    model = models.build("resnet18", (3, 32, 32), 10)
-    assert models.count_parameters(model) == 11_173_962
-    assert len(list(model.parameters())) == 62
-    assert model.stem.kernel_size == (3, 3) and model.stem.stride == (1, 1)
-    shortcut = model.stage2[0].downsample
-    assert [type(m) for m in shortcut] == [nn.AvgPool2d, nn.Conv2d, nn.BatchNorm2d]
-    assert shortcut[1].kernel_size == (1, 1) and shortcut[1].stride == (1, 1)
-    assert model.stage1[0].downsample is None
-    for stage in (model.stage1, model.stage2, model.stage3, model.stage4):
-        for block in stage:
-            assert not block.bn2.weight.any() and (block.bn1.weight == 1).all()
-    fan_out = 9 * 512
-    deviation = model.stage4[1].conv2.weight.std().item()
-    assert deviation == pytest.approx((2 / fan_out) ** 0.5, rel=0.01)
-
-
-@pytest.mark.parametrize("side", [8, 28, 32, 33])
-def test_resnet18_takes_any_side(side):
-    model = models.build("resnet18", (1, side, side), 5, width=4)
-    assert model(torch.zeros(2, 1, side, side)).shape == (2, 5)
-
-
-@pytest.mark.parametrize(("name", "shape"), [("resnet18", (1, 40)), ("cnn", (1, 2))])
-def test_networks_refuse_shapes(name, shape):
-    with pytest.raises(ValueError, match="--model"):
-        models.build(name, shape, 10)

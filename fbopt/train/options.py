@@ -11,7 +11,11 @@ from fbopt.train.recipes import RECIPES, Recipe, scale_of
 from fbopt.train.sources import DataError, parse
 
 RecipeName = Literal["sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong"]
-ModelName = Literal["cnn", "resnet18"]
+ModelName = Literal[
+    "cnn", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnet20", "resnet32", "resnet56", "resnet110", "vgg11", "vgg13", "vgg16", "vgg19",
+    "densenet121", "densenet169",
+]  # fmt: skip
 Method = Literal["forward", "central", "exact"]
 
 
@@ -37,9 +41,11 @@ class Options:
     """Which version of the recipe: the paper's for images, or one scaled down for small data sets.
     Default: images for imagefolder, else small."""
     model: ModelName | None = None
-    """Network: a small CNN without BatchNorm, or the paper's ResNet-18 for 32×32 images."""
+    """Network: a small CNN without BatchNorm; or, for images, the paper's ResNets (18 to 152),
+    He et al.'s for CIFAR (20 to 110), VGGs with BatchNorm, DenseNets."""
     width: int | None = None
-    """Channels of the network's first layer. Default: 25 for cnn, 64 for resnet18."""
+    """Channels of the network's first layer, which the others follow. Default: 25 for cnn, 16 for
+    resnet20 to resnet110, else 64."""
     image_size: int = 32
     """Side in pixels that imagefolder's images are resized to."""
     seed: int = 0
