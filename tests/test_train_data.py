@@ -1,15 +1,21 @@
-"""The data sets and the networks of the training program."""
+"""The data sets of the training program."""
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import random
+import re
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 
+from fbopt.train.__main__ import main
 from fbopt.train.data import Chunks, from_arrays
 from fbopt.train.sources import DataError, load, parse
+from fbopt.train.store import RunFolder
 
 
 def arrays(n: int = 30, shape: tuple[int, ...] = (1, 8, 8), dtype=np.uint8) -> dict:
@@ -98,7 +104,9 @@ def test_files_that_are_no_archives(tmp_path, content):
         load(f"npz:{tmp_path / 'd.npz'}")
 
 
-@pytest.mark.parametrize("spec", ["", "mnist", "npz", "npz:", "mnist1d:x", "imagefolder:"])
+@pytest.mark.parametrize(
+    "spec", ["", "mnist", "npz", "npz:", "mnist1d:x", "imagefolder:", "cifar", "cifar10:x"]
+)
 def test_unknown_data(spec):
     with pytest.raises(DataError, match="--data"):
         parse(spec)
@@ -142,6 +150,139 @@ def test_imagefolder_errors(images):
     (images / "test" / "dog" / "0.png").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"dog/0\.png: not a readable image"):
         load(f"imagefolder:{images}")
+
+
+def test_decoded_images_are_kept(images, tmp_path, monkeypatch):
+    """Many images are decoded once; another file, or a damaged cache, and they are decoded anew."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("FBOPT_CACHE_DIR", str(cache))
+    spec = f"imagefolder:{images}"
+    expected = load(spec, 16).sha256()
+    assert not cache.exists()
+    monkeypatch.setattr("fbopt.train.images.CACHE_FROM", 4)
+    assert load(spec, 16).sha256() == expected
+    kept = sorted(cache.glob("images-*.npy"))
+    assert len(kept) == 2 and len([*cache.iterdir()]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("fbopt.train.images._decoded", lambda *a: pytest.fail("decoded again"))
+        assert load(spec, 16).sha256() == expected
+    for damage in (b"", kept[0].read_bytes()[:-7], b"text"):
+        kept[0].write_bytes(damage)
+        assert load(spec, 16).sha256() == expected
+    assert load(spec, 8).train.x.shape[-1] == 8
+    file = images / "train" / "cat" / "0.png"
+    file.write_bytes((images / "train" / "dog" / "0.png").read_bytes())
+    data = load(spec, 16)
+    assert data.sha256() != expected and torch.equal(data.train.x[0], data.train.x[5])
+
+
+def write_cifar(folder, kind: str) -> dict:
+    """A tiny data set in the files of CIFAR-10 or CIFAR-100, and what torchvision has to expect."""
+    rng = np.random.default_rng(0)
+    ten = kind == "cifar10"
+    label = "labels" if ten else "fine_labels"
+    parts = {"data_batch_1": 40, "data_batch_2": 20, "test_batch": 30}
+    if not ten:
+        parts = {"train": 60, "test": 30}
+    folder = folder / ("cifar-10-batches-py" if ten else "cifar-100-python")
+    folder.mkdir(parents=True)
+    names = "label_names" if ten else "fine_label_names"
+    files = {"batches.meta" if ten else "meta": {names: [f"class {i}" for i in range(10)]}}
+    for name, count in parts.items():
+        labels = np.arange(count) % 10
+        x = np.clip(rng.normal(25 * labels[:, None], 9, (count, 3072)), 0, 255).astype(np.uint8)
+        files[name] = {"data": x, label: labels.tolist()}
+    sums = {}
+    for name, content in files.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    meta = next(iter(files))
+    return {
+        "files": files,
+        "train_list": [[n, sums[n]] for n in parts if "test" not in n],
+        "test_list": [[n, sums[n]] for n in parts if "test" in n],
+        "meta": {"filename": meta, "key": names, "md5": sums[meta]},
+    }
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("torchvision.datasets")
+
+    def make(kind: str):
+        facts = write_cifar(tmp_path, kind)
+        for name in ("train_list", "test_list", "meta"):
+            monkeypatch.setattr(getattr(datasets, kind.upper()), name, facts[name])
+        return facts["files"]
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
+def test_cifar_files(tmp_path, cifar, kind):
+    files = cifar(kind)
+    data = load(kind, folder=tmp_path)
+    rows = [c["data"] for n, c in files.items() if "data" in c and "test" not in n]
+    x = torch.from_numpy(np.concatenate(rows)).reshape(60, 3, 32, 32)
+    assert torch.equal(data.train.x, x) and data.train.x.dtype == torch.uint8
+    assert len(data.test) == 30 and data.classes == 10 and data.shape == (3, 32, 32)
+    assert data.train.y.tolist() == [i % 10 for i in range(40)] + [i % 10 for i in range(20)] or (
+        kind == "cifar100" and data.train.y.tolist() == [i % 10 for i in range(60)]
+    )
+    mean, deviation = {
+        "cifar10": ((0.49147, 0.48226, 0.44677), (0.24703, 0.24349, 0.26159)),
+        "cifar100": ((0.50716, 0.48669, 0.44120), (0.26733, 0.25644, 0.27615)),
+    }[kind]
+    found, _ = data.test.batch(slice(None))
+    expected = data.test.x.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)
+    expected /= torch.tensor(deviation).double().view(3, 1, 1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("augment", ["none", "random", "fixed"])
+def test_cifar_files_train(tmp_path, cifar, monkeypatch, capsys, augment):
+    """The whole path: torchvision, uint8, augmentation, the paper's ResNet at reduced width."""
+    cifar("cifar10")
+    monkeypatch.setattr("fbopt.train.loop.draw_curves", lambda folder, options: False)
+    arguments = ["--data", "cifar10", "--data-dir", str(tmp_path), "--recipe", "fb", "--width", "2"]
+    arguments += ["--steps", "6", "--chunk-size", "32", "--out", str(tmp_path / "run")]
+    assert main([*arguments, "--augment", augment, "--threads", "1"]) == 0
+    records = RunFolder(tmp_path / "run").read_metrics()
+    assert records[-1]["loss"] < records[0]["loss"] and records[-1]["step"] == 6
+    assert f"({600 if augment == 'fixed' else 60} samples in chunks" in capsys.readouterr().out
+
+
+def test_cifar_that_is_not_there(tmp_path, cifar, monkeypatch, capsys):
+    """Missing, damaged or offline: what to do about it; an archive put there is unpacked."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    arguments = ["--data", "cifar10", "--data-dir", str(tmp_path / "d"), "--recipe", "fb"]
+    cure = r"without a network: bring http\S+cifar-10-python.tar.gz .MD5 .*--download, which then"
+    assert main(arguments) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "no intact cifar-10-batches-py in" in message and "; add --download" in message
+    assert re.search(cure, message, re.I) and "--data-dir" in message
+    monkeypatch.setattr("socket.socket.connect", offline)
+    monkeypatch.setattr("socket.getaddrinfo", offline)
+    assert main([*arguments, "--download"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "not downloaded to" in message and "is unreachable" in message
+    assert re.search(cure, message, re.I)
+    cifar("cifar10")
+    (tmp_path / "d").mkdir(exist_ok=True)
+    with tarfile.open(tmp_path / "d" / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "cifar-10-batches-py", "cifar-10-batches-py")
+    content = (tmp_path / "d" / "cifar-10-python.tar.gz").read_bytes()
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
+    whole = load("cifar10", folder=tmp_path / "d", download=True)
+    assert whole.sha256() == load("cifar10", folder=tmp_path).sha256()
+    batch = tmp_path / "d" / "cifar-10-batches-py" / "data_batch_1"
+    batch.write_bytes(batch.read_bytes()[:-1])
+    with pytest.raises(DataError, match="no intact cifar-10-batches-py"):
+        load("cifar10", folder=tmp_path / "d")
+
+
+def offline(*arguments, **more):
+    raise OSError("the network is unreachable")
 
 
 def test_chunks_are_a_fixed_order_and_can_be_read_again():

@@ -47,7 +47,7 @@ def train(options: Options) -> Result:
     device = _device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    data = load(options.data, options.image_size)
+    data = load(options.data, options.image_size, options.data_dir, options.download)
     digest = data.sha256()
     run = Run(options, data.to(device), device)
     surroundings = facts(run, digest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -61,3 +62,22 @@ def count_parameters(model: nn.Module) -> int:
     """How many numbers the model learns (shared ones once)."""
     parameters: list[Tensor] = list(model.parameters())
     return sum(p.numel() for p in parameters)
+
+
+def decaying(
+    model: nn.Module, weight_decay: float, only_weights: bool = False
+) -> list[dict[str, Any]]:
+    """The parameters as an optimizer takes them, all with weight decay, or `only_weights`.
+
+    Those are the weights of convolutions and linear layers; biases and BatchNorm's scales and
+    shifts are in a second group without decay.
+    """
+    parameters = list(model.parameters())
+    if not only_weights:
+        return [{"params": parameters, "weight_decay": weight_decay}]
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    weights = {m.weight for m in model.modules() if isinstance(m, layers)}
+    return [
+        {"params": [p for p in parameters if p in weights], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p not in weights], "weight_decay": 0.0},
+    ]
