@@ -354,7 +354,7 @@ def test_resumed_is_the_same_bit_for_bit(tiny, tmp_path, monkeypatch, capsys, ca
     resumed = loop.train(Options(resume=tmp_path / "part"))
     assert f"resumed at step {stop_at}" in capsys.readouterr().out
     assert tiny_runs.digest(resumed.model) == tiny_runs.digest(whole_run.model)
-    plain = {name: None for name in changes if name != "tta"}
+    plain = {name: getattr(Options, name) for name in changes if name != "tta"}
     other = loop.train(replace(options, out=tmp_path / "other", **plain))
     assert tiny_runs.digest(other.model) != tiny_runs.digest(whole_run.model)
 

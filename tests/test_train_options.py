@@ -41,7 +41,7 @@ def test_nothing_is_left_open(data, recipe):
     o = resolve(Options(data=data, recipe=recipe))
     open_names = {f.name for f in fields(o) if getattr(o, f.name) is None}
     allowed = {"width", "threads", "out", "resume", "max_norm", "penalty", "radius", "method"}
-    allowed |= {"save_every", "data_dir", "replicas", "with_clean"}
+    allowed |= {"save_every", "data_dir", "replicas"}
     allowed |= {"steps", "chunk_size"} if o.stochastic else {"epochs", "batch_size"}
     assert open_names <= allowed
     assert Options.from_json(o.as_json()) == o
@@ -67,7 +67,7 @@ def test_what_is_given_wins():
 def test_augmentation():
     assert [resolve(Options(recipe=r)).chunks for r in ("sgd", "fb")] == ["shuffled", "fixed"]
     o = resolve(Options())
-    assert (o.augment, o.replicas, o.with_clean, o.decay) == ("none", None, None, "all")
+    assert (o.augment, o.replicas, o.with_clean, o.decay) == ("none", None, False, "all")
     o = resolve(Options(augment="fixed"))
     assert (o.replicas, o.with_clean) == (10, False) and resolve(o) == o
     o = resolve(Options(augment="fixed", replicas=40, with_clean=True, chunks="shuffled"))

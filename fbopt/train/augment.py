@@ -111,7 +111,7 @@ def augmented(split: Split, options: Options) -> Split | Augmented:
         mix(options.seed, CROPS),
         replicas=options.replicas,
         in_turn=options.stochastic,
-        clean=bool(options.with_clean),
+        clean=options.with_clean,
     )
 
 

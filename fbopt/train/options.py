@@ -61,7 +61,7 @@ class Options:
     enlarged data set that is never stored. sgd visits one of these replicas per epoch."""
     replicas: int | None = None
     """Draws of every image for --augment fixed. Default: 10."""
-    with_clean: bool | None = None
+    with_clean: bool = False
     """For --augment fixed: the first of the replicas is the images as they are."""
     chunks: Sampling | None = None
     """How samples are put into chunks or mini-batches: fixed, in the data's order; shuffled, in a
@@ -258,7 +258,7 @@ def resolve(options: Options) -> Options:
     """Fill in everything that was left out from the recipe; checks the result too.
 
     Without clipping `max_norm` becomes None; without a penalty `penalty`, `radius` and `method` do,
-    without fixed augmentation `replicas` and `with_clean`.
+    without fixed augmentation `replicas`.
     """
     check(options)
     scale = options.scale or scale_of(options.data)
@@ -276,10 +276,11 @@ def resolve(options: Options) -> Options:
         _check_no_penalty(options)
         values |= {"penalty": None, "radius": None, "method": None}
     if values["augment"] == "fixed":
-        values |= {"replicas": values["replicas"] or 10, "with_clean": bool(values["with_clean"])}
+        values["replicas"] = values["replicas"] or 10
+        values["with_clean"] = options.with_clean or recipe.with_clean
     else:
         _check_not_fixed(options)
-        values |= {"replicas": None, "with_clean": None}
+        values |= {"replicas": None, "with_clean": False}
     if options.momentum == 0:
         values["nesterov"] = bool(options.nesterov)
     if (scale, values["model"]) == ("small", "cnn"):
@@ -308,5 +309,5 @@ def _check_no_penalty(options: Options) -> None:
 
 def _check_not_fixed(options: Options) -> None:
     for name in ("replicas", "with_clean"):
-        if getattr(options, name) is not None:
+        if getattr(options, name):
             raise OptionsError(f"{flag(name)} has no effect without --augment fixed; add it")

@@ -40,7 +40,7 @@ class Recipe:
     label_smoothing: float = 0.0
     augment: str = "none"
     replicas: int | None = None
-    with_clean: bool | None = None
+    with_clean: bool = False
     chunks: str = "fixed"
 
     @property
