@@ -367,6 +367,19 @@ def test_augmented_runs_learn(tiny, tmp_path, recipe, augment):
     assert records[-1]["loss"] < records[0]["loss"]
 
 
+@pytest.mark.parametrize("changes", [{"augment": "random"}, {"chunks": "shuffled"}, {}])
+@pytest.mark.parametrize(("recipe", "steps"), [("fb", 1), ("sgd", 3)])
+def test_draws_follow_the_passes_of_a_run(tiny, recipe, steps, changes):
+    """New ones after every full-batch step, or after every epoch of 3 mini-batches."""
+    options = tiny_runs.options(tiny, Path("never written"), recipe, **changes)
+    run = loop.Run(resolve(options), loop.load(tiny), torch.device("cpu"))
+    first = run.chunks[0][0].clone()
+    for step in range(1, 2 * steps + 1):
+        run.take_step()
+        drawn_anew = step >= steps and (bool(changes) or recipe == "sgd")
+        assert torch.equal(run.chunks[0][0], first) == (not drawn_anew), step
+
+
 def test_the_sizes_of_a_run(tiny, tmp_path, capsys):
     options = tiny_runs.options(tiny, tmp_path / "run", "fb", steps=1, augment="fixed", replicas=3)
     loop.train(options)

@@ -245,8 +245,8 @@ def evaluate(
     for input, target in Chunks(split, size):
         output = model(input)
         if flip:
-            both = torch.stack([output, model(input.flip(-1))]).log_softmax(2)
-            output = both.logsumexp(0) - math.log(2)
+            both = torch.stack([output, model(input.flip(-1))])
+            output = both.log_softmax(2).logsumexp(0)
         correct = correct + (output.argmax(1) == target).sum()
         loss = loss + nn.functional.cross_entropy(output, target, reduction="sum")
     model.train(training)
