@@ -26,6 +26,8 @@ MOST_ADDITIONS = 2**21
 REACH = 94
 # The unit until a first pass has shown how large contributions are.
 FIRST_EXPONENT = -72
+# The least exponent of a unit, so that its inverse is a float64; for gradients in float64 only.
+LEAST_EXPONENT = -1000
 # Significant bits of a weight, with which its product with a float32 is exact in float64.
 WEIGHT_BITS = 29
 
@@ -120,8 +122,10 @@ class FixedPoint:
         for exponent, largest in zip(self._exponents, maxima.tolist(), strict=True):
             if largest > 0 and math.isfinite(largest):
                 top = math.frexp(largest)[1]  # 2^(top - 1) <= M < 2^top
-                fits &= top + spread - REACH <= exponent <= top - PRECISION - spread
-                exponent = top - max(LEAST_BITS, PRECISION + MARGIN + spread)
+                coarsest = max(top - PRECISION - spread, LEAST_EXPONENT)
+                fits &= top + spread - REACH <= exponent <= coarsest
+                bits = max(LEAST_BITS, PRECISION + MARGIN + spread)
+                exponent = max(top - bits, LEAST_EXPONENT)
             chosen.append(exponent)
         for own, part in zip(self._maxima, maxima.split(list(map(len, self._maxima))), strict=True):
             own.copy_(part)

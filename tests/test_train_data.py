@@ -1,16 +1,20 @@
-"""The data sets and the networks of the training program."""
+"""The data sets of the training program."""
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import random
+import sys
+import tarfile
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from fbopt.train import models
 from fbopt.train.data import Chunks, from_arrays
+from fbopt.train.loop import train
+from fbopt.train.options import Options
 from fbopt.train.sources import DataError, load, parse
 
 
@@ -100,7 +104,9 @@ def test_files_that_are_no_archives(tmp_path, content):
         load(f"npz:{tmp_path / 'd.npz'}")
 
 
-@pytest.mark.parametrize("spec", ["", "mnist", "npz", "npz:", "mnist1d:x", "imagefolder:"])
+@pytest.mark.parametrize(
+    "spec", ["", "mnist", "npz", "npz:", "mnist1d:x", "imagefolder:", "cifar", "cifar10:x"]
+)
 def test_unknown_data(spec):
     with pytest.raises(DataError, match="--data"):
         parse(spec)
@@ -146,6 +152,149 @@ def test_imagefolder_errors(images):
         load(f"imagefolder:{images}")
 
 
+def test_decoded_images_are_kept(images, tmp_path, monkeypatch):
+    """Many images are decoded once; another file, or a damaged cache, and they are decoded anew."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("FBOPT_CACHE_DIR", str(cache))
+    spec = f"imagefolder:{images}"
+    expected = load(spec, 16).sha256()
+    assert not cache.exists()
+    monkeypatch.setattr("fbopt.train.images.CACHE_FROM", 4)
+    assert load(spec, 16).sha256() == expected
+    kept = sorted(cache.glob("images-*.npy"))
+    assert len(kept) == 2 and len([*cache.iterdir()]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("fbopt.train.images._decoded", lambda *a: pytest.fail("decoded again"))
+        assert load(spec, 16).sha256() == expected
+    for damage in (b"", kept[0].read_bytes()[:-7], b"text"):
+        kept[0].write_bytes(damage)
+        assert load(spec, 16).sha256() == expected
+    assert load(spec, 8).train.x.shape[-1] == 8
+    file = images / "train" / "cat" / "0.png"
+    file.write_bytes((images / "train" / "dog" / "0.png").read_bytes())
+    data = load(spec, 16)
+    assert data.sha256() != expected and torch.equal(data.train.x[0], data.train.x[5])
+
+
+def write_cifar(folder, kind: str) -> dict:
+    """A tiny data set in the files of CIFAR-10 or CIFAR-100, and what torchvision has to expect."""
+    rng = np.random.default_rng(0)
+    ten = kind == "cifar10"
+    label = "labels" if ten else "fine_labels"
+    parts = {"data_batch_1": 40, "data_batch_2": 20, "test_batch": 30}
+    if not ten:
+        parts = {"train": 60, "test": 30}
+    folder = folder / ("cifar-10-batches-py" if ten else "cifar-100-python")
+    folder.mkdir(parents=True)
+    names = "label_names" if ten else "fine_label_names"
+    files = {"batches.meta" if ten else "meta": {names: [f"class {i}" for i in range(10)]}}
+    for name, count in parts.items():
+        labels = np.arange(count) % 10
+        x = np.clip(rng.normal(25 * labels[:, None], 9, (count, 3072)), 0, 255).astype(np.uint8)
+        files[name] = {"data": x, label: labels.tolist()}
+    sums = {}
+    for name, content in files.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    meta = next(iter(files))
+    return {
+        "files": files,
+        "train_list": [[n, sums[n]] for n in parts if "test" not in n],
+        "test_list": [[n, sums[n]] for n in parts if "test" in n],
+        "meta": {"filename": meta, "key": names, "md5": sums[meta]},
+    }
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("torchvision.datasets")
+
+    def make(kind: str):
+        facts = write_cifar(tmp_path, kind)
+        for name in ("train_list", "test_list", "meta"):
+            monkeypatch.setattr(getattr(datasets, kind.upper()), name, facts[name])
+        return facts["files"]
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
+def test_cifar_files(tmp_path, cifar, kind):
+    files = cifar(kind)
+    data = load(kind, folder=tmp_path)
+    rows = [c["data"] for n, c in files.items() if "data" in c and "test" not in n]
+    x = torch.from_numpy(np.concatenate(rows)).reshape(60, 3, 32, 32)
+    assert torch.equal(data.train.x, x) and data.train.x.dtype == torch.uint8
+    assert len(data.test) == 30 and data.classes == 10 and data.shape == (3, 32, 32)
+    assert data.train.y.tolist() == [i % 10 for i in range(60)]
+    mean, deviation = {
+        "cifar10": ((0.49147, 0.48226, 0.44677), (0.24703, 0.24349, 0.26159)),
+        "cifar100": ((0.50716, 0.48669, 0.44120), (0.26733, 0.25644, 0.27615)),
+    }[kind]
+    found, _ = data.test.batch(slice(None))
+    expected = data.test.x.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)
+    expected /= torch.tensor(deviation).double().view(3, 1, 1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("augment", ["none", "random", "fixed"])
+def test_cifar_files_train(tmp_path, cifar, monkeypatch, capsys, augment):
+    """The whole path: torchvision, uint8, augmentation, the paper's ResNet at reduced width."""
+    cifar("cifar10")
+    monkeypatch.setattr("fbopt.train.loop.draw_curves", lambda folder, options: False)
+    options = Options(
+        data="cifar10",
+        data_dir=tmp_path,
+        recipe="fb",
+        width=2,
+        steps=6,
+        chunk_size=32,
+        augment=augment,
+        threads=1,
+        out=tmp_path / "run",
+    )
+    records = train(options).folder.read_metrics()
+    assert records[-1]["loss"] < records[0]["loss"] and records[-1]["step"] == 6
+    assert f"({600 if augment == 'fixed' else 60} samples in chunks" in capsys.readouterr().out
+
+
+CURE = r".*[wW]ithout a network: bring http\S+cifar-10-python.tar.gz .MD5 .*--download, which then"
+
+
+def test_cifar_that_is_not_there(tmp_path, cifar, monkeypatch):
+    """Missing, damaged or offline: what to do about it; an archive put there is unpacked."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    folder = tmp_path / "d"
+    with pytest.raises(DataError, match=f"no intact cifar-10-batches-py in .*; add --down{CURE}"):
+        load("cifar10", folder=folder)
+    monkeypatch.setattr("socket.socket.connect", offline)
+    monkeypatch.setattr("socket.getaddrinfo", offline)
+    with pytest.raises(DataError, match=f"not downloaded to .*is unreachable.*; try again{CURE}"):
+        load("cifar10", folder=folder, download=True)
+    cifar("cifar10")
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "cifar-10-batches-py", "cifar-10-batches-py")
+    content = (folder / "cifar-10-python.tar.gz").read_bytes()
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
+    whole = load("cifar10", folder=folder, download=True)
+    assert whole.sha256() == load("cifar10", folder=tmp_path).sha256()
+    batch = folder / "cifar-10-batches-py" / "data_batch_1"
+    batch.write_bytes(batch.read_bytes()[:-1])
+    with pytest.raises(DataError, match="no intact cifar-10-batches-py"):
+        load("cifar10", folder=folder)
+
+
+def test_cifar_needs_torchvision(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(DataError, match="--data cifar10 needs the package torchvision: pip"):
+        load("cifar10")
+
+
+def offline(*arguments, **more):
+    raise OSError("the network is unreachable")
+
+
 def test_chunks_are_a_fixed_order_and_can_be_read_again():
     data = from_arrays(**arrays(), name="test")
     chunks = Chunks(data.train, 8)
@@ -158,45 +307,3 @@ def test_constant_channel_is_not_divided_by_zero():
     values = arrays() | {"x_train": np.full((30, 1, 8, 8), 7, np.uint8)}
     x, _ = from_arrays(**values, name="test").train.batch(slice(None))
     assert torch.equal(x, torch.zeros_like(x))
-
-
-def test_cnn_is_the_mnist1d_baseline():
-    model = models.build("cnn", (1, 40), 10)
-    assert models.count_parameters(model) == 5210
-    assert [type(m) for m in model].count(nn.Conv1d) == 3
-    assert not any(isinstance(m, nn.BatchNorm1d) for m in model.modules())
-    assert model(torch.zeros(2, 1, 40)).shape == (2, 10)
-
-
-@pytest.mark.parametrize("shape", [(1, 3), (2, 41), (1, 8, 8), (3, 32, 32), (1, 5, 9)])
-def test_cnn_takes_signals_and_images(shape):
-    assert models.build("cnn", shape, 4, width=3)(torch.zeros(2, *shape)).shape == (2, 4)
-
-
-def test_resnet18_is_the_papers():
-    model = models.build("resnet18", (3, 32, 32), 10)
-    assert models.count_parameters(model) == 11_173_962
-    assert len(list(model.parameters())) == 62
-    assert model.stem.kernel_size == (3, 3) and model.stem.stride == (1, 1)
-    shortcut = model.stage2[0].downsample
-    assert [type(m) for m in shortcut] == [nn.AvgPool2d, nn.Conv2d, nn.BatchNorm2d]
-    assert shortcut[1].kernel_size == (1, 1) and shortcut[1].stride == (1, 1)
-    assert model.stage1[0].downsample is None
-    for stage in (model.stage1, model.stage2, model.stage3, model.stage4):
-        for block in stage:
-            assert not block.bn2.weight.any() and (block.bn1.weight == 1).all()
-    fan_out = 9 * 512
-    deviation = model.stage4[1].conv2.weight.std().item()
-    assert deviation == pytest.approx((2 / fan_out) ** 0.5, rel=0.01)
-
-
-@pytest.mark.parametrize("side", [8, 28, 32, 33])
-def test_resnet18_takes_any_side(side):
-    model = models.build("resnet18", (1, side, side), 5, width=4)
-    assert model(torch.zeros(2, 1, side, side)).shape == (2, 5)
-
-
-@pytest.mark.parametrize(("name", "shape"), [("resnet18", (1, 40)), ("cnn", (1, 2))])
-def test_networks_refuse_shapes(name, shape):
-    with pytest.raises(ValueError, match="--model"):
-        models.build(name, shape, 10)

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from fbopt.train import models, recipes
 from fbopt.train.draws import epoch_order
-from fbopt.train.match import check_resume
+from fbopt.train.match import check_resume, differences
 from fbopt.train.options import ModelName, Options, OptionsError, RecipeName, flag, resolve
 from fbopt.train.run import rate_factor
 
@@ -34,13 +35,13 @@ def test_the_papers_hyperparameters():
     assert row("fb-strong") == (0.8, 3000, 400, 4000, 32, 0.25, 0.5)
 
 
-@pytest.mark.parametrize("data", ["mnist1d", "digits", "imagefolder:x"])
+@pytest.mark.parametrize("data", ["mnist1d", "digits", "cifar10", "imagefolder:x"])
 @pytest.mark.parametrize("recipe", recipes.NAMES)
 def test_nothing_is_left_open(data, recipe):
     o = resolve(Options(data=data, recipe=recipe))
     open_names = {f.name for f in fields(o) if getattr(o, f.name) is None}
     allowed = {"width", "threads", "out", "resume", "max_norm", "penalty", "radius", "method"}
-    allowed.add("save_every")
+    allowed |= {"save_every", "data_dir", "replicas"}
     allowed |= {"steps", "chunk_size"} if o.stochastic else {"epochs", "batch_size"}
     assert open_names <= allowed
     assert Options.from_json(o.as_json()) == o
@@ -61,6 +62,33 @@ def test_what_is_given_wins():
     assert (o.penalty, o.radius, o.method) == (0.1, 0.01, "forward")
     o = resolve(Options(scale="images", steps=300, cosine=77))
     assert (o.model, o.warmup, o.cosine, o.threads) == ("resnet18", 40, 77, None)
+
+
+def test_augmentation():
+    assert [resolve(Options(recipe=r)).chunks for r in ("sgd", "fb")] == ["shuffled", "fixed"]
+    o = resolve(Options())
+    assert (o.augment, o.replicas, o.with_clean, o.decay) == ("none", None, False, "all")
+    o = resolve(Options(augment="fixed"))
+    assert (o.replicas, o.with_clean) == (10, False) and resolve(o) == o
+    o = resolve(Options(augment="fixed", replicas=40, with_clean=True, chunks="shuffled"))
+    assert (o.replicas, o.with_clean, o.chunks) == (40, True, "shuffled")
+    o = resolve(Options(data="cifar10", data_dir=Path("x"), download=True))
+    assert o.scale == "images" and Options.from_json(o.as_json()) == o
+    assert str(o.folder) == "runs/cifar10-fb-penalty-s0"
+
+
+def test_runs_of_earlier_versions_keep_their_meaning():
+    """What they had no option for was as the recipe says: the same run now, and no difference."""
+    new = ("augment", "replicas", "with_clean", "chunks", "decay", "label_smoothing", "tta")
+    for recipe in recipes.NAMES:
+        now = resolve(Options(recipe=recipe))
+        made = {k: v for k, v in now.as_json().items() if k not in (*new, "data_dir", "download")}
+        assert Options.from_json(made) == now
+        assert not differences(made, now.as_json())
+        assert not differences(made, now.as_json() | {"data_dir": "elsewhere"})
+    assert differences(made, now.as_json() | {"augment": "random"}) == [
+        ("--augment", "none", "random")
+    ]
 
 
 def test_run_folder_names():
@@ -108,6 +136,19 @@ BAD = {
     "steps for sgd": ({"recipe": "sgd", "steps": 3}, "--steps is only for .*use --epochs"),
     "chunks for sgd": ({"recipe": "sgd", "chunk_size": 3}, "--chunk-size.*use --batch-size"),
     "penalty for sgd": ({"recipe": "sgd", "penalty": 0.5}, "--penalty is only for.*leave it out"),
+    "augment": ({"augment": "flip"}, "--augment flip: choose none, random, fixed"),
+    "chunks": ({"chunks": "sorted"}, "--chunks sorted: choose fixed, shuffled, replacement"),
+    "decay": ({"decay": "none"}, "--decay none: choose all, weights"),
+    "tta": ({"tta": "crop"}, "--tta crop: choose none, flip"),
+    "smoothing": ({"label_smoothing": 1.0}, "--label-smoothing 1.0: has to be at least 0 and"),
+    "replicas": ({"augment": "fixed", "replicas": 0}, "--replicas 0: has to be at least 1"),
+    "replicas, random": (
+        {"augment": "random", "replicas": 3},
+        "--replicas has no effect without --augment fixed",
+    ),
+    "clean, none": ({"with_clean": True}, "--with-clean has no effect without --augment fixed"),
+    "folder": ({"data_dir": Path("x")}, "--data-dir is only for --data cifar10 and cifar100"),
+    "download": ({"download": True}, "--download is only for --data cifar10 and cifar100"),
     "radius, no penalty": ({"recipe": "fb", "radius": 0.1}, "--radius has no effect without"),
     "method, no penalty": ({"penalty": 0.0, "method": "exact"}, "--method has no effect without"),
 }

@@ -1,19 +1,25 @@
 """A data set as tensors that live on the device: no loader, no copy per step.
 
-Images stay uint8 and are normalised chunk by chunk with the training set's mean and deviation.
+Images stay uint8 and are normalised chunk by chunk, with published constants or the training set's
+mean and deviation.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fbopt.train.draws import epoch_order, replacements
 from fbopt.train.sources import DataError
+
+if TYPE_CHECKING:
+    from fbopt.train.augment import Augmented
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,21 @@ class Split:
     def __len__(self) -> int:
         return len(self.y)
 
-    def batch(self, index: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """The float32 samples and int64 labels at `index` (a slice, or int64 positions)."""
-        x = self.x[index]
-        if self.mean is not None:
-            x = (x.float() - self.mean) / self.deviation
-        return x, self.y[index]
+    @property
+    def device(self) -> torch.device:
+        """Where the samples live."""
+        return self.x.device
+
+    def batch(self, index: slice | Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
+        """The float32 samples and int64 labels at `index` (a slice, or int64 positions).
+
+        `number` is that of the pass; these samples are the same in every pass.
+        """
+        return self.normalised(self.x[index]), self.y[index]
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Samples like `self.x` as the model reads them."""
+        return x if self.mean is None else (x.float() - self.mean) / self.deviation
 
     def to(self, device: torch.device | str) -> Split:
         """The same samples on `device`, images with their channels last in memory."""
@@ -50,15 +65,23 @@ class Split:
 class Chunks:
     """A split, `size` samples at a time, the last chunk ragged; re-iterable.
 
-    Chunk i holds the samples from i·size on. `order` lists the chunks in the order to visit, by
-    default 0, 1, …; `begin(i)` is called before chunk i is handed out. Of `processes` each visits
-    every so manieth of them, from the one at its `rank` on.
+    Chunk i of a pass holds the samples from i·size on, in an order that `sampling` names: "fixed",
+    the split's own; "shuffled", a new one every pass; "replacement", draws with replacement, as
+    many as there are samples. It depends on `seed` and the pass, whose number `now()` tells.
+
+    `order` lists the chunks in the order to visit, by default 0, 1, …; `begin(i)` is called before
+    chunk i is handed out. Of `processes` each visits every so manieth of them, from the one at its
+    `rank` on.
     """
 
-    split: Split
+    split: Split | Augmented
     size: int
     order: Sequence[int] | None = None
     begin: Callable[[int], None] | None = None
+    sampling: str = "fixed"
+    seed: int = 0
+    now: Callable[[], int] = lambda: 0
+    _drawn: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     rank: int = 0
     processes: int = 1
 
@@ -70,21 +93,43 @@ class Chunks:
         for index in order[self.rank :: self.processes]:
             if self.begin is not None:
                 self.begin(index)
-            yield self.split.batch(slice(index * self.size, (index + 1) * self.size))
+            yield self[index]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """The samples and labels of chunk `index` in the present pass."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"chunk {index} of {len(self)}")
+        number = self.now()
+        place = slice(index * self.size, (index + 1) * self.size)
+        if self.sampling != "fixed":
+            place = self._positions(number)[place]
+        return self.split.batch(place, number)
+
+    def _positions(self, number: int) -> Tensor:
+        """The positions of all samples of a pass, kept until the next one."""
+        if number not in self._drawn:
+            draw = (len(self.split), self.seed, number)
+            device = self.split.device
+            shuffled = self.sampling == "shuffled"
+            self._drawn.clear()
+            self._drawn[number] = (
+                epoch_order(*draw).to(device) if shuffled else replacements(*draw, device)
+            )
+        return self._drawn[number]
 
 
 @dataclass(frozen=True)
 class Data:
     """A training and a test split with `classes` labels 0 … classes − 1."""
 
-    train: Split
+    train: Split | Augmented
     test: Split
     classes: int
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample: (channels, length) or (channels, height, width)."""
-        return tuple(self.train.x.shape[1:])
+        return tuple(self.test.x.shape[1:])
 
     def to(self, device: torch.device | str) -> Data:
         """Both splits on `device`."""
@@ -99,11 +144,12 @@ class Data:
         return digest.hexdigest()
 
 
-def from_arrays(x_train, y_train, x_test, y_test, name: str) -> Data:
+def from_arrays(x_train, y_train, x_test, y_test, name: str, moments=None) -> Data:
     """Check four arrays and make them a data set.
 
-    x is (N, length), (N, channels, length) or (N, channels, height, width): uint8 is normalised by
-    the training set, anything else is taken as it is, as float32. y is (N,) of integers from 0.
+    x is (N, length), (N, channels, length) or (N, channels, height, width): uint8 is normalised,
+    anything else is taken as it is, as float32. y is (N,) of integers from 0. `moments` are the
+    means and deviations of the channels as shares of 255, by default the training set's own.
     """
     x_train, y_train = _check(x_train, y_train, f"{name}: x_train", f"{name}: y_train")
     x_test, y_test = _check(x_test, y_test, f"{name}: x_test", f"{name}: y_test")
@@ -120,7 +166,7 @@ def from_arrays(x_train, y_train, x_test, y_test, name: str) -> Data:
         )
     mean = deviation = None
     if x_train.dtype == torch.uint8:
-        mean, deviation = _moments(x_train)
+        mean, deviation = _moments(x_train) if moments is None else _published(x_train, moments)
     return Data(
         Split(x_train, y_train, mean, deviation), Split(x_test, y_test, mean, deviation), classes
     )
@@ -158,3 +204,9 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     deviation[deviation == 0] = 1
     column = (-1, *(1 for _ in others[1:]))
     return mean.float().view(column), deviation.float().view(column)
+
+
+def _published(x: Tensor, moments: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:
+    """Given means and deviations of a uint8 tensor's channels, as float32 (channels, 1, …)."""
+    column = (-1, *(1 for _ in x.shape[2:]))
+    return tuple((torch.tensor(m, dtype=torch.float64) * 255).float().view(column) for m in moments)

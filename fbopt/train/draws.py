@@ -1,7 +1,8 @@
 """Random draws that depend on what they are for, not on the process or on what came before.
 
-Dropout masks are a function of (seed, step, chunk), the order of samples of (seed, epoch): a
-resumed run, another order of the chunks or another process draws the same.
+Dropout masks are a function of (seed, step, chunk), the order of samples of (seed, pass), an
+image's crop of (seed, draw, sample): a resumed run, another order of the chunks or another process
+draws the same.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+
+CROPS, REPLACEMENT = 1, 2  # what a key of `hashed` is for
 
 
 def mix(seed: int, *key: int) -> int:
@@ -35,3 +38,48 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
     mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
     return torch.randperm(samples, generator=generator)
+
+
+def replacements(samples: int, seed: int, number: int, device: torch.device) -> Tensor:
+    """As many draws with replacement as there are samples, int64 (samples,), for pass `number`."""
+    place = torch.arange(samples, device=device)
+    bits = hashed(mix(seed, REPLACEMENT), torch.full_like(place, number), place)
+    return below(samples, bits)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit word."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+_GAMMA = _signed(0x9E3779B97F4A7C15)
+_FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+
+
+def hashed(key: int, *counters: Tensor) -> Tensor:
+    """64 random bits (as int64) for each tuple of counters: the same on CPU and CUDA.
+
+    h ← splitmix64(h + (counter + 1)·γ), from h = key on, in arithmetic modulo 2**64 (Steele, Lea &
+    Flood 2014, "Fast splittable pseudorandom number generators", section 5; Vigna's constants).
+
+    Args:
+        key: a number below 2**63, from `mix`.
+        counters: int64, of shapes that broadcast.
+    """
+    state: Tensor | int = key
+    for counter in counters:
+        z = state + (counter + 1) * _GAMMA
+        z = (z ^ _shifted(z, 30)) * _FIRST
+        z = (z ^ _shifted(z, 27)) * _SECOND
+        state = z ^ _shifted(z, 31)
+    return state
+
+
+def _shifted(word: Tensor, by: int) -> Tensor:
+    """A logical shift to the right; torch's keeps the sign."""
+    return (word >> by) & ((1 << (64 - by)) - 1)
+
+
+def below(bound: int, bits: Tensor, start: int = 0) -> Tensor:
+    """Integers 0 … bound − 1 from 31 of the bits, from bit `start` on; bias below bound/2**31."""
+    return ((_shifted(bits, start) if start else bits) & (2**31 - 1)) * bound >> 31

@@ -82,7 +82,7 @@ def _build(options: Options, world: World) -> tuple[Run, str]:
     device = world.device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    data = load(options.data, options.image_size)
+    data = load(options.data, options.image_size, options.data_dir, options.download)
     return Run(options, data.to(device), device, world), data.sha256()
 
 

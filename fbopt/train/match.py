@@ -8,13 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from fbopt.train.options import Options, OptionsError, flag
+from fbopt.train.options import Options, OptionsError, flag, implied
 
 # Options that change where a run lies, how fast it goes or what it keeps, but not what it computes.
 FREE = (
-    "out", "resume", "overwrite", "device", "threads", "save_every", "keep", "fingerprint_every",
+    "out", "resume", "overwrite", "data_dir", "download", "device", "threads", "save_every", "keep",
+    "fingerprint_every",
 )  # fmt: skip
-_WITH_RESUME = ("resume", "device", "threads", "save_every", "keep", "fingerprint_every")
+_WITH_RESUME = (
+    "resume", "data_dir", "download", "device", "threads", "save_every", "keep",
+    "fingerprint_every",
+)  # fmt: skip
 
 
 def check_resume(options: Options) -> None:
@@ -36,7 +40,7 @@ def given(options: Options) -> dict[str, Any]:
 
 def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The options that differ between two runs' `as_json`: the flag and both values."""
-    defaults = {field.name: field.default for field in fields(Options)}
+    defaults = {field.name: field.default for field in fields(Options)} | implied(made)
     names = [name for name in dict.fromkeys([*now, *made]) if name not in FREE]
     pairs = ((n, made.get(n, defaults.get(n)), now.get(n, defaults.get(n))) for n in names)
     return [(flag(name), _word(old), _word(new)) for name, old, new in pairs if old != new]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,9 +12,15 @@ from fbopt.train.recipes import RECIPES, Recipe, scale_of
 from fbopt.train.sources import DataError, parse
 
 RecipeName = Literal["sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong"]
-ModelName = Literal["cnn", "resnet18"]
+ModelName = Literal[
+    "cnn", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnet20", "resnet32", "resnet56", "resnet110", "vgg11", "vgg13", "vgg16", "vgg19",
+    "densenet121", "densenet169",
+]  # fmt: skip
 Method = Literal["forward", "central", "exact"]
 Accumulation = Literal["float32", "exact"]
+Augment = Literal["none", "random", "fixed"]
+Sampling = Literal["fixed", "shuffled", "replacement"]
 
 
 class OptionsError(ValueError):
@@ -30,21 +37,40 @@ class Options:
     """
 
     data: str = "mnist1d"
-    """Data set: mnist1d, digits, npz:PATH (x_train, y_train, x_test, y_test) or imagefolder:PATH
-    (train/CLASS/IMAGE and test/CLASS/IMAGE)."""
+    """Data set: mnist1d, digits, cifar10, cifar100, npz:PATH (x_train, y_train, x_test, y_test) or
+    imagefolder:PATH (train/CLASS/IMAGE and test/CLASS/IMAGE)."""
+    data_dir: Path | None = None
+    """Folder with the files of cifar10 or cifar100. Default: data."""
+    download: bool = False
+    """Download cifar10 or cifar100 where they are not in that folder."""
     recipe: RecipeName = "fb-penalty"
     """Row of the paper's ladder to follow."""
     scale: Literal["small", "images"] | None = None
     """Which version of the recipe: the paper's for images, or one scaled down for small data sets.
-    Default: images for imagefolder, else small."""
+    Default: images for imagefolder, cifar10 and cifar100, else small."""
     model: ModelName | None = None
-    """Network: a small CNN without BatchNorm, or the paper's ResNet-18 for 32×32 images."""
+    """Network: a small CNN without BatchNorm; or, for images, the paper's ResNets (18 to 152),
+    He et al.'s for CIFAR (20 to 110), VGGs with BatchNorm, DenseNets."""
     width: int | None = None
-    """Channels of the network's first layer. Default: 25 for cnn, 64 for resnet18."""
+    """Channels of the network's first layer, which the others follow. Default: 25 for cnn, 16 for
+    resnet20 to resnet110, else 64."""
     image_size: int = 32
     """Side in pixels that imagefolder's images are resized to."""
+    augment: Augment | None = None
+    """Random crops (after padding by 4 black pixels) and horizontal flips of the training images:
+    none; random, new ones in every pass; or fixed, the same few of every image in every pass, an
+    enlarged data set that is never stored. sgd visits one of these replicas per epoch."""
+    replicas: int | None = None
+    """Draws of every image for --augment fixed. Default: 10."""
+    with_clean: bool = False
+    """For --augment fixed: the first of the replicas is the images as they are."""
+    chunks: Sampling | None = None
+    """How samples are put into chunks or mini-batches: fixed, in the data's order; shuffled, in a
+    new order every pass; replacement, drawn with replacement. Default: shuffled for sgd, else
+    fixed."""
     seed: int = 0
-    """Seed of the initial weights and, for sgd, of the order of the samples."""
+    """Seed of the initial weights and of all that is drawn: the order of the samples, crops, flips
+    and dropout masks."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto is cuda where there is one."""
     threads: int | None = None
@@ -89,8 +115,15 @@ class Options:
     accumulation: Accumulation = "float32"
     """How gradients are summed over chunks (not for sgd): in float32, or exact: in integers, with
     the same bits in any order of the chunks and on any number of processes."""
+    decay: Literal["all", "weights"] | None = None
+    """What decays: all parameters, or only the weights of convolutions and linear layers."""
+    label_smoothing: float | None = None
+    """Share of the target that is spread evenly over the classes, in training only."""
     dropout: float = 0.0
     """Probability with which an input of the last layer is dropped."""
+    tta: Literal["none", "flip"] = "none"
+    """Test-time augmentation: flip averages the probabilities of every test image and its mirror
+    image."""
     eval_every: int | None = None
     """Passes between two evaluations on the test set. Default: a hundredth of the run."""
     log_every: int | None = None
@@ -119,7 +152,7 @@ class Options:
 
     @property
     def data_name(self) -> str:
-        """A short name of the data set: mnist1d, digits, or the end of the path."""
+        """A short name of the data set: its own, or the end of the path."""
         kind, path = parse(self.data)
         return kind if path is None else path.stem or kind
 
@@ -129,15 +162,18 @@ class Options:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Options:
-        """The options that `as_json` gave."""
-        paths = {k: values[k] for k in ("out", "resume") if values.get(k) not in (None, "auto")}
-        return cls(**{**values, **{k: Path(v) for k, v in paths.items()}})
+        """The options that `as_json` gave, in this or an earlier version."""
+        names = ("out", "resume", "data_dir")
+        paths = {k: Path(values[k]) for k in names if values.get(k) not in (None, "auto")}
+        known = {field.name for field in fields(cls)}
+        earlier = {k: v for k, v in implied(values).items() if k in known}
+        return cls(**{**earlier, **values, **paths})
 
 
 _SGD_ONLY = ("epochs", "batch_size")
 _FULL_BATCH_ONLY = ("steps", "chunk_size", "penalty", "radius", "method")
-_COUNTS = """width image_size threads steps epochs cosine chunk_size batch_size eval_every log_every
-save_every keep"""
+_COUNTS = """width image_size replicas threads steps epochs cosine chunk_size batch_size eval_every
+log_every save_every keep"""
 # lower bound, whether the bound itself is allowed, upper bound (never reached)
 _BOUNDS = {
     **dict.fromkeys(_COUNTS.split(), (1, True, math.inf)),
@@ -145,7 +181,7 @@ _BOUNDS = {
         ("seed", "warmup", "penalty", "weight_decay", "fingerprint_every"), (0, True, math.inf)
     ),
     **dict.fromkeys(("lr", "radius"), (0, False, math.inf)),
-    **dict.fromkeys(("momentum", "dropout"), (0, True, 1)),
+    **dict.fromkeys(("momentum", "dropout", "label_smoothing"), (0, True, 1)),
 }
 _CHOICES = {
     "recipe": get_args(RecipeName),
@@ -153,7 +189,17 @@ _CHOICES = {
     "model": get_args(ModelName),
     "method": get_args(Method),
     "accumulation": get_args(Accumulation),
+    "augment": get_args(Augment),
+    "chunks": get_args(Sampling),
+    "decay": ("all", "weights"),
+    "tta": ("none", "flip"),
 }
+
+
+def implied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What options that a run's version of fbopt did not have yet meant: what its recipe says."""
+    recipe = RECIPES.get(values.get("scale"), {}).get(values.get("recipe"))
+    return {} if recipe is None else asdict(recipe)
 
 
 def flag(name: str) -> str:
@@ -177,9 +223,14 @@ def check(options: Options) -> None:
         raise OptionsError("--overwrite contradicts --resume auto; leave one of them out")
     _check_belongs(options)
     try:
-        parse(options.data)
+        kind, _ = parse(options.data)
     except DataError as error:
         raise OptionsError(str(error)) from error
+    for name in ("data_dir", "download"):
+        if getattr(options, name) and not kind.startswith("cifar"):
+            raise OptionsError(
+                f"{flag(name)} is only for --data cifar10 and cifar100; leave it out"
+            )
 
 
 def _check_bounds(name: str, value: float, low: float, closed: bool, high: float) -> None:
@@ -216,7 +267,8 @@ def _check_belongs(options: Options) -> None:
 def resolve(options: Options) -> Options:
     """Fill in everything that was left out from the recipe; checks the result too.
 
-    Without clipping `max_norm` becomes None, without a penalty `penalty`, `radius` and `method` do.
+    Without clipping `max_norm` becomes None; without a penalty `penalty`, `radius` and `method` do,
+    without fixed augmentation `replicas`.
     """
     check(options)
     scale = options.scale or scale_of(options.data)
@@ -233,6 +285,12 @@ def resolve(options: Options) -> Options:
     if not values["penalty"]:
         _check_no_penalty(options)
         values |= {"penalty": None, "radius": None, "method": None}
+    if values["augment"] == "fixed":
+        values["replicas"] = values["replicas"] or 10
+        values["with_clean"] = options.with_clean or recipe.with_clean
+    else:
+        _check_not_fixed(options)
+        values |= {"replicas": None, "with_clean": False}
     if options.momentum == 0:
         values["nesterov"] = bool(options.nesterov)
     if (scale, values["model"]) == ("small", "cnn"):
@@ -257,3 +315,9 @@ def _check_no_penalty(options: Options) -> None:
                 f"{flag(name)} has no effect without a penalty; add --penalty 0.5 "
                 "or use --recipe fb-penalty"
             )
+
+
+def _check_not_fixed(options: Options) -> None:
+    for name in ("replicas", "with_clean"):
+        if getattr(options, name):
+            raise OptionsError(f"{flag(name)} has no effect without --augment fixed; add it")

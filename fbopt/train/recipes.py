@@ -16,7 +16,8 @@ class Recipe:
 
     The learning rate rises linearly over `warmup` passes, then follows a cosine that would reach
     zero after `cosine` more; a pass is an epoch of SGD or one full-batch step. The penalty is
-    λ = lr·penalty/4 with the current learning rate (the authors' convention).
+    λ = lr·penalty/4 with the current learning rate (the authors' convention). `decay`, `augment`,
+    `replicas`, `with_clean` and `chunks` are what `fbopt train --help` says of these options.
     """
 
     summary: str
@@ -35,6 +36,12 @@ class Recipe:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
+    decay: str = "all"
+    label_smoothing: float = 0.0
+    augment: str = "none"
+    replicas: int | None = None
+    with_clean: bool = False
+    chunks: str = "fixed"
 
     @property
     def stochastic(self) -> bool:
@@ -58,18 +65,22 @@ def _ladder(sgd: Recipe, fb: Recipe, long: Recipe) -> dict[str, Recipe]:
     }
 
 
-_SGD = "stochastic baseline: shuffled mini-batches"
+def _sgd(model: str, **values: float) -> Recipe:
+    summary = "stochastic baseline: shuffled mini-batches"
+    return Recipe(summary, model, warmup=5, chunks="shuffled", **values)
+
+
 _FB = "full batch, nothing else changed from sgd"
 _LONG = "full batch, many more steps, larger rate, long warm-up"
 
 RECIPES: dict[str, dict[str, Recipe]] = {
     "images": _ladder(
-        Recipe(_SGD, "resnet18", lr=0.1, warmup=5, cosine=300, epochs=300, batch_size=128),
+        _sgd("resnet18", lr=0.1, cosine=300, epochs=300, batch_size=128),
         Recipe(_FB, "resnet18", lr=0.1, warmup=5, cosine=300, steps=300, chunk_size=128),
         Recipe(_LONG, "resnet18", lr=0.4, warmup=400, cosine=4000, steps=3000, chunk_size=128),
     ),
     "small": _ladder(
-        Recipe(_SGD, "cnn", lr=0.05, warmup=5, cosine=200, epochs=200, batch_size=100),
+        _sgd("cnn", lr=0.05, cosine=200, epochs=200, batch_size=100),
         Recipe(_FB, "cnn", lr=0.05, warmup=5, cosine=200, steps=200, chunk_size=128),
         Recipe(_LONG, "cnn", lr=0.4, warmup=100, cosine=1300, steps=1000, chunk_size=128),
     ),
@@ -78,5 +89,5 @@ NAMES = tuple(RECIPES["small"])
 
 
 def scale_of(data: str) -> str:
-    """The scale that `--data` has unless `--scale` says otherwise: images only for imagefolder."""
-    return "images" if data.startswith("imagefolder:") else "small"
+    """The scale that `--data` has unless `--scale` says otherwise: "images", or "small"."""
+    return "images" if data.startswith(("imagefolder:", "cifar")) else "small"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor, nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
 from fbopt.train import models
+from fbopt.train.augment import augmented, sampling
 from fbopt.train.data import Chunks, Data, Split
-from fbopt.train.draws import epoch_order, seed_chunk
+from fbopt.train.draws import seed_chunk
 from fbopt.train.options import Options, OptionsError
 from fbopt.train.processes import World
 
@@ -43,7 +46,8 @@ class Run:
     def __init__(
         self, options: Options, data: Data, device: torch.device, world: World | None = None
     ) -> None:
-        self.options, self.data, self.device = options, data, device
+        self.options, self.device = options, device
+        self.data = replace(data, train=augmented(data.train, options))
         self.world = world or World()
         torch.manual_seed(options.seed)
         try:
@@ -56,9 +60,18 @@ class Run:
         if len(data.shape) == 3:
             self.model.to(memory_format=torch.channels_last)
         self.loss_fn = nn.functional.cross_entropy
-        size = options.batch_size if options.stochastic else options.chunk_size
-        share = {"rank": self.world.rank, "processes": self.world.size}
-        self.chunks = Chunks(data.train, size, begin=self._seed_draws, **share)
+        if options.label_smoothing:
+            self.loss_fn = partial(self.loss_fn, label_smoothing=options.label_smoothing)
+        self.chunks = Chunks(
+            self.data.train,
+            options.batch_size if options.stochastic else options.chunk_size,
+            begin=self._seed_draws,
+            sampling=options.chunks,
+            seed=options.seed,
+            now=lambda: self.step // self.steps_per_pass,
+            rank=self.world.rank,
+            processes=self.world.size,
+        )
         self.steps_per_pass = len(self.chunks) if options.stochastic else 1
         self.total_steps = options.passes * self.steps_per_pass
         self.step, self.seconds = 0, 0.0
@@ -73,10 +86,9 @@ class Run:
         self._build_optimizer()
 
     def _build_optimizer(self) -> None:
-        options, parameters = self.options, self.model.parameters()
-        common = {
-            name: getattr(options, name) for name in ("lr", "momentum", "nesterov", "weight_decay")
-        }
+        options = self.options
+        parameters = models.decaying(self.model, options.weight_decay, options.decay == "weights")
+        common = {name: getattr(options, name) for name in ("lr", "momentum", "nesterov")}
         self.closure = None
         if options.stochastic:
             self.optimizer = torch.optim.SGD(parameters, **common)
@@ -110,12 +122,12 @@ class Run:
 
     def take_step(self) -> None:
         """One optimizer step: on the whole training set, or on the next mini-batch."""
-        done, index = divmod(self.step, self.steps_per_pass)
+        index = self.step % self.steps_per_pass
         if index == 0:
             self.correct.zero_()
             self.loss.zero_()
         if self.closure is None:
-            self._sgd_step(done, index)
+            self._sgd_step(index)
         else:
             self.loss += self.optimizer.step(self.closure)
             self.gradient_norm = self.optimizer.last_grad_norm
@@ -125,11 +137,8 @@ class Run:
             self.finite &= self.loss.isfinite()
             self.finite_passes += self.finite
 
-    def _sgd_step(self, epoch: int, index: int) -> None:
-        size, train = self.chunks.size, self.data.train
-        if index == 0 or not hasattr(self, "order"):
-            self.order = epoch_order(len(train), self.options.seed, epoch).to(self.device)
-        input, target = train.batch(self.order[index * size : (index + 1) * size])
+    def _sgd_step(self, index: int) -> None:
+        input, target = self.chunks[index]
         self.optimizer.zero_grad()
         self._seed_draws()
         output = self.model(input)
@@ -139,7 +148,7 @@ class Run:
             self.model.parameters(), self.options.max_norm or math.inf
         )
         self.optimizer.step()
-        self.loss += loss.detach() * (len(target) / len(train))
+        self.loss += loss.detach() * (len(target) / len(self.data.train))
         self._observe(output.detach(), target)
 
     def check_finite(self) -> None:
@@ -172,7 +181,8 @@ class Run:
         if self.closure is not None and self.closure.mean_sqnorm is not None:
             record["mean_squared_chunk_norm"] = float(self.closure.mean_sqnorm)
         if on_test:
-            record["test_accuracy"], record["test_loss"] = evaluate(self.model, self.data.test)
+            found = evaluate(self.model, self.data.test, flip=options.tta == "flip")
+            record["test_accuracy"], record["test_loss"] = found
         return record
 
     def describe(self) -> str:
@@ -190,11 +200,13 @@ class Run:
                 penalty = f"penalty {o.penalty:g} (exact)"
         dropout = f", dropout {o.dropout:g}" if o.dropout else ""
         exact = ", exact sums" if o.accumulation == "exact" else ""
+        if o.label_smoothing:
+            dropout += f", label smoothing {o.label_smoothing:g}"
         return (
             f"{o.recipe} on {o.data} ({len(self.data.train):,} samples in {kind} of "
-            f"{self.chunks.size}): {o.model} with {models.count_parameters(self.model):,} "
-            f"parameters, {o.passes} {unit}, {where}\n"
-            f"lr {o.lr:g} ({o.warmup} of warm-up, cosine over {o.cosine}), momentum "
+            f"{self.chunks.size}{sampling(o)}): {o.model} with "
+            f"{models.count_parameters(self.model):,} parameters, {o.passes} {unit}, "
+            f"{where}\nlr {o.lr:g} ({o.warmup} of warm-up, cosine over {o.cosine}), momentum "
             f"{o.momentum:g}{' (Nesterov)' if o.nesterov else ''}, weight decay "
             f"{o.weight_decay:g}, {clip}, {penalty}{dropout}{exact}"
         )
@@ -210,13 +222,18 @@ class Run:
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         return state | {
             "options": self.options.as_json() | {"resume": None},
-            "parameters": [name for name, _ in self.model.named_parameters()],
+            "parameters": self._parameter_names(),
             "step": self.step,
             "seconds": self.seconds,
             "correct": self.correct,
             "loss": self.loss,
             "rng": torch.get_rng_state(),
         }
+
+    def _parameter_names(self) -> list[str]:
+        """The parameters' names in the order in which the optimizer counts them."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        return [names[p] for group in self.optimizer.param_groups for p in group["params"]]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where `state_dict` was taken."""
@@ -243,13 +260,21 @@ def rate_factor(done: int, warmup: int, cosine: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, size: int = 1000) -> tuple[float, float]:
-    """Accuracy (0 to 1) and mean cross-entropy (nats) on a split, in evaluation mode."""
+def evaluate(
+    model: nn.Module, split: Split, size: int = 1000, flip: bool = False
+) -> tuple[float, float]:
+    """Accuracy (0 to 1) and mean cross-entropy (nats) on a split, in evaluation mode.
+
+    With `flip` of the mean probabilities of each image and its mirror image.
+    """
     training = model.training
     model.eval()
     correct = loss = torch.zeros((), dtype=torch.float64, device=split.y.device)
     for input, target in Chunks(split, size):
         output = model(input)
+        if flip:
+            both = torch.stack([output, model(input.flip(-1))])
+            output = both.log_softmax(2).logsumexp(0)
         correct = correct + (output.argmax(1) == target).sum()
         loss = loss + nn.functional.cross_entropy(output, target, reduction="sum")
     model.train(training)

@@ -1,4 +1,4 @@
-"""Where data comes from: `load("mnist1d")`, digits, npz:PATH or imagefolder:PATH."""
+"""Where data comes from: `load("mnist1d")`, another name, npz:PATH or imagefolder:PATH."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from fbopt.train.data import Data
 
 Arrays = tuple[Any, Any, Any, Any]  # x_train, y_train, x_test, y_test
-KINDS = "mnist1d, digits, npz:PATH or imagefolder:PATH"
+NAMED = ("mnist1d", "digits", "cifar10", "cifar100")
+KINDS = f"{', '.join(NAMED)}, npz:PATH or imagefolder:PATH"
 
 
 class DataError(ValueError):
@@ -23,7 +24,7 @@ class DataError(ValueError):
 def parse(spec: str) -> tuple[str, Path | None]:
     """Split a `--data` value into its kind and path; raises DataError where it names nothing."""
     kind, colon, path = spec.partition(":")
-    if kind in ("mnist1d", "digits") and not colon:
+    if kind in NAMED and not colon:
         return kind, None
     if kind in ("npz", "imagefolder"):
         if not path:
@@ -32,25 +33,36 @@ def parse(spec: str) -> tuple[str, Path | None]:
     raise DataError(f"--data {spec}: unknown data set; choose {KINDS}")
 
 
-def load(spec: str, image_size: int = 32) -> Data:
-    """Load `spec` (mnist1d, digits, npz:PATH, imagefolder:PATH) into CPU tensors.
+def load(
+    spec: str, image_size: int = 32, folder: Path | None = None, download: bool = False
+) -> Data:
+    """Load `spec` (one of `KINDS`) into CPU tensors.
 
-    `image_size` is the side in pixels that imagefolder's images are resized to. Raises DataError
-    for missing files, arrays that do not fit together, and labels out of range.
+    `image_size` is the side in pixels that imagefolder's images are resized to; cifar10 and
+    cifar100 are read from `folder` (default: data), to where `download` brings them if they are not
+    there. Raises DataError for missing files, arrays that do not fit together, and labels out of
+    range.
     """
+    # Both bring torch: a typing error should not wait for it.
+    from fbopt.train import images
+    from fbopt.train.data import from_arrays
+
     kind, path = parse(spec)
+    moments = None
     if kind == "npz":
         arrays = _npz(path)
     elif kind == "imagefolder":
-        arrays = _imagefolder(path, image_size)
+        arrays = images.imagefolder(path, image_size)
+    elif kind in images.MOMENTS:
+        arrays = images.cifar(kind, Path("data") if folder is None else folder, download)
+        moments = images.MOMENTS[kind]
     else:
         arrays = _mnist1d() if kind == "mnist1d" else _digits()
-    from fbopt.train.data import from_arrays  # brings torch: a typing error should not wait for it
-
-    return from_arrays(*arrays, spec)
+    return from_arrays(*arrays, spec, moments)
 
 
-def _need(package: str, spec: str) -> DataError:
+def need(package: str, spec: str) -> DataError:
+    """The error of a data set that takes a package which is not installed."""
     return DataError(f"--data {spec} needs the package {package}: pip install {package}")
 
 
@@ -59,7 +71,7 @@ def _mnist1d() -> Arrays:
     try:
         from mnist1d.data import make_dataset
     except ImportError as error:
-        raise _need("mnist1d", "mnist1d") from error
+        raise need("mnist1d", "mnist1d") from error
     # The generator seeds the global random states of Python and NumPy; they are not ours to change.
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -75,7 +87,7 @@ def _digits() -> Arrays:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise _need("scikit-learn", "digits") from error
+        raise need("scikit-learn", "digits") from error
     x, y = load_digits(return_X_y=True)
     # NumPy promises that this generator's stream never changes.
     order = np.random.RandomState(0).permutation(len(y))
@@ -103,45 +115,3 @@ def _npz(path: Path) -> Arrays:
             f"--data npz:{path}: not an .npz file of plain arrays (pickled objects are "
             f"never read): {error}"
         ) from error
-
-
-def _imagefolder(path: Path, size: int) -> Arrays:
-    try:
-        from torchvision.datasets import ImageFolder
-    except ImportError as error:
-        raise _need("torchvision", f"imagefolder:{path}") from error
-    folders = {}
-    for part in ("train", "test"):
-        try:
-            folders[part] = ImageFolder(str(path / part))
-        except FileNotFoundError as error:
-            raise DataError(
-                f"--data imagefolder:{path}: expected images as "
-                f"{path / part}/<class>/<image>: {error}"
-            ) from error
-    train, test = folders["train"], folders["test"]
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise DataError(
-            f"--data imagefolder:{path}: train and test have different classes; only "
-            f"one of them has {', '.join(odd)}"
-        )
-    pixels = [_pixels(folder.samples, size) for folder in (train, test)]
-    return pixels[0], train.targets, pixels[1], test.targets
-
-
-def _pixels(samples: list[tuple[str, int]], size: int) -> np.ndarray:
-    """Decode images to uint8 (n, 3, size, size); smaller and larger ones are resized."""
-    from PIL import Image
-
-    pixels = np.empty((len(samples), 3, size, size), dtype=np.uint8)
-    for index, (file, _) in enumerate(samples):
-        try:
-            with Image.open(file) as image:
-                image = image.convert("RGB")
-        except OSError as error:
-            raise DataError(f"{file}: not a readable image ({error}); remove it") from error
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        pixels[index] = np.asarray(image).transpose(2, 0, 1)
-    return pixels

@@ -1,0 +1,83 @@
+"""The networks by name: `build("resnet18", (3, 32, 32), classes=10)`.
+
+A small CNN without BatchNorm; ResNets as in the paper; and its comparisons: He et al.'s ResNets for
+CIFAR, VGGs and DenseNets. All but the CNN are for images of about 32×32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from fbopt.train.models.cnn import cnn
+from fbopt.train.models.densenet import densenet
+from fbopt.train.models.resnet import cifar_resnet, resnet
+from fbopt.train.models.vgg import vgg
+
+_IMAGES = {
+    **{f"resnet{depth}": (partial(resnet, depth), 64) for depth in (18, 34, 50, 101, 152)},
+    **{f"resnet{depth}": (partial(cifar_resnet, depth), 16) for depth in (20, 32, 56, 110)},
+    **{f"vgg{depth}": (partial(vgg, depth), 64) for depth in (11, 13, 16, 19)},
+    **{f"densenet{depth}": (partial(densenet, depth), 64) for depth in (121, 169)},
+}
+WIDTHS = {"cnn": 25, **{name: width for name, (_, width) in _IMAGES.items()}}
+NAMES = tuple(WIDTHS)
+_SMALLEST = {"vgg": 32, "densenet": 8}  # the side that pooling leaves one pixel of
+
+
+def build(
+    name: str,
+    shape: Sequence[int],
+    classes: int,
+    width: int | None = None,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """The network `name` for samples of `shape` (channels, length) or (channels, height, width).
+
+    It maps float32 (n, *shape) to logits (n, classes). `width` is the number of channels that its
+    first layer makes, `dropout` the probability with which an input of the last layer is dropped.
+    Raises ValueError for a shape or width that the network cannot take.
+    """
+    channels, space = shape[0], tuple(shape[1:])
+    width = WIDTHS[name] if width is None else width
+    if name == "cnn":
+        return cnn(channels, space, classes, width, dropout)
+    if len(space) != 2:
+        raise ValueError(
+            f"--model {name} takes images, not samples of shape {tuple(shape)}; use --model cnn"
+        )
+    smallest = _SMALLEST.get(name.rstrip("0123456789"), 1)
+    if min(space) < smallest:
+        raise ValueError(
+            f"--model {name} takes images of at least {smallest} pixels a side, not of "
+            f"{space[0]}×{space[1]}; use larger ones, or a resnet"
+        )
+    return _IMAGES[name][0](channels, classes, width, dropout)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers the model learns (shared ones once)."""
+    parameters: list[Tensor] = list(model.parameters())
+    return sum(p.numel() for p in parameters)
+
+
+def decaying(
+    model: nn.Module, weight_decay: float, only_weights: bool = False
+) -> list[dict[str, Any]]:
+    """The parameters as an optimizer takes them, all with weight decay, or `only_weights`.
+
+    Those are the weights of convolutions and linear layers; biases and BatchNorm's scales and
+    shifts are in a second group without decay.
+    """
+    parameters = list(model.parameters())
+    if not only_weights:
+        return [{"params": parameters, "weight_decay": weight_decay}]
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    weights = {m.weight for m in model.modules() if isinstance(m, layers)}
+    return [
+        {"params": [p for p in parameters if p in weights], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p not in weights], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,123 @@
+"""Residual networks for small images: the paper's, and He et al.'s for CIFAR.
+
+relu(x + f(x)), with f two 3×3 convolutions, or a bottleneck of 1×1, 3×3 and 1×1.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fbopt.train.models.parts import classifier, torchvision_models
+
+_BLOCKS = {  # per stage, He et al. (arXiv 1512.03385), table 1
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+
+
+def resnet(
+    depth: int, channels: int, classes: int, width: int = 64, dropout: float = 0.0
+) -> nn.Module:
+    """ResNet-18, 34, 50, 101 or 152 as in Geiping et al. (arXiv 2109.14119, appendix A).
+
+    A 3×3 stem without pooling; shortcuts downsample by an average pool, a 1×1 convolution and
+    BatchNorm; convolutions start Kaiming-normal (fan-out), the last BatchNorm of a block at zero.
+    From 50 on the blocks are torchvision's bottlenecks, whose 3×3 convolution has the stride.
+    ResNet-18: 11,173,962 parameters for 3 channels, 10 classes and width 64.
+    """
+    block, expansion, last = BasicBlock, 1, "bn2"
+    if depth >= 50:
+        block, expansion = torchvision_models(f"resnet{depth}").resnet.Bottleneck, 4
+        last = "bn3"
+    layers, inner = _stem(channels, width), width
+    for index, count in enumerate(_BLOCKS[depth]):
+        planes, stride = width * 2**index, 1 if index == 0 else 2
+        outer = planes * expansion
+        blocks = [block(inner, planes, stride, _shortcut(inner, outer, stride))]
+        blocks += [block(outer, planes) for _ in range(count - 1)]
+        layers.append((f"stage{index + 1}", nn.Sequential(*blocks)))
+        inner = outer
+    model = classifier(layers, inner, classes, dropout)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, block):
+            nn.init.zeros_(getattr(module, last).weight)
+    return model
+
+
+def cifar_resnet(
+    depth: int, channels: int, classes: int, width: int = 16, dropout: float = 0.0
+) -> nn.Module:
+    """ResNet-20, 32, 56 or 110 as in He et al. (arXiv 1512.03385, section 4.2).
+
+    Three stages of (depth − 2)/6 blocks with 16, 32 and 64 channels, no parameter in a shortcut
+    (option A), convolutions from Kaiming-normal (fan-in, arXiv 1502.01852, equation 10).
+    """
+    layers, inner = _stem(channels, width), width
+    for index in range(3):
+        outer, stride = width * 2**index, 1 if index == 0 else 2
+        shortcut = None if index == 0 else PaddedShortcut(outer - inner)
+        blocks = [BasicBlock(inner, outer, stride, shortcut)]
+        blocks += [BasicBlock(outer, outer) for _ in range((depth - 2) // 6 - 1)]
+        layers.append((f"stage{index + 1}", nn.Sequential(*blocks)))
+        inner = outer
+    model = classifier(layers, inner, classes, dropout)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return model
+
+
+def _stem(channels: int, width: int) -> list[tuple[str, nn.Module]]:
+    return [
+        ("stem", nn.Conv2d(channels, width, 3, padding=1, bias=False)),
+        ("norm", nn.BatchNorm2d(width)),
+        ("relu", nn.ReLU(inplace=True)),
+    ]
+
+
+def _shortcut(inner: int, outer: int, stride: int) -> nn.Module | None:
+    """The paper's downsampling "C"; None where input and output have the same shape."""
+    if stride == 1 and inner == outer:
+        return None
+    # ceil_mode: odd sides stay as long as the strided 3×3 convolution leaves them.
+    pool = [nn.AvgPool2d(stride, ceil_mode=True)] if stride > 1 else []
+    return nn.Sequential(*pool, nn.Conv2d(inner, outer, 1, bias=False), nn.BatchNorm2d(outer))
+
+
+class PaddedShortcut(nn.Module):
+    """Every other pixel, and zeros for the channels that are new (option A)."""
+
+    def __init__(self, new: int) -> None:
+        super().__init__()
+        self.new = new
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (n, c + new, ⌈h/2⌉, ⌈w/2⌉) for x (n, c, h, w)."""
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new))
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions beside a shortcut; the modules are named as in torchvision."""
+
+    def __init__(
+        self, inner: int, outer: int, stride: int = 1, downsample: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inner, outer, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outer)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outer, outer, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outer)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(residual + shortcut)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        residual = self.conv2(self.relu(self.bn1(self.conv1(x))))
+        return self.relu(self.bn2(residual) + shortcut)

@@ -1,0 +1,229 @@
+"""The networks of the training program: layers, initial values and numbers of parameters."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fbopt.train import models
+
+
+def test_cnn_is_the_mnist1d_baseline():
+    model = models.build("cnn", (1, 40), 10)
+    assert models.count_parameters(model) == 5210
+    assert [type(m) for m in model].count(nn.Conv1d) == 3
+    assert not any(isinstance(m, nn.BatchNorm1d) for m in model.modules())
+    assert model(torch.zeros(2, 1, 40)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 41), (1, 8, 8), (3, 32, 32), (1, 5, 9)])
+def test_cnn_takes_signals_and_images(shape):
+    assert models.build("cnn", shape, 4, width=3)(torch.zeros(2, *shape)).shape == (2, 4)
+
+
+def test_resnet18_is_the_papers():
+    model = models.build("resnet18", (3, 32, 32), 10)
+    assert models.count_parameters(model) == 11_173_962
+    assert len(list(model.parameters())) == 62
+    assert model.stem.kernel_size == (3, 3) and model.stem.stride == (1, 1)
+    shortcut = model.stage2[0].downsample
+    assert [type(m) for m in shortcut] == [nn.AvgPool2d, nn.Conv2d, nn.BatchNorm2d]
+    assert shortcut[1].kernel_size == (1, 1) and shortcut[1].stride == (1, 1)
+    assert model.stage1[0].downsample is None
+    for stage in (model.stage1, model.stage2, model.stage3, model.stage4):
+        for block in stage:
+            assert not block.bn2.weight.any() and (block.bn1.weight == 1).all()
+    fan_out = 9 * 512
+    deviation = model.stage4[1].conv2.weight.std().item()
+    assert deviation == pytest.approx((2 / fan_out) ** 0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("side", [8, 28, 32, 33])
+def test_resnet18_takes_any_side(side):
+    model = models.build("resnet18", (1, side, side), 5, width=4)
+    assert model(torch.zeros(2, 1, side, side)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "names"),
+    [("cnn", (1, 40), "77ba59402e8781e6"), ("resnet18", (3, 32, 32), "499f930d4a9743d0")],
+)
+def test_published_results_began_like_this(name, shape, names):
+    """The README's results: no network added may change names, shapes or initial values."""
+    torch.manual_seed(3)
+    model = models.build(name, shape, 10, width=8)
+    shapes = "".join(f"{key} {tuple(t.shape)}\n" for key, t in model.state_dict().items())
+    assert hashlib.sha256(shapes.encode()).hexdigest()[:16] == names
+    again = copy.deepcopy(model)
+    torch.manual_seed(3)
+    layers = [m for m in again.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)]
+    for layer in layers:
+        layer.reset_parameters()
+    for layer in layers[:-1] if name == "resnet18" else []:
+        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+
+
+def convolution(inner: int, outer: int, side: int = 3) -> int:
+    """Weights of a convolution without bias and its BatchNorm's scales and shifts."""
+    return side * side * inner * outer + 2 * outer
+
+
+def imagenet(published: int, features: int, classes: int) -> int:
+    """ImageNet's count with a 3×3 stem for 7×7 and a head for `classes`."""
+    stem = (9 - 49) * 3 * 64
+    return published + stem + (features + 1) * (classes - 1000)
+
+
+def he(depth: int, classes: int) -> int:
+    """He et al., section 4.2: 2n convolutions for each of three sizes, and nothing in shortcuts."""
+    n = (depth - 2) // 6
+    count = convolution(3, 16) + 65 * classes
+    for inner, outer in ((16, 16), (16, 32), (32, 64)):
+        count += convolution(inner, outer) + (2 * n - 1) * convolution(outer, outer)
+    return count
+
+
+def vgg(published: int, classes: int) -> int:
+    """ImageNet's count (with BatchNorm) with one linear layer for three."""
+    three = (512 * 49 + 1) * 4096 + 4097 * 4096 + 4097 * 1000
+    return published - three + 513 * classes
+
+
+# What torchvision documents for ImageNet, from which stem and head are exchanged.
+COUNTS = {
+    "resnet18": lambda classes: imagenet(11_689_512, 512, classes),
+    "resnet34": lambda classes: imagenet(21_797_672, 512, classes),
+    "resnet50": lambda classes: imagenet(25_557_032, 2048, classes),
+    "resnet101": lambda classes: imagenet(44_549_160, 2048, classes),
+    "resnet152": lambda classes: imagenet(60_192_808, 2048, classes),
+    "resnet20": lambda classes: he(20, classes),
+    "resnet32": lambda classes: he(32, classes),
+    "resnet56": lambda classes: he(56, classes),
+    "resnet110": lambda classes: he(110, classes),
+    "vgg11": lambda classes: vgg(132_868_840, classes),
+    "vgg13": lambda classes: vgg(133_053_736, classes),
+    "vgg16": lambda classes: vgg(138_365_992, classes),
+    "vgg19": lambda classes: vgg(143_678_248, classes),
+    "densenet121": lambda classes: imagenet(7_978_856, 1024, classes),
+    "densenet169": lambda classes: imagenet(14_149_480, 1664, classes),
+}
+NEEDS_TORCHVISION = ("resnet50", "resnet101", "resnet152", "densenet121", "densenet169")
+
+
+def build(name: str, *arguments, **more) -> nn.Module:
+    if name in NEEDS_TORCHVISION:
+        pytest.importorskip("torchvision")
+    return models.build(name, *arguments, **more)
+
+
+def test_every_network_is_counted():
+    assert set(COUNTS) == set(models.NAMES) - {"cnn"}
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("name", COUNTS)
+def test_numbers_of_parameters(name, classes):
+    with torch.device("meta"):
+        model = build(name, (3, 32, 32), classes)
+    assert models.count_parameters(model) == COUNTS[name](classes)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("20", 0.27), ("32", 0.46), ("56", 0.85), ("110", 1.7)]
+)
+def test_he_et_al_table_6(name, millions):
+    assert COUNTS[f"resnet{name}"](10) / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_a_pass_at_reduced_width(name):
+    """Finite logits, and a gradient that is not zero for every parameter that counts."""
+    torch.manual_seed(0)
+    model = build(name, (1, 32, 32), 5, width=4, dropout=0.1).train()
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.1]
+    for block in model.modules():  # an identity at first: let the gradient through
+        if block.__class__.__name__ in ("BasicBlock", "Bottleneck"):
+            nn.init.ones_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
+    output = model(torch.randn(3, 1, 32, 32))
+    assert output.shape == (3, 5) and output.isfinite().all()
+    nn.functional.cross_entropy(output, torch.tensor([0, 1, 4])).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), parameter_name
+        bias_before_norm = name.startswith("vgg") and parameter_name.endswith(".bias")
+        assert parameter.grad.any() or bias_before_norm, parameter_name
+
+
+@pytest.mark.parametrize("name", [n for n in models.NAMES if n.startswith("resnet")])
+def test_no_shortcut_where_shapes_agree(name):
+    model = build(name, (3, 32, 32), 10, width=4)
+    he_et_al = name in ("resnet20", "resnet32", "resnet56", "resnet110")
+    blocks = [b for key, stage in model.named_children() if key.startswith("stage") for b in stage]
+    for index, block in enumerate(blocks):
+        inner, outer = block.conv1.in_channels, (block.conv3 if hasattr(block, "conv3")
+                                                 else block.conv2).out_channels  # fmt: skip
+        assert (block.downsample is None) == (inner == outer), index
+        if he_et_al and block.downsample is not None:
+            assert not list(block.downsample.parameters())
+        last = block.bn3 if hasattr(block, "bn3") else block.bn2
+        assert bool(last.weight.any()) == he_et_al, index
+    per_block = 3 if hasattr(blocks[0], "conv3") else 2
+    assert len(blocks) * per_block + 2 == int(name.removeprefix("resnet"))
+
+
+def test_option_a_shortcut():
+    block = models.build("resnet20", (3, 32, 32), 10, width=2).stage2[0]
+    x = torch.randn(2, 2, 5, 5)
+    shortcut = block.downsample(x)
+    assert torch.equal(shortcut[:, :2], x[:, :, ::2, ::2]) and not shortcut[:, 2:].any()
+    assert block(x).shape == shortcut.shape == (2, 4, 3, 3)
+
+
+def test_bottleneck_is_the_papers():
+    pytest.importorskip("torchvision")
+    model = models.build("resnet50", (3, 32, 32), 10, width=4)
+    first, later = model.stage1[0].downsample, model.stage2[0].downsample
+    assert [type(m) for m in first] == [nn.Conv2d, nn.BatchNorm2d]
+    assert [type(m) for m in later] == [nn.AvgPool2d, nn.Conv2d, nn.BatchNorm2d]
+    assert model.stage2[0].conv2.stride == (2, 2) and model.stage2[0].conv1.stride == (1, 1)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("vgg11", 5), ("densenet121", 0)])
+def test_stems_keep_the_image(name, stage):
+    """Sides are halved by the named pools alone: 32 → 1 in VGG, 32 → 4 in DenseNet."""
+    sides = []
+    model = build(name, (3, 32, 32), 10, width=4)
+    for module in model.modules():
+        if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+            module.register_forward_hook(lambda m, i, o: sides.append(o.shape[-1]))
+    model(torch.randn(2, 3, 32, 32))
+    assert sides == ([16, 8, 4, 2, 1] if stage else [16, 8, 4])
+
+
+BAD_SHAPES = [
+    ("resnet18", (1, 40), None, "--model resnet18 takes images.*use --model cnn"),
+    ("vgg16", (3, 40), None, "--model vgg16 takes images"),
+    ("cnn", (1, 2), None, "--model cnn takes signals or images of at least 3"),
+    ("vgg16", (3, 28, 32), None, "at least 32 pixels a side, not of 28×32"),
+    ("densenet121", (3, 7, 7), None, "at least 8 pixels"),
+    ("densenet121", (3, 8, 8), 1, "--width 1: densenet121 grows by half of it"),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "width", "message"), BAD_SHAPES)
+def test_networks_refuse_shapes(name, shape, width, message):
+    with pytest.raises(ValueError, match=message):
+        models.build(name, shape, 10, width)
+
+
+@pytest.mark.parametrize("name", NEEDS_TORCHVISION)
+def test_torchvision_is_asked_for(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ValueError, match=f"--model {name} needs the package torchvision: pip"):
+        models.build(name, (3, 32, 32), 10, width=4)
