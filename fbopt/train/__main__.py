@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 
-from fbopt.train.launch import leads, parse_once
+from fbopt.train.launch import exit_with, leads, parse_once
 from fbopt.train.options import Options, OptionsError
 from fbopt.train.recipes import RECIPES
 from fbopt.train.sources import DataError
@@ -21,6 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_once(
         lambda: tyro.cli(Options, prog="fbopt train", args=arguments, description=description())
     )
+    return exit_with(lambda: _train(options))
+
+
+def _train(options: Options) -> int:
     from fbopt._ranks import PeerError
     from fbopt.train.files import WriteError
     from fbopt.train.interrupt import Interrupted
