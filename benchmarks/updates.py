@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Chunk, scalar
+from benchmarks.cases import Chunk, WrongResult, scalar
 from fbopt import GradientAccumulator
 from fbopt.penalty import Shift
 
@@ -38,11 +38,11 @@ class ChunkUpdate:
 class Ours(ChunkUpdate):
     """What FullBatchClosure calls between and after the passes."""
 
-    name, words = "fbopt", 8
+    name, words, accumulation = "fbopt", 8, "float32"
 
     def __init__(self, chunk: Chunk) -> None:
         self.chunk, self.params = chunk, chunk.parameters()
-        self.accumulator = GradientAccumulator(self.params)
+        self.accumulator = GradientAccumulator(self.params, self.accumulation)
         self.shift = Shift(self.accumulator.groups)
         self.shift.begin()
         self.sums = self.accumulator.sums
@@ -56,6 +56,28 @@ class Ours(ChunkUpdate):
             second_pass()
         plus = accumulator.gather(c.plus, "plus")
         accumulator.add_penalised(grads, plus, [], c.weight, self.coefficient, square, c.radius)
+
+
+class OursExact(Ours):
+    """The same in fixed point, with the units of a pass over CIFAR-10 in chunks of 128."""
+
+    name, words, accumulation = "fbopt, exact sums", 10, "exact"
+    chunks = 391
+
+    def __init__(self, chunk: Chunk) -> None:
+        super().__init__(chunk)
+        self.update(lambda: None)
+        fixed = self.accumulator.fixed
+        fixed.fit(fixed.maxima(), self.chunks)
+        self.accumulator.reset()
+
+    def total(self, chunks: int) -> list[Tensor]:
+        fixed = self.accumulator.fixed
+        if not fixed.fit(fixed.maxima(), self.chunks):
+            raise WrongResult(f"{self.name}: the units do not fit")
+        self.accumulator.total_weight = 1.0
+        self.accumulator.settle(set())
+        return self.sums
 
 
 class Loop(ChunkUpdate):

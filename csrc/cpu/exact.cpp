@@ -28,22 +28,23 @@ void raise_to(double* maximum, double value) {
 }
 
 // Adds n contributions scale * v(j), and returns the largest |v|. No carry is looked at unless some
-// sum is large enough to have wrapped, or some contribution too large: what was added of those is
-// taken back first.
+// sum has wrapped, or some contribution is too large: what was added of those is taken back first.
 template <class A, class Values>
 A add_tile(int64_t* __restrict sum, int32_t* __restrict carry, int64_t n, double scale,
            const Values& v) {
   Bits<A> most = 0;
-  int64_t large = 0;
+  int64_t wraps = 0;
   for (int64_t j = 0; j < n; ++j) {
     const A value = v(j);
     const Bits<A> bits = magnitude(value);
     most = bits > most ? bits : most;
-    sum[j] = rules::wrapping_add(sum[j], rules::quantised(value, scale));
-    large |= rules::wrapping_add(sum[j], rules::kFar);
+    const int64_t q = rules::quantised(value, scale);
+    const int64_t result = rules::wrapping_add(sum[j], q);
+    wraps |= rules::wrapped(sum[j], q, result);
+    sum[j] = result;
   }
   if (static_cast<double>(std::bit_cast<A>(most)) * scale < rules::kFits) {
-    if (large < 0)
+    if (wraps < 0)
       for (int64_t j = 0; j < n; ++j)
         carry[j] += rules::wrap(sum[j], rules::quantised(v(j), scale));
     return std::bit_cast<A>(most);
