@@ -23,6 +23,7 @@ from fbopt.train.run import Run
 from fbopt.train.saving import Saver
 from fbopt.train.sources import load
 from fbopt.train.store import RunFolder
+from fbopt.train.track import Tracker
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _fit(run: Run, saver: Saver, interrupt: Interrupt) -> None:
     """Take the steps that are left; log, save now and then, and stop when asked to."""
     options, folder = run.options, saver.folder
     progress = Progress(options.passes, run.step // run.steps_per_pass, len(run.data.train))
-    run.advance = progress.advance
+    run.advance, tracker = progress.advance, Tracker(run)
     begin, before = time.monotonic(), run.seconds
     try:
         while run.step < run.total_steps:
@@ -102,8 +103,9 @@ def _fit(run: Run, saver: Saver, interrupt: Interrupt) -> None:
             if run.step % run.steps_per_pass == 0:
                 done = run.step // run.steps_per_pass
                 on_test = done % options.eval_every == 0 or done == options.passes
-                if on_test or done == 1 or done % options.log_every == 0:
-                    record = run.record(on_test)
+                tracked = tracker.due(done)
+                if on_test or tracked or done == 1 or done % options.log_every == 0:
+                    record = run.record(on_test) | (tracker.measure() if tracked else {})
                     folder.append(folder.metrics, record)
                     progress.report(record)
                 run.scheduler.step()

@@ -13,6 +13,7 @@ from fbopt.train.options import Options, OptionsError, flag
 # Options that change where a run lies, how fast it goes or what it keeps, but not what it computes.
 FREE = (
     "out", "resume", "overwrite", "device", "threads", "save_every", "keep", "fingerprint_every",
+    "track", "every",
 )  # fmt: skip
 _WITH_RESUME = ("resume", "device", "threads", "save_every", "keep", "fingerprint_every")
 

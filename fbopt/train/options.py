@@ -13,6 +13,7 @@ from fbopt.train.sources import DataError, parse
 RecipeName = Literal["sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong"]
 ModelName = Literal["cnn", "resnet18"]
 Method = Literal["forward", "central", "exact"]
+TRACKED = ("sharpness", "noise")
 
 
 class OptionsError(ValueError):
@@ -98,6 +99,17 @@ class Options:
     fingerprint_every: int | None = None
     """Steps between two lines of fingerprints.jsonl. Default: 0, only with checkpoints."""
 
+    track: str = ""
+    """Measures to add to the metrics and curves, as in sharpness,noise: the largest eigenvalue of
+    the full-batch Hessian beside the threshold of stability, the gradient noise scale."""
+    every: int | None = None
+    """Passes between two of the measures that --track names. Default: as --eval-every."""
+
+    @property
+    def tracked(self) -> tuple[str, ...]:
+        """The measures that `track` names."""
+        return tuple(name.strip() for name in self.track.split(",") if name.strip())
+
     @property
     def stochastic(self) -> bool:
         """Whether this is mini-batch SGD."""
@@ -133,7 +145,7 @@ class Options:
 _SGD_ONLY = ("epochs", "batch_size")
 _FULL_BATCH_ONLY = ("steps", "chunk_size", "penalty", "radius", "method")
 _COUNTS = """width image_size threads steps epochs cosine chunk_size batch_size eval_every log_every
-save_every keep"""
+save_every keep every"""
 # lower bound, whether the bound itself is allowed, upper bound (never reached)
 _BOUNDS = {
     **dict.fromkeys(_COUNTS.split(), (1, True, math.inf)),
@@ -170,6 +182,12 @@ def check(options: Options) -> None:
         raise OptionsError(f"--seed {options.seed}: has to be below 2**63")
     if options.resume == "auto" and options.overwrite:
         raise OptionsError("--overwrite contradicts --resume auto; leave one of them out")
+    if unknown := [name for name in options.tracked if name not in TRACKED]:
+        raise OptionsError(
+            f"--track {unknown[0]}: choose {', '.join(TRACKED)}, with commas between"
+        )
+    if options.every is not None and not options.tracked:
+        raise OptionsError("--every goes with --track; add --track sharpness,noise")
     _check_belongs(options)
     try:
         parse(options.data)
@@ -218,6 +236,8 @@ def resolve(options: Options) -> Options:
     values.setdefault("eval_every", max(1, passes // 100))
     values.setdefault("log_every", max(1, passes // 400))
     values = {"keep": 2, "fingerprint_every": 0, **values}
+    if options.tracked:
+        values.setdefault("every", values["eval_every"])
     if values["max_norm"] == math.inf:
         values["max_norm"] = None
     if not values["penalty"]:

@@ -18,8 +18,8 @@ class Analysis:
 
     RUNS are one to three run folders (of which the newest checkpoint is taken) or checkpoint files
     (RUN/checkpoint-STEP.pt). Several are measured alike and drawn beside each other. What is
-    measured is the mean loss over the training set, without penalty and weight decay, in the run's
-    own chunks (for sgd: mini-batches in the order of the data).
+    measured is the mean loss over the training set, without penalty and weight decay, in chunks of
+    the run's size (for sgd: of its mini-batches), in the order of the data.
     """
 
     runs: tuple[Path, ...]

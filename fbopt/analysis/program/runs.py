@@ -16,6 +16,7 @@ from fbopt.analysis.objective import Objective
 from fbopt.analysis.program.options import Analysis
 from fbopt.train import checkpoint, match
 from fbopt.train.checkpoint import CheckpointError
+from fbopt.train.data import Chunks
 from fbopt.train.options import Options, OptionsError
 from fbopt.train.run import Run
 from fbopt.train.sources import load
@@ -94,13 +95,14 @@ def read(path: Path, options: Analysis) -> Subject:
     data = load(trained.data, trained.image_size)
     match.check_data(str(path), state["data"], data.sha256(), trained.data)
     device = _device(options.device)
-    run = Run(trained, data.to(device), device)
+    data = data.to(device)
+    run = Run(trained, data, device)
     match.check_model(str(path), state["model"], run.model.state_dict())
     run.load_state_dict(state)
     objective = Objective(
         run.model,
         run.loss_fn,
-        run.chunks,
+        Chunks(data.train, run.chunks.size),
         batchnorm=options.batchnorm,
         dropout=options.dropout,
         seed=options.seed,
