@@ -16,7 +16,8 @@ METHODS = ("exact", "central", "forward")
 class Hessian:
     """The Hessian of L at the model's parameters, as a linear operator: ``hessian(v)`` is H v.
 
-    - ``exact``: a second backward pass per chunk.
+    - ``exact``: a second backward pass per chunk. (A custom autograd function that is marked
+      ``once_differentiable`` passes for a linear one: torch does not tell.)
     - ``central``: ``(grad L(theta + r u) - grad L(theta - r u)) |v|/2r`` with ``u = v/|v|``, two
       gradients per product, error of second order in r.
     - ``forward``: ``(grad L(theta + r u) - grad L(theta)) |v|/r``, one gradient per product and

@@ -145,12 +145,13 @@ class Options:
 _SGD_ONLY = ("epochs", "batch_size")
 _FULL_BATCH_ONLY = ("steps", "chunk_size", "penalty", "radius", "method")
 _COUNTS = """width image_size threads steps epochs cosine chunk_size batch_size eval_every log_every
-save_every keep every"""
+save_every keep"""
 # lower bound, whether the bound itself is allowed, upper bound (never reached)
 _BOUNDS = {
     **dict.fromkeys(_COUNTS.split(), (1, True, math.inf)),
     **dict.fromkeys(
-        ("seed", "warmup", "penalty", "weight_decay", "fingerprint_every"), (0, True, math.inf)
+        ("seed", "warmup", "penalty", "weight_decay", "fingerprint_every", "every"),
+        (0, True, math.inf),
     ),
     **dict.fromkeys(("lr", "radius"), (0, False, math.inf)),
     **dict.fromkeys(("momentum", "dropout"), (0, True, 1)),
@@ -186,8 +187,10 @@ def check(options: Options) -> None:
         raise OptionsError(
             f"--track {unknown[0]}: choose {', '.join(TRACKED)}, with commas between"
         )
-    if options.every is not None and not options.tracked:
+    if options.every and not options.tracked:
         raise OptionsError("--every goes with --track; add --track sharpness,noise")
+    if options.every == 0 and options.tracked:
+        raise OptionsError("--every 0: has to be at least 1")
     _check_belongs(options)
     try:
         parse(options.data)
@@ -236,8 +239,7 @@ def resolve(options: Options) -> Options:
     values.setdefault("eval_every", max(1, passes // 100))
     values.setdefault("log_every", max(1, passes // 400))
     values = {"keep": 2, "fingerprint_every": 0, **values}
-    if options.tracked:
-        values.setdefault("every", values["eval_every"])
+    values.setdefault("every", values["eval_every"] if options.tracked else 0)
     if values["max_norm"] == math.inf:
         values["max_norm"] = None
     if not values["penalty"]:
