@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import statistics
 import time
@@ -69,8 +70,12 @@ class Subject:
                 self.run.take_step()
             self._wait()
             times.append(time.perf_counter() - start)
-        self.run.load_state_dict(self.state)
+        self.load()
         return statistics.median(times[1:])
+
+    def load(self) -> None:
+        """Bring the run to what the checkpoint holds, of which its steps change nothing."""
+        self.run.load_state_dict(copy.deepcopy(self.state))  # torch's optimizers keep the tensors
 
     def _wait(self) -> None:
         if self.run.device.type == "cuda":
@@ -98,7 +103,6 @@ def read(path: Path, options: Analysis) -> Subject:
     data = data.to(device)
     run = Run(trained, data, device)
     match.check_model(str(path), state["model"], run.model.state_dict())
-    run.load_state_dict(state)
     objective = Objective(
         run.model,
         run.loss_fn,
@@ -107,8 +111,10 @@ def read(path: Path, options: Analysis) -> Subject:
         dropout=options.dropout,
         seed=options.seed,
     )
-    name = f"{folder.resolve().name}, step {run.step:,}"
-    return Subject(name, folder, run.step, run, objective, state)
+    name = f"{folder.resolve().name}, step {state['step']:,}"
+    subject = Subject(name, folder, state["step"], run, objective, state)
+    subject.load()
+    return subject
 
 
 def _state(path: Path) -> tuple[Path, dict[str, Any]]:
