@@ -364,7 +364,7 @@ def test_costs_are_counted():
     loss_landscape(objective, [random_direction(objective)], [[0.0] * 7])
     spent = objective.cost.since(before)
     assert vars(spent) == {"losses": 7, "gradients": 1 + 2 + 2, "second_backwards": 1}
-    assert len(seen) == 1 + 1 + 2 + 2 + 7
+    assert len(seen) == 4 + 1 + 2 + 2 + 7
 
 
 def test_everything_depends_on_the_seed_alone():

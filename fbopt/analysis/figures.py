@@ -6,8 +6,9 @@ Colours are Okabe and Ito's, and cividis: told apart with any colour vision, and
 from __future__ import annotations
 
 import functools
+import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,12 @@ def save(figure: Any, path: Path, note: str = "") -> None:
 def line(runs: Mapping[str, Values]) -> tuple[Any, str]:
     """The loss along one random direction, of all runs in one frame."""
     figure, (axes,) = new(4.6, 3.2)
-    for (name, values), color, style in zip(runs.items(), COLORS, STYLES, strict=False):
+    for name, values, color, style in zip(short(runs), runs.values(), COLORS, STYLES, strict=False):
         axes.plot(values["axes"][0], _floats(values["losses"]), style, color=color, label=name)
     axes.set(xlabel="distance along the direction (filter norms)", ylabel="training loss (nats)")
     logarithmic(axes)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="upper center")
+    figure.legend(loc="outside upper center", ncols=len(runs), frameon=False)
     return figure, _note(next(iter(runs.values())), "One random direction")
 
 
@@ -87,7 +88,7 @@ def plane(runs: Mapping[str, Values], flat: Mapping[str, Values]) -> tuple[Any, 
     widths = [1.0] * len(runs) + [0.8] * bool(flat)
     figure, axes = new(2.6 * panels + 0.9, 2.9, panels, width_ratios=widths)
     levels = _levels([_floats(v["losses"]) for v in runs.values()])
-    for one, (name, values) in zip(axes, runs.items(), strict=False):
+    for one, name, values in zip(axes, short(runs), runs.values(), strict=False):
         shades = contours(one, values, levels)
         one.plot(0, 0, "+", color="white", markersize=7)
         one.set(title=name, xlabel="direction 1 (filter norms)")
@@ -112,7 +113,7 @@ def sharpness(runs: Mapping[str, Values]) -> tuple[Any, str]:
     """Eigenvalues in order, and the threshold of stability of each run."""
     figure, (axes,) = new(4.6, 3.2)
     largest = 0.0
-    for i, (name, values) in enumerate(runs.items()):
+    for i, (name, values) in enumerate(zip(short(runs), runs.values(), strict=True)):
         found = values["eigenvalues"]
         largest = max(largest, *found)
         places = np.arange(1, len(found) + 1)
@@ -120,7 +121,7 @@ def sharpness(runs: Mapping[str, Values]) -> tuple[Any, str]:
         if values["threshold"] is not None:
             axes.axhline(
                 values["threshold"], color=COLORS[i], linestyle=STYLES[i], linewidth=1,
-                label=f"threshold {values['threshold']:.3g}",
+                label=f"stable below {values['threshold']:.3g}",
             )  # fmt: skip
     axes.set(
         xlabel="index (largest first" + (", then smallest)" if len(found) > 5 else ")"),
@@ -129,18 +130,18 @@ def sharpness(runs: Mapping[str, Values]) -> tuple[Any, str]:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.axhline(0, color=GREY, linewidth=0.6)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    formulas = {values["threshold_formula"]: name for name, values in runs.items()}
-    if len(formulas) == 1:
-        return figure, f"Steps are stable below {next(iter(formulas))}, drawn as lines."
-    words = "; ".join(f"{name}: {formula}" for formula, name in formulas.items())
-    return figure, f"Steps are stable below the lines. {words}."
+    figure.legend(loc="outside upper center", ncols=len(runs), frameon=False)
+    formulas = [values["threshold_formula"] for values in runs.values()]
+    if len(set(formulas)) > 1:
+        formulas = [f"{n}: {words}" for n, words in zip(short(runs), formulas, strict=True)]
+    words = "; ".join(dict.fromkeys(formulas))
+    return figure, f"Lines: full-batch steps are stable below {words}."
 
 
 @styled
 def between(values: Values) -> tuple[Any, str]:
     """The loss on the line between two runs, or in the plane of three."""
-    names = values["names"]
+    names = short(values["names"])
     if len(values["axes"]) == 1:
         figure, (axes,) = new(4.6, 3.2)
         axes.plot(values["axes"][0], _floats(values["losses"]), color=COLORS[0])
@@ -159,8 +160,20 @@ def between(values: Values) -> tuple[Any, str]:
             axes.plot(*place, marker, color="white", markeredgecolor="black", label=name)
         axes.set(xlabel="share of the way to the second", ylabel="share of the way to the third")
         _colorbar(figure, shades, [axes])
-    axes.legend(frameon=len(values["axes"]) == 2)
+    figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
     return figure, BATCHNORM[values["batchnorm"]]
+
+
+def short(names: Iterable[str]) -> list[str]:
+    """Names of runs without the words at both ends that all have in common."""
+    words = [re.split(r"(-|, )", name) for name in names]
+    if len(words) == 1:
+        return ["".join(words[0])]
+    while len({w[0] for w in words}) == 1 and min(map(len, words)) > 2:
+        words = [w[2:] for w in words]
+    while len({w[-1] for w in words}) == 1 and min(map(len, words)) > 2:
+        words = [w[:-2] for w in words]
+    return ["".join(w) for w in words]
 
 
 def contours(axes: Any, values: Values, levels: np.ndarray) -> Any:
@@ -193,13 +206,12 @@ def _distances(axes: Any, runs: Mapping[str, Values]) -> None:
         axes.errorbar(
             i + 0.25, values["mean"], values["error"], color=COLORS[i], marker=MARKERS[i], capsize=3
         )
-    short = [name.replace(", ", "\n") for name in runs]
     rise = next(iter(runs.values()))["threshold"]
     axes.set(
         title="flatness", xlim=(-0.5, len(runs) - 0.35), ylim=(0, None),
         ylabel=f"distance to a loss {rise:g} nats higher\n(filter norms)",
     )  # fmt: skip
-    axes.set_xticks(range(len(runs)), short)
+    axes.set_xticks(range(len(runs)), [name.replace(", ", "\n") for name in short(runs)])
     axes.grid(axis="y", alpha=0.25)
 
 

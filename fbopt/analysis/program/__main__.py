@@ -75,13 +75,13 @@ def analyze(options: Analysis) -> dict[str, Any]:
         for subject in subjects:
             measure = MEASURES[name]
             work = _call(measure, subject, options)
-            values, text = _measured(report, subject, name, passes(name, options), work)
+            values, text = _measured(report, subject, name, passes(name, [subject], options), work)
             report.add(subject.name, name, values)
             print(f"{subject.name}: {name}: {text}\n    {_cost(values['cost'])}", flush=True)
         report.draw(name)
     if options.between:
         work = _call(between, subjects, options)
-        total = passes("line" if len(subjects) == 2 else "plane", options)
+        total = passes("between", subjects, options)
         values, text = _measured(report, subjects[0], "between", total, work)
         report.add_between(values)
         print(f"between the runs: {text}\n    {_cost(values['cost'])}", flush=True)

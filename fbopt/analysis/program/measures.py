@@ -122,17 +122,20 @@ def between(subjects: list[Subject], options: Analysis) -> tuple[Values, str]:
     return values | _conditions(first, options), _range(found.losses)
 
 
-def passes(name: str, options: Analysis) -> int | None:
+def passes(name: str, subjects: list[Subject], options: Analysis) -> int | None:
     """How many passes over the chunks a measure takes, where that is known beforehand."""
-    each = {"exact": 1, "central": 2, "forward": 1}[options.products]
-    start = 3 + (options.products == "forward")
+    if name == "between":
+        name = "line" if len(subjects) == 2 else "plane"
     known = {
-        "gradient": 4,
-        "trace": start + each * options.samples,
-        "line": 3 + options.points,
-        "plane": 3 + options.grid**2,
+        "gradient": 1,
+        "trace": {"central": 2}.get(options.products, 1) * options.samples,
+        "line": options.points,
+        "plane": options.grid**2,
     }
-    return known.get(name)
+    if name == "trace" and options.products == "forward":
+        known[name] += 1  # the gradient where the differences begin
+    checks = 0 if subjects[0].objective.is_deterministic else 3
+    return known[name] + checks if name in known else None
 
 
 def _hessian(subject: Subject, options: Analysis) -> Hessian:

@@ -57,12 +57,13 @@ class Report:
         """Note what is measured, and how long a pass of its training takes."""
         if subject.name in self.results["runs"]:
             raise OptionsError(f"{subject.name} is given twice")
+        training = subject.run.options.as_json()
         self.results["runs"][subject.name] = {
             "folder": str(subject.folder),
             "step": subject.step,
             "parameters": subject.objective.size,
             "training_pass_seconds": round(pass_seconds, 6),
-            "training": subject.run.options.as_json(),
+            "training": {k: v for k, v in training.items() if k not in ("out", "resume")},
         }
         self._write()
 
