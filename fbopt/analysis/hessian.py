@@ -23,8 +23,8 @@ class Hessian:
     - ``forward``: ``(grad L(theta + r u) - grad L(theta)) |v|/r``, one gradient per product and
       one at the beginning, error of first order.
 
-    Where the gradient jumps (ReLU, max pooling) differences count the jumps within the radius and do
-    not converge as it shrinks; the exact product leaves them out. docs/analysis.md has numbers.
+    Where the gradient jumps (ReLU, max pooling) differences count the jumps within the radius and
+    do not converge as it shrinks; the exact product leaves them out. docs/analysis.md has numbers.
 
     The shifted parameters are written by the kernel of the gradient penalty, to a second buffer.
 
