@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ def folder(tiny, tmp_path_factory) -> Path:
 
 
 def analyze(*arguments) -> int:
+    pytest.importorskip("tyro")
     return cli.main(["analyze", *map(str, arguments)])
 
 
@@ -165,7 +167,8 @@ def test_ctrl_c_keeps_what_was_finished(folder, tmp_path, monkeypatch, capsys):
     quick = ["--measures", "gradient", "flatness", "trace", "line", *QUICK]
     assert analyze(folder / "first", "--out", tmp_path, *quick) == 130
     assert list(results(tmp_path)["measures"]) == ["gradient", "flatness"]
-    assert (tmp_path / "flatness.png").exists() and not (tmp_path / "line.png").exists()
+    drawn = find_spec("matplotlib") is not None
+    assert (tmp_path / "flatness.png").exists() == drawn and not (tmp_path / "line.png").exists()
     assert f"what was finished is in {tmp_path}" in capsys.readouterr().err
 
 
