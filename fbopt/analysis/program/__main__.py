@@ -125,7 +125,15 @@ def _bar(description: str, total: int | None) -> Any:
         from fbopt.analysis.program.report import NoBar
 
         return NoBar()
-    return tqdm(total=total, desc=description, unit="pass", leave=False, disable=None)
+    return tqdm(
+        total=total,
+        desc=description,
+        unit="pass",
+        leave=False,
+        disable=None,
+        dynamic_ncols=True,
+        nrows=20,  # tqdm shows nothing where a pseudo-terminal claims to have no rows
+    )
 
 
 def _cost(cost: dict[str, Any]) -> str:
