@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -131,7 +132,7 @@ def _bar(description: str, total: int | None) -> Any:
         unit="pass",
         leave=False,
         disable=None,
-        dynamic_ncols=True,
+        ncols=shutil.get_terminal_size().columns,
         nrows=20,  # tqdm shows nothing where a pseudo-terminal claims to have no rows
     )
 
