@@ -25,6 +25,7 @@ from fbopt.train.run import Run
 from fbopt.train.saving import Saver
 from fbopt.train.sources import DataError, load
 from fbopt.train.store import RunFolder
+from fbopt.train.track import Tracker
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _fit(run: Run, folder: RunFolder, saver: Saver | None, interrupt: Interrupt)
     """
     options, world = run.options, run.world
     progress = Progress(options.passes, run.step // run.steps_per_pass, len(run.data.train))
-    run.advance = progress.advance
+    run.advance, tracker = progress.advance, Tracker(run)
     begin, before = time.monotonic(), run.seconds
     try:
         while run.step < run.total_steps:
@@ -144,8 +145,11 @@ def _fit(run: Run, folder: RunFolder, saver: Saver | None, interrupt: Interrupt)
             if run.step % run.steps_per_pass == 0:
                 done = run.step // run.steps_per_pass
                 on_test = done % options.eval_every == 0 or done == options.passes
-                if on_test or done == 1 or done % options.log_every == 0:
+                tracked = tracker.due(done)
+                if on_test or tracked or done == 1 or done % options.log_every == 0:
                     record = run.record(on_test and world.lead)
+                    if tracked and world.lead:
+                        record |= tracker.measure()
                     progress.report(record)
                     if world.lead:
                         folder.append(folder.metrics, record)

@@ -21,6 +21,7 @@ Method = Literal["forward", "central", "exact"]
 Accumulation = Literal["float32", "exact"]
 Augment = Literal["none", "random", "fixed"]
 Sampling = Literal["fixed", "shuffled", "replacement"]
+TRACKED = ("sharpness", "noise")
 
 
 class OptionsError(ValueError):
@@ -135,6 +136,17 @@ class Options:
     fingerprint_every: int | None = None
     """Steps between two lines of fingerprints.jsonl. Default: 0, only with checkpoints."""
 
+    track: str = ""
+    """Measures to add to the metrics and curves, as in sharpness,noise: the largest eigenvalue of
+    the full-batch Hessian beside the threshold of stability, the gradient noise scale."""
+    every: int | None = None
+    """Passes between two of the measures that --track names. Default: as --eval-every."""
+
+    @property
+    def tracked(self) -> tuple[str, ...]:
+        """The measures that `track` names."""
+        return tuple(name.strip() for name in self.track.split(",") if name.strip())
+
     @property
     def stochastic(self) -> bool:
         """Whether this is mini-batch SGD."""
@@ -178,7 +190,8 @@ log_every save_every keep"""
 _BOUNDS = {
     **dict.fromkeys(_COUNTS.split(), (1, True, math.inf)),
     **dict.fromkeys(
-        ("seed", "warmup", "penalty", "weight_decay", "fingerprint_every"), (0, True, math.inf)
+        ("seed", "warmup", "penalty", "weight_decay", "fingerprint_every", "every"),
+        (0, True, math.inf),
     ),
     **dict.fromkeys(("lr", "radius"), (0, False, math.inf)),
     **dict.fromkeys(("momentum", "dropout", "label_smoothing"), (0, True, 1)),
@@ -221,6 +234,14 @@ def check(options: Options) -> None:
         raise OptionsError(f"--seed {options.seed}: has to be below 2**63")
     if options.resume == "auto" and options.overwrite:
         raise OptionsError("--overwrite contradicts --resume auto; leave one of them out")
+    if unknown := [name for name in options.tracked if name not in TRACKED]:
+        raise OptionsError(
+            f"--track {unknown[0]}: choose {', '.join(TRACKED)}, with commas between"
+        )
+    if options.every and not options.tracked:
+        raise OptionsError("--every goes with --track; add --track sharpness,noise")
+    if options.every == 0 and options.tracked:
+        raise OptionsError("--every 0: has to be at least 1")
     _check_belongs(options)
     try:
         kind, _ = parse(options.data)
@@ -280,6 +301,7 @@ def resolve(options: Options) -> Options:
     values.setdefault("eval_every", max(1, passes // 100))
     values.setdefault("log_every", max(1, passes // 400))
     values = {"keep": 2, "fingerprint_every": 0, **values}
+    values.setdefault("every", values["eval_every"] if options.tracked else 0)
     if values["max_norm"] == math.inf:
         values["max_norm"] = None
     if not values["penalty"]:

@@ -19,8 +19,9 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
         print("no curves.png: pip install matplotlib")
         return False
     records = folder.read_metrics()
-    figure = Figure(figsize=(9, 6), layout="constrained", dpi=120)
-    (loss, accuracy), (norm, rate) = figure.subplots(2, 2, sharex=True)
+    rows = 3 if options.tracked else 2
+    figure = Figure(figsize=(9, 3 * rows), layout="constrained", dpi=120)
+    (loss, accuracy), (norm, rate), *tracked = figure.subplots(rows, 2, sharex=True)
     _line(loss, records, "loss", BLUE, "train")
     _line(loss, records, "test_loss", ORANGE, "test")
     loss.set(ylabel="mean cross-entropy (nats)", title="Loss")
@@ -35,7 +36,8 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
     norm.set(ylabel="Euclidean norm", title=title)
     _line(rate, records, "lr", BLUE, "learning rate")
     rate.set(ylabel="learning rate", title="Learning rate")
-    _finish(figure, (loss, accuracy), (norm, rate), options)
+    _tracked(tracked, records, options)
+    _finish(figure, (loss, accuracy), tracked[0] if tracked else (norm, rate), options)
     for axes in (loss, norm):
         _log_scale(axes)
     if "test_accuracy" in records[-1]:
@@ -47,6 +49,24 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
     return True
 
 
+def _tracked(rows: list[Any], records: list[dict[str, Any]], options: Options) -> None:
+    """What --track measured: sharpness beside its threshold, noise scale."""
+    panels = list(rows[0]) if rows else []
+    for name, axes in zip(options.tracked, panels, strict=False):
+        if name == "sharpness":
+            _line(axes, records, "sharpness", BLUE, "largest eigenvalue")
+            _line(axes, records, "sharpness_threshold", ORANGE, "threshold of stability")
+            axes.set(ylabel="curvature of the loss (nats)", title="Sharpness, full batch")
+        else:
+            _line(axes, records, "noise_scale", BLUE, "noise scale")
+            axes.set(ylabel="samples", title="Gradient noise scale")
+        if axes.lines:
+            _log_scale(axes)
+            axes.legend(frameon=False)
+    for axes in panels[len(options.tracked) :]:
+        axes.set_axis_off()
+
+
 def _line(
     axes: Any,
     records: list[dict[str, Any]],
@@ -55,7 +75,9 @@ def _line(
     label: str,
     percent: bool = False,
 ) -> None:
-    points = [(r["pass"], r[key] * (100 if percent else 1)) for r in records if key in r]
+    points = [
+        (r["pass"], r[key] * (100 if percent else 1)) for r in records if r.get(key) is not None
+    ]
     if points:
         marker = "o" if len(points) < 30 else None
         axes.plot(
