@@ -102,6 +102,12 @@ class Operands:
             ),
         }
 
+    def _value(self, exact: tuple[list[Tensor], list[Tensor], Tensor]) -> list[Tensor]:
+        """What sums in fixed point stand for, in the type that contributions are rounded to."""
+        pairs = zip(*exact[:2], strict=True)
+        dtype = accumulator_dtype(self.grads[0].dtype)
+        return [((c.double() * 2.0**64 + s.double()) / EXACT_SCALE).to(dtype) for s, c in pairs]
+
     def outcome(self, op: str) -> list[Tensor]:
         """What an op wrote."""
         return {
@@ -110,8 +116,8 @@ class Operands:
             "perturb_": flat_views(self.shifted, self.params),
             "accumulate_": self.sums,
             "accumulate_penalty_": self.penalised,
-            "accumulate_exact_": self.exact[0],
-            "accumulate_exact_penalty_": self.exact_penalised[0],
+            "accumulate_exact_": self._value(self.exact),
+            "accumulate_exact_penalty_": self._value(self.exact_penalised),
             "exact_mean_": self.means,
             "clip_": self.clipped,
             "sgd_step_": [*self.stepped, *self.velocity],
