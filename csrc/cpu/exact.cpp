@@ -17,13 +17,14 @@ Bits<A> magnitude(A v) {
   return std::bit_cast<Bits<A>>(v) & std::numeric_limits<Bits<A>>::max();
 }
 
-// maximum <- max(maximum, value), both at least zero, in the same order as largest().
+// maximum <- max(maximum, |value|), in the order of magnitudes. Threads may share a tensor.
 void raise_to(double* maximum, double value) {
-  const auto bits = std::bit_cast<int64_t>(value) & std::numeric_limits<int64_t>::max();
-  auto* target = reinterpret_cast<int64_t*>(maximum);
-  int64_t now = __atomic_load_n(target, __ATOMIC_RELAXED);
-  while (now < bits && !__atomic_compare_exchange_n(target, &now, bits, true, __ATOMIC_RELAXED,
-                                                    __ATOMIC_RELAXED)) {
+  value = std::bit_cast<double>(magnitude(value));
+  double now = 0;
+  __atomic_load(maximum, &now, __ATOMIC_RELAXED);
+  while (
+      magnitude(now) < magnitude(value) &&
+      !__atomic_compare_exchange(maximum, &now, &value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
 }
 
