@@ -26,10 +26,11 @@ MOST_ADDITIONS = 2**21
 REACH = 94
 # The unit until a first pass has shown how large contributions are.
 FIRST_EXPONENT = -72
-# The least exponent of a unit, so that its inverse is a float64; for gradients in float64 only.
-LEAST_EXPONENT = -1000
-# Significant bits of a weight, with which its product with a float32 is exact in float64.
-WEIGHT_BITS = 29
+# The least exponent of a unit, so that a weight over it is a float64; for float64 gradients only.
+LEAST_EXPONENT = -900
+# Significant bits of a weight, with which its product with a float32 is exact in float64, and the
+# least power of two in it, with which sums of weights are.
+WEIGHT_BITS, WEIGHT_GRID = 29, -24
 
 
 class FixedPoint:
@@ -39,7 +40,8 @@ class FixedPoint:
     follow from the largest contributions M of a tensor in the last pass, which depend on no order:
     u is some 2^-58 M, and less from 128 additions on. A pass for which a unit does not fit has to
     be repeated: one in which n additions could exceed 2^94 u, or be wrong by ``n u / 2 > 2^-49 M``.
-    For the sums that are kept therefore ``|S u - sum_c w_c v_c| <= 2^-49 M``.
+    For the sums that are kept therefore ``|S u - sum_c w_c v_c| <= 2^-49 M``. (For float64 values
+    w v is rounded to float64 first, and no unit is below 2^-900.)
 
     Args:
         parts: lists of tensors, each list of one device and dtype; the sums are of their shapes.
@@ -158,9 +160,9 @@ class FixedPoint:
         return list(self._next)
 
     def load_state_dict(self, exponents: Sequence[int]) -> None:
-        """Go on with saved units; those of another number of tensors say nothing here."""
-        if len(exponents) == len(self._exponents):
-            self._next = list(exponents)
+        """Go on with saved units; where they are of another number of tensors, with the first."""
+        fits = len(exponents) == len(self._exponents)
+        self._next = list(exponents) if fits else [FIRST_EXPONENT] * len(self._exponents)
 
     def _set_exponents(self, exponents: Sequence[int]) -> None:
         self._exponents = self._next = list(exponents)
@@ -170,11 +172,11 @@ class FixedPoint:
 
 
 def check_weight(weight: float) -> None:
-    """Refuse a weight whose product with a float32 is not exact in float64."""
-    mantissa = math.frexp(weight)[0] * 2**WEIGHT_BITS
-    if mantissa != int(mantissa):
+    """Refuse a weight whose products or sums could be rounded."""
+    bits, grid = math.frexp(weight)[0] * 2**WEIGHT_BITS, weight * 2.0**-WEIGHT_GRID
+    if bits != int(bits) or grid != int(grid) or weight > 2**WEIGHT_BITS:
         raise ValueError(
             f'weight is {weight!r}: accumulation="exact" takes integers up to {2**WEIGHT_BITS:,} '
-            f"and other numbers of at most {WEIGHT_BITS} significant bits, so that no rounding "
-            'depends on an order: pass the number of samples, or accumulation="float32"'
+            f"and multiples of 2^{WEIGHT_GRID} of at most {WEIGHT_BITS} significant bits, so that "
+            'nothing is rounded: pass the number of samples, or accumulation="float32"'
         )

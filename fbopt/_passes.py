@@ -139,6 +139,7 @@ class RunningStatistics:
         if not self._exact or not indices:
             return
         if self.fixed is None or before != [[id(t) for t in now] for _, _, now in self._active]:
+            self._exponents = self.state_dict()
             self.fixed = FixedPoint([running for _, _, running in self._active])
             self.fixed.load_state_dict(self._exponents)
         self.fixed.reset()
@@ -163,7 +164,7 @@ class RunningStatistics:
         return 2 * sum(m.running_mean is not None for m in self._layers) if self._exact else 0
 
     def maxima(self) -> Tensor:
-        """The largest contributions, see :meth:`FixedPoint.maxima`, and zeros: 1-D, float64."""
+        """Return the largest contributions (:meth:`FixedPoint.maxima`) and zeros: 1-D, float64."""
         found = self.fixed.maxima() if self._active else torch.zeros(0, dtype=torch.float64)
         return torch.nn.functional.pad(found, (0, self.width - len(found)))
 
@@ -187,7 +188,7 @@ class RunningStatistics:
 
     def state_dict(self) -> list[int]:
         """See :meth:`FixedPoint.state_dict`."""
-        return [] if self.fixed is None else self.fixed.state_dict()
+        return list(self._exponents) if self.fixed is None else self.fixed.state_dict()
 
     def load_state_dict(self, exponents: Sequence[int]) -> None:
         """See :meth:`FixedPoint.load_state_dict`; kept until there are sums."""

@@ -186,9 +186,6 @@ class Ranks:
         """Raise the same ValueError on every process where a fact is not the same on all."""
         everyone = self.objects(dict(facts))
         for rank, theirs in enumerate(everyone):
-            if isinstance(theirs, Failure):
-                raise theirs.as_error(rank)
-        for rank, theirs in enumerate(everyone):
             for name in {**everyone[0], **theirs}:
                 here, there = everyone[0].get(name, "missing"), theirs.get(name, "missing")
                 if here != there:
@@ -196,11 +193,6 @@ class Ranks:
                         f"the processes differ: {name} is {here} on process 0 and {there} on "
                         f"process {rank}: {cure}"
                     )
-
-    def tell_at_comparison(self, error: BaseException) -> None:
-        """Take part in the others' :meth:`check_same` with nothing but an error."""
-        with contextlib.suppress(Exception):
-            self.objects(Failure.of(error))
 
     def _report(self, error: BaseException | None) -> None:
         everyone = self.objects(None if error is None else Failure.of(error))

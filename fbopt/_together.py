@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,33 +35,34 @@ class Together:
         self.ranks.check_devices(devices)
         if not self.ranks.alone:
             _refuse_wrapped(model)
+        self._device = min(devices, key=str)
         self._compared: GradientAccumulator | None = None
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._layers = [m for m in model.modules() if isinstance(m, _NormBase)]
         self._before: list[Tensor] = []
 
     @contextlib.contextmanager
-    def telling(
-        self, at_work: Callable[[], GradientAccumulator], statistics: RunningStatistics
-    ) -> Iterator[None]:
-        """Let the other processes, which would wait, know of an error in this one.
-
-        Args:
-            at_work: returns the accumulator at work, which may be replaced meanwhile.
-            statistics: of the normalisation layers.
-        """
+    def preparing(self) -> Iterator[None]:
+        """Let the others, which would wait in :meth:`begin`, know of an error in this process."""
         try:
             yield
         except Exception as error:
-            accumulator = at_work()
-            if self._compared is accumulator:
-                params, maxima = accumulator.params, None
-                if accumulator.fixed is not None:
-                    length = len(accumulator.fixed) + statistics.width
-                    maxima = torch.zeros(length, dtype=torch.float64, device=params[0].device)
-                self.ranks.tell(error, len(params), Totals.NUMBERS, params[0].device, maxima)
-            else:
-                self.ranks.tell_at_comparison(error)
+            self.ranks.tell(error, 1, 1, self._device)
+            raise
+
+    @contextlib.contextmanager
+    def visiting(
+        self, accumulator: GradientAccumulator, statistics: RunningStatistics
+    ) -> Iterator[None]:
+        """The same for those that would wait in :meth:`combine`."""
+        try:
+            yield
+        except Exception as error:
+            params, maxima = accumulator.params, None
+            if accumulator.fixed is not None:
+                length = len(accumulator.fixed) + statistics.width
+                maxima = torch.zeros(length, dtype=torch.float64, device=params[0].device)
+            self.ranks.tell(error, len(params), Totals.NUMBERS, params[0].device, maxima)
             raise
 
     def begin(self, accumulator: GradientAccumulator, **facts: Any) -> None:
@@ -69,11 +71,20 @@ class Together:
         Args:
             accumulator: of the parameters.
             **facts: what else has to be the same on all.
+
+        Raises:
+            PeerError: another process failed.
+            ValueError: the processes differ in parameters, training modes or a fact.
         """
         if self.ranks.alone:
             return
         self._before = [count.clone() for count in self._counts()]
-        if self._compared is not accumulator:
+        modes = "".join("ET"[m.training] for m in self._layers)
+        layout = repr((modes, [(p.dtype, p.shape) for p in accumulator.params]))
+        new, number = self._compared is not accumulator, zlib.crc32(layout.encode())
+        found = self.ranks.agree([new], [number], self._device)
+        if found.flags[0] or any(row != found.table[0] for row in found.table):
+            facts["the modes of normalisation layers (E: eval, T: training)"] = modes
             self.ranks.check_same(
                 facts | self._describe(accumulator.params),
                 "build the same model on all, and load or broadcast the same parameters",

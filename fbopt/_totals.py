@@ -33,7 +33,7 @@ class Totals:
 
     def numbers(self) -> list[float]:
         """How many chunks, their weight, and whether their losses are float64."""
-        wide = any(loss.dtype == torch.float64 for loss in self.losses[-1:])
+        wide = any(loss.dtype == torch.float64 for loss in self.losses)
         return [len(self.losses), math.fsum(self.weights), wide]
 
     def means(

@@ -62,6 +62,8 @@ class GradientAccumulator:
             raise ValueError(f"accumulation must be one of {ACCUMULATIONS}, got {accumulation!r}")
         self.params = check_params(params)
         self.accumulation = accumulation
+        self.fixed: FixedPoint | None = None
+        self._exponents: Sequence[int] = ()  # of a state that was loaded
         self._signature: list[tuple] | None = None
         self._scalars: dict[tuple[float, torch.device], Tensor] = {}
         self.reset()
@@ -84,7 +86,11 @@ class GradientAccumulator:
         self._flat = self.groups.buffers(wide=True)
         self.sums = self.groups.views(self._flat)
         self._operands = self.groups.operands(self._flat, self.sums)
-        self.fixed = FixedPoint(self._operands) if self.accumulation == "exact" else None
+        if self.accumulation == "exact":
+            known = self._exponents if self.fixed is None else self.fixed.state_dict()
+            self.fixed = FixedPoint(self._operands)
+            self.fixed.load_state_dict(known if len(known) == len(self.fixed) else self._exponents)
+            self.fixed.reset()
 
     def _clear(self) -> None:
         if self.fixed is not None:
@@ -270,9 +276,16 @@ class GradientAccumulator:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved :meth:`state_dict`, and start over as :meth:`reset` does."""
-        if self.fixed is not None and "exponents" in state:
-            self.fixed.load_state_dict(state["exponents"])
+        self._exponents = state.get("exponents", ())
+        if self.fixed is not None:
+            self.fixed.load_state_dict(self._exponents)
         self.reset()
+
+    def successor(self, params: Iterable[Tensor]) -> GradientAccumulator:
+        """Return an accumulator for other parameters, which keeps a loaded state that fits them."""
+        new = GradientAccumulator(params, self.accumulation)
+        new.load_state_dict({"exponents": self._exponents})
+        return new
 
     def has_grad(self, index: int) -> bool:
         """Whether any gradient was added for this parameter."""

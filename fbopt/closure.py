@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -174,7 +173,7 @@ class FullBatchClosure:
         buffers as they were.
         """
         together = self._together
-        with self._telling():
+        with together.preparing():
             coefficient = self._begin()
         together.begin(
             self.accumulator,
@@ -190,9 +189,6 @@ class FullBatchClosure:
         self.step += 1
         return loss
 
-    def _telling(self) -> contextlib.AbstractContextManager:
-        return self._together.telling(lambda: self.accumulator, self._statistics)
-
     def _complete(self, coefficient: float | Tensor | None) -> tuple[Tensor, Tensor]:
         """Visit all chunks, again where the units of exact sums did not fit; return the means."""
         draws = RandomState({p.device for p in self.accumulator.params})
@@ -204,7 +200,7 @@ class FullBatchClosure:
                 self.accumulator.reset()
                 draws.rewind()
             with torch.no_grad(), self._statistics.averaging():
-                with self._telling():
+                with self._together.visiting(self.accumulator, self._statistics):
                     totals = self._visit(coefficient)
                 found = self._together.combine(self.accumulator, self._statistics, totals)
             if found is not None:
@@ -279,7 +275,7 @@ class FullBatchClosure:
     def _prepare(self, coefficient: float | Tensor | None) -> None:
         params = self._trainable()
         if [id(p) for p in params] != [id(p) for p in self.accumulator.params]:
-            self.accumulator = GradientAccumulator(params, self.accumulator.accumulation)
+            self.accumulator = self.accumulator.successor(params)
         else:
             self.accumulator.reset()
         for p in params:

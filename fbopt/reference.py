@@ -171,7 +171,7 @@ def exact_mean_(
     """
     for i, (m, a, c) in enumerate(zip(means, sums, carries, strict=True)):
         scale = torch.where(maxima[i].isfinite(), scales[i], float("nan"))
-        m.copy_((c.double() * 2.0**64 + a.double()) / scale / divisor.double())
+        m.copy_((c.double() * 2.0**64 + a.double()) / divisor.double() / scale)
 
 
 def _clip_coefficient(max_norm: float, total_norm: Tensor) -> Tensor:

@@ -16,8 +16,6 @@ from fbopt.train import loop
 from fbopt.train.__main__ import main
 from fbopt.train.run import Run
 
-loop.draw_curves = lambda folder, options: False
-
 
 def fault(run: Run) -> None:
     for part in filter(None, os.environ.get("FAULT", "").split(",")):
@@ -43,4 +41,5 @@ def seed_or_fail(run: Run, chunk: int = 0) -> None:
 
 if __name__ == "__main__":
     Run._seed_draws = seed_or_fail
+    loop.draw_curves = lambda folder, options: False
     sys.exit(main())

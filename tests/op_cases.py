@@ -142,7 +142,12 @@ def exact_cases(name, shapes, means, grads, plus, minus):
         spoiled[1::3], spoiled[2::3] = float("nan"), float("inf")
         return [(means, sums, carries, m, scales, scalar(50_000.0)) for m in (maxima, spoiled)]
     if name == "accumulate_exact_":
-        return [(*kept, grads, scalar(w), scales) for w in (96.0, 0.5)]
+        powers = [torch.ones_like(g).copysign(g) for g in grads]  # odd multiples of 2^63 units
+        ties = scales.new_full((len(shapes),), 2.0**63)
+        return [
+            *((*kept, grads, scalar(w), scales) for w in (96.0, 0.5)),
+            *((*kept, powers, scalar(w), ties) for w in (1.0, 3.0, 5.0)),
+        ]
     rest = (scalar(96.0), scales, scalar(0.1), scalar(2.5), 1e-2)
     return [(*kept, grads, plus, side, *rest) for side in ([], minus)]
 

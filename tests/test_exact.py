@@ -268,10 +268,38 @@ def test_saved_units_give_the_same_bits():
     assert GradientAccumulator([torch.zeros(50)]).state_dict() == {}
 
 
+def test_saved_units_wait_for_parameters_that_they_fit():
+    saved = GradientAccumulator([torch.zeros(3)], "exact")
+    for _ in saved.passes():
+        saved.add([torch.full((3,), 2.0**40)])
+    state = saved.state_dict()
+    accumulator = GradientAccumulator([torch.zeros(3), torch.zeros(2)], "exact")
+    accumulator.load_state_dict(state)
+    assert accumulator.state_dict() != state
+    successor = accumulator.successor([torch.zeros(3)])
+    assert successor.state_dict() == state
+    successor.params[0].data = torch.zeros(3, dtype=torch.float64)
+    successor.reset()
+    assert successor.state_dict() == state
+
+
+@pytest.mark.parametrize("largest", [1e-290, 1e290])
+def test_float64_gradients_of_any_size(largest):
+    values = torch.tensor([largest, -largest / 3], dtype=torch.float64)
+    accumulator = GradientAccumulator([torch.zeros(2, dtype=torch.float64)], "exact")
+    for _ in accumulator.passes():
+        for weight in (2**29, 1):
+            accumulator.add([values], weight)
+    error = (accumulator.mean()[0] - values).abs().max()
+    assert error <= max(2.0**-48 * largest, 2.0**-900)
+
+
 @pytest.mark.parametrize(
     "weight, message",
     [
         (1 / 3, "weight is 0.333.*29 significant bits"),
+        (2.0**-25, "weight is 2.98.*multiples of 2"),
+        (2.0**30, "weight is 1073741824"),
         (2**29 + 1, "weight is 536870913"),
         (0, "weight must be greater than 0"),
         (math.nan, "weight must be finite"),

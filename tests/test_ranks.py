@@ -201,6 +201,14 @@ def refused(rank: int, group: Any) -> dict[str, tuple[str, str]]:
     frozen, _, closure = build([rank], group)
     frozen.never.requires_grad_(rank != 0)
     found["count"] = caught(closure)
+    frozen, _, closure = build([rank], group)
+    closure()
+    frozen.never.requires_grad_(rank != 0)
+    found["count, later"] = caught(closure)
+    halted, _, closure = build([rank], group)
+    closure()
+    halted.layers[1].train(rank != 0)
+    found["modes, later"] = caught(closure)
     for name, wrapped in {
         "SyncBatchNorm": nn.SyncBatchNorm.convert_sync_batchnorm(Model(torch.float64)),
         "DistributedDataParallel": nn.parallel.DistributedDataParallel(
@@ -379,6 +387,8 @@ REFUSED = {
     "parameters": ("ValueError", r"parameter 7 \(layers.4.bias\) is float64 \[3\], checksum"),
     "penalty": ("ValueError", "penalty is central on process 0 and forward on process 1"),
     "count": ("ValueError", "the number of parameters is"),
+    "count, later": ("ValueError", "the number of parameters is"),
+    "modes, later": ("ValueError", r"the modes of normalisation layers .* is E.* and T"),
     "SyncBatchNorm": ("ValueError", "SyncBatchNorm"),
     "DistributedDataParallel": ("ValueError", "model.module"),
 }
@@ -386,7 +396,6 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_work_is_refused_by_all(found, case):
-
     results = [one["refused"][case] for one in found[:2]]
     assert results[0] == results[1]
     kind, text = REFUSED[case]

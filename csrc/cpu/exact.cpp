@@ -47,7 +47,7 @@ A add_tile(int64_t* __restrict sum, int32_t* __restrict carry, int64_t n, double
   if (static_cast<double>(std::bit_cast<A>(most)) * scale < rules::kFits) {
     if (wraps < 0)
       for (int64_t j = 0; j < n; ++j)
-        carry[j] += rules::wrap(sum[j], rules::quantised(v(j), scale));
+        rules::add_carry(carry[j], rules::wrap(sum[j], rules::quantised(v(j), scale)));
     return std::bit_cast<A>(most);
   }
   for (int64_t j = 0; j < n; ++j) {

@@ -86,7 +86,7 @@ struct Share {
     if (rules::magnitude(static_cast<double>(v) * scale) < rules::kFits) {
       const int64_t q = rules::quantised(v, scale);
       sum = rules::wrapping_add(sum, q);
-      if (const int32_t wrap = rules::wrap(sum, q)) *carry += wrap;
+      if (const int32_t wrap = rules::wrap(sum, q)) rules::add_carry(*carry, wrap);
     } else {
       rules::add_exact(sum, *carry, v, scale);
     }

@@ -38,6 +38,11 @@ FBOPT_RULE int64_t quantised(A v, double scale) {
   return nearest(v * scale, 1);
 }
 
+// What no carry holds is in no sum that is kept: it may wrap, too.
+FBOPT_RULE void add_carry(int32_t& carry, int32_t by) {
+  carry = static_cast<int32_t>(static_cast<uint32_t>(carry) + static_cast<uint32_t>(by));
+}
+
 // Adds x = v s, of any size. What the carry cannot hold is left out: the maxima tell of it. Without
 // branches, which the signs of gradients would make a gamble.
 template <class A>
@@ -46,17 +51,16 @@ FBOPT_RULE void add_exact(int64_t& sum, int32_t& carry, A v, double scale) {
   const double product = static_cast<double>(v) * scale;
   const double x = magnitude(product) < kReach ? product : 0.0;
   const double high = (x * 0x1p-64 + kRound) - kRound;
-  const double rest = fma(high, -0x1p64, x);  // exact, and at most 2^63, which counts as -2^63
-  const int64_t q = nearest(rest, 1);
+  const double rest = fma(high, -0x1p64, x);  // exact, and at most 2^63, which no int64 holds
+  const bool top = rest >= 0x1p63;
+  const int64_t q = nearest(top ? -0x1p63 : rest, 1);
   sum = wrapping_add(sum, q);
-  carry = static_cast<int32_t>(
-      static_cast<uint32_t>(carry) +
-      static_cast<uint32_t>(static_cast<int32_t>(high) + (rest >= 0x1p63 ? 1 : 0) + wrap(sum, q)));
+  add_carry(carry, static_cast<int32_t>(high) + (top ? 1 : 0) + wrap(sum, q));
 }
 
 // S u / divisor for S = carry 2^64 + sum: with a carry |S| is at least 2^63, so nothing cancels.
 FBOPT_RULE double exact_mean(double sum, double carry, double scale, double divisor) {
-  return fma(carry, 0x1p64, sum) / scale / divisor;
+  return fma(carry, 0x1p64, sum) / divisor / scale;
 }
 
 // The scale to take a mean by: NaN where some contribution was not finite.

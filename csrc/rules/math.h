@@ -11,6 +11,10 @@
 #else
 #define FBOPT_RULE inline
 #endif
+// Set where the device's own functions are called; tests stand in for them.
+#ifdef __CUDA_ARCH__
+#define FBOPT_ON_DEVICE
+#endif
 
 namespace fbopt::rules {
 
@@ -23,12 +27,12 @@ FBOPT_RULE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c)
 FBOPT_RULE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #endif
 
-// The integer nearest to x y, ties to even, for |x y| <= 2^62 and a product that a double holds.
-// AVX2 has no instruction for it, so the host leaves it in the low bits of two doubles near 1.5 *
-// 2^52: the multiple of 2^32, then what is left. 0x43380000 is what that constant's own bits would
-// add.
+// The integer nearest to x y, ties to even, for -2^63 <= x y < 2^63 and a product that a double
+// holds. AVX2 has no instruction for it, so the host leaves it in the low bits of two doubles
+// near 1.5 * 2^52: the multiple of 2^32, then what is left. 0x43380000 is what that constant's own
+// bits would add.
 FBOPT_RULE int64_t nearest(double x, double y) {
-#ifdef __CUDA_ARCH__
+#ifdef FBOPT_ON_DEVICE
   return __double2ll_rn(x * y);
 #else
   constexpr double kLow = 0x1.8p52, kHigh = kLow - 0x43380000;

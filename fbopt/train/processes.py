@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from fbopt.train.launch import launched, leads, only_lead_prints
 from fbopt.train.options import OptionsError
 
 T = TypeVar("T")
+# What rank 0 does alone (evaluation, --track) may take long; a process that dies is noticed anyway.
+PATIENCE = datetime.timedelta(days=2)
 
 
 class World:
@@ -137,5 +140,9 @@ def _start_group() -> None:
         # the new ones may read and then wait for. Machines count restarts each for itself.
         store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank, world_size=size
+        "cpu:gloo,cuda:nccl" if nccl else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=PATIENCE,
     )

@@ -134,6 +134,12 @@ inline double __shfl_xor_sync(unsigned, double value, int lane) {
 
 inline int64_t __double_as_longlong(double x) { return std::bit_cast<int64_t>(x); }
 inline double __longlong_as_double(int64_t x) { return std::bit_cast<double>(x); }
+// Saturates, as cvt.rni.s64.f64 does.
+inline int64_t __double2ll_rn(double x) {
+  if (x >= 0x1p63) return INT64_MAX;
+  if (x <= -0x1p63) return INT64_MIN;
+  return x == x ? std::llrint(x) : INT64_MIN;
+}
 inline unsigned long long atomicMax(unsigned long long* at, unsigned long long value) {
   const unsigned long long before = *at;
   *at = before < value ? value : before;

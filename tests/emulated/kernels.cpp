@@ -1,5 +1,8 @@
 // The CUDA kernels and their launcher, compiled for the CPU as the ops fbopt_emulated::*, and what
 // tests look at besides: launches, and the arithmetic of their plan.
+#define FBOPT_ON_DEVICE
+#include <cuda_runtime.h>
+
 #include "../../csrc/schema.cpp"
 #include "../../csrc/cuda/exact.cu"
 #include "../../csrc/cuda/penalty.cu"
