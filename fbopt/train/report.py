@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from fbopt.train import plots
 from fbopt.train.options import Options
+from fbopt.train.plots import BLUE, GREY, ORANGE
 from fbopt.train.store import RunFolder
-
-# Okabe and Ito's palette, told apart with any colour vision.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 
 
 def draw_curves(folder: RunFolder, options: Options) -> bool:
     """Draw metrics.jsonl to curves.png; False where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no curves.png: pip install matplotlib")
+    if (figure := plots.figure(9, 6)) is None:
         return False
     records = folder.read_metrics()
-    figure = Figure(figsize=(9, 6), layout="constrained", dpi=120)
     (loss, accuracy), (norm, rate) = figure.subplots(2, 2, sharex=True)
     _line(loss, records, "loss", BLUE, "train")
     _line(loss, records, "test_loss", ORANGE, "test")
@@ -37,7 +32,7 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
     rate.set(ylabel="learning rate", title="Learning rate")
     _finish(figure, (loss, accuracy), (norm, rate), options)
     for axes in (loss, norm):
-        _log_scale(axes)
+        plots.log_scale(axes)
     if "test_accuracy" in records[-1]:
         figure.suptitle(
             f"{options.data_name}, {options.recipe}, seed {options.seed}: test accuracy "
@@ -68,23 +63,9 @@ def _line(
         )
 
 
-def _log_scale(axes: Any) -> None:
-    """A logarithmic scale with plain numbers, for values over more than a decade."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    values = [value for line in axes.lines for value in line.get_ydata() if value > 0]
-    ratio = max(values, default=1) / min(values, default=1)
-    if ratio > 10:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-        axes.yaxis.set_minor_formatter("{x:g}" if ratio < 300 else NullFormatter())
-
-
 def _finish(figure: Any, with_legend: tuple, bottom: tuple, options: Options) -> None:
     for axes in figure.axes:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        plots.tidy(axes)
     for axes in with_legend:
         axes.legend(frameon=False)
     for axes in bottom:
