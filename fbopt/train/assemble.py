@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
 from fbopt.train import models
+from fbopt.train.augment import augmented
 from fbopt.train.chunk_sums import ChunkSums
-from fbopt.train.data import Data
+from fbopt.train.data import Chunks, Data
 from fbopt.train.gradient import GradientChange
 from fbopt.train.options import Options, OptionsError
 
@@ -43,6 +44,21 @@ def model(options: Options, data: Data, device: torch.device) -> nn.Module:
     if len(data.shape) == 3 and o.channels_last:
         built.to(memory_format=torch.channels_last)
     return built
+
+
+def visits(run: Run, stochastic: bool) -> Chunks:
+    """The mini-batches of an epoch, or the chunks of a full-batch step."""
+    o = run.options
+    return Chunks(
+        augmented(run.data.train, o, in_turn=stochastic),
+        o.batch_size if stochastic else o.chunk_size,
+        begin=run.seed_draws,
+        sampling=o.chunks if o.stochastic == stochastic else "shuffled",
+        seed=o.seed,
+        now=lambda: run.place[0],
+        rank=run.world.rank,
+        processes=run.world.size,
+    )
 
 
 def optimizer(run: Run) -> None:

@@ -105,7 +105,7 @@ def augmented(split: Split, options: Options, in_turn: bool | None = None) -> Sp
         if split.x.ndim != 4 and (value := getattr(options, name)) != "none":
             raise OptionsError(
                 f"{flag(name)} {value} is for images, not for samples of shape "
-                f"{tuple(split.x.shape[1:])}; leave it out"
+                f"{tuple(split.x.shape[1:])}; leave it out, or choose a recipe without it"
             )
     if options.augment == "none":
         return split

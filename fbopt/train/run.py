@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from fbopt import FullBatchGD
 from fbopt.train import assemble
 from fbopt.train.arithmetic import autocast, cast_to, cross_entropy
-from fbopt.train.augment import augmented
 from fbopt.train.average import MovingAverage
 from fbopt.train.data import Chunks, Data
 from fbopt.train.draws import seed_chunk
@@ -44,8 +43,10 @@ class Run:
         self.loss_fn = partial(cross_entropy, label_smoothing=options.label_smoothing)
         self.autocast = cast_to(options.precision)
         self.epochs = options.passes if options.stochastic else options.switch_at
-        self.batches = self._visits(stochastic=True) if self.epochs else None
-        self.chunks = self.batches if options.stochastic else self._visits(stochastic=False)
+        self.batches = assemble.visits(self, stochastic=True) if self.epochs else None
+        self.chunks = self.batches
+        if not options.stochastic:
+            self.chunks = assemble.visits(self, stochastic=False)
         self.data = replace(data, train=self.chunks.split)
         self.total_steps = self._steps(options.passes)
         self.step, self.seconds = 0, 0.0
@@ -67,20 +68,6 @@ class Run:
         if options.compile:
             self.model.compile()
 
-    def _visits(self, stochastic: bool) -> Chunks:
-        """The mini-batches of an epoch, or the chunks of a full-batch step."""
-        o = self.options
-        return Chunks(
-            augmented(self.data.train, o, in_turn=stochastic),
-            o.batch_size if stochastic else o.chunk_size,
-            begin=self._seed_draws,
-            sampling=o.chunks if o.stochastic == stochastic else "shuffled",
-            seed=o.seed,
-            now=lambda: self.place[0],
-            rank=self.world.rank,
-            processes=self.world.size,
-        )
-
     @property
     def place(self) -> tuple[int, int]:
         """The number of whole passes done, and of mini-batches in the present one."""
@@ -97,7 +84,8 @@ class Run:
         epochs = min(passes, self.epochs)
         return passes - epochs + (epochs * len(self.batches) if epochs else 0)
 
-    def _seed_draws(self, chunk: int = 0) -> None:
+    def seed_draws(self, chunk: int = 0) -> None:
+        """Seed what the model draws from, before a chunk or a mini-batch."""
         seed_chunk(self.device, self.options.seed, self.step, chunk)
 
     def observe(self, output: Tensor, target: Tensor) -> None:
@@ -137,7 +125,7 @@ class Run:
     def _sgd_step(self, index: int, samples: int) -> None:
         input, target = self.batches[index]
         self.optimizer.zero_grad()
-        self._seed_draws()
+        self.seed_draws()
         with autocast(self.device, self.autocast):
             output = self.model(input)
             loss = self.loss_fn(output, target)
