@@ -34,8 +34,8 @@ from benchmarks.whole_steps import (
 from fbopt.train.arithmetic import cast_to
 
 ROUNDS, QUICK_ROUNDS = 7, 3
-# Of the whole gradient's norm, from the reference in float64, or in the same bfloat16. One ReLU that
-# a rounding puts on its other side shows in the third digit.
+# Of the whole gradient's norm, from the reference in float64, or in the same bfloat16. One ReLU
+# that a rounding puts on its other side shows in the third digit.
 TOLERANCES = {"fp32": 2e-2, "tf32": 3e-2, "bf16": 3e-2}
 CHECKED = {"images": 72, "chunk": 32, "augment": "none", "workers": 0}
 FASTER, OF_ITS_PASSES = 2.0, 0.97

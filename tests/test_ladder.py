@@ -140,6 +140,7 @@ BAD = {
     "share": (["--share", "0"], "--share 0.0: has to be above 0"),
     "twice": (["--rows", "fb", "fb"], "--rows: name at least one recipe, and each of them once"),
     "option": (["--lr", "-1"], "--lr -1.0: has to be above 0"),
+    "data": (["--data", "npz:none.npz"], "--data npz:none.npz: there is no such file"),
     "steps": (["--share", "1", "--steps", "3"], "--steps is only for a full-batch recipe"),
 }
 

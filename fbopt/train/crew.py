@@ -19,6 +19,7 @@ from typing import Any
 from fbopt.train import files
 from fbopt.train.ladder import Plan
 from fbopt.train.options import Options
+from fbopt.train.sources import load
 from fbopt.train.store import RunFolder
 
 POLL_SECONDS = 0.2
@@ -31,8 +32,14 @@ class Stopped(Exception):
 
 
 def run_all(plan: Plan) -> list[str]:
-    """Run what is not finished yet; returns the names of the runs that failed. Raises Stopped."""
+    """Run what is not finished yet; returns the names of the runs that failed.
+
+    Raises Stopped, and DataError before anything is started.
+    """
     left = [o for o in plan.everything if not RunFolder(o.out).result.exists()]
+    if left:  # one download, one error for data that cannot be used
+        one = left[0]
+        load(one.data, one.image_size, one.data_dir, one.download)
     total = len(plan.everything)
     print(f"{total} runs, {total - len(left)} of them finished; {plan.jobs} at a time", flush=True)
     with Crew(plan) as crew:

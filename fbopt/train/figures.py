@@ -84,7 +84,7 @@ def _accuracy(axes: Any, rows: list[Row]) -> None:
         places, values = row.line("step", lambda r: _percent(r.get("test_accuracy")))
         _draw(ax, row, places, values, spread=True)
     plots.log_steps(ax, "optimizer steps (of mini-batches for sgd, of all samples for the rest)")
-    ax.set(ylabel="test samples classified right (%)", title="Test accuracy")
+    ax.set(ylabel="test samples classified right (%)", title="Test accuracy (bands: all seeds)")
     _legend(ax)
 
 
