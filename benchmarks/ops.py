@@ -28,6 +28,7 @@ GOALS = {
     "resnet18": {
         "foreach": 1.5,
         "published": 6,
+        "exact": 1.3,
         "limit": 0.85,
         "SGD foreach": 1.6,
         "SGD fused": 1,
@@ -153,6 +154,8 @@ def conclude(report: Report, size: str, chunk: Timings, finish: Timings) -> None
     report.heading(f"{chunk.title}, time over fbopt's:")
     ratio(chunk, chunk.fastest([kind.name for kind in rivals.FOREACH]), "foreach")
     ratio(chunk, rivals.Published.name, "published")
+    value = chunk.ratio(rivals.OursExact.name, rivals.Ours.name)
+    report.goal(chunk.title, rivals.OursExact.name, value, at_most=goals.get("exact"))
     if limit := limit_of(chunk):
         claim = f"the memory limit for {CHUNK_WORDS} words ({limit.name})"
         ratio(chunk, limit.name, "limit", claim)

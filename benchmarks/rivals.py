@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import Chunk
-from benchmarks.updates import ChunkUpdate, Loop, Ours, Pass, Published
+from benchmarks.updates import ChunkUpdate, Loop, Ours, OursExact, Pass, Published
 
 Tensors = list[Tensor]
 
@@ -149,4 +149,4 @@ def _after(
 
 FOREACH = (Foreach, ForeachSwapped, ForeachBuffered)
 UNSYNCED = (ForeachUnsynced, ForeachUnsyncedSwapped)
-CHUNK_UPDATES = (Ours, Loop, Published, *FOREACH, *UNSYNCED, Compiled)
+CHUNK_UPDATES = (Ours, OursExact, Loop, Published, *FOREACH, *UNSYNCED, Compiled)

@@ -125,6 +125,17 @@ def variants(operands: Operands, ops: object) -> Calls:
         "accumulate_penalty_": lambda: ops.accumulate_penalty_(
             o.penalised, o.grads, o.plus, o.grads, o.weight, o.coefficient, o.square, c.radius
         ),
+        "accumulate_exact_penalty_": lambda: ops.accumulate_exact_penalty_(
+            *o.exact_penalised,
+            o.grads,
+            o.plus,
+            o.grads,
+            o.weight,
+            o.scales,
+            o.coefficient,
+            o.square,
+            c.radius,
+        ),
         "sgd_step_": lambda: (
             step(sums, o.velocity, o.weight, first),
             step(o.grads, [], None, plain),

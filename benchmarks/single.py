@@ -23,9 +23,14 @@ WORDS = {
     "perturb_": 4,
     "accumulate_": 3,
     "accumulate_penalty_": 4,
+    "accumulate_exact_": 5,
+    "accumulate_exact_penalty_": 6,
+    "exact_mean_": 4,
     "clip_": 2,
     "sgd_step_": 5,
 }
+# As fine as it takes for sums of some hundred chunks.
+EXACT_SCALE = 2.0**48
 Place = Callable[[Tensor], Tensor]
 Calls = dict[str, Callable[[], object]]
 MOST_SETS = 8
@@ -49,7 +54,11 @@ class Operands:
         self.params, self.grads, self.plus = own(chunk.params), own(chunk.grads), own(chunk.plus)
         self.clipped, self.stepped = own(chunk.grads), own(chunk.params)
         self.velocity = own(chunk.zeros())
-        self.sums, self.penalised = (own(chunk.zeros(), wide) for _ in range(2))
+        self.sums, self.penalised, self.means = (own(chunk.zeros(), wide) for _ in range(3))
+        self.exact, self.exact_penalised = (self._exact(device) for _ in range(2))
+        self.scales = torch.full(
+            (len(self.grads),), EXACT_SCALE, dtype=torch.float64, device=device
+        )
         # What an op leaves out shows.
         nan = {"fill_value": float("nan"), "dtype": dtype, "device": device}
         self.shifted = torch.full((flat_size(self.params),), **nan)
@@ -61,9 +70,17 @@ class Operands:
         # Scaled by 0.999: the values stay ordinary numbers, however often this runs.
         self.too_long = scalar(1 / 0.999, device)
 
+    def _exact(self, device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Sums in fixed point, carries, and the largest contributions."""
+        zeros = (
+            [torch.zeros_like(s, dtype=d) for s in self.sums] for d in (torch.int64, torch.int32)
+        )
+        return *zeros, torch.zeros(len(self.sums), dtype=torch.float64, device=device)
+
     def calls(self, ops: object) -> Calls:
         """Every op of a table of ops on these operands."""
         radius, penalty = self.chunk.radius, (self.weight, self.coefficient, self.square)
+        fixed = self.weight, self.scales
         return {
             "pack_": lambda: ops.pack_(self.packed, self.grads),
             "squared_norm": lambda: ops.squared_norm(self.grads),
@@ -72,11 +89,24 @@ class Operands:
             "accumulate_penalty_": lambda: ops.accumulate_penalty_(
                 self.penalised, self.grads, self.plus, [], *penalty, radius
             ),
+            "accumulate_exact_": lambda: ops.accumulate_exact_(*self.exact, self.grads, *fixed),
+            "accumulate_exact_penalty_": lambda: ops.accumulate_exact_penalty_(
+                *self.exact_penalised, self.grads, self.plus, [], *fixed, *penalty[1:], radius
+            ),
+            "exact_mean_": lambda: ops.exact_mean_(
+                self.means, *self.exact, self.scales, self.weight
+            ),
             "clip_": lambda: ops.clip_(self.clipped, self.too_long, 1.0),
             "sgd_step_": lambda: ops.sgd_step_(
                 self.stepped, self.grads, self.velocity, self.lr, None, self.norm, 0.25, **RULE
             ),
         }
+
+    def _value(self, exact: tuple[list[Tensor], list[Tensor], Tensor]) -> list[Tensor]:
+        """What sums in fixed point stand for, in the type that contributions are rounded to."""
+        pairs = zip(*exact[:2], strict=True)
+        dtype = accumulator_dtype(self.grads[0].dtype)
+        return [((c.double() * 2.0**64 + s.double()) / EXACT_SCALE).to(dtype) for s, c in pairs]
 
     def outcome(self, op: str) -> list[Tensor]:
         """What an op wrote."""
@@ -86,6 +116,9 @@ class Operands:
             "perturb_": flat_views(self.shifted, self.params),
             "accumulate_": self.sums,
             "accumulate_penalty_": self.penalised,
+            "accumulate_exact_": self._value(self.exact),
+            "accumulate_exact_penalty_": self._value(self.exact_penalised),
+            "exact_mean_": self.means,
             "clip_": self.clipped,
             "sgd_step_": [*self.stepped, *self.velocity],
         }[op]

@@ -106,7 +106,7 @@ class GradientAccumulator:
             yield attempt
             if self.fixed is None or not self.additions or self._settle_exact():
                 return
-        raise unsettled()
+        raise _unsettled()
 
     def _settle_exact(self) -> bool:
         fits = self.fixed.fit(self.fixed.maxima(), self.additions)
@@ -234,7 +234,7 @@ class GradientAccumulator:
             )
         if not self._is_mean and self.fixed is not None and not self._settle_exact():
             self.reset()
-            raise unsettled()
+            raise _unsettled()
         if not self._is_mean:
             self.settle(set())
         return [
@@ -294,7 +294,7 @@ class GradientAccumulator:
         return self._scalars[key]
 
 
-def unsettled() -> RuntimeError:
+def _unsettled() -> RuntimeError:
     """Return the error for exact sums whose units do not fit."""
     return RuntimeError(
         'the units of accumulation="exact" did not fit the size of the gradients, and are adapted '

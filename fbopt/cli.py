@@ -15,6 +15,7 @@ COMMANDS = {
         "fbopt.train.fingerprint",
         "print a run's SHA-256 by step, compare two runs",
     ),
+    "analyze": ("fbopt.analysis.program.__main__", "measure what kind of minimum a run reached"),
     "doctor": ("fbopt.doctor", "say what this machine has, what fbopt uses, what is missing"),
 }
 

@@ -16,7 +16,7 @@ from fbopt._tensors import check_params, scalar_on
 from fbopt._together import Together
 from fbopt._totals import Totals
 from fbopt._work import ChunkWork
-from fbopt.accumulate import MOST_PASSES, GradientAccumulator, unsettled
+from fbopt.accumulate import MOST_PASSES, GradientAccumulator
 from fbopt.penalty import GradientPenalty, Shift
 
 
@@ -75,18 +75,25 @@ class FullBatchClosure:
     Each capture waits for the device; graphs keep the memory of one chunk's work, activations
     included, which the rest of the program cannot use, and a copy of a chunk for each kind.
 
+    **Exact sums.** With ``accumulation="exact"`` gradients, BatchNorm statistics and loss have the
+    same bits in any order of the chunks and on any number of processes. Where the sizes of the
+    gradients did not fit the units of the sums, which happens at the first call and seldom later,
+    the call visits all chunks once more, with buffers and random generators put back before; one
+    small read from the device per call tells.
+
     **Several processes.** With ``process_group`` every process visits the chunks that its own
     ``chunks`` yields, such as ``chunks[rank::world_size]``; shares may be uneven, or empty. Every
     process of the group has to call. After the call all have the same gradients, loss,
     ``mean_sqnorm`` and BatchNorm statistics, bit for bit: those of all chunks of all processes.
     Everything is summed once per call, after the visits: one small all-reduce to agree, one of the
     sums of gradients (a flat buffer for each dtype), one of BatchNorm's statistics, a gathering of
-    the losses. Loss and ``mean_sqnorm`` do not depend on how chunks are spread, gradients to
-    rounding. The back end has to fit the model: gloo on the CPU, nccl on CUDA (where one small read
-    from the device is made per call, none with the back ends ``"cpu:gloo,cuda:nccl"``). Where a
-    process fails in its chunks, all put their buffers back, it raises its own error, and the others
-    raise one that names it. Parameters have to be the same to begin with, which the first call
-    checks. Other buffers than those of normalisation layers are each process's own.
+    the losses. Loss and ``mean_sqnorm`` do not depend on how chunks are spread; gradients do not
+    but for rounding, and exact sums not at all. The back end has to fit the model: gloo on the CPU,
+    nccl on CUDA (where one small read from the device is made per call, none with the back ends
+    ``"cpu:gloo,cuda:nccl"``). Where a process fails in its chunks, all put their buffers back, it
+    raises its own error, and the others raise one that names it. Parameters have to be the same to
+    begin with, which the first call checks. Other buffers than those of normalisation layers are
+    each process's own.
 
     Attributes:
         step: number of completed calls; the argument of a penalty's ``coefficient`` function.
@@ -202,7 +209,12 @@ class FullBatchClosure:
                 found = self._together.combine(self.accumulator, self._statistics, totals)
             if found is not None:
                 return found
-        raise unsettled()
+        raise RuntimeError(
+            f'accumulation="exact" visited all chunks {MOST_PASSES} times, and the gradients never '
+            "had the size of the time before: let chunks, model and loss give the same at every "
+            "pass (draws from torch's generators are repeated, others are not), or pass "
+            'accumulation="float32"'
+        )
 
     def assign(self) -> None:
         """Set ``p.grad`` to the mean over all chunks, None for parameters that no chunk used."""

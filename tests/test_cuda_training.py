@@ -56,10 +56,17 @@ def chunks(device="cpu", dtype=torch.float32, size=8):
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
-def trained(model, data, penalty=None, steps=5, **options):
+def trained(model, data, penalty=None, steps=5, accumulation="float32", **options):
     """The loss of every step, and what the model is afterwards."""
     optimizer = FullBatchGD(model.parameters(), **(OPTIONS | options))
-    closure = FullBatchClosure(model, F.cross_entropy, data, penalty=penalty, optimizer=optimizer)
+    closure = FullBatchClosure(
+        model,
+        F.cross_entropy,
+        data,
+        penalty=penalty,
+        optimizer=optimizer,
+        accumulation=accumulation,
+    )
     torch.manual_seed(7)
     losses = [optimizer.step(closure) for _ in range(steps)]
     state = [v.cpu() for v in model.state_dict().values() if v.is_floating_point()]
@@ -85,6 +92,17 @@ def test_training_twice_gives_the_same_bits(penalty, device):
             for _ in range(2)
         ]
     torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+def test_exact_sums_know_no_order(penalty, device):
+    data = chunks(device)
+    with deterministic():
+        runs = [
+            trained(network(device=device), order, penalty, accumulation="exact")
+            for order in (data, data[::-1], data[2:] + data[:2])
+        ]
+    torch.testing.assert_close(runs[1:], [runs[0]] * 2, rtol=0, atol=0)
 
 
 @contextlib.contextmanager

@@ -163,6 +163,11 @@ def freeze(model: nn.Module, closure: FullBatchClosure, call: int) -> None:
     model[0].requires_grad_(call < 2)
 
 
+def shrink(model: nn.Module, closure: FullBatchClosure, call: int) -> None:
+    """Let the units of exact sums not fit."""
+    closure.chunks[:] = [(x / 2.0 ** (10 * call), y) for x, y in closure.chunks]
+
+
 def replace_chunks(model: nn.Module, closure: FullBatchClosure, call: int) -> None:
     device = closure.chunks[0][0].device
     closure.chunks[:] = [(x.to(device), y.to(device)) for x, y in ragged(8, 8, 8, 5, start=call)]
@@ -174,6 +179,17 @@ CASES = [
     Case("forward", 2, {"penalty": FORWARD}),
     Case("central", 2, {"penalty": CENTRAL}),
     Case("exact", 2, {"penalty": EXACT}),
+    Case("exact sums", 2, {"accumulation": "exact"}),
+    Case("exact sums, forward", 2, {"accumulation": "exact", **PENALISED}),
+    Case("exact sums, central", 2, {"accumulation": "exact", "penalty": CENTRAL}),
+    Case("exact sums, exact", 2, {"accumulation": "exact", "penalty": EXACT}),
+    Case(
+        "exact sums that are repeated",
+        2,
+        {"accumulation": "exact", **PENALISED},
+        lambda: mlp(),
+        before=shrink,
+    ),
     Case("one chunk", 1, PENALISED, chunks=lambda: ragged(8)),
     Case("several shapes", 4, PENALISED, chunks=lambda: ragged(8, 3, 8, 4, 5, 8, 3)),
     Case("in bfloat16", 2, {"autocast": torch.bfloat16, **PENALISED}),

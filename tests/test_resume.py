@@ -134,9 +134,9 @@ def in_a_write(rng: random.Random, folder: Path) -> Callable[[], bool]:
 @pytest.mark.parametrize(
     ("recipe", "kills", "changes"),
     [
-        ("fb-penalty", 7, {"steps": 24, "method": "forward"}),
+        ("fb-penalty", 8, {"steps": 24, "method": "forward", "accumulation": "exact"}),
         ("fb-penalty", 6, {"steps": 24, "method": "central", "seed": 3}),
-        ("sgd", 7, {"epochs": 8, "batch_size": 10, "max_norm": 0.25}),
+        ("sgd", 6, {"epochs": 8, "batch_size": 10, "max_norm": 0.25}),
     ],
 )
 def test_killed_runs_end_on_the_same_bits(tiny, tmp_path, recipe, kills, changes):

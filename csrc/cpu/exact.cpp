@@ -17,33 +17,35 @@ Bits<A> magnitude(A v) {
   return std::bit_cast<Bits<A>>(v) & std::numeric_limits<Bits<A>>::max();
 }
 
-// maximum <- max(maximum, value), both at least zero, in the same order as largest().
+// maximum <- max(maximum, |value|), in the order of magnitudes. Threads may share a tensor.
 void raise_to(double* maximum, double value) {
-  const auto bits = std::bit_cast<int64_t>(value) & std::numeric_limits<int64_t>::max();
-  auto* target = reinterpret_cast<int64_t*>(maximum);
-  int64_t now = __atomic_load_n(target, __ATOMIC_RELAXED);
-  while (now < bits && !__atomic_compare_exchange_n(target, &now, bits, true, __ATOMIC_RELAXED,
-                                                    __ATOMIC_RELAXED)) {
+  value = std::bit_cast<double>(magnitude(value));
+  double now = 0;
+  __atomic_load(maximum, &now, __ATOMIC_RELAXED);
+  while (
+      magnitude(now) < magnitude(value) &&
+      !__atomic_compare_exchange(maximum, &now, &value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
 }
 
 // Adds n contributions scale * v(j), and returns the largest |v|. No carry is looked at unless some
-// sum is large enough to have wrapped, or some contribution too large: what was added of those is
-// taken back first.
+// sum has wrapped, or some contribution is too large: what was added of those is taken back first.
 template <class A, class Values>
 A add_tile(int64_t* __restrict sum, int32_t* __restrict carry, int64_t n, double scale,
            const Values& v) {
   Bits<A> most = 0;
-  int64_t large = 0;
+  int64_t wraps = 0;
   for (int64_t j = 0; j < n; ++j) {
     const A value = v(j);
     const Bits<A> bits = magnitude(value);
     most = bits > most ? bits : most;
-    sum[j] = rules::wrapping_add(sum[j], rules::quantised(value, scale));
-    large |= rules::wrapping_add(sum[j], rules::kFar);
+    const int64_t q = rules::quantised(value, scale);
+    const int64_t result = rules::wrapping_add(sum[j], q);
+    wraps |= rules::wrapped(sum[j], q, result);
+    sum[j] = result;
   }
   if (static_cast<double>(std::bit_cast<A>(most)) * scale < rules::kFits) {
-    if (large < 0)
+    if (wraps < 0)
       for (int64_t j = 0; j < n; ++j)
         carry[j] += rules::wrap(sum[j], rules::quantised(v(j), scale));
     return std::bit_cast<A>(most);

@@ -19,14 +19,16 @@ FBOPT_RULE int64_t wrapping_subtract(int64_t a, int64_t b) {
   return static_cast<int64_t>(static_cast<uint64_t>(a) - static_cast<uint64_t>(b));
 }
 
+// Negative where before + q wrapped to `result`.
+FBOPT_RULE int64_t wrapped(int64_t before, int64_t q, int64_t result) {
+  return (before ^ result) & (q ^ result);
+}
+
 // How often the sum wrapped when adding q gave `result`: 1, -1 or 0.
 FBOPT_RULE int32_t wrap(int64_t result, int64_t q) {
   const int64_t before = wrapping_subtract(result, q);
-  return static_cast<int32_t>((((before ^ result) & (q ^ result)) >> 63) & ((q >> 63) | 1));
+  return static_cast<int32_t>((wrapped(before, q, result) >> 63) & ((q >> 63) | 1));
 }
-
-// Added to a sum of at least 2^62, it makes it negative: without that no addition can have wrapped.
-constexpr int64_t kFar = int64_t{1} << 62;
 
 // rint(v s), s = w / u. A float's product with a scale of up to 29 significant bits is exact; that
 // of a double is rounded first.

@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 
-from fbopt.train.launch import leads, parse_once
+from fbopt.train.launch import exit_with, leads, parse_once
 from fbopt.train.options import Options, OptionsError
 from fbopt.train.recipes import RECIPES
 from fbopt.train.sources import DataError
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_once(
         lambda: tyro.cli(Options, prog="fbopt train", args=arguments, description=description())
     )
-    return run(options)
+    return exit_with(lambda: run(options))
 
 
 def run(options: Options) -> int:

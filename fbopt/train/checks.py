@@ -25,7 +25,7 @@ _INSTEAD = {
 _COUNTS = """width image_size replicas threads steps epochs cosine chunk_size batch_size eval_every
 log_every save_every keep"""
 _NOT_NEGATIVE = """seed warmup penalty weight_decay fingerprint_every stop_fitted switch_at
-additive_noise multiplicative_noise norm_bias norm_bias_target"""
+additive_noise multiplicative_noise norm_bias norm_bias_target every"""
 # lower bound, whether the bound itself is allowed, upper bound (never reached)
 _BOUNDS = {
     **dict.fromkeys(_COUNTS.split(), (1, True, math.inf)),
@@ -65,6 +65,7 @@ def check(options: Options) -> None:
     if options.resume == "auto" and options.overwrite:
         raise OptionsError("--overwrite contradicts --resume auto; leave one of them out")
     _check_belongs(options)
+    _check_tracked(options)
     _check_data(options)
 
 
@@ -93,6 +94,17 @@ def _check_belongs(options: Options) -> None:
                 f"{flag(name)} is only for {other}, not for --recipe "
                 f"{options.recipe}; {_INSTEAD.get(name, 'leave it out')}"
             )
+
+
+def _check_tracked(options: Options) -> None:
+    if unknown := [name for name in options.tracked if name not in choices.TRACKED]:
+        raise OptionsError(
+            f"--track {unknown[0]}: choose {', '.join(choices.TRACKED)}, with commas between"
+        )
+    if options.every and not options.tracked:
+        raise OptionsError("--every goes with --track; add --track sharpness,noise")
+    if options.every == 0 and options.tracked:
+        raise OptionsError("--every 0: has to be at least 1")
 
 
 def _check_data(options: Options) -> None:

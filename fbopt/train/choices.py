@@ -21,3 +21,4 @@ Accumulation = Literal["float32", "exact"]
 Augment = Literal["none", "random", "fixed"]
 Sampling = Literal["fixed", "shuffled", "replacement"]
 Precision = Literal["fp32", "tf32", "bf16"]
+TRACKED = ("sharpness", "noise")

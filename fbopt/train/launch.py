@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -32,6 +34,22 @@ def only_lead_prints(errors: bool = False) -> Iterator[None]:
             if errors:
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
         yield
+
+
+def exit_with(work: Callable[[], int]) -> int:
+    """The exit status that `work` returns; one of several processes ends with it, here."""
+    if launched()[1] == 1:
+        return work()
+    try:
+        status = work()
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # torch aborts now and then when the interpreter ends before a process group does: "terminate
+    # called without an active exception" (2.14), in place of the status.
+    os._exit(status)
 
 
 def parse_once(parse: Callable[[], T]) -> T:

@@ -26,6 +26,7 @@ from fbopt.train.run import Run
 from fbopt.train.saving import Saver
 from fbopt.train.sources import DataError, load
 from fbopt.train.store import RunFolder
+from fbopt.train.track import Tracker
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _fit(run: Run, folder: RunFolder, saver: Saver | None, interrupt: Interrupt)
     """
     options, world = run.options, run.world
     progress = Progress(options.passes, run.place[0], len(run.visited.split))
-    run.advance = progress.advance
+    run.advance, tracker = progress.advance, Tracker(run)
     begin, before = time.monotonic(), run.seconds
     try:
         while run.step < run.total_steps:
@@ -147,8 +148,11 @@ def _fit(run: Run, folder: RunFolder, saver: Saver | None, interrupt: Interrupt)
             done, rest = run.place
             if rest == 0:
                 on_test = done % options.eval_every == 0 or run.step == run.total_steps
-                if on_test or done == 1 or done % options.log_every == 0:
+                tracked = tracker.due(done)
+                if on_test or tracked or done == 1 or done % options.log_every == 0:
                     record = run.record(on_test and world.lead)
+                    if tracked and world.lead:
+                        record |= tracker.measure()
                     progress.report(record)
                     if world.lead:
                         folder.append(folder.metrics, record)

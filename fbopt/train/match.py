@@ -13,7 +13,7 @@ from fbopt.train.options import Options, OptionsError, flag, implied
 # Options that change where a run lies, how fast it goes or what it keeps, but not what it computes.
 FREE = (
     "out", "resume", "overwrite", "data_dir", "download", "device", "threads", "save_every", "keep",
-    "fingerprint_every", "chunk_norms", "cuda_graph",
+    "fingerprint_every", "chunk_norms", "cuda_graph", "track", "every",
 )  # fmt: skip
 _WITH_RESUME = (
     "resume", "data_dir", "download", "device", "threads", "save_every", "keep",

@@ -164,6 +164,16 @@ class Options:
     """Checkpoints to keep, the newest. Default: 2."""
     fingerprint_every: int | None = None
     """Steps between two lines of fingerprints.jsonl. Default: 0, only with checkpoints."""
+    track: str = ""
+    """Measures to add to the metrics and curves, as in sharpness,noise: the largest eigenvalue of
+    the full-batch Hessian beside the threshold of stability, the gradient noise scale."""
+    every: int | None = None
+    """Passes between two of the measures that --track names. Default: as --eval-every."""
+
+    @property
+    def tracked(self) -> tuple[str, ...]:
+        """The measures that `track` names."""
+        return tuple(name.strip() for name in self.track.split(",") if name.strip())
 
     @property
     def stochastic(self) -> bool:

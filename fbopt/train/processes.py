@@ -110,12 +110,16 @@ def joined() -> Iterator[World]:
         return
     own = not dist.is_initialized()
     if own:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if _has_nccl() else "gloo")
-    with only_lead_prints():
-        yield World(dist.group.WORLD)
-    # Not after an error: who has lost a process would wait for it.
-    if own:
-        dist.destroy_process_group()
+        _start_group()
+    try:
+        with only_lead_prints():
+            yield World(dist.group.WORLD)
+    except PeerError as error:
+        own &= error.rank is not None  # who has lost a process could wait for it
+        raise
+    finally:
+        if own:
+            dist.destroy_process_group()
 
 
 def status_of(error: PeerError) -> int:
@@ -125,5 +129,13 @@ def status_of(error: PeerError) -> int:
     return 2 if error.kind in ("OptionsError", "DataError") else 1
 
 
-def _has_nccl() -> bool:
-    return torch.cuda.is_available() and dist.is_nccl_available()
+def _start_group() -> None:
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # After a restart torchrun's store still has the addresses of processes that are gone, which
+        # the new ones may read and then wait for. Machines count restarts each for itself.
+        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank, world_size=size
+    )

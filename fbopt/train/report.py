@@ -12,10 +12,11 @@ from fbopt.train.store import RunFolder
 
 def draw_curves(folder: RunFolder, options: Options) -> bool:
     """Draw metrics.jsonl to curves.png; False where matplotlib is not installed."""
-    if (figure := plots.figure(9, 6)) is None:
+    rows = 3 if options.tracked else 2
+    if (figure := plots.figure(9, 3 * rows)) is None:
         return False
     records = folder.read_metrics()
-    (loss, accuracy), (norm, rate) = figure.subplots(2, 2, sharex=True)
+    (loss, accuracy), (norm, rate), *tracked = figure.subplots(rows, 2, sharex=True)
     _line(loss, records, "loss", BLUE, "train")
     _line(loss, records, "test_loss", ORANGE, "test")
     loss.set(ylabel="mean cross-entropy (nats)", title="Loss")
@@ -30,7 +31,8 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
     norm.set(ylabel="Euclidean norm", title=title)
     _line(rate, records, "lr", BLUE, "learning rate")
     rate.set(ylabel="learning rate", title="Learning rate")
-    _finish(figure, (loss, accuracy), (norm, rate), options)
+    _tracked(tracked, records, options)
+    _finish(figure, (loss, accuracy), tracked[0] if tracked else (norm, rate), options)
     for axes in (loss, norm):
         plots.log_scale(axes)
     if "test_accuracy" in records[-1]:
@@ -42,6 +44,24 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
     return True
 
 
+def _tracked(rows: list[Any], records: list[dict[str, Any]], options: Options) -> None:
+    """What --track measured: sharpness beside its threshold, noise scale."""
+    panels = list(rows[0]) if rows else []
+    for name, axes in zip(options.tracked, panels, strict=False):
+        if name == "sharpness":
+            _line(axes, records, "sharpness", BLUE, "largest eigenvalue")
+            _line(axes, records, "sharpness_threshold", ORANGE, "threshold of stability")
+            axes.set(ylabel="curvature of the loss (nats)", title="Sharpness, full batch")
+        else:
+            _line(axes, records, "noise_scale", BLUE, "noise scale")
+            axes.set(ylabel="samples", title="Gradient noise scale")
+        if axes.lines:
+            plots.log_scale(axes)
+            axes.legend(frameon=False)
+    for axes in panels[len(options.tracked) :]:
+        axes.set_axis_off()
+
+
 def _line(
     axes: Any,
     records: list[dict[str, Any]],
@@ -50,7 +70,9 @@ def _line(
     label: str,
     percent: bool = False,
 ) -> None:
-    points = [(r["pass"], r[key] * (100 if percent else 1)) for r in records if key in r]
+    points = [
+        (r["pass"], r[key] * (100 if percent else 1)) for r in records if r.get(key) is not None
+    ]
     if points:
         marker = "o" if len(points) < 30 else None
         axes.plot(

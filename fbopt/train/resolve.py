@@ -31,6 +31,7 @@ def resolve(options: Options) -> Options:
     given = {k: v for k, v in asdict(options).items() if v is not None}
     values = {**asdict(recipe), **SPEED[device], **given}
     values |= _passes(options, recipe, values)
+    values.setdefault("every", values["eval_every"] if options.tracked else 0)
     values |= {k: _unless_infinite(values.get(k)) for k in ("max_norm", "chunk_max_norm")}
     if values["augment"] == "fixed":
         values["replicas"] = values["replicas"] or 10

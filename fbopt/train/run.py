@@ -42,7 +42,7 @@ class Run:
         self.model = assemble.model(options, data, device)
         self.loss_fn = partial(cross_entropy, label_smoothing=options.label_smoothing)
         self.autocast = cast_to(options.precision)
-        self.epochs = options.passes if options.stochastic else options.switch_at
+        self.epochs = math.inf if options.stochastic else options.switch_at
         self.batches = assemble.visits(self, stochastic=True) if self.epochs else None
         self.chunks = self.batches
         if not options.stochastic:
@@ -71,9 +71,16 @@ class Run:
     @property
     def place(self) -> tuple[int, int]:
         """The number of whole passes done, and of mini-batches in the present one."""
-        if self.step >= (end := self._steps(self.epochs)):
-            return self.epochs + self.step - end, 0
-        return divmod(self.step, len(self.batches))
+        if self.epochs:
+            number, index = divmod(self.step, len(self.batches))
+            if number < self.epochs:
+                return number, index
+        return self.epochs + self.step - self._steps(self.epochs), 0
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Steps of the present pass, or the next one."""
+        return len(self.batches) if self.place[0] < self.epochs else 1
 
     @property
     def visited(self) -> Chunks:

@@ -1,0 +1,33 @@
+"""What kind of minimum was reached: gradient noise, curvature, flatness and loss landscapes of any
+model, loss and chunks. `fbopt analyze` is the same for a run of `fbopt train`.
+"""
+
+from fbopt.analysis.directions import difference, random_direction
+from fbopt.analysis.flatness import Flatness, measure_flatness
+from fbopt.analysis.gradient import GradientStatistics, gradient_statistics
+from fbopt.analysis.hessian import Hessian
+from fbopt.analysis.lanczos import Eigenpairs, eigenpairs
+from fbopt.analysis.landscape import Landscape, loss_landscape
+from fbopt.analysis.objective import Cost, Objective
+from fbopt.analysis.stability import Threshold, stability_threshold
+from fbopt.analysis.trace import Trace, hessian_trace
+
+__all__ = [
+    "Cost",
+    "Eigenpairs",
+    "Flatness",
+    "GradientStatistics",
+    "Hessian",
+    "Landscape",
+    "Objective",
+    "Threshold",
+    "Trace",
+    "difference",
+    "eigenpairs",
+    "gradient_statistics",
+    "hessian_trace",
+    "loss_landscape",
+    "measure_flatness",
+    "random_direction",
+    "stability_threshold",
+]

@@ -1,0 +1,1 @@
+"""`fbopt analyze`: fbopt.analysis on the runs of fbopt.train. The library never imports it."""
