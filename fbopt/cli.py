@@ -9,7 +9,8 @@ from collections.abc import Sequence
 # name: (module with a main, what it does)
 COMMANDS = {
     "train": ("fbopt.train.__main__", "train a network by full-batch gradient descent, or SGD"),
-    "compare": ("fbopt.train.compare", "train several recipes and seeds, print a table"),
+    "ladder": ("fbopt.train.ladder", "train several recipes and seeds, write a table and figures"),
+    "recipes": ("fbopt.train.listing", "list the recipes, with the accuracies of the paper"),
     "fingerprint": (
         "fbopt.train.fingerprint",
         "print a run's SHA-256 by step, compare two runs",

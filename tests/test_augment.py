@@ -15,9 +15,11 @@ import torch
 from fbopt.train import loop
 from fbopt.train.augment import PADDING, Augmented, augmented, crop_and_flip
 from fbopt.train.data import Chunks, Split, from_arrays
+from fbopt.train.describe import describe
 from fbopt.train.draws import REPLACEMENT, below, hashed, mix
 from fbopt.train.interrupt import Interrupted
-from fbopt.train.options import Options, OptionsError, resolve
+from fbopt.train.options import Options, OptionsError
+from fbopt.train.resolve import resolve
 
 WORD = 2**64
 
@@ -388,7 +390,7 @@ def test_the_sizes_of_a_run(tiny, tmp_path, capsys):
     run = loop.Run(resolve(replace(options, recipe="sgd", steps=None, chunk_size=None, epochs=2)),
                    loop.load(tiny), torch.device("cpu"))  # fmt: skip
     assert len(run.data.train) == 40 and "3 fixed crops and flips of each, one an epoch" in (
-        run.describe()
+        describe(run)
     )
 
 
@@ -434,7 +436,7 @@ def test_label_smoothing_is_for_training_only(tiny):
 
 
 def test_flips_at_test_time(tiny):
-    from fbopt.train.run import evaluate
+    from fbopt.train.evaluation import evaluate
 
     options = tiny_runs.options(tiny, Path("never written"), "fb")
     run = loop.Run(resolve(options), loop.load(tiny), torch.device("cpu"))

@@ -13,6 +13,7 @@ from benchmarks import (
     calls,
     clocks,
     devices,
+    epoch,
     finishing,
     harness,
     memory,
@@ -23,6 +24,7 @@ from benchmarks import (
     single,
     step,
     tables,
+    whole_steps,
 )
 from benchmarks.calls import Task
 from benchmarks.cases import Chunk, Finish, WrongResult, require_close, shapes
@@ -92,6 +94,47 @@ def test_step_runs_and_is_written(tmp_path, capsys):
     assert [len(t["rows"]) for t in content["tables"]] == [3, 3]
     assert "Closure call with penalty" in printed
     assert [g["goal"] for g in content["goals"]] == ["≤ 1.06", None] * 2
+
+
+EPOCH = ("--width", "2", "--images", "20", "--chunk", "8", "--workers", "1")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_epoch_runs_and_is_written(tmp_path, capsys, precision):
+    arguments = (*EPOCH, "--precision", precision, "--penalty")
+    content, printed = run(epoch, tmp_path, capsys, *arguments)
+    check_json(content, "epoch")
+    (table,) = content["tables"]
+    names = [row["name"].partition(",")[0] for row in table["rows"]]
+    ours = ["fbopt train", "its passes alone"]
+    expected = [*ours, "DataLoader with 1 workers", *(ours if precision == "bf16" else [])]
+    assert names == expected
+    assert all(row["images"] == 20 and row["images_per_s"] > 0 for row in table["rows"])
+    goals = [goal["goal"] for goal in content["goals"]]
+    assert goals == (["≥ 2", "≥ 0.97", "≥ 0.97"] if precision == "bf16" else [None, "≥ 0.97"])
+    assert "with penalty, ResNet-18 of width 2, 20 images in chunks of 8" in printed
+    assert "gradient off from float64's" in printed
+
+
+@pytest.mark.parametrize("what", ["gradient", "update"])
+@pytest.mark.parametrize("kind", [whole_steps.Trained, whole_steps.Loaded], ids=named)
+def test_wrong_whole_step_is_caught(kind, what, tmp_path, monkeypatch):
+    call = kind.__call__
+
+    def wrong(self):
+        kept = [p.detach().clone() for p in self.model.parameters()]
+        call(self)
+        with torch.no_grad():
+            for p, old in zip(self.model.parameters(), kept, strict=True):
+                if what == "gradient":
+                    p.grad *= 1.05
+                else:
+                    p.copy_(old)
+
+    monkeypatch.setattr(kind, "__call__", wrong)
+    job = whole_steps.Job(images=20, chunk=8, width=2, penalised=False)
+    with pytest.raises(WrongResult, match="p.grad is off" if what == "gradient" else "not move"):
+        epoch.check(job, "fp32", report.Report("epoch", []))
 
 
 def test_file_is_named_after_the_processor(tmp_path, monkeypatch):

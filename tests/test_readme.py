@@ -45,19 +45,22 @@ def test_make_verbs_exist(verb):
 
 def commands():
     text = "\n".join(blocks("sh") + blocks("console")) + "\n".join(re.findall(r"`([^`]+)`", README))
-    lines = re.findall(r"^(?:\$ )?(?:.*&& )?(fbopt (?:train|compare)[^\n`#]*)", text, re.M)
+    lines = re.findall(r"^(?:\$ )?(?:.*&& )?(fbopt (?:train|ladder)[^\n`#]*)", text, re.M)
     lines += [f"fbopt train {a}" for a in re.findall(r'make train ARGS="([^"]+)"', README)]
     return sorted({line.strip() for line in lines})
 
 
 @pytest.mark.parametrize("command", commands())
 def test_options_in_commands_are_known(command):
-    from fbopt.train.compare import Comparison
+    from fbopt.train import ladder
     from fbopt.train.options import Options
 
     tyro = pytest.importorskip("tyro")
     words = shlex.split(command.replace("PATH", "somewhere"))[1:]
-    tyro.cli({"train": Options, "compare": Comparison}[words[0]], args=words[1:])
+    if words[0] == "ladder":
+        ladder.make_plan(*ladder.parse(words[1:]))
+    else:
+        tyro.cli(Options, args=words[1:])
 
 
 def test_doctor_says_what_the_readme_shows(capsys):

@@ -21,10 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_once(
         lambda: tyro.cli(Options, prog="fbopt train", args=arguments, description=description())
     )
-    return exit_with(lambda: _train(options))
+    return exit_with(lambda: run(options))
 
 
-def _train(options: Options) -> int:
+def run(options: Options) -> int:
+    """Train; say what stops it, and return the exit status."""
     from fbopt._ranks import PeerError
     from fbopt.train.files import WriteError
     from fbopt.train.interrupt import Interrupted

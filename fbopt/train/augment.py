@@ -79,6 +79,8 @@ class Augmented:
         else:
             draw = index // len(self.split)
         x = crop_and_flip(self.split.x[sample], *self._window(draw, sample))
+        if not self.split.x.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous()
         return self.split.normalised(x), self.split.y[sample]
 
     def _window(self, draw: Tensor, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,16 +95,17 @@ class Augmented:
         return tuple(torch.where(same, s, w) for s, w in zip(still, window, strict=True))
 
 
-def augmented(split: Split, options: Options) -> Split | Augmented:
+def augmented(split: Split, options: Options, in_turn: bool | None = None) -> Split | Augmented:
     """The training split that resolved options ask for; stores nothing beside `split`.
 
-    Raises OptionsError for samples that are no images, for which `--tta flip` is none either.
+    `in_turn`: a pass visits one of the fixed replicas, not all of them; by default for sgd. Raises
+    OptionsError for samples that are no images, for which `--tta flip` is none either.
     """
     for name in ("augment", "tta"):
         if split.x.ndim != 4 and (value := getattr(options, name)) != "none":
             raise OptionsError(
                 f"{flag(name)} {value} is for images, not for samples of shape "
-                f"{tuple(split.x.shape[1:])}; leave it out"
+                f"{tuple(split.x.shape[1:])}; leave it out, or choose a recipe without it"
             )
     if options.augment == "none":
         return split
@@ -110,7 +113,7 @@ def augmented(split: Split, options: Options) -> Split | Augmented:
         split,
         mix(options.seed, CROPS),
         replicas=options.replicas,
-        in_turn=options.stochastic,
+        in_turn=options.stochastic if in_turn is None else in_turn,
         clean=options.with_clean,
     )
 

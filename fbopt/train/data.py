@@ -53,10 +53,10 @@ class Split:
         """Samples like `self.x` as the model reads them."""
         return x if self.mean is None else (x.float() - self.mean) / self.deviation
 
-    def to(self, device: torch.device | str) -> Split:
-        """The same samples on `device`, images with their channels last in memory."""
+    def to(self, device: torch.device | str, channels_last: bool = True) -> Split:
+        """The same samples on `device`, images with their channels last in memory or not."""
         x, y, *moments = (t if t is None else t.to(device) for t in vars(self).values())
-        if x.ndim == 4:  # convolutions of images are about 15 % faster that way, also on CPUs
+        if x.ndim == 4 and channels_last:  # about 15 % faster, also on CPUs
             x = x.contiguous(memory_format=torch.channels_last)
         return Split(x, y, *moments)
 
@@ -131,9 +131,10 @@ class Data:
         """The shape of one sample: (channels, length) or (channels, height, width)."""
         return tuple(self.test.x.shape[1:])
 
-    def to(self, device: torch.device | str) -> Data:
+    def to(self, device: torch.device | str, channels_last: bool = True) -> Data:
         """Both splits on `device`."""
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
+        train, test = (s.to(device, channels_last) for s in (self.train, self.test))
+        return replace(self, train=train, test=test)
 
     def sha256(self) -> str:
         """A digest of every sample and label, to tell whether a run goes on with the same data."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CROPS, REPLACEMENT = 1, 2  # what a key of `hashed` is for
+CROPS, REPLACEMENT, NOISE = 1, 2, 3  # what a draw is for
 
 
 def mix(seed: int, *key: int) -> int:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fbopt.train import checkpoint, models
+from fbopt.train import arithmetic, checkpoint, models
+from fbopt.train.describe import describe
 from fbopt.train.environment import facts
 from fbopt.train.interrupt import Interrupt, Interrupted
 from fbopt.train.lock import Lock
@@ -75,16 +76,18 @@ def _train(options: Options, world: World, lock: Lock) -> Result:
 
 def _build(options: Options, world: World) -> tuple[Run, str]:
     """The run and the SHA-256 of its data."""
-    if options.stochastic and world.size > 1:
+    if world.size > 1 and (options.stochastic or options.switch_at):
+        what = "--recipe sgd runs" if options.stochastic else "--switch-at's mini-batches are taken"
         raise OptionsError(
-            f"--recipe sgd runs in one process, not in {world.size}, which would change its "
+            f"{what} in one process, not in {world.size}, which would change its "
             "mini-batches; start it without torchrun, or choose a full-batch recipe"
         )
     device = world.device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     data = load(options.data, options.image_size, options.data_dir, options.download)
-    return Run(options, data.to(device), device, world), data.sha256()
+    arithmetic.settle(options.precision, device)
+    return Run(options, data.to(device, options.channels_last), device, world), data.sha256()
 
 
 def _share_beginning(run: Run, digest: str) -> None:
@@ -114,7 +117,7 @@ def _open(run: Run, start: Start, surroundings: dict[str, Any], lock: Lock) -> N
         folder.forget_after(run.step)
         where = f"resumed at step {run.step} of {run.total_steps}: {folder.path_of(run.step)}"
     folder.append(folder.environment, {"step": run.step} | surroundings)
-    print(f"{run.describe()}\n{where}", flush=True)
+    print(f"{describe(run)}\n{where}", flush=True)
 
 
 def _is_finished(run: Run, folder: RunFolder) -> bool:
@@ -135,16 +138,16 @@ def _fit(run: Run, folder: RunFolder, saver: Saver | None, interrupt: Interrupt)
     no backward pass: nothing of it then depends on the number of processes.
     """
     options, world = run.options, run.world
-    progress = Progress(options.passes, run.step // run.steps_per_pass, len(run.data.train))
+    progress = Progress(options.passes, run.place[0], len(run.visited.split))
     run.advance, tracker = progress.advance, Tracker(run)
     begin, before = time.monotonic(), run.seconds
     try:
         while run.step < run.total_steps:
             run.take_step()
             run.seconds = before + time.monotonic() - begin
-            if run.step % run.steps_per_pass == 0:
-                done = run.step // run.steps_per_pass
-                on_test = done % options.eval_every == 0 or done == options.passes
+            done, rest = run.place
+            if rest == 0:
+                on_test = done % options.eval_every == 0 or run.step == run.total_steps
                 tracked = tracker.due(done)
                 if on_test or tracked or done == 1 or done % options.log_every == 0:
                     record = run.record(on_test and world.lead)

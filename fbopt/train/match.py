@@ -13,11 +13,11 @@ from fbopt.train.options import Options, OptionsError, flag, implied
 # Options that change where a run lies, how fast it goes or what it keeps, but not what it computes.
 FREE = (
     "out", "resume", "overwrite", "data_dir", "download", "device", "threads", "save_every", "keep",
-    "fingerprint_every", "track", "every",
+    "fingerprint_every", "chunk_norms", "cuda_graph", "track", "every",
 )  # fmt: skip
 _WITH_RESUME = (
     "resume", "data_dir", "download", "device", "threads", "save_every", "keep",
-    "fingerprint_every",
+    "fingerprint_every", "cuda_graph",
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def check_options(where: str, made: Mapping[str, Any], now: Options) -> None:
         text = "; ".join(f"{name} {old}, now {new}" for name, old, new in found)
         raise OptionsError(
             f"{where} was made with other options: {text}. Give the run's own, or another folder "
-            "(--out for a run, --runs for a comparison)"
+            "(--out)"
         )
 
 

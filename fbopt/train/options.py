@@ -1,27 +1,23 @@
-"""The options of `fbopt train`, their checks, and how a recipe fills in what was left out."""
+"""The options of `fbopt train`, which the recipe and the device fill in (resolve.py)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from fbopt.train.recipes import RECIPES, Recipe, scale_of
-from fbopt.train.sources import DataError, parse
-
-RecipeName = Literal["sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong"]
-ModelName = Literal[
-    "cnn", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
-    "resnet20", "resnet32", "resnet56", "resnet110", "vgg11", "vgg13", "vgg16", "vgg19",
-    "densenet121", "densenet169",
-]  # fmt: skip
-Method = Literal["forward", "central", "exact"]
-Accumulation = Literal["float32", "exact"]
-Augment = Literal["none", "random", "fixed"]
-Sampling = Literal["fixed", "shuffled", "replacement"]
-TRACKED = ("sharpness", "noise")
+from fbopt.train.choices import (
+    Accumulation,
+    Augment,
+    Method,
+    ModelName,
+    Precision,
+    RecipeName,
+    Sampling,
+)
+from fbopt.train.recipes import RECIPES, is_stochastic
+from fbopt.train.sources import parse
 
 
 class OptionsError(ValueError):
@@ -98,9 +94,11 @@ class Options:
     """Samples per forward and backward pass of a full-batch step (not for sgd). It defines the
     penalty and BatchNorm's batch: part of the method, not only of the memory needed."""
     batch_size: int | None = None
-    """Samples per mini-batch (only for sgd)."""
+    """Samples per mini-batch (only for sgd, and before --switch-at)."""
     max_norm: float | None = None
     """Clip the gradient to this norm; inf for no clipping."""
+    chunk_max_norm: float | None = None
+    """Clip the gradient of every chunk, its penalty's included, to this norm too (not for sgd)."""
     penalty: float | None = None
     """Strength of the gradient penalty, λ = lr·strength/4 (not for sgd); 0 for none."""
     radius: float | None = None
@@ -116,26 +114,56 @@ class Options:
     accumulation: Accumulation = "float32"
     """How gradients are summed over chunks (not for sgd): in float32, or exact: in integers, with
     the same bits in any order of the chunks and on any number of processes."""
+    additive_noise: float = 0.0
+    """Deviation of normal noise that is added to every element of the clipped gradient (not for
+    sgd)."""
+    multiplicative_noise: float = 0.0
+    """Deviation of normal noise around 1 that every element is multiplied by after that (not for
+    sgd)."""
+    norm_bias: float = 0.0
+    """Strength of a pull of the norm of all parameters to --norm-bias-target (not for sgd)."""
+    norm_bias_target: float = 0.0
+    """The norm b of --norm-bias."""
+    norm_bias_power: Literal[1, 2] = 1
+    """What --norm-bias adds to the loss: 1, strength·| ‖θ‖² − b² |; 2, half its square."""
     decay: Literal["all", "weights"] | None = None
     """What decays: all parameters, or only the weights of convolutions and linear layers."""
     label_smoothing: float | None = None
     """Share of the target that is spread evenly over the classes, in training only."""
     dropout: float = 0.0
     """Probability with which an input of the last layer is dropped."""
+    ema: float = 0.0
+    """Evaluate a moving average of the weights, of which so much is kept after every pass."""
+    stop_fitted: int = 0
+    """Stop after so many passes in a row that classified every training sample right; 0: never."""
+    switch_at: int = 0
+    """Begin with so many epochs of mini-batch SGD, without a penalty (not for sgd itself)."""
     tta: Literal["none", "flip"] = "none"
     """Test-time augmentation: flip averages the probabilities of every test image and its mirror
     image."""
+    precision: Precision | None = None
+    """Arithmetic of the forward and backward passes; sums and updates stay in float32. fp32;
+    tf32, for CUDA; bf16, autocast to bfloat16. Default: fp32 on the CPU, tf32 on CUDA."""
+    channels_last: bool | None = None
+    """Keep the channels of images last in memory, which convolutions are faster with. Default:
+    True."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    cuda_graph: bool | None = None
+    """Capture the work on a chunk in a CUDA graph and replay it. Default: True on CUDA, except for
+    sgd."""
     eval_every: int | None = None
     """Passes between two evaluations on the test set. Default: a hundredth of the run."""
     log_every: int | None = None
     """Passes between two lines of metrics.jsonl. Default: a four-hundredth of the run."""
+    chunk_norms: bool = False
+    """Log the mean squared gradient norm of chunks or mini-batches also where no penalty does."""
     save_every: int | None = None
     """Optimizer steps between two checkpoints. Default: one every five minutes."""
     keep: int | None = None
     """Checkpoints to keep, the newest. Default: 2."""
     fingerprint_every: int | None = None
     """Steps between two lines of fingerprints.jsonl. Default: 0, only with checkpoints."""
-
     track: str = ""
     """Measures to add to the metrics and curves, as in sharpness,noise: the largest eigenvalue of
     the full-batch Hessian beside the threshold of stability, the gradient noise scale."""
@@ -150,7 +178,7 @@ class Options:
     @property
     def stochastic(self) -> bool:
         """Whether this is mini-batch SGD."""
-        return self.recipe == "sgd"
+        return is_stochastic(self.recipe)
 
     @property
     def passes(self) -> int:
@@ -182,164 +210,14 @@ class Options:
         return cls(**{**earlier, **values, **paths})
 
 
-_SGD_ONLY = ("epochs", "batch_size")
-_FULL_BATCH_ONLY = ("steps", "chunk_size", "penalty", "radius", "method")
-_COUNTS = """width image_size replicas threads steps epochs cosine chunk_size batch_size eval_every
-log_every save_every keep"""
-# lower bound, whether the bound itself is allowed, upper bound (never reached)
-_BOUNDS = {
-    **dict.fromkeys(_COUNTS.split(), (1, True, math.inf)),
-    **dict.fromkeys(
-        ("seed", "warmup", "penalty", "weight_decay", "fingerprint_every", "every"),
-        (0, True, math.inf),
-    ),
-    **dict.fromkeys(("lr", "radius"), (0, False, math.inf)),
-    **dict.fromkeys(("momentum", "dropout", "label_smoothing"), (0, True, 1)),
-}
-_CHOICES = {
-    "recipe": get_args(RecipeName),
-    "scale": tuple(RECIPES),
-    "model": get_args(ModelName),
-    "method": get_args(Method),
-    "accumulation": get_args(Accumulation),
-    "augment": get_args(Augment),
-    "chunks": get_args(Sampling),
-    "decay": ("all", "weights"),
-    "tta": ("none", "flip"),
-}
-
-
 def implied(values: Mapping[str, Any]) -> dict[str, Any]:
     """What options that a run's version of fbopt did not have yet meant: what its recipe says."""
     recipe = RECIPES.get(values.get("scale"), {}).get(values.get("recipe"))
-    return {} if recipe is None else asdict(recipe)
+    if recipe is None:
+        return {}
+    return {**asdict(recipe), "precision": "fp32", "channels_last": True, "cuda_graph": False}
 
 
 def flag(name: str) -> str:
     """The option of the command line that sets the field `name`."""
     return "--" + name.replace("_", "-")
-
-
-def check(options: Options) -> None:
-    """Raise OptionsError for values that cannot work, before anything is read or written."""
-    for name, allowed in _CHOICES.items():
-        if (value := getattr(options, name)) is not None and value not in allowed:
-            raise OptionsError(f"{flag(name)} {value}: choose {', '.join(allowed)}")
-    for name, bounds in _BOUNDS.items():
-        if (value := getattr(options, name)) is not None:
-            _check_bounds(name, value, *bounds)
-    if options.max_norm is not None and not options.max_norm > 0:
-        raise OptionsError(f"--max-norm {options.max_norm}: has to be above 0; inf for no clipping")
-    if options.seed >= 2**63:
-        raise OptionsError(f"--seed {options.seed}: has to be below 2**63")
-    if options.resume == "auto" and options.overwrite:
-        raise OptionsError("--overwrite contradicts --resume auto; leave one of them out")
-    if unknown := [name for name in options.tracked if name not in TRACKED]:
-        raise OptionsError(
-            f"--track {unknown[0]}: choose {', '.join(TRACKED)}, with commas between"
-        )
-    if options.every and not options.tracked:
-        raise OptionsError("--every goes with --track; add --track sharpness,noise")
-    if options.every == 0 and options.tracked:
-        raise OptionsError("--every 0: has to be at least 1")
-    _check_belongs(options)
-    try:
-        kind, _ = parse(options.data)
-    except DataError as error:
-        raise OptionsError(str(error)) from error
-    for name in ("data_dir", "download"):
-        if getattr(options, name) and not kind.startswith("cifar"):
-            raise OptionsError(
-                f"{flag(name)} is only for --data cifar10 and cifar100; leave it out"
-            )
-
-
-def _check_bounds(name: str, value: float, low: float, closed: bool, high: float) -> None:
-    if not (low <= value if closed else low < value) or not value < high:
-        words = f"{'at least' if closed else 'above'} {low}"
-        words += " and finite" if math.isinf(high) else f" and below {high}"
-        raise OptionsError(f"{flag(name)} {value}: has to be {words}")
-
-
-def _check_belongs(options: Options) -> None:
-    """Refuse options that the chosen recipe would silently ignore."""
-    if options.stochastic and options.accumulation != "float32":
-        raise OptionsError(
-            "--accumulation exact is for sums over chunks, and --recipe sgd has none; leave it "
-            "out, or choose a full-batch recipe such as --recipe fb-penalty"
-        )
-    only, other = (_FULL_BATCH_ONLY, "a full-batch recipe such as --recipe fb-penalty")
-    if not options.stochastic:
-        only, other = (_SGD_ONLY, "--recipe sgd")
-    for name in only:
-        if getattr(options, name) is not None:
-            use = {
-                "epochs": "; use --steps",
-                "batch_size": "; use --chunk-size",
-                "steps": "; use --epochs",
-                "chunk_size": "; use --batch-size",
-            }
-            raise OptionsError(
-                f"{flag(name)} is only for {other}, not for --recipe "
-                f"{options.recipe}{use.get(name, '; leave it out')}"
-            )
-
-
-def resolve(options: Options) -> Options:
-    """Fill in everything that was left out from the recipe; checks the result too.
-
-    Without clipping `max_norm` becomes None; without a penalty `penalty`, `radius` and `method` do,
-    without fixed augmentation `replicas`.
-    """
-    check(options)
-    scale = options.scale or scale_of(options.data)
-    recipe = RECIPES[scale][options.recipe]
-    given = {k: v for k, v in asdict(options).items() if v is not None}
-    values = {**asdict(recipe), **given}
-    passes = values["epochs"] if options.stochastic else values["steps"]
-    values |= {k: v for k, v in _schedule(recipe, passes).items() if k not in given}
-    values.setdefault("eval_every", max(1, passes // 100))
-    values.setdefault("log_every", max(1, passes // 400))
-    values = {"keep": 2, "fingerprint_every": 0, **values}
-    values.setdefault("every", values["eval_every"] if options.tracked else 0)
-    if values["max_norm"] == math.inf:
-        values["max_norm"] = None
-    if not values["penalty"]:
-        _check_no_penalty(options)
-        values |= {"penalty": None, "radius": None, "method": None}
-    if values["augment"] == "fixed":
-        values["replicas"] = values["replicas"] or 10
-        values["with_clean"] = options.with_clean or recipe.with_clean
-    else:
-        _check_not_fixed(options)
-        values |= {"replicas": None, "with_clean": False}
-    if options.momentum == 0:
-        values["nesterov"] = bool(options.nesterov)
-    if (scale, values["model"]) == ("small", "cnn"):
-        values.setdefault("threads", 1)
-    names = {field.name for field in fields(Options)} - {"scale"}
-    resolved = replace(options, scale=scale, **{k: v for k, v in values.items() if k in names})
-    if resolved.nesterov and resolved.momentum == 0:
-        raise OptionsError("--nesterov needs momentum; give --momentum 0.9 or --nesterov False")
-    return resolved
-
-
-def _schedule(recipe: Recipe, passes: int) -> dict[str, int]:
-    """The recipe's warm-up and cosine, in proportion to the number of passes."""
-    share = passes / (recipe.epochs or recipe.steps)
-    return {"warmup": round(recipe.warmup * share), "cosine": max(1, round(recipe.cosine * share))}
-
-
-def _check_no_penalty(options: Options) -> None:
-    for name in ("radius", "method"):
-        if getattr(options, name) is not None:
-            raise OptionsError(
-                f"{flag(name)} has no effect without a penalty; add --penalty 0.5 "
-                "or use --recipe fb-penalty"
-            )
-
-
-def _check_not_fixed(options: Options) -> None:
-    for name in ("replicas", "with_clean"):
-        if getattr(options, name):
-            raise OptionsError(f"{flag(name)} has no effect without --augment fixed; add it")

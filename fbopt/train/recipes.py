@@ -50,6 +50,7 @@ class Recipe:
 
 
 def _ladder(sgd: Recipe, fb: Recipe, long: Recipe) -> dict[str, Recipe]:
+    """The rows of one table, without augmentation."""
     clip = replace(long, summary="fb-long + global gradient clipping", max_norm=0.25)
     penalty = replace(clip, summary="fb-clip + gradient penalty", lr=0.8, penalty=0.5)
     strong = replace(
@@ -65,6 +66,31 @@ def _ladder(sgd: Recipe, fb: Recipe, long: Recipe) -> dict[str, Recipe]:
     }
 
 
+def _tables(*rows: Recipe) -> dict[str, Recipe]:
+    """The paper's tables, one after the other: they differ by augmentation alone."""
+    plain = _ladder(*rows)
+    augmented = _changed(plain, "-aug", "new crops and flips in every pass", augment="random")
+    shuffled = replace(
+        augmented["fb-strong-aug"],
+        summary="fb-strong-aug on shuffled chunks: full batch in practice",
+        chunks="shuffled",
+    )
+    ten, forty = (
+        _changed(rows, f"-x{r}", f"{r} fixed crops and flips of each", augment="fixed", replicas=r)
+        for r, rows in ((10, plain), (40, {"fb-penalty": plain["fb-penalty"]}))
+    )
+    return plain | augmented | {"fb-shuffled-aug": shuffled} | ten | forty
+
+
+def _changed(
+    rows: dict[str, Recipe], suffix: str, words: str, **values: str | int
+) -> dict[str, Recipe]:
+    return {
+        name + suffix: replace(row, summary=f"{name}, {words}", **values)
+        for name, row in rows.items()
+    }
+
+
 def _sgd(model: str, **values: float) -> Recipe:
     summary = "stochastic baseline: shuffled mini-batches"
     return Recipe(summary, model, warmup=5, chunks="shuffled", **values)
@@ -74,12 +100,12 @@ _FB = "full batch, nothing else changed from sgd"
 _LONG = "full batch, many more steps, larger rate, long warm-up"
 
 RECIPES: dict[str, dict[str, Recipe]] = {
-    "images": _ladder(
+    "images": _tables(
         _sgd("resnet18", lr=0.1, cosine=300, epochs=300, batch_size=128),
         Recipe(_FB, "resnet18", lr=0.1, warmup=5, cosine=300, steps=300, chunk_size=128),
         Recipe(_LONG, "resnet18", lr=0.4, warmup=400, cosine=4000, steps=3000, chunk_size=128),
     ),
-    "small": _ladder(
+    "small": _tables(
         _sgd("cnn", lr=0.05, cosine=200, epochs=200, batch_size=100),
         Recipe(_FB, "cnn", lr=0.05, warmup=5, cosine=200, steps=200, chunk_size=128),
         Recipe(_LONG, "cnn", lr=0.4, warmup=100, cosine=1300, steps=1000, chunk_size=128),
@@ -91,3 +117,9 @@ NAMES = tuple(RECIPES["small"])
 def scale_of(data: str) -> str:
     """The scale that `--data` has unless `--scale` says otherwise: "images", or "small"."""
     return "images" if data.startswith(("imagefolder:", "cifar")) else "small"
+
+
+def is_stochastic(name: str) -> bool:
+    """Whether the recipe `name` is mini-batch SGD rather than full-batch gradient descent."""
+    recipe = RECIPES["images"].get(name)
+    return recipe is not None and recipe.stochastic

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from fbopt.train import plots
 from fbopt.train.options import Options
+from fbopt.train.plots import BLUE, GREY, ORANGE
 from fbopt.train.store import RunFolder
-
-# Okabe and Ito's palette, told apart with any colour vision.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 
 
 def draw_curves(folder: RunFolder, options: Options) -> bool:
     """Draw metrics.jsonl to curves.png; False where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no curves.png: pip install matplotlib")
+    rows = 3 if options.tracked else 2
+    if (figure := plots.figure(9, 3 * rows)) is None:
         return False
     records = folder.read_metrics()
-    rows = 3 if options.tracked else 2
-    figure = Figure(figsize=(9, 3 * rows), layout="constrained", dpi=120)
     (loss, accuracy), (norm, rate), *tracked = figure.subplots(rows, 2, sharex=True)
     _line(loss, records, "loss", BLUE, "train")
     _line(loss, records, "test_loss", ORANGE, "test")
@@ -39,7 +34,7 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
     _tracked(tracked, records, options)
     _finish(figure, (loss, accuracy), tracked[0] if tracked else (norm, rate), options)
     for axes in (loss, norm):
-        _log_scale(axes)
+        plots.log_scale(axes)
     if "test_accuracy" in records[-1]:
         figure.suptitle(
             f"{options.data_name}, {options.recipe}, seed {options.seed}: test accuracy "
@@ -61,7 +56,7 @@ def _tracked(rows: list[Any], records: list[dict[str, Any]], options: Options) -
             _line(axes, records, "noise_scale", BLUE, "noise scale")
             axes.set(ylabel="samples", title="Gradient noise scale")
         if axes.lines:
-            _log_scale(axes)
+            plots.log_scale(axes)
             axes.legend(frameon=False)
     for axes in panels[len(options.tracked) :]:
         axes.set_axis_off()
@@ -90,23 +85,9 @@ def _line(
         )
 
 
-def _log_scale(axes: Any) -> None:
-    """A logarithmic scale with plain numbers, for values over more than a decade."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    values = [value for line in axes.lines for value in line.get_ydata() if value > 0]
-    ratio = max(values, default=1) / min(values, default=1)
-    if ratio > 10:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-        axes.yaxis.set_minor_formatter("{x:g}" if ratio < 300 else NullFormatter())
-
-
 def _finish(figure: Any, with_legend: tuple, bottom: tuple, options: Options) -> None:
     for axes in figure.axes:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        plots.tidy(axes)
     for axes in with_legend:
         axes.legend(frameon=False)
     for axes in bottom:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from fbopt.train import match
 from fbopt.train.environment import WHY
 from fbopt.train.lock import Lock
-from fbopt.train.options import Options, OptionsError, resolve
+from fbopt.train.options import Options, OptionsError
+from fbopt.train.resolve import resolve
 from fbopt.train.run import Run
 from fbopt.train.store import RunFolder
 

@@ -1,0 +1,112 @@
+"""A run's parts as its options say: the model, the optimizer, its closure, its learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
+from fbopt.train import models
+from fbopt.train.augment import augmented
+from fbopt.train.chunk_sums import ChunkSums
+from fbopt.train.data import Chunks, Data
+from fbopt.train.gradient import GradientChange
+from fbopt.train.options import Options, OptionsError
+
+if TYPE_CHECKING:
+    from fbopt.train.run import Run
+
+
+class Visits:
+    """The chunks of a full-batch step; accuracy is counted anew where they are visited again."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.run.correct.zero_()
+        return iter(self.run.chunks)
+
+
+def model(options: Options, data: Data, device: torch.device) -> nn.Module:
+    """The network, with the initial weights that the seed gives. Raises OptionsError."""
+    o = options
+    torch.manual_seed(o.seed)
+    try:
+        built = models.build(o.model, data.shape, data.classes, o.width, o.dropout)
+    except ValueError as error:
+        raise OptionsError(str(error)) from error
+    built = built.to(device).train()
+    if len(data.shape) == 3 and o.channels_last:
+        built.to(memory_format=torch.channels_last)
+    return built
+
+
+def visits(run: Run, stochastic: bool) -> Chunks:
+    """The mini-batches of an epoch, or the chunks of a full-batch step."""
+    o = run.options
+    return Chunks(
+        augmented(run.data.train, o, in_turn=stochastic),
+        o.batch_size if stochastic else o.chunk_size,
+        begin=run.seed_draws,
+        sampling=o.chunks if o.stochastic == stochastic else "shuffled",
+        seed=o.seed,
+        now=lambda: run.place[0],
+        rank=run.world.rank,
+        processes=run.world.size,
+    )
+
+
+def optimizer(run: Run) -> None:
+    """Give the run its optimizer and scheduler and, for full batch, what computes its gradient."""
+    o = run.options
+    parameters = models.decaying(run.model, o.weight_decay, o.decay == "weights")
+    common = {name: getattr(o, name) for name in ("lr", "momentum", "nesterov")}
+    if o.stochastic:
+        run.optimizer = torch.optim.SGD(parameters, **common)
+    else:
+        if GradientChange.wanted(o):
+            run.change = GradientChange(list(run.model.parameters()), o)
+        max_norm = None if run.change else o.max_norm
+        run.optimizer = FullBatchGD(parameters, **common, max_norm=max_norm)
+        run.closure = closure(run)
+    run.scheduler = torch.optim.lr_scheduler.LambdaLR(
+        run.optimizer, lambda done: rate_factor(done, o.warmup, o.cosine)
+    )
+
+
+def closure(run: Run) -> FullBatchClosure:
+    """What fills in the full gradient, in chunks."""
+    o, penalty = run.options, None
+    if o.penalty is not None:
+        penalty = GradientPenalty(strength=o.penalty, radius=o.radius, method=o.method)
+    built = FullBatchClosure(
+        run.model,
+        run.loss_fn,
+        Visits(run),
+        penalty=penalty,
+        optimizer=run.optimizer,
+        accumulation=o.accumulation,
+        observe=run.observe,
+        autocast=run.autocast,
+        cuda_graph=o.cuda_graph and run.device.type == "cuda",
+        process_group=run.world.group,
+    )
+    if o.chunk_max_norm or o.chunk_norms:
+        params = built.accumulator.params
+        built.accumulator = ChunkSums(params, o.accumulation, o.chunk_max_norm)
+    return built
+
+
+def rate_factor(done: int, warmup: int, cosine: int) -> float:
+    """The learning rate after `done` passes, as a share of its peak.
+
+    Linear over `warmup` passes, then a cosine over `cosine` more (arXiv 2109.14119, section 4).
+    """
+    if done < warmup:
+        return (done + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / cosine)))
