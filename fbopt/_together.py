@@ -140,9 +140,9 @@ class Together:
         if self.ranks.alone or not self._layers:
             return
         statistics.sum_over(self.ranks)
-        sums = statistics.sums
         counts = self._counts()
         passes = [now - before for now, before in zip(counts, self._before, strict=True)]
+        sums = [*statistics.sums, *statistics.weights]
         parts = [*sums, *passes]
         flat = torch.cat([t.reshape(-1).to(device, torch.float64) for t in parts])
         self.ranks.sum_([flat])

@@ -62,6 +62,7 @@ class ChunkWork:
         exact = self.penalty is not None and self.penalty.method == "exact"
         if self.repetitions:
             draws.begin()
+        self.statistics.clear()
         loss = self._forward(index, chunk, observe)
         grads = self._gradient(loss, create_graph=exact)
         self.statistics.record(lambda device: self.accumulator.scalar(weight, device))

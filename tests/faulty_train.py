@@ -31,7 +31,7 @@ def fault(run: Run) -> None:
         time.sleep(1.5)  # the launcher's signal arrives within this step
 
 
-seed_draws = Run._seed_draws
+seed_draws = Run.seed_draws
 
 
 def seed_or_fail(run: Run, chunk: int = 0) -> None:
@@ -40,6 +40,6 @@ def seed_or_fail(run: Run, chunk: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    Run._seed_draws = seed_or_fail
+    Run.seed_draws = seed_or_fail
     loop.draw_curves = lambda folder, options: False
     sys.exit(main())

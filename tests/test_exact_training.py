@@ -236,3 +236,40 @@ def test_options_refuse_exact_sums_for_sgd(tiny, tmp_path):
 
     with pytest.raises(OptionsError, match="--accumulation exact is for sums over chunks"):
         loop.train(tiny_runs.options(tiny, tmp_path / "run", "sgd", accumulation="exact"))
+
+
+class Skipping(nn.Module):
+    """Chunks of fewer than six samples leave a normalisation layer out; one is never run."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.some, self.never = nn.BatchNorm1d(8), nn.BatchNorm1d(8)
+        self.never.running_mean.fill_(7)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(torch.tanh(self.some(x) if len(x) >= 6 else x))
+
+
+@pytest.mark.parametrize("accumulation", ["float32", "exact"])
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+def test_statistics_are_of_the_chunks_that_ran_a_layer(penalty, accumulation):
+    chunks = data((8, 3, 7, 5, 6))
+    found = []
+    for order in (chunks, chunks[::-1], chunks[1:] + chunks[:1]):
+        net = Skipping()
+        closure = FullBatchClosure(
+            net, F.cross_entropy, order, penalty=penalty, accumulation=accumulation
+        )
+        closure()
+        found.append([net.some.running_mean, net.some.running_var, *net.never.buffers()])
+    runs = [(len(x), Skipping().first(x)) for x, _ in chunks if len(x) >= 6]
+    mean = sum(n * h.mean(0) for n, h in runs) / sum(n for n, _ in runs)
+    var = sum(n * h.var(0) for n, h in runs) / sum(n for n, _ in runs)
+    for one in found:
+        torch.testing.assert_close(one[:2], [mean, var])
+        assert (one[2] == 7).all() and (one[3] == 1).all()
+        if accumulation == "exact":
+            assert bits(one) == bits(found[0])

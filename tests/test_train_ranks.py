@@ -78,7 +78,7 @@ def attempt(wanted: Options) -> dict[str, Any]:
         faulty_train.seed_or_fail(run, chunk)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_seed_draws", note)
+        patch.setattr(Run, "seed_draws", note)
         try:
             result = train(wanted)
         except Exception as error:
@@ -94,7 +94,7 @@ def attempt(wanted: Options) -> dict[str, Any]:
 def command(wanted: Options) -> tuple[int, str]:
     """The exit status of `fbopt train` in this process, and what it says on stderr."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        status = program._train(wanted)
+        status = program.run(wanted)
     return status, said.getvalue()
 
 
@@ -203,7 +203,7 @@ def found(tiny, home) -> list[dict]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300)
+        process.join(150)
         process.kill()  # a rank that hangs
         process.join()
     reports = "\n".join(file.read_text() for file in sorted(home.glob("*.txt")))
@@ -441,14 +441,14 @@ def test_an_interrupted_job_is_saved_once(jobs):
     assert "PeerError" not in err
 
 
-def test_a_comparison_is_for_one_process(monkeypatch, capsys):
-    from fbopt.train import compare
+def test_a_ladder_is_for_one_process(monkeypatch, capsys):
+    from fbopt.train import ladder
 
     said = []
     for rank in (0, 1):
         with as_torchrun(rank, 2, 1):
             assert launched() == (rank, 2)
-            assert compare.main([]) == 2
+            assert ladder.main([]) == 2
         said.append(capsys.readouterr().err)
     assert "runs in one process" in said[0] and said[1] == ""
 
