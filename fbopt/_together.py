@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from fbopt._passes import RunningStatistics
 from fbopt._ranks import Ranks, checksum
+from fbopt._statistics import RunningStatistics
 from fbopt._totals import Totals
 from fbopt.accumulate import GradientAccumulator
 

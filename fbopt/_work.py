@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fbopt import _ops
 from fbopt._chunks import check_loss, pair
-from fbopt._passes import Buffers, RandomState, RunningStatistics
+from fbopt._passes import Buffers, RandomState
+from fbopt._statistics import RunningStatistics
 from fbopt.accumulate import GradientAccumulator
 from fbopt.penalty import GradientPenalty, Shift, hessian_gradient_product
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fbopt._chunks import check_arguments, refuse_compiled, weigh
 from fbopt._graphs import Graphs, graph_device, refuse_nested
-from fbopt._passes import Buffers, RandomState, RunningStatistics
+from fbopt._passes import Buffers, RandomState
+from fbopt._statistics import RunningStatistics
 from fbopt._tensors import check_params, scalar_on
 from fbopt._together import Together
 from fbopt._totals import Totals
