@@ -15,7 +15,7 @@ import torch
 from fbopt.train.data import Chunks, from_arrays
 from fbopt.train.loop import train
 from fbopt.train.options import Options
-from fbopt.train.sources import DataError, load, parse
+from fbopt.train.sources import DataError, fixed_order, load, parse
 
 
 def arrays(n: int = 30, shape: tuple[int, ...] = (1, 8, 8), dtype=np.uint8) -> dict:
@@ -134,10 +134,43 @@ def images(tmp_path):
 def test_imagefolder(images):
     data = load(f"imagefolder:{images}", image_size=16)
     assert data.train.x.shape == (10, 3, 16, 16) and data.train.x.dtype == torch.uint8
-    assert data.train.y.tolist() == [0] * 5 + [1] * 5 and len(data.test) == 4
+    assert sorted(data.train.y) == [0] * 5 + [1] * 5 and len(data.test) == 4
     x, _ = data.train.batch(slice(None))
     assert x.dtype == torch.float32
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+
+
+def test_imagefolder_is_shuffled_once(images):
+    """Folders list one class after the other; chunks have to mix them, alike in every run."""
+    from PIL import Image
+
+    data = load(f"imagefolder:{images}", image_size=20)
+    y = data.train.y
+    assert (y.diff() < 0).any() and data.test.y.tolist() == [0, 0, 1, 1]
+    assert data.sha256() == load(f"imagefolder:{images}", image_size=20).sha256()
+    files = [images / "train" / name / f"{i}.png" for name in ("cat", "dog") for i in range(5)]
+    order = np.random.RandomState(0).permutation(10)
+    for position, index in enumerate(order):
+        with Image.open(files[index]) as image:
+            expected = np.asarray(image.resize((20, 20), Image.Resampling.BILINEAR))
+        assert np.array_equal(data.train.x[position], expected.transpose(2, 0, 1))
+        assert y[position] == index // 5
+
+
+def test_a_part_of_the_training_samples(tmp_path):
+    """The first samples, normalised by their own moments; classes and test set are the whole's."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (12, 1, 4, 4)).astype(np.uint8)
+    y = np.array([0, 1] * 5 + [2, 2])
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    spec = f"npz:{tmp_path / 'd.npz'}"
+    data = load(spec, samples=6)
+    assert torch.equal(data.train.x, torch.from_numpy(x[:6])) and len(data.test) == 12
+    assert data.train.y.tolist() == [0, 1] * 3 and data.classes == 3
+    assert data.train.mean.item() == pytest.approx(x[:6].mean(), rel=1e-6)
+    assert load(spec, samples=12).sha256() == load(spec).sha256() != data.sha256()
+    with pytest.raises(DataError, match=r"--samples 13: .*x_train has only 12; give at most that"):
+        load(spec, samples=13)
 
 
 def test_imagefolder_errors(images):
@@ -173,7 +206,8 @@ def test_decoded_images_are_kept(images, tmp_path, monkeypatch):
     file = images / "train" / "cat" / "0.png"
     file.write_bytes((images / "train" / "dog" / "0.png").read_bytes())
     data = load(spec, 16)
-    assert data.sha256() != expected and torch.equal(data.train.x[0], data.train.x[5])
+    first = [fixed_order(10).tolist().index(i) for i in (0, 5)]  # of the cats, and of the dogs
+    assert data.sha256() != expected and torch.equal(*data.train.x[first])
 
 
 def write_cifar(folder, kind: str) -> dict:

@@ -44,7 +44,7 @@ def test_nothing_is_left_open(data, recipe):
     o = resolve(Options(data=data, recipe=recipe))
     open_names = {f.name for f in fields(o) if getattr(o, f.name) is None}
     allowed = {"width", "threads", "out", "resume", "max_norm", "penalty", "radius", "method"}
-    allowed |= {"save_every", "data_dir", "replicas", "chunk_max_norm"}
+    allowed |= {"save_every", "data_dir", "replicas", "chunk_max_norm", "samples"}
     allowed |= {"steps", "chunk_size"} if o.stochastic else {"epochs", "batch_size"}
     assert open_names <= allowed
     assert Options.from_json(o.as_json()) == o
@@ -82,7 +82,7 @@ def test_augmentation():
 
 LATER = """augment replicas with_clean chunks decay label_smoothing tta data_dir download precision
 channels_last compile cuda_graph ema stop_fitted switch_at additive_noise multiplicative_noise
-norm_bias norm_bias_target norm_bias_power chunk_max_norm chunk_norms"""
+norm_bias norm_bias_target norm_bias_power chunk_max_norm chunk_norms samples"""
 
 
 def test_runs_of_earlier_versions_keep_their_meaning():
@@ -105,6 +105,7 @@ def test_run_folder_names():
 
 
 BAD = {
+    "no samples": ({"samples": 0}, "--samples 0: has to be at least 1"),
     "unknown data": ({"data": "cifar"}, "--data cifar: unknown data set; choose mnist1d"),
     "path missing": ({"data": "npz:"}, "--data npz:: a path has to follow"),
     "unknown recipe": ({"recipe": "fb-best"}, "--recipe fb-best: choose sgd, fb"),

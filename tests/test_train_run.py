@@ -226,6 +226,21 @@ def test_divergence_is_named(tiny, tmp_path, recipe, unit):
     assert not RunFolder(tmp_path / "run").checkpoints()
 
 
+def test_labels_in_order_are_told(tmp_path, capsys):
+    """Chunks of one class are seldom what anyone wants, and nothing else would show it."""
+    x, y = np.random.default_rng(0).normal(size=(40, 1, 8, 8)), np.repeat([0, 1], 20)
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+
+    def printed(name: str, **changes) -> str:
+        train(options(f"npz:{tmp_path / 'd.npz'}", tmp_path / name, steps=1, **changes))
+        return capsys.readouterr().out
+
+    warning = "warning: the training samples come in the order of their labels"
+    assert warning in printed("a", chunk_size=8) and warning in printed("b", augment="random")
+    assert warning not in printed("c", chunks="shuffled")
+    assert warning not in printed("d", chunk_size=40)
+
+
 def test_plain_lines_off_a_terminal(tiny, tmp_path, capsys):
     train(options(tiny, tmp_path / "run"))
     out = capsys.readouterr().out

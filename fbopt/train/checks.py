@@ -22,8 +22,8 @@ _INSTEAD = {
     "chunk_size": "use --batch-size",
     "chunk_max_norm": "use --max-norm, which clips every mini-batch",
 }
-_COUNTS = """width image_size replicas threads steps epochs cosine chunk_size batch_size eval_every
-log_every save_every keep"""
+_COUNTS = """width image_size samples replicas threads steps epochs cosine chunk_size batch_size
+eval_every log_every save_every keep"""
 _NOT_NEGATIVE = """seed warmup penalty weight_decay fingerprint_every stop_fitted switch_at
 additive_noise multiplicative_noise norm_bias norm_bias_target every"""
 # lower bound, whether the bound itself is allowed, upper bound (never reached)

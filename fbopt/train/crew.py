@@ -39,7 +39,7 @@ def run_all(plan: Plan) -> list[str]:
     left = [o for o in plan.everything if not RunFolder(o.out).result.exists()]
     if left:  # one download, one error for data that cannot be used
         one = left[0]
-        load(one.data, one.image_size, one.data_dir, one.download)
+        load(one.data, one.image_size, one.data_dir, one.download, one.samples)
     total = len(plan.everything)
     print(f"{total} runs, {total - len(left)} of them finished; {plan.jobs} at a time", flush=True)
     with Crew(plan) as crew:

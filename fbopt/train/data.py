@@ -145,12 +145,15 @@ class Data:
         return digest.hexdigest()
 
 
-def from_arrays(x_train, y_train, x_test, y_test, name: str, moments=None) -> Data:
+def from_arrays(
+    x_train, y_train, x_test, y_test, name: str, moments=None, samples: int | None = None
+) -> Data:
     """Check four arrays and make them a data set.
 
     x is (N, length), (N, channels, length) or (N, channels, height, width): uint8 is normalised,
     anything else is taken as it is, as float32. y is (N,) of integers from 0. `moments` are the
-    means and deviations of the channels as shares of 255, by default the training set's own.
+    means and deviations of the channels as shares of 255, by default those of the training samples
+    that are kept: the first `samples`, by default all.
     """
     x_train, y_train = _check(x_train, y_train, f"{name}: x_train", f"{name}: y_train")
     x_test, y_test = _check(x_test, y_test, f"{name}: x_test", f"{name}: y_test")
@@ -165,6 +168,8 @@ def from_arrays(x_train, y_train, x_test, y_test, name: str, moments=None) -> Da
             f"{name}: y_test has the label {int(y_test.max())}, but y_train only has "
             f"0 … {classes - 1}"
         )
+    if samples is not None:
+        x_train, y_train = _first(samples, x_train, y_train, f"{name}: x_train")
     mean = deviation = None
     if x_train.dtype == torch.uint8:
         mean, deviation = _moments(x_train) if moments is None else _published(x_train, moments)
@@ -191,6 +196,12 @@ def _check(x, y, x_name: str, y_name: str) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(x).all():
         raise DataError(f"{x_name} has infinite or undefined values; remove or replace them")
     return (x[:, None] if x.ndim == 2 else x), torch.from_numpy(y.astype(np.int64))
+
+
+def _first(samples: int, x: Tensor, y: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    if samples > len(y):
+        raise DataError(f"--samples {samples}: {name} has only {len(y)}; give at most that")
+    return x[:samples], y[:samples]
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fbopt.train import models
-from fbopt.train.augment import sampling
+from fbopt.train.augment import Augmented, sampling
 from fbopt.train.options import Options
 from fbopt.train.run import Run
 
@@ -22,7 +22,19 @@ def describe(run: Run) -> str:
         f"{models.count_parameters(run.model):,} parameters, {o.passes} {unit}, "
         f"{where}{_speed(o)}\nlr {o.lr:g} ({o.warmup} of warm-up, cosine over {o.cosine}), "
         f"momentum {o.momentum:g}{' (Nesterov)' if o.nesterov else ''}, weight decay "
-        f"{o.weight_decay:g}, {_clipping(o)}, {_penalty(o)}{_more(o)}"
+        f"{o.weight_decay:g}, {_clipping(o)}, {_penalty(o)}{_more(o)}{_sorted(run)}"
+    )
+
+
+def _sorted(run: Run) -> str:
+    """A warning where chunks hold few classes, which BatchNorm and the penalty feel."""
+    chunks, split = run.chunks, run.chunks.split
+    y = (split.split if isinstance(split, Augmented) else split).y
+    if chunks.sampling != "fixed" or len(chunks) == 1 or y[0] == y[-1] or (y.diff() < 0).any():
+        return ""
+    return (
+        "\nwarning: the training samples come in the order of their labels, so that a chunk holds "
+        "few classes; shuffle them once in the file, or give --chunks shuffled"
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fbopt._cache import cache_folder, writable
-from fbopt.train.sources import Arrays, DataError, need
+from fbopt.train.sources import Arrays, DataError, fixed_order, need
 
 # Means and deviations of the training images' channels, as shares of 255, as in the paper's code.
 MOMENTS = {
@@ -49,8 +49,9 @@ def cifar(kind: str, folder: Path, download: bool) -> Arrays:
 def imagefolder(path: Path, size: int) -> Arrays:
     """The images path/train/CLASS/IMAGE and path/test/CLASS/IMAGE, resized to `size` a side.
 
-    Trees of 10,000 images and more are decoded once and kept in fbopt's cache folder. Raises
-    DataError for what is missing or cannot be read.
+    The training images come in a fixed, shuffled order: in that of the folders a chunk would hold
+    one class alone. Trees of 10,000 images and more are decoded once and kept in fbopt's cache
+    folder. Raises DataError for what is missing or cannot be read.
     """
     try:
         from torchvision.datasets import ImageFolder
@@ -72,8 +73,9 @@ def imagefolder(path: Path, size: int) -> Arrays:
             f"--data imagefolder:{path}: train and test have different classes; only "
             f"one of them has {', '.join(odd)}"
         )
-    pixels = [_pixels([file for file, _ in f.samples], size) for f in (train, test)]
-    return pixels[0], train.targets, pixels[1], test.targets
+    x_train, x_test = (_pixels([file for file, _ in f.samples], size) for f in (train, test))
+    order = fixed_order(len(x_train))
+    return x_train[order], np.asarray(train.targets)[order], x_test, test.targets
 
 
 def _pixels(files: list[str], size: int) -> np.ndarray:

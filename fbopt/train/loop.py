@@ -85,7 +85,9 @@ def _build(options: Options, world: World) -> tuple[Run, str]:
     device = world.device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    data = load(options.data, options.image_size, options.data_dir, options.download)
+    data = load(
+        options.data, options.image_size, options.data_dir, options.download, options.samples
+    )
     arithmetic.settle(options.precision, device)
     return Run(options, data.to(device, options.channels_last), device, world), data.sha256()
 

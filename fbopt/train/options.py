@@ -53,6 +53,8 @@ class Options:
     resnet20 to resnet110, else 64."""
     image_size: int = 32
     """Side in pixels that imagefolder's images are resized to."""
+    samples: int | None = None
+    """Train on only so many samples, the first of the data set. Default: all."""
     augment: Augment | None = None
     """Random crops (after padding by 4 black pixels) and horizontal flips of the training images:
     none; random, new ones in every pass; or fixed, the same few of every image in every pass, an

@@ -34,14 +34,18 @@ def parse(spec: str) -> tuple[str, Path | None]:
 
 
 def load(
-    spec: str, image_size: int = 32, folder: Path | None = None, download: bool = False
+    spec: str,
+    image_size: int = 32,
+    folder: Path | None = None,
+    download: bool = False,
+    samples: int | None = None,
 ) -> Data:
     """Load `spec` (one of `KINDS`) into CPU tensors.
 
     `image_size` is the side in pixels that imagefolder's images are resized to; cifar10 and
     cifar100 are read from `folder` (default: data), to where `download` brings them if they are not
-    there. Raises DataError for missing files, arrays that do not fit together, and labels out of
-    range.
+    there. With `samples` only the first so many training samples are kept. Raises DataError for
+    missing files, arrays that do not fit together, and labels out of range.
     """
     # Both bring torch: a typing error should not wait for it.
     from fbopt.train import images
@@ -58,7 +62,12 @@ def load(
         moments = images.MOMENTS[kind]
     else:
         arrays = _mnist1d() if kind == "mnist1d" else _digits()
-    return from_arrays(*arrays, spec, moments)
+    return from_arrays(*arrays, spec, moments, samples)
+
+
+def fixed_order(samples: int) -> np.ndarray:
+    """A shuffled order that is always the same: NumPy promises that for this generator."""
+    return np.random.RandomState(0).permutation(samples)
 
 
 def need(package: str, spec: str) -> DataError:
@@ -89,8 +98,7 @@ def _digits() -> Arrays:
     except ImportError as error:
         raise need("scikit-learn", "digits") from error
     x, y = load_digits(return_X_y=True)
-    # NumPy promises that this generator's stream never changes.
-    order = np.random.RandomState(0).permutation(len(y))
+    order = fixed_order(len(y))
     x = x.reshape(-1, 1, 8, 8).astype(np.uint8)[order]
     y, cut = y[order], 1437
     return x[:cut], y[:cut], x[cut:], y[cut:]

@@ -97,7 +97,7 @@ def read(path: Path, options: Analysis) -> Subject:
         raise OptionsError(f"{text}; measure it with that version") from error
     if trained.threads is not None:
         torch.set_num_threads(trained.threads)
-    data = load(trained.data, trained.image_size, trained.data_dir)
+    data = load(trained.data, trained.image_size, trained.data_dir, samples=trained.samples)
     match.check_data(str(path), state["data"], data.sha256(), trained.data)
     device = _device(options.device)
     data = data.to(device)
