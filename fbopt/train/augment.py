@@ -35,13 +35,17 @@ def crop_and_flip(x: Tensor, rows: Tensor, columns: Tensor, flips: Tensor) -> Te
     Returns:
         A tensor like `x`, its channels last in memory.
     """
-    count, _, height, width = x.shape
-    padded = F.pad(x, (PADDING,) * 4).permute(0, 2, 3, 1)
-    image = torch.arange(count, device=x.device)[:, None, None]
+    count, channels, height, width = x.shape
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, *(PADDING,) * 4))
+    image = torch.arange(count, device=x.device)
     row = rows[:, None] + torch.arange(height, device=x.device)
     place = torch.arange(width, device=x.device)
     column = columns[:, None] + torch.where(flips[:, None] == 1, width - 1 - place, place)
-    return padded[image, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
+    line = (image[:, None] * padded.shape[1] + row) * padded.shape[2]
+    pixels = (line[:, :, None] + column[:, None, :]).flatten()
+    # By one index instead of three, which takes CPUs a third of the time.
+    seen = padded.reshape(-1, channels).index_select(0, pixels)
+    return seen.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

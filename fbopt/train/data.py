@@ -51,7 +51,9 @@ class Split:
 
     def normalised(self, x: Tensor) -> Tensor:
         """Samples like `self.x` as the model reads them."""
-        return x if self.mean is None else (x.float() - self.mean) / self.deviation
+        if self.mean is None:
+            return x
+        return x.float().sub_(self.mean).div_(self.deviation)  # uint8, so float() is a copy
 
     def to(self, device: torch.device | str, channels_last: bool = True) -> Split:
         """The same samples on `device`, images with their channels last in memory or not."""
