@@ -1,6 +1,7 @@
 """Images/s of a whole full-batch step, against its bare passes and against the usual way.
 
-    python -m benchmarks.epoch [--width N] [--images N] [--chunk N] [--precision P] [--penalty]
+    python -m benchmarks.epoch [--width N] [--images N] [--chunk N] [--precision P] [--compile]
+                               [--penalty]
 
 ResNet-18 on random 32×32 images, cropped and flipped anew. The usual way is the same step fed by a
 DataLoader with worker processes, in float32, contiguous. Without augmentation every gradient is
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.calls import Task, expected
+from benchmarks.devices import compiles
 from benchmarks.harness import Contender, Plan, Timings, measure
 from benchmarks.networks import distance, require_near
 from benchmarks.report import Report, arguments, options
@@ -32,6 +34,7 @@ from benchmarks.whole_steps import (
     require_model,
 )
 from fbopt.train.arithmetic import cast_to
+from fbopt.train.memory import keep_freed
 
 ROUNDS, QUICK_ROUNDS = 7, 3
 # Of the whole gradient's norm, from the reference in float64, or in the same bfloat16. One ReLU
@@ -42,10 +45,11 @@ FASTER, OF_ITS_PASSES = 2.0, 0.97
 
 
 def contenders(job: Job, precision: str) -> list[Step]:
-    """`fbopt train` as asked for, its passes, and the usual way; and `fbopt train` in float32."""
+    """`fbopt train` as asked for, its passes, and the usual way; then the first two plain."""
     found: list[Step] = [Trained(job, precision, True), Passes(job, precision, True), Loaded(job)]
-    if precision != "fp32":
-        found += [Trained(job, "fp32", True), Passes(job, "fp32", True)]
+    if precision != "fp32" or job.compiled:
+        plain = replace(job, compiled=False)
+        found += [Trained(plain, "fp32", True), Passes(plain, "fp32", True)]
     return found
 
 
@@ -100,7 +104,7 @@ def tell(report: Report, timings: Timings, steps: list[Step]) -> None:
     report.heading("Images/s of `fbopt train` over those of another, in the same round:")
     ours, passes, usual, *plain = (step.name for step in steps)
     faster = 1 / timings.ratio(ours, usual)
-    goal = FASTER if steps[0].precision == "bf16" else None
+    goal = FASTER if steps[0].precision == "bf16" or steps[0].job.compiled else None
     report.goal(timings.title, f"{ours} over {usual}", faster, at_least=goal)
     for own, alone in [(ours, passes), *([tuple(plain)] if plain else [])]:
         share = 1 / timings.ratio(own, alone)
@@ -119,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         choices=tuple(TOLERANCES),
         help="default: bf16, but fp32 on CPUs without AVX-512, where bfloat16 is slow",
     )
+    parser.add_argument("--compile", action="store_true", help="torch.compile fbopt's model")
     parser.add_argument("--penalty", action="store_true", help="with the gradient penalty")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     choice = parser.parse_args(argv)
@@ -130,8 +135,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
         penalised=choice.penalty,
         device=torch.device(choice.device),
         workers=choice.workers,
+        compiled=choice.compile,
     )
+    if job.compiled and not compiles(job.device):
+        parser.error("--compile: torch.compile does not work here; leave it out")
     report = Report("epoch", arguments(argv), job.device)
+    report.fact("all contenders keep freed memory, as `fbopt train` does", keep_freed())
     precision = choice.precision or ("bf16" if quick_in_bf16(job.device) else "fp32")
     check(job, precision, report)
     rounds = choice.rounds or (QUICK_ROUNDS if choice.quick else ROUNDS)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class Job:
     augment: str = "random"
     device: torch.device = CPU
     workers: int = 2
+    compiled: bool = False
 
     @functools.cached_property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -77,8 +78,9 @@ class Step:
 
     @property
     def arithmetic(self) -> str:
-        """Precision and layout in words."""
-        return f"{self.precision}, {'channels_last' if self.channels_last else 'contiguous'}"
+        """Precision and layout in words, and whether the model is compiled."""
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return f"{self.precision}, {layout}{', compiled' if self.job.compiled else ''}"
 
 
 class Trained(Step):
@@ -93,6 +95,7 @@ class Trained(Step):
             augment=job.augment,
             precision=precision,
             channels_last=channels_last,
+            compile=job.compiled,
             device=str(job.device),
             chunk_size=job.chunk,
             lr=LR,
@@ -117,6 +120,8 @@ class Passes(Step):
         self.model = job.network()
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(memory_format=layout)
+        if job.compiled:
+            self.model.compile()
         train = job.data.to(job.device).train
         self.chunks = [
             (x.contiguous(memory_format=layout), y)
@@ -139,7 +144,7 @@ class Loaded(Step):
     """The usual way: torchvision's transforms in a DataLoader's worker processes, float32."""
 
     def __init__(self, job: Job) -> None:
-        super().__init__(job, "fp32", channels_last=False)
+        super().__init__(replace(job, compiled=False), "fp32", channels_last=False)
         self.name = f"DataLoader with {job.workers} workers, {self.arithmetic}"
         self.model = job.network()
         self.optimizer = FullBatchGD(

@@ -116,6 +116,15 @@ def test_epoch_runs_and_is_written(tmp_path, capsys, precision):
     assert "gradient off from float64's" in printed
 
 
+def test_epoch_compiled():
+    """The usual way is never compiled; what is, stands beside the same without."""
+    job = whole_steps.Job(images=20, chunk=8, width=2, penalised=False, workers=0, compiled=True)
+    steps = epoch.contenders(job, "fp32")
+    assert [step.name.endswith("compiled") for step in steps] == [True, True, False, False, False]
+    made = [step.model._compiled_call_impl is not None for step in steps]
+    assert made == [True, True, False, False, False]
+
+
 @pytest.mark.parametrize("what", ["gradient", "update"])
 @pytest.mark.parametrize("kind", [whole_steps.Trained, whole_steps.Loaded], ids=named)
 def test_wrong_whole_step_is_caught(kind, what, tmp_path, monkeypatch):

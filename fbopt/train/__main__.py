@@ -30,10 +30,12 @@ def run(options: Options) -> int:
     from fbopt.train.files import WriteError
     from fbopt.train.interrupt import Interrupted
     from fbopt.train.loop import train
+    from fbopt.train.memory import keep_freed
     from fbopt.train.processes import status_of
     from fbopt.train.run import Diverged
 
     lead = leads()  # what all processes raise alike it alone says
+    keep_freed()
     try:
         train(options)
     except (OptionsError, DataError) as error:
