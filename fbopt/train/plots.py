@@ -29,24 +29,26 @@ def tidy(axes: Any) -> None:
 
 def log_scale(axes: Any) -> None:
     """A logarithmic scale with plain numbers, for values over more than a decade."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     values = [value for line in axes.lines for value in line.get_ydata() if value > 0]
     ratio = max(values, default=1) / min(values, default=1)
     if ratio > 10:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-        axes.yaxis.set_minor_formatter("{x:g}" if ratio < 300 else NullFormatter())
+        _name_ticks(axes.yaxis, "{x:g}", ratio)
 
 
 def log_steps(axes: Any, label: str) -> None:
     """A logarithmic scale of counts from left to right."""
-    from matplotlib.ticker import LogLocator
-
+    places = [place for line in axes.lines for place in line.get_xdata()]
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    axes.xaxis.set_minor_formatter("{x:,.0f}")
+    _name_ticks(axes.xaxis, "{x:,.0f}", max(places, default=1) / min(places, default=1))
     axes.tick_params(axis="x", which="minor", labelsize="small")
     axes.set_xlabel(label)
+
+
+def _name_ticks(axis: Any, words: str, ratio: float) -> None:
+    """Label the powers of ten, and where they are few what lies between them too."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_formatter(words)
+    axis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.set_minor_formatter(words if ratio < 300 else NullFormatter())
