@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from fbopt.train.interrupt import Interrupted
 from fbopt.train.loop import train
 from fbopt.train.options import Options, OptionsError
 from fbopt.train.progress import Progress
+from fbopt.train.resolve import resolve
 from fbopt.train.run import Diverged, Run
+from fbopt.train.sources import load
 from fbopt.train.store import FILES, RunFolder
 
 
@@ -224,6 +227,31 @@ def test_divergence_is_named(tiny, tmp_path, recipe, unit):
     with pytest.raises(Diverged, match=rf"at {unit} \d+: try a smaller --lr \(it is 1e\+30\)"):
         train(options(tiny, tmp_path / "run", recipe, lr=1e30, warmup=0, log_every=5))
     assert not RunFolder(tmp_path / "run").checkpoints()
+
+
+@pytest.mark.parametrize("recipe", recipes.NAMES[1:6])
+def test_full_batch_rows_draw_nothing(tiny, tmp_path, recipe, monkeypatch):
+    """After initialisation; dropout, the counterexample, draws its masks."""
+    for draw in ("epoch_order", "replacements"):
+        monkeypatch.setattr(f"fbopt.train.data.{draw}", lambda *a: pytest.fail("drawn"))
+    # Seeding would hide what is drawn.
+    monkeypatch.setattr("fbopt.train.run.seed_chunk", lambda *a: None)
+
+    def draws(**changes) -> bool:
+        options = resolve(tiny_runs.options(tiny, tmp_path / "run", recipe, **changes))
+        run = Run(options, load(tiny), torch.device("cpu"))
+        before = states()
+        for _ in range(3):
+            run.take_step()
+        return before != states()
+
+    assert not draws()
+    assert draws(dropout=0.3)
+
+
+def states() -> tuple:
+    """Those of the generators that a process has: torch's, NumPy's and Python's."""
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
 
 def test_labels_in_order_are_told(tmp_path, capsys):

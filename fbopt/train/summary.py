@@ -60,7 +60,7 @@ def _spread(values: list[float]) -> dict[str, float | None] | None:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| row | test accuracy (%) | n | train loss | steps | gradient evaluations | time "
+        "| row | test accuracy (%) | n | train loss | steps | gradients per sample | time per run "
         "| paper: CIFAR-10, augmented (%) |",
         "|---|---|---:|---|---:|---:|---:|---|",
     ]

@@ -19,6 +19,7 @@ from fbopt.train import checkpoint, match
 from fbopt.train.checkpoint import CheckpointError
 from fbopt.train.data import Chunks
 from fbopt.train.options import Options, OptionsError
+from fbopt.train.processes import World
 from fbopt.train.run import Run
 from fbopt.train.sources import load
 from fbopt.train.store import RunFolder
@@ -99,7 +100,7 @@ def read(path: Path, options: Analysis) -> Subject:
         torch.set_num_threads(trained.threads)
     data = load(trained.data, trained.image_size, trained.data_dir, samples=trained.samples)
     match.check_data(str(path), state["data"], data.sha256(), trained.data)
-    device = _device(options.device)
+    device = World().device(options.device)
     data = data.to(device)
     run = Run(trained, data, device)
     match.check_model(str(path), state["model"], run.model.state_dict())
@@ -136,13 +137,3 @@ def _state(path: Path) -> tuple[Path, dict[str, Any]]:
         return path.parent, checkpoint.read(path)
     except CheckpointError as error:
         raise OptionsError(f"{path} cannot be measured: {error}") from error
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        text = str(error).partition("\n")[0]
-        raise OptionsError(f"--device {name}: {text}; use cpu, or leave it out") from error
-    return device
