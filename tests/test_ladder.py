@@ -132,6 +132,19 @@ def test_a_run_that_fails_does_not_stop_the_others(tiny, tmp_path, capsys):
     assert json.loads((tmp_path / "ladder.json").read_text())["rows"][0]["test_accuracy"] is None
 
 
+def test_a_run_interrupted_by_someone_else_is_told(tiny, tmp_path, monkeypatch, capsys):
+    """Its last line says how to resume it alone, which is no reason."""
+    program = "import signal, sys; print('go on with'); sys.exit(130)"
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        crew.subprocess, "Popen", lambda words, **more: start([words[0], "-c", program], **more)
+    )
+    words = ["--data", tiny, "--out", str(tmp_path), *SMALL, "--rows", "fb", "--seeds", "1"]
+    assert ladder.main(words) == 1
+    err = capsys.readouterr().err
+    assert "fb, seed 0: interrupted; the same command goes on with it (see " in err
+
+
 BAD = {
     "recipe": (["--recipe", "fb"], "--recipe is set by the ladder for every run"),
     "seed": (["--seed", "3"], "--seed is set by the ladder"),

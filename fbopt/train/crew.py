@@ -117,6 +117,8 @@ class Crew:
 
     def _reason(self, options: Options, status: int) -> str:
         log = self._log(options)
+        if status == 130:  # a signal that did not come from here
+            return f"interrupted; the same command goes on with it (see {log})"
         lines = log.read_text(errors="replace").strip().splitlines()
         words = lines[-1].removeprefix("fbopt train: ") if lines else f"exit status {status}"
         return f"failed: {words} (see {log})"
