@@ -14,9 +14,9 @@ def keep_freed() -> bool:
     """Let glibc keep what tensors on the CPU have freed; returns whether it does.
 
     By default it hands large blocks back to the system at once, and the next step waits for the
-    system to clear the same pages anew: a tenth and more of a narrow ResNet's time. Results do not
-    change. A program's choice, not a library's: it holds for the whole process. Nothing is done
-    for other C libraries, or where the environment tunes glibc's allocator already.
+    system to clear the same pages anew, which shows where layers are cheap. Results do not change.
+    A program's choice, not a library's: it holds for the whole process. Nothing is done for other C
+    libraries, or where the environment tunes glibc's allocator already.
     """
     if os.environ.get("GLIBC_TUNABLES") or any(os.environ.get(name) for name in _SET_BY_USER):
         return False
