@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Split:
     """Samples `x` (N, channels, *space), uint8 or float32, and labels `y` (N,), int64.
 
-    A uint8 `x` is read as (x − mean)/deviation, both (channels, 1, …) float32.
+    A uint8 `x` is read as (x − mean)/deviation, both float32 that broadcast against samples.
     """
 
     x: Tensor
@@ -59,7 +59,10 @@ class Split:
         """The same samples on `device`, images with their channels last in memory or not."""
         x, y, *moments = (t if t is None else t.to(device) for t in vars(self).values())
         if x.ndim == 4 and channels_last:  # about 15 % faster, also on CPUs
-            x = x.contiguous(memory_format=torch.channels_last)
+            last = {"memory_format": torch.channels_last}
+            x = x.contiguous(**last)
+            # As large as an image: three numbers in turn are no vector, and five times slower.
+            moments = [m if m is None else m.expand(x[:1].shape).contiguous(**last) for m in moments]
         return Split(x, y, *moments)
 
 
