@@ -281,6 +281,23 @@ def test_tracking_measures_and_changes_nothing(tiny, tmp_path, monkeypatch):
     )
 
 
+def test_compiled_runs_are_measured_as_others(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="eager"))
+    runs = []
+    for name, compiled in (("plain", False), ("compiled", True)):
+        options = tiny_runs.options(
+            tiny, tmp_path / name, steps=2, compile=compiled, track="sharpness"
+        )
+        runs.append(train(options))
+        assert analyze(tmp_path / name, "--measures", "sharpness", *QUICK) == 0
+    plain, compiled = (run.folder.read_metrics()[-1]["sharpness"] for run in runs)
+    assert compiled == pytest.approx(plain, rel=1e-3)
+    found = results(tmp_path / "compiled" / "analysis")["measures"]["sharpness"]
+    assert found["compiled, step 2"]["eigenvalues"][0] == pytest.approx(plain, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

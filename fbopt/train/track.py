@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from fbopt.analysis.gradient import gradient_statistics
@@ -35,7 +36,8 @@ class Tracker:
             run = self.run
             plain = getattr(run.data.train, "split", run.data.train)
             chunks = Chunks(plain, run.chunks.size)
-            self.objective = Objective(run.model, run.loss_fn, chunks)
+            # The copy shares all but torch.compile, which cannot be differentiated twice.
+            self.objective = Objective(copy.copy(run.model), run.loss_fn, chunks)
         found: dict[str, Any] = {}
         if "noise" in self.names:
             found |= self._noise()

@@ -6,7 +6,7 @@ import copy
 import re
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,8 @@ def read(path: Path, options: Analysis) -> Subject:
     match.check_data(str(path), state["data"], data.sha256(), trained.data)
     device = World().device(options.device)
     data = data.to(device)
-    run = Run(trained, data, device)
+    # Products with the Hessian differentiate twice, which torch.compile cannot.
+    run = Run(replace(trained, compile=False), data, device)
     match.check_model(str(path), state["model"], run.model.state_dict())
     objective = Objective(
         run.model,
