@@ -62,7 +62,7 @@ class Split:
             last = {"memory_format": torch.channels_last}
             x = x.contiguous(**last)
             # As large as an image: three numbers in turn are no vector, and five times slower.
-            moments = [m if m is None else m.expand(x[:1].shape).contiguous(**last) for m in moments]
+            moments = [m if m is None else m.expand_as(x[:1]).contiguous(**last) for m in moments]
         return Split(x, y, *moments)
 
 
