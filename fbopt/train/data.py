@@ -61,7 +61,7 @@ class Split:
         if x.ndim == 4 and channels_last:  # about 15 % faster, also on CPUs
             last = {"memory_format": torch.channels_last}
             x = x.contiguous(**last)
-            # As large as an image: three numbers in turn are no vector, and five times slower.
+            # As large as an image: loops over three numbers in turn are not vectorised.
             moments = [m if m is None else m.expand_as(x[:1]).contiguous(**last) for m in moments]
         return Split(x, y, *moments)
 
