@@ -294,6 +294,7 @@ def test_compiled_runs_are_measured_as_others(tiny, tmp_path, monkeypatch):
         assert analyze(tmp_path / name, "--measures", "sharpness", *QUICK) == 0
     plain, compiled = (run.folder.read_metrics()[-1]["sharpness"] for run in runs)
     assert compiled == pytest.approx(plain, rel=1e-3)
+    assert runs[1].model._compiled_call_impl is not None
     found = results(tmp_path / "compiled" / "analysis")["measures"]["sharpness"]
     assert found["compiled, step 2"]["eigenvalues"][0] == pytest.approx(plain, rel=1e-3)
 
