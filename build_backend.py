@@ -8,7 +8,7 @@ import os
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (the other hooks are setuptools' own)
 
-from fbopt._toolchain import BuildError, find_compiler
+from fbopt._build.compiler import BuildError, find_compiler
 
 FOR_KERNELS = ["torch>=2.10", "ninja", "pybind11>=2.12"]
 

@@ -52,7 +52,7 @@ def compile_kernels(folder):
     """Compile what the wheel brings into the folder; False if the wheel has to do without."""
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     from build_backend import require_compiler
-    from fbopt._toolchain import BuildError
+    from fbopt._build.compiler import BuildError
 
     try:
         require_compiler()
@@ -73,7 +73,10 @@ def compile_kernels(folder):
 
 def compile_for_cpu(folder):
     """Compile the CPU kernels once for each instruction set."""
-    from fbopt import _build, _library, _prebuilt, _toolchain
+    from fbopt._build import compiler as _toolchain
+    from fbopt._build import library as _library
+    from fbopt._build import load as _build
+    from fbopt._build import wheel as _prebuilt
 
     for target in _toolchain.targets():
         library = _library.build(_build.cpu_recipe(target, stripped=True))
@@ -82,7 +85,10 @@ def compile_for_cpu(folder):
 
 def compile_for_cuda(folder):
     """Compile the CUDA kernels where they are asked for or a GPU is visible."""
-    from fbopt import _build, _library, _prebuilt, _toolkit
+    from fbopt._build import library as _library
+    from fbopt._build import load as _build
+    from fbopt._build import toolkit as _toolkit
+    from fbopt._build import wheel as _prebuilt
 
     if not _toolkit.wanted():
         return

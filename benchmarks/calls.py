@@ -15,8 +15,9 @@ from benchmarks import updates
 from benchmarks.cases import scalar
 from benchmarks.devices import capture
 from benchmarks.rivals import Foreach, ForeachUnsyncedSwapped
-from fbopt import FullBatchClosure, GradientPenalty, reference
-from fbopt._tensors import flat_size, flat_views
+from fbopt import FullBatchClosure, GradientPenalty
+from fbopt._ops import reference
+from fbopt._ops.flat import flat_size, flat_views
 
 Tensors = Sequence[Tensor]
 Chunks = Sequence[tuple[Tensor, Tensor]]

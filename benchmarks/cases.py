@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.devices import CPU
-from fbopt import reference
-from fbopt._tensors import flat_size, flat_views
+from fbopt._ops import reference
+from fbopt._ops.flat import flat_size, flat_views
 
 SIZES = ("resnet18", "small-cnn", "tiny")
 TITLES = {

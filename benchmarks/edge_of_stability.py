@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fbopt import FullBatchClosure, FullBatchGD
-from fbopt.analysis import Hessian, Objective, eigenpairs, figures, stability_threshold
-from fbopt.train.files import replace_json
-from fbopt.train.sources import load
+from fbopt.analysis import Hessian, Objective, eigenpairs, stability_threshold
+from fbopt.train.analyze import figures
+from fbopt.train.checkpoint.atomic import replace_json
+from fbopt.train.data.load import load
 
 RATES = (0.15, 0.2, 0.3)
 WIDTHS = (64, 32, 32, 32, 10)

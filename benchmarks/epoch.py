@@ -33,8 +33,8 @@ from benchmarks.whole_steps import (
     Trained,
     require_model,
 )
-from fbopt.train.arithmetic import cast_to
-from fbopt.train.memory import keep_freed
+from fbopt.train.malloc import keep_freed
+from fbopt.train.precision import cast_to
 
 ROUNDS, QUICK_ROUNDS = 7, 3
 # Of the whole gradient's norm, from the reference in float64, or in the same bfloat16. One ReLU

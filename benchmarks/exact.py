@@ -16,15 +16,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fbopt._engine.perturb import Shift
 from torch import Tensor, nn
 
 from benchmarks import networks
 from benchmarks.cases import scalar
 from benchmarks.report import Report, arguments, options
 from fbopt import GradientAccumulator
-from fbopt.penalty import Shift
 from fbopt.train import models
-from fbopt.train.sources import load
+from fbopt.train.data.load import load
 
 CHUNKS, STRENGTH, LR, RADIUS = 391, 0.5, 0.8, 1e-2
 MODES = ("float32", "exact")

@@ -14,8 +14,8 @@ from torch import Tensor
 from benchmarks.cases import require_close
 from benchmarks.devices import CPU, sets_beyond_cache
 from benchmarks.harness import Contender, in_turn
-from fbopt import _build
-from fbopt._toolchain import BuildError
+from fbopt._build import load as _build
+from fbopt._build.compiler import BuildError
 
 SOURCE = Path(__file__).with_name("triad.cpp")
 NAMES = {True: "triad, streaming stores", False: "triad, plain stores"}

@@ -11,7 +11,7 @@ from benchmarks import cases
 from benchmarks.calls import Bare, Call, Chunks, Ours, Plain, Task, expected
 from benchmarks.cases import WrongResult, require_close
 from benchmarks.devices import CPU
-from fbopt import reference
+from fbopt._ops import reference
 
 CALLS = (Bare, Ours, Plain)
 CLASSES = 10

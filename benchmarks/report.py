@@ -20,7 +20,7 @@ from benchmarks import PINNING
 from benchmarks.devices import CPU, cpu_name, facts
 from benchmarks.harness import Timing, Timings
 from benchmarks.tables import entries, markdown
-from fbopt import _build
+from fbopt._build import load as _build
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from benchmarks.cases import Chunk, require_close, scalar
 from benchmarks.devices import CPU
 from benchmarks.single import RULE, Calls, Operands
-from fbopt import _ops, reference
-from fbopt._tensors import ALIGN, DTYPES, accumulator_dtype
+from fbopt._ops import dispatch, reference
+from fbopt._ops.flat import ALIGN, DTYPES, accumulator_dtype
 
 # Odd and even, empty and 0-dim, one block and several.
 SHAPES = [torch.Size(s) for s in ((3, 4), (), (0,), (7,), (2, 3, 5, 5), (33, 65), (70001,))]
@@ -156,8 +156,8 @@ def compare(
     chunk = replace(chunk, **{n: [t.to(dtype).double() for t in ts] for n, ts in lists.items()})
     found = Operands(chunk, dtype, functools.partial(layout, device=device), device)
     wanted = Operands(chunk, torch.float64)
-    pairs = [(found.calls(_ops), wanted.calls(reference))]
-    pairs += [(variants(found, _ops), variants(wanted, reference))]
+    pairs = [(found.calls(dispatch), wanted.calls(reference))]
+    pairs += [(variants(found, dispatch), variants(wanted, reference))]
     name, calls = getattr(layout, "__name__", type(layout).__name__), 0
     for ours, oracle in pairs:
         for op, call in ours.items():
@@ -178,9 +178,9 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 def nothing(device: torch.device) -> None:
     """Empty lists."""
-    _ops.accumulate_([], [], scalar(1.0, device))
-    _ops.clip_([], scalar(1.0, device), 1.0)
-    _ops.pack_(torch.empty(0, device=device), [])
+    dispatch.accumulate_([], [], scalar(1.0, device))
+    dispatch.clip_([], scalar(1.0, device), 1.0)
+    dispatch.pack_(torch.empty(0, device=device), [])
 
 
 def plant(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The kernels one by one, as fbopt._ops calls them."""
+"""The kernels one by one, as fbopt._ops.dispatch calls them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from benchmarks.cases import Chunk, require_close, scalar
 from benchmarks.devices import sets_beyond_cache
 from benchmarks.harness import Contender, in_turn
 from benchmarks.memory import COPY, copy
-from fbopt import _ops, reference
-from fbopt._tensors import accumulator_dtype, flat_size, flat_views
+from fbopt._ops import dispatch, reference
+from fbopt._ops.flat import accumulator_dtype, flat_size, flat_views
 
 RULE = {"momentum": 0.9, "dampening": 0.0, "weight_decay": 5e-4}
 RULE |= {"nesterov": True, "maximize": False, "first": False}
@@ -127,14 +127,14 @@ class Operands:
 def single_ops(chunk: Chunk, sets: int = 1) -> list[Contender]:
     """All kernels, each checked against its reference in float64; sets of operands in turn."""
     operands, expected = Operands(chunk, torch.float32), Operands(chunk, torch.float64)
-    ours, oracle = operands.calls(_ops), expected.calls(reference)
+    ours, oracle = operands.calls(dispatch), expected.calls(reference)
     for name, call in ours.items():
         returned, wanted = call(), oracle[name]()
         if wanted is not None:
             require_close(name, "the squared norm", [returned], [wanted], 1e-6)
         require_close(name, "the result", operands.outcome(name), expected.outcome(name), 1e-5)
     del expected, oracle
-    tables = [ours, *(Operands(chunk, torch.float32).calls(_ops) for _ in range(sets - 1))]
+    tables = [ours, *(Operands(chunk, torch.float32).calls(dispatch) for _ in range(sets - 1))]
     limits = {} if chunk.device.type == "cpu" else {name: limit_name(name) for name in WORDS}
     return [
         Contender(

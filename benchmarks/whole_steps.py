@@ -17,12 +17,12 @@ from benchmarks.cases import WrongResult
 from benchmarks.devices import CPU
 from benchmarks.networks import CLASSES
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
-from fbopt.train import arithmetic, models
-from fbopt.train.data import Data, from_arrays
-from fbopt.train.images import MOMENTS
-from fbopt.train.options import Options
-from fbopt.train.resolve import resolve
-from fbopt.train.run import Run
+from fbopt.train import models, precision
+from fbopt.train.config.options import Options
+from fbopt.train.config.resolve import resolve
+from fbopt.train.data.dataset import Data, from_arrays
+from fbopt.train.data.images import MOMENTS
+from fbopt.train.trainer import Run
 
 LR, STRENGTH, MAX_NORM = 0.01, 0.5, 0.25
 SHAPE = (3, 32, 32)
@@ -107,7 +107,7 @@ class Trained(Step):
         self.model = revealed(self.run.model)
 
     def __call__(self) -> None:
-        arithmetic.settle(self.precision, self.job.device)
+        precision.settle(self.precision, self.job.device)
         self.run.take_step()
 
 
@@ -131,12 +131,12 @@ class Passes(Step):
         ]
 
     def __call__(self) -> None:
-        arithmetic.settle(self.precision, self.job.device)
-        params, dtype = list(self.model.parameters()), arithmetic.cast_to(self.precision)
+        precision.settle(self.precision, self.job.device)
+        params, dtype = list(self.model.parameters()), precision.cast_to(self.precision)
         for x, y in self.chunks:
             for _ in range(1 + self.job.penalised):
-                with arithmetic.autocast(self.job.device, dtype):
-                    loss = arithmetic.cross_entropy(self.model(x), y)
+                with precision.autocast(self.job.device, dtype):
+                    loss = precision.cross_entropy(self.model(x), y)
                 torch.autograd.grad(loss, params)
 
 
@@ -178,7 +178,7 @@ class Loaded(Step):
             )
 
     def __call__(self) -> None:
-        arithmetic.settle(self.precision, self.job.device)
+        precision.settle(self.precision, self.job.device)
         self.optimizer.step(self.closure)
 
 

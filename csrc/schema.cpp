@@ -1,6 +1,6 @@
-// Every op of fbopt, once, with what it mutates. fbopt/reference.py states each equation in plain
-// torch.
-#include "compat.h"
+// Every op of fbopt, once, with what it mutates. fbopt/_ops/reference.py states each equation in
+// plain torch.
+#include "stable_abi.h"
 
 FBOPT_OPS(FBOPT_LIBRARY, m) {
   m.def("pack_(Tensor(a!) out, Tensor[] tensors) -> ()");

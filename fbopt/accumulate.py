@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fbopt import _ops
-from fbopt._exact import FixedPoint
-from fbopt._exact import check_weight as check_exact_weight
-from fbopt._groups import Groups
-from fbopt._tensors import check_grads, check_number, check_params
+from fbopt._checks import check_grads, check_number, check_params
+from fbopt._ops import dispatch
+from fbopt._ops.buckets import Groups
+from fbopt._ops.fixed_point import FixedPoint
+from fbopt._ops.fixed_point import check_weight as check_exact_weight
 
 if TYPE_CHECKING:
-    from fbopt._ranks import Ranks
+    from fbopt._distributed import Ranks
 
 ACCUMULATIONS = ("float32", "exact")
 # Passes until the units of exact sums must fit: the second does, unless the gradients change.
@@ -175,7 +175,7 @@ class GradientAccumulator:
                 continue
             if coefficient is not None:
                 scale = scale * coefficient.to(scale.device)
-            _ops.accumulate_(self._operands[k], part, scale)
+            dispatch.accumulate_(self._operands[k], part, scale)
 
     def add_products(
         self,
@@ -221,7 +221,7 @@ class GradientAccumulator:
             if self.fixed is not None:
                 self.fixed.add_penalised(k, *passes, scale, *penalty)
             else:
-                _ops.accumulate_penalty_(sums, *passes, scale, *penalty)
+                dispatch.accumulate_penalty_(sums, *passes, scale, *penalty)
 
     def mean(self) -> list[Tensor | None]:
         """Return the weighted mean: for each parameter a tensor of its shape and dtype.

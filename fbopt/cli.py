@@ -9,13 +9,16 @@ from collections.abc import Sequence
 # name: (module with a main, what it does)
 COMMANDS = {
     "train": ("fbopt.train.__main__", "train a network by full-batch gradient descent, or SGD"),
-    "ladder": ("fbopt.train.ladder", "train several recipes and seeds, write a table and figures"),
-    "recipes": ("fbopt.train.listing", "list the recipes, with the accuracies of the paper"),
+    "ladder": (
+        "fbopt.train.ladder.plan",
+        "train several recipes and seeds, write a table and figures",
+    ),
+    "recipes": ("fbopt.train.config.listing", "list the recipes, with the accuracies of the paper"),
     "fingerprint": (
-        "fbopt.train.fingerprint",
+        "fbopt.train.checkpoint.fingerprint",
         "print a run's SHA-256 by step, compare two runs",
     ),
-    "analyze": ("fbopt.analysis.program.__main__", "measure what kind of minimum a run reached"),
+    "analyze": ("fbopt.train.analyze.__main__", "measure what kind of minimum a run reached"),
     "doctor": ("fbopt.doctor", "say what this machine has, what fbopt uses, what is missing"),
 }
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fbopt import _ops
-from fbopt._tensors import accumulator_dtype, by_device_and_dtype, check_number, check_storage
+from fbopt._checks import check_number, check_storage
+from fbopt._ops import dispatch
+from fbopt._ops.flat import accumulator_dtype, by_device_and_dtype
 
 BLOCK = 16384
 
@@ -64,7 +65,7 @@ def clip_grad_norm_(
         check_finite(norm)
     for group in by_device_and_dtype(grads):
         part = [grads[i] for i in group]
-        _ops.clip_(part, norm.to(part[0].device), max_norm)
+        dispatch.clip_(part, norm.to(part[0].device), max_norm)
         torch.autograd.graph.increment_version(part)
     return norm
 
@@ -80,7 +81,7 @@ def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
         # Blocks that torch reduces on one thread each: how many there are must not change a bit.
         blocks = [b for g in exact for b in g.split(BLOCK) if b.numel()]
         return torch.nn.utils.get_total_norm(blocks, norm_type).to(dtype)
-    return _ops.squared_norm(grads).sqrt().to(dtype)
+    return dispatch.squared_norm(grads).sqrt().to(dtype)
 
 
 def check_norm_type(norm_type: float) -> None:

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fbopt._chunks import check_arguments, refuse_compiled, weigh
-from fbopt._graphs import Graphs, graph_device, refuse_nested
-from fbopt._passes import Buffers, RandomState
-from fbopt._statistics import RunningStatistics
-from fbopt._tensors import check_params, scalar_on
-from fbopt._together import Together
-from fbopt._totals import Totals
-from fbopt._work import ChunkWork
+from fbopt._checks import check_params
+from fbopt._engine.batchnorm import RunningStatistics
+from fbopt._engine.chunk import ChunkWork
+from fbopt._engine.cuda_graphs import Graphs, graph_device, refuse_nested
+from fbopt._engine.inputs import check_arguments, refuse_compiled, weigh
+from fbopt._engine.perturb import Shift
+from fbopt._engine.reduce import Together
+from fbopt._engine.snapshot import Buffers, RandomState
+from fbopt._engine.totals import Totals
+from fbopt._ops.flat import scalar_on
 from fbopt.accumulate import MOST_PASSES, GradientAccumulator
-from fbopt.penalty import GradientPenalty, Shift
+from fbopt.penalty import GradientPenalty
 
 
 class FullBatchClosure:

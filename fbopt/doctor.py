@@ -20,9 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import fbopt
-from fbopt import _build, _doctor_cuda, _jobs, _toolchain, _toolkit
-from fbopt._cache import cache_folder, tilde
-from fbopt._toolchain import BuildError
+from fbopt._build import compiler as _toolchain
+from fbopt._build import doctor_cuda as _doctor_cuda
+from fbopt._build import jobs as _jobs
+from fbopt._build import load as _build
+from fbopt._build import toolkit as _toolkit
+from fbopt._build.cache import cache_folder, tilde
+from fbopt._build.compiler import BuildError
 
 OLDEST_TORCH = (2, 10)
 INSTALL_TORCH = "pip install 'torch>=2.10'"
@@ -147,8 +151,10 @@ def _processor() -> str:
         recipe = _build.cpu_recipe()
     except BuildError:
         return f"{platform.machine()}, {cores}"
-    jobs, free = _toolkit.jobs(recipe.gigabytes_per_job), _jobs.memory() / 1e9
-    return f"{recipe.tools.instruction_set}, {cores}; {free:.0f} GB free, so {jobs} files at a time"
+    at_once, free = _toolkit.jobs(recipe.gigabytes_per_job), _jobs.memory() / 1e9
+    return (
+        f"{recipe.tools.instruction_set}, {cores}; {free:.0f} GB free, so {at_once} files at once"
+    )
 
 
 def _cache(kernels: Kernels) -> str:

@@ -8,14 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fbopt import _ops
-from fbopt._tensors import (
-    accumulator_dtype,
-    check_disjoint,
-    check_number,
-    check_storage,
-    scalar_on,
-)
+from fbopt._checks import check_disjoint, check_number, check_storage
+from fbopt._ops import dispatch
+from fbopt._ops.flat import accumulator_dtype, scalar_on
 from fbopt.accumulate import GradientAccumulator
 from fbopt.clip import check_finite, check_norm_type, total_norm
 from fbopt.closure import FullBatchClosure
@@ -251,7 +246,7 @@ class _Batch(NamedTuple):
     def step(self, norm: Tensor, max_norm: float | None) -> None:
         group, device = self.group, self.params[0].device
         buffers = self._momentum_buffers() if group["momentum"] != 0 else []
-        _ops.sgd_step_(
+        dispatch.sgd_step_(
             self.params,
             self.grads,
             buffers,

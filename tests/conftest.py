@@ -11,7 +11,8 @@ import targets
 import torch
 from torch import Tensor, nn
 
-from fbopt import _build, _ops, reference
+from fbopt._build import load as _build
+from fbopt._ops import dispatch, reference
 
 BACKENDS = ("kernels", "reference")
 TARGETS = ("cpu", "emulated", pytest.param("cuda", marks=pytest.mark.cuda))
@@ -66,7 +67,7 @@ def one_thread() -> Iterator[None]:
 def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the library use one back end; skips where there is no compiler for the kernels."""
     if name == "reference":
-        monkeypatch.setattr(_ops, "table", lambda device_type: reference)
+        monkeypatch.setattr(dispatch, "table", lambda device_type: reference)
     elif _build.backend() != "kernels":
         pytest.skip("no kernels on this machine")
 

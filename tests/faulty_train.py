@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fbopt.train import loop
 from fbopt.train.__main__ import main
-from fbopt.train.run import Run
+from fbopt.train.trainer import Run
 
 
 def fault(run: Run) -> None:

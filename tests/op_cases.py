@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fbopt._tensors import accumulator_dtype, flat_size
+from fbopt._ops.flat import accumulator_dtype, flat_size
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (0,), (1,), (7,), (513,), (3, 5, 7), (64, 32, 3, 3), (8193,), (0, 4), (1, 1, 1)]

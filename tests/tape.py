@@ -21,7 +21,7 @@ READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class Tape:
-    """Has the methods of :class:`fbopt._recorder.CudaRecorder`, and counts."""
+    """Has the methods of :class:`fbopt._engine.cuda_capture.CudaRecorder`, and counts."""
 
     def __init__(self, device: torch.device) -> None:
         self.captures = self.replays = 0
@@ -58,7 +58,7 @@ class Tape:
 
 
 class Draws:
-    """Repeats draws when the tape is replayed, as :class:`fbopt._recorder.Draws`."""
+    """Repeats draws when the tape is replayed, as :class:`fbopt._engine.cuda_capture.Draws`."""
 
     def __init__(self, log: Log, repetitions: int) -> None:
         self.log, self.left, self.switched, self.states = log, repetitions, False, {}

@@ -14,7 +14,8 @@ import pytest
 import torch
 from op_cases import clone, fences_hold
 
-from fbopt import _build, _ops
+from fbopt._build import load as _build
+from fbopt._ops import dispatch
 
 EMULATED = Path(__file__).parent / "emulated"
 KERNELS = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu*"))
@@ -68,7 +69,7 @@ def target(name: str) -> Target:
         return Target(name, "cpu", lambda op: getattr(torch.ops.fbopt_emulated, op).default, few=1)
     if name == "cuda":
         assert _build.cuda_kernels() is not None  # not plain torch in their place
-    return Target(name, name, lambda op: getattr(_ops.table(name), op))
+    return Target(name, name, lambda op: getattr(dispatch.table(name), op))
 
 
 def rows(device, sizes, capacity, chunk):

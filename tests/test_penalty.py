@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from fbopt._engine.perturb import Shift, hessian_gradient_product
 from torch import nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
-from fbopt._groups import Groups
-from fbopt.penalty import Shift, hessian_gradient_product
+from fbopt._ops.buckets import Groups
 
 
 def problem(dtype=torch.float64):

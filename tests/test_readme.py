@@ -52,13 +52,13 @@ def commands():
 
 @pytest.mark.parametrize("command", commands())
 def test_options_in_commands_are_known(command):
-    from fbopt.train import ladder
-    from fbopt.train.options import Options
+    from fbopt.train.config.options import Options
+    from fbopt.train.ladder import plan
 
     tyro = pytest.importorskip("tyro")
     words = shlex.split(command.replace("PATH", "somewhere"))[1:]
     if words[0] == "ladder":
-        ladder.make_plan(*ladder.parse(words[1:]))
+        plan.make_plan(*plan.parse(words[1:]))
     else:
         tyro.cli(Options, args=words[1:])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fbopt.train.options import Options
+from fbopt.train.config.options import Options
 
 
 def data(folder: Path, count: int = 75, side: int = 12) -> str:

@@ -26,7 +26,7 @@ COMPILERS = ("c++", "g++", "gcc", "cc", "clang++", "clang", "nvcc")
 HEADINGS = ("torch", "CUDA", "Python", "kernels", "CUDA kernels", "parity tests", "training")
 FACTS = """import json, platform
 import torch
-from fbopt import _build
+from fbopt._build import load as _build
 module, cuda = _build.kernels(), _build.find_cuda()
 if cuda:
     _build.cuda_kernels()

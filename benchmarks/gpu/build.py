@@ -11,7 +11,7 @@ from types import ModuleType
 
 from benchmarks.gpu import Settings, StageFailed
 from benchmarks.report import Report
-from fbopt import _build
+from fbopt._build import load as _build
 
 DOCTOR_SECONDS = 120
 

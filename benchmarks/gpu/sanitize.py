@@ -15,8 +15,9 @@ from benchmarks.gpu import Settings, StageFailed, Unavailable
 from benchmarks.processes import Finished
 from benchmarks.report import Report
 from benchmarks.sanitized import AGREED, UNCACHED
-from fbopt import _build, _toolkit
-from fbopt._toolchain import BuildError
+from fbopt._build import load as _build
+from fbopt._build import toolkit as _toolkit
+from fbopt._build.compiler import BuildError
 
 TOOL = "compute-sanitizer"
 # The first two are what is asked for; the others follow if there is time.

@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../arguments.h"
+#include "../checks.h"
 
 namespace fbopt::cpu {
 

@@ -2,7 +2,7 @@
 // than a table holds take more launches; scalars stay on the device; nothing waits for it.
 #pragma once
 
-#include "../arguments.h"
+#include "../checks.h"
 #include "kernels.cuh"
 
 namespace fbopt::cuda {

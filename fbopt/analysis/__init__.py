@@ -4,7 +4,7 @@ model, loss and chunks. `fbopt analyze` is the same for a run of `fbopt train`.
 
 from fbopt.analysis.directions import difference, random_direction
 from fbopt.analysis.flatness import Flatness, measure_flatness
-from fbopt.analysis.gradient import GradientStatistics, gradient_statistics
+from fbopt.analysis.gradient_noise import GradientStatistics, gradient_statistics
 from fbopt.analysis.hessian import Hessian
 from fbopt.analysis.lanczos import Eigenpairs, eigenpairs
 from fbopt.analysis.landscape import Landscape, loss_landscape

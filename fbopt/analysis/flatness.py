@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fbopt._tensors import check_number
+from fbopt._checks import check_number
 from fbopt.analysis.checks import check
 from fbopt.analysis.directions import random_direction
 from fbopt.analysis.objective import Objective

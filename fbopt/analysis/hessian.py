@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fbopt._chunks import refuse_compiled
-from fbopt._tensors import check_number
+from fbopt._checks import check_number
+from fbopt._engine.inputs import refuse_compiled
 from fbopt.analysis.checks import check
 from fbopt.analysis.objective import Objective
 

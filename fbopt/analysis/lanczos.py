@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fbopt._tensors import check_number
+from fbopt._checks import check_number
 from fbopt.analysis.basis import Basis
 from fbopt.analysis.hessian import Hessian
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fbopt._chunks import check_loss, pair, weigh
-from fbopt._passes import Buffers
+from fbopt._engine.inputs import check_loss, pair, weigh
+from fbopt._engine.perturb import Shift
+from fbopt._engine.snapshot import Buffers
 from fbopt.analysis.modes import BATCHNORM, DROPOUT, modes, seed_draws
 from fbopt.analysis.space import ParameterSpace
 from fbopt.closure import FullBatchClosure
-from fbopt.penalty import Shift
 
 
 @dataclass

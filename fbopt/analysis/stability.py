@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fbopt._tensors import check_number
+from fbopt._checks import check_number
 
 
 @dataclass(frozen=True)

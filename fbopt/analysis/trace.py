@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fbopt._tensors import check_number
+from fbopt._checks import check_number
 from fbopt.analysis.hessian import Hessian
 
 

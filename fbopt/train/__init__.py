@@ -1,6 +1,6 @@
 """The training program: data, models, recipes, one loop, and a report. The library never needs it.
 
 from fbopt.train.loop import train
-from fbopt.train.options import Options
+from fbopt.train.config.options import Options
 result = train(Options(data="digits", recipe="fb-penalty", steps=100))
 """

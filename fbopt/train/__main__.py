@@ -6,10 +6,10 @@ import inspect
 import sys
 from collections.abc import Sequence
 
+from fbopt.train.config.options import Options, OptionsError
+from fbopt.train.config.recipes import RECIPES
+from fbopt.train.data.load import DataError
 from fbopt.train.launch import exit_with, leads, parse_once
-from fbopt.train.options import Options, OptionsError
-from fbopt.train.recipes import RECIPES
-from fbopt.train.sources import DataError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,13 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: Options) -> int:
     """Train; say what stops it, and return the exit status."""
-    from fbopt._ranks import PeerError
-    from fbopt.train.files import WriteError
-    from fbopt.train.interrupt import Interrupted
+    from fbopt._distributed import PeerError
+    from fbopt.train.checkpoint.atomic import WriteError
+    from fbopt.train.distributed import status_of
     from fbopt.train.loop import train
-    from fbopt.train.memory import keep_freed
-    from fbopt.train.processes import status_of
-    from fbopt.train.run import Diverged
+    from fbopt.train.malloc import keep_freed
+    from fbopt.train.signals import Interrupted
+    from fbopt.train.trainer import Diverged
 
     lead = leads()  # what all processes raise alike it alone says
     keep_freed()

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
 from fbopt.train import models
-from fbopt.train.augment import augmented
 from fbopt.train.chunk_sums import ChunkSums
-from fbopt.train.data import Chunks, Data
-from fbopt.train.gradient import GradientChange
-from fbopt.train.options import Options, OptionsError
+from fbopt.train.config.options import Options, OptionsError
+from fbopt.train.data.augment import augmented
+from fbopt.train.data.dataset import Chunks, Data
+from fbopt.train.grad_transforms import GradientChange
 
 if TYPE_CHECKING:
-    from fbopt.train.run import Run
+    from fbopt.train.trainer import Run
 
 
 class Visits:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbopt import GradientAccumulator, _ops
+from fbopt import GradientAccumulator
+from fbopt._ops import dispatch
 
 Parts = list[list[Tensor]]
 Weight = float | Tensor
@@ -73,7 +74,7 @@ class ChunkSums(GradientAccumulator):
     def _noted(self, parts: Parts, weight: Weight) -> Weight:
         """Note the norm; return the weight that clips it."""
         device = self.squares.device
-        square = _ops.squared_norm([g for part in parts for g in part]).to(device)
+        square = dispatch.squared_norm([g for part in parts for g in part]).to(device)
         scale = self.scalar(weight, device)
         self.squares += scale * square
         if self.max_norm is None:

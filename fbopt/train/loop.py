@@ -12,21 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from fbopt.train import arithmetic, checkpoint, models
-from fbopt.train.describe import describe
-from fbopt.train.environment import facts
-from fbopt.train.interrupt import Interrupt, Interrupted
-from fbopt.train.lock import Lock
-from fbopt.train.options import Options, OptionsError
-from fbopt.train.processes import World, joined
-from fbopt.train.progress import Progress
-from fbopt.train.report import draw_curves
-from fbopt.train.resume import Start, find_start, restore
-from fbopt.train.run import Run
-from fbopt.train.saving import Saver
-from fbopt.train.sources import DataError, load
-from fbopt.train.store import RunFolder
-from fbopt.train.track import Tracker
+from fbopt.train import models, precision
+from fbopt.train.checkpoint import format
+from fbopt.train.checkpoint.lock import Lock
+from fbopt.train.checkpoint.provenance import facts
+from fbopt.train.checkpoint.resume import Start, find_start, restore
+from fbopt.train.checkpoint.run_dir import RunFolder
+from fbopt.train.checkpoint.saver import Saver
+from fbopt.train.config.options import Options, OptionsError
+from fbopt.train.curvature import Tracker
+from fbopt.train.data.load import DataError, load
+from fbopt.train.distributed import World, joined
+from fbopt.train.reporting.curves import draw_curves
+from fbopt.train.reporting.describe import describe
+from fbopt.train.reporting.progress import Progress
+from fbopt.train.signals import Interrupt, Interrupted
+from fbopt.train.trainer import Run
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _build(options: Options, world: World) -> tuple[Run, str]:
     data = load(
         options.data, options.image_size, options.data_dir, options.download, options.samples
     )
-    arithmetic.settle(options.precision, device)
+    precision.settle(options.precision, device)
     return Run(options, data.to(device, options.channels_last), device, world), data.sha256()
 
 
@@ -97,7 +98,7 @@ def _share_beginning(run: Run, digest: str) -> None:
     world = run.world
     if world.size == 1:
         return
-    theirs, model = world.decided(lambda: (digest, checkpoint.plain(run.model.state_dict())))
+    theirs, model = world.decided(lambda: (digest, format.plain(run.model.state_dict())))
     with world.alike():
         if theirs != digest:
             raise DataError(

@@ -1,0 +1,100 @@
+"""Where compiled libraries are kept, under which names, and how several processes share the place.
+
+A library's file name carries a hash of all that goes into it and a hash of its own bytes. It is
+built under a lock that the system releases when its holder dies, and moved into place as the last
+act: a build killed at any moment leaves nothing that stops the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from fbopt._build.compiler import BuildError
+
+
+def cache_folder() -> Path:
+    """Return where libraries are kept: FBOPT_CACHE_DIR, or else fbopt in the user's cache."""
+    if folder := os.environ.get("FBOPT_CACHE_DIR"):
+        return Path(folder).absolute()
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # The tilde of an account without a home stays as it is.
+    return Path(home, "fbopt") if os.path.isabs(home) else _temporary_cache()
+
+
+def cached(folder: Path, stem: str) -> Path | None:
+    """Return the library if the folder has it and its bytes are those that were written."""
+    for path in folder.glob(f"{stem}.*.so"):
+        # Another process may be replacing it just now.
+        with contextlib.suppress(OSError):
+            if path.name == f"{stem}.{digest(path)}.so":
+                return path
+    return None
+
+
+def keep(built: Path, folder: Path, stem: str) -> Path:
+    """Move a library that was just built to where ``cached`` finds it."""
+    return built.replace(folder / f"{stem}.{digest(built)}.so")
+
+
+def writable(folder: Path) -> Path:
+    """Return the folder, or one of the user's own among the temporary files if it is read-only."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return folder
+    except OSError:
+        return _temporary_cache()
+
+
+def _temporary_cache() -> Path:
+    folder = Path(tempfile.gettempdir(), f"fbopt-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    # What another user could have written is not to be loaded.
+    if folder.lstat().st_uid != os.getuid():
+        raise BuildError(f"{folder} belongs to another user", "set FBOPT_CACHE_DIR")
+    return folder
+
+
+@contextlib.contextmanager
+def lock(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock on the file: unlike a file's mere existence, it ends with its holder.
+
+    The standard library's: filelock falls back to that existence where flock is missing.
+    """
+    import fcntl
+
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting = f"fbopt: waiting for another process that is compiling {what}"
+            print(waiting, file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            # A file system without locks: at worst two processes do the same work.
+            pass
+        yield
+
+
+def remove_leftovers(folder: Path, stem: str) -> None:
+    """Remove what killed builds and broken libraries of this key left; the lock is held."""
+    for path in (p for end in ("build-*", "*.so", "log") for p in folder.glob(f"{stem}.{end}")):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+
+def digest(path: Path) -> str:
+    """Return a hash of the file's bytes, short enough for a name."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def tilde(path: Path) -> str:
+    """Return the path for people to read, their home folder shortened."""
+    home = os.path.expanduser("~")
+    return f"~{str(path)[len(home) :]}" if str(path).startswith(home + os.sep) else str(path)

@@ -1,0 +1,156 @@
+"""The work on one chunk: g_c, with a penalty g_c + lambda H_c g_c, added to the accumulator. All of
+it is work on the device, which a graph can capture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fbopt._engine.batchnorm import RunningStatistics
+from fbopt._engine.inputs import check_loss, pair
+from fbopt._engine.perturb import Shift, hessian_gradient_product
+from fbopt._engine.snapshot import Buffers, RandomState
+from fbopt._ops import dispatch
+from fbopt.accumulate import GradientAccumulator
+from fbopt.penalty import GradientPenalty
+
+Observe = Callable[[Any, Any], None] | None
+
+
+@dataclass(frozen=True)
+class ChunkWork:
+    """What a call of the closure does with each of its chunks.
+
+    Args:
+        model, loss_fn, evaluate, autocast: as for the closure.
+        penalty: the penalty, or None where its coefficient is zero.
+        accumulator: where the gradients are added.
+        statistics: where BatchNorm's statistics are added.
+        buffers: keeps the model's buffers during the shifted passes.
+        shift: the second buffer of the parameters, for a penalty that needs it.
+    """
+
+    model: nn.Module
+    loss_fn: Callable[[Any, Any], Tensor] | None
+    evaluate: Callable[[nn.Module, Any], Tensor] | None
+    autocast: torch.dtype | None
+    penalty: GradientPenalty | None
+    accumulator: GradientAccumulator
+    statistics: RunningStatistics
+    buffers: Buffers
+    shift: Shift | None
+
+    @property
+    def repetitions(self) -> int:
+        """How often the random draws of a chunk are repeated."""
+        return {"forward": 1, "central": 2}.get(self.penalty and self.penalty.method, 0)
+
+    def __call__(
+        self,
+        index: int,
+        chunk: Any,
+        weight: float | Tensor,
+        coefficient: Tensor | None,
+        draws: RandomState | None,
+        observe: Observe,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add one chunk's gradient; return its loss and, with a penalty, ||g||^2 (float64)."""
+        exact = self.penalty is not None and self.penalty.method == "exact"
+        if self.repetitions:
+            draws.begin()
+        self.statistics.clear()
+        loss = self._forward(index, chunk, observe)
+        grads = self._gradient(loss, create_graph=exact)
+        self.statistics.record(lambda device: self.accumulator.scalar(weight, device))
+        loss = loss.detach()  # its graph holds the activations that the next pass needs room for
+        if self.penalty is None:
+            self.accumulator.add_parts(self.accumulator.gather(grads), weight)
+            return loss, None
+        if exact:
+            return loss, self._add_exact(grads, weight, coefficient)
+        return loss, self._add_shifted(index, chunk, grads, weight, coefficient, draws)
+
+    def _add_exact(
+        self, grads: Sequence[Tensor | None], weight: float | Tensor, coefficient: Tensor
+    ) -> Tensor:
+        accumulator = self.accumulator
+        products = hessian_gradient_product([g for g in grads if g is not None], accumulator.params)
+        parts = accumulator.gather([None if g is None else g.detach() for g in grads])
+        square = dispatch.squared_norm([g for part in parts for g in part])
+        products = accumulator.groups.gather(products, "plus")
+        accumulator.add_products(parts, products, weight, coefficient)
+        return square
+
+    def _add_shifted(
+        self,
+        index: int,
+        chunk: Any,
+        grads: Sequence[Tensor | None],
+        weight: float | Tensor,
+        coefficient: Tensor,
+        draws: RandomState,
+    ) -> Tensor:
+        radius, gather = self.penalty.radius, self.accumulator.gather
+        parts = gather(grads)
+        square = self.shift.fill(parts, radius)
+        with draws.repeated() as rewind:
+            self.buffers.save()
+            try:
+                rewind()
+                plus = gather(self._shifted_gradient(index, chunk), "plus")
+                minus = []
+                if self.penalty.method == "central":
+                    self.buffers.restore()
+                    self.shift.fill(parts, -radius, square)
+                    rewind()
+                    minus = gather(self._shifted_gradient(index, chunk), "minus")
+            finally:
+                torch.clear_autocast_cache()
+                self.buffers.restore()
+        self.accumulator.add_penalised(parts, plus, minus, weight, coefficient, square, radius)
+        return square
+
+    def _shifted_gradient(self, index: int, chunk: Any) -> Sequence[Tensor | None]:
+        with self.shift.applied():
+            return self._gradient(self._forward(index, chunk, observe=None))
+
+    def _forward(self, index: int, chunk: Any, observe: Observe) -> Tensor:
+        # Autocast keeps the weights it has cast, by parameter: those know nothing of the shift.
+        torch.clear_autocast_cache()
+        with torch.enable_grad(), self._autocast():
+            if self.evaluate is not None:
+                loss = self.evaluate(self.model, chunk)
+            else:
+                inputs, target = pair(index, chunk)
+                output = self.model(inputs)
+                loss = self.loss_fn(output, target)
+        check_loss(index, loss, "evaluate" if self.evaluate else "loss_fn")
+        if observe is not None:
+            observe(output.detach() if isinstance(output, Tensor) else output, target)
+        return loss
+
+    def _gradient(self, loss: Tensor, create_graph: bool = False) -> Sequence[Tensor | None]:
+        params = self.accumulator.params
+        grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
+        for i, g in enumerate(grads):
+            if g is not None and g.layout != torch.strided:
+                raise TypeError(
+                    f"the gradient of parameter {i} ({self._name(i)}) is sparse: fbopt needs dense "
+                    "gradients, for an embedding pass sparse=False"
+                )
+        return grads
+
+    def _name(self, index: int) -> str:
+        wanted = self.accumulator.params[index]
+        return next((n for n, p in self.model.named_parameters() if p is wanted), "unnamed")
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.accumulator.params[0].device.type, dtype=self.autocast)

@@ -1,0 +1,275 @@
+"""Graphs of the work on chunks: one for each kind of chunk, captured at its third visit and from
+then on replayed.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import warnings
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from fbopt._engine.chunk import ChunkWork, Observe
+from fbopt._engine.cuda_capture import CudaRecorder
+from fbopt._engine.snapshot import RandomState
+from fbopt._ops.flat import overlaps_itself
+
+# Kinds of chunks that get a graph, and visits without one before: libraries choose algorithms,
+# compile and allocate in the first, and what that changes has settled in the second.
+LIMIT, WARM_UP = 8, 2
+RECORDERS = {"cuda": CudaRecorder}
+# What a chunk may hold beside tensors: values that a graph can bake in.
+VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def graph_device(model: nn.Module, params: Iterable[Tensor]) -> torch.device:
+    """Return the one device that the model is on, or raise a ValueError that names cuda_graph."""
+    devices = {t.device for t in (*params, *model.parameters(), *model.buffers())}
+    if len(devices) > 1 or next(iter(devices)).type not in RECORDERS:
+        names = " and ".join(sorted(str(d) for d in devices))
+        raise ValueError(
+            f"cuda_graph=True needs all parameters and buffers on one CUDA device, they are on "
+            f"{names}: move the model there first (model.cuda()), or leave cuda_graph out"
+        )
+    return devices.pop()
+
+
+def refuse_nested(model: nn.Module) -> None:
+    """Refuse a model that torch.compile captures in graphs of its own."""
+    for name, module in model.named_modules():
+        for compiled in (module, module._compiled_call_impl):
+            config = getattr(compiled, "get_compiler_config", lambda: None)()
+            if isinstance(config, dict) and config.get("triton.cudagraphs"):
+                what = f"module {name}" if name else "the model"
+                raise ValueError(
+                    f"cuda_graph=True captures whole chunks, but torch.compile already captures "
+                    f"{what} in graphs of its own: compile it with the default mode or "
+                    "mode='max-autotune-no-cudagraphs', or leave cuda_graph out"
+                )
+
+
+class Graphs:
+    """The graphs of a closure, on one device.
+
+    A graph writes to the addresses that it was captured with: when parameters, buffers or what the
+    closure keeps lie elsewhere, all graphs are dropped. Weight and coefficient are read on the
+    device, so they can change; numbers and flags in chunks and modules cannot, and tell kinds of
+    chunks apart.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._weight = torch.zeros((), dtype=torch.float64, device=device)
+        self._coefficient = torch.zeros((), dtype=torch.float64, device=device)
+        self._kinds: dict[Hashable, int | _Graph] = {}  # visits, or the graph
+        self._drop()
+        self._settings: dict[Hashable, int] = {}
+        self._addresses: list[tuple] = []
+        self._held: list[Any] = []
+        self._moves = 0
+        self._replaced: collections.Counter[str] = collections.Counter()
+        self._warned = False
+
+    def begin(self, work: ChunkWork, coefficient: Tensor | None, observe: Observe) -> None:
+        """Make ready for a call of the closure.
+
+        Args:
+            work: what it does with its chunks.
+            coefficient: the penalty's, on the device; None without.
+            observe: as for the closure.
+        """
+        kept = (work.accumulator.groups, work.statistics.kept, work.shift)
+        held = [work.model, work.loss_fn, work.evaluate, *kept]
+        self._buffers = dict(work.model.named_buffers(remove_duplicate=False))
+        tensors = [*work.accumulator.params, *work.model.parameters(), *self._buffers.values()]
+        addresses = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
+        same = [id(x) for x in held] == [id(x) for x in self._held]
+        if self._kinds and not (same and addresses == self._addresses):
+            self._drop()
+            self._kinds.clear()
+            self._settings.clear()
+            self._moves += 1
+        self._addresses, self._held, self._observe = addresses, held, observe
+        setting = (*_baked(work, self.device), observe is None)
+        if len(self._settings) < LIMIT:
+            self._settings.setdefault(setting, len(self._settings))
+        self._setting = self._settings.get(setting)
+        if coefficient is not None:
+            self._coefficient.copy_(coefficient)
+        self._given = None if coefficient is None else self._coefficient
+
+    def visit(
+        self, work: ChunkWork, index: int, chunk: Any, weight: float, draws: RandomState | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do the work on a chunk, by a replay where there is a graph for its kind."""
+        leaves, structure = tree_flatten(chunk)
+        kind = (structure, *(_describe(index, leaf) for leaf in leaves), self._setting)
+        state = self._kinds.get(kind)
+        self._weight.fill_(weight)
+        if state == WARM_UP:
+            state = self._kinds[kind] = self._capture(work, index, leaves, structure)
+        if isinstance(state, _Graph):
+            work.accumulator.unseen &= state.unseen
+            return state.run([x for x in leaves if isinstance(x, Tensor)], self._observe)
+        if state is None and self._admits():
+            state = 0
+        chunk = tree_unflatten([_copied(leaf, self.device) for leaf in leaves], structure)
+        with contextlib.nullcontext() if state is None else self._recorder.warming():
+            result = work(index, chunk, self._weight, self._given, draws, self._observe)
+        self._check_buffers(work.model, captured=False)
+        if state is not None:
+            self._kinds[kind] = state + 1
+        return result
+
+    def _admits(self) -> bool:
+        """Whether there is room for another kind; says once when there is none."""
+        known = self._setting is not None
+        room = known and len(self._kinds) < LIMIT and self._moves <= LIMIT
+        if not room and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"cuda_graph=True keeps graphs for at most {LIMIT} kinds of chunks, and this "
+                "closure has met more, or a model that lies elsewhere in memory again and again: "
+                "the rest runs without graphs. A kind is the shapes of a chunk with its numbers "
+                "and those of the model's modules: make the chunks equal in size, and turn "
+                "numbers that change into tensors",
+                RuntimeWarning,
+                stacklevel=6,
+            )
+        return room
+
+    def _capture(self, work: ChunkWork, index: int, leaves: list[Any], structure: Any) -> _Graph:
+        static = [_copied(leaf, self.device) for leaf in leaves]
+        chunk = tree_unflatten(static, structure)
+        seen: list[tuple[Any, Any]] = []
+        keep = None if self._observe is None else lambda *shown: seen.append(shown)
+        accumulator = work.accumulator
+        before, accumulator.unseen = accumulator.unseen, set(range(len(accumulator.params)))
+        try:
+            (loss, square), launch = self._recorder.capture(
+                lambda draws: work(index, chunk, self._weight, self._given, draws, keep),
+                work.repetitions,
+            )
+            unseen = accumulator.unseen
+        except RuntimeError as error:
+            _explain(error, index)
+            raise
+        finally:
+            accumulator.unseen = before
+            torch.clear_autocast_cache()  # what it holds was captured, not computed
+        self._check_buffers(work.model, captured=True)
+        inputs = [x for x in static if isinstance(x, Tensor)]
+        return _Graph(inputs, loss, square, seen, unseen, launch)
+
+    def _check_buffers(self, model: nn.Module, captured: bool) -> None:
+        """Drop the graphs when other tensors stand in place of buffers; refuse it as a habit."""
+        now = dict(model.named_buffers(remove_duplicate=False))
+        replaced = [name for name, b in now.items() if self._buffers.get(name) is not b]
+        self._replaced.update(replaced)
+        if replaced:
+            self._drop()
+        for name in replaced:
+            if captured or self._replaced[name] > WARM_UP:
+                raise RuntimeError(
+                    f"cuda_graph=True: the model puts another tensor in place of its buffer "
+                    f"{name} when it runs, which no replay repeats: write to the buffer in place "
+                    f"(self.{name.rpartition('.')[2]}.copy_(...)), or pass cuda_graph=False"
+                )
+        self._buffers = now
+
+    def _drop(self) -> None:
+        """Free all graphs, and with them the recorder's pool: torch uses none twice."""
+        for kind, state in self._kinds.items():
+            self._kinds[kind] = WARM_UP if isinstance(state, _Graph) else state
+        self._recorder = RECORDERS[self.device.type](self.device)
+
+
+@dataclass(eq=False)
+class _Graph:
+    """A captured chunk: its inputs and results, which stay where they are, and the replay."""
+
+    inputs: list[Tensor]
+    loss: Tensor
+    square: Tensor | None
+    seen: list[tuple[Any, Any]]
+    unseen: set[int]
+    launch: Callable[[], None]
+
+    def run(self, tensors: list[Tensor], observe: Observe) -> tuple[Tensor, Tensor | None]:
+        """Replay on the tensors of a chunk; the next replay overwrites none of what is returned."""
+        for mine, given in zip(self.inputs, tensors, strict=True):
+            mine.copy_(given, non_blocking=True)
+        self.launch()
+        if observe is not None:
+            for shown in self.seen:
+                observe(*tree_map_only(Tensor, torch.clone, shown))
+        return self.loss.clone(), None if self.square is None else self.square.clone()
+
+
+def _explain(error: RuntimeError, index: int) -> None:
+    """Raise an error that says in words why a capture failed, if that is what happened."""
+    first: BaseException | None = None
+    cause: BaseException | None = error
+    while cause is not None:
+        first = cause if "captur" in str(cause) else first
+        cause = cause.__context__
+    if first is None:
+        return
+    lines = str(first).splitlines() or [""]
+    raise RuntimeError(
+        f"chunk {index} cannot be captured in a CUDA graph ({type(first).__name__}: {lines[0]}): "
+        "the model, the loss or a hook waits for the device (.item(), .cpu(), printing, a shape "
+        "or a branch that depends on values), or handles a random generator itself: take that "
+        "out, or pass cuda_graph=False"
+    ) from first
+
+
+def _baked(work: ChunkWork, device: torch.device) -> tuple:
+    """What a capture takes over from its surroundings, besides addresses."""
+    return (
+        None if work.penalty is None else (work.penalty.method, work.penalty.radius),
+        work.autocast,
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+        torch.are_deterministic_algorithms_enabled(),
+        *(
+            (name, value)
+            for m in work.model.modules()
+            for name, value in vars(m).items()
+            if type(value) in (bool, int, float, str)
+        ),
+    )
+
+
+def _describe(index: int, leaf: Any) -> tuple:
+    """What tells a chunk's tensor or value from another kind."""
+    if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
+    if isinstance(leaf, VALUES):
+        return type(leaf), repr(leaf)
+    what = f"{leaf.layout} tensor" if isinstance(leaf, Tensor) else type(leaf).__name__
+    raise TypeError(
+        f"chunk {index} holds a {what}: with cuda_graph=True chunks are dense tensors, numbers and "
+        "strings in tuples, lists and dicts; take it apart, or pass cuda_graph=False"
+    )
+
+
+def _copied(leaf: Any, device: torch.device) -> Any:
+    """A tensor of a chunk in memory of its own, laid out like the given one.
+
+    Visits without a graph have it, too: libraries choose algorithms by alignment, and a chunk cut
+    from a larger tensor would then give other bits before its capture than after.
+    """
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if overlaps_itself(leaf):
+        copy = torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
+    else:
+        copy = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
+    return copy.copy_(leaf.detach(), non_blocking=True).requires_grad_(leaf.requires_grad)

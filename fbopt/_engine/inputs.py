@@ -1,0 +1,130 @@
+"""What FullBatchClosure accepts: its arguments, the chunks and their weights, the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fbopt._checks import check_number
+from fbopt.penalty import GradientPenalty
+
+
+def check_arguments(
+    model: Any,
+    loss_fn: Any,
+    chunks: Any,
+    *,
+    evaluate: Any,
+    observe: Any,
+    weight: Any,
+    autocast: Any,
+    cuda_graph: Any,
+    **typed: Any,
+) -> None:
+    """Check what FullBatchClosure is made from; its docstring says what each argument is."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if (loss_fn is None) == (evaluate is None):
+        raise ValueError(
+            "pass either loss_fn, for chunks of (input, target), or evaluate=, for any others"
+        )
+    functions = {"loss_fn": loss_fn, "evaluate": evaluate, "observe": observe, "weight": weight}
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+    if getattr(loss_fn, "reduction", "mean") != "mean":
+        raise ValueError(
+            f"loss_fn has reduction={loss_fn.reduction!r}: a chunk's loss must be its mean, use "
+            "reduction='mean'"
+        )
+    if evaluate is not None and observe is not None:
+        raise ValueError("observe goes with loss_fn; with evaluate=, look at the outputs there")
+    if chunks is None or not hasattr(chunks, "__iter__"):
+        raise TypeError("chunks must be an iterable of chunks, such as a list or a DataLoader")
+    if iter(chunks) is chunks:
+        raise TypeError(
+            "chunks can be iterated only once (a generator or iterator), but every call visits all "
+            "of it: pass a list, a DataLoader, or an object whose __iter__ starts anew"
+        )
+    for name, wanted in (("penalty", GradientPenalty), ("optimizer", torch.optim.Optimizer)):
+        value = typed[name]
+        if value is not None and not isinstance(value, wanted):
+            raise TypeError(
+                f"{name} must be a {wanted.__name__} or None, got {type(value).__name__}"
+            )
+    if autocast is not None and autocast not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be torch.bfloat16 or torch.float16, got {autocast}")
+    if not isinstance(cuda_graph, bool):
+        raise TypeError(f"cuda_graph must be True or False, got {type(cuda_graph).__name__}")
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse double backward through torch.compile, which would fail with an obscure error."""
+    for name, module in model.named_modules():
+        compiled = (
+            type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+        )
+        if compiled:
+            raise RuntimeError(
+                f"method='exact' differentiates twice, which a compiled model ({name or 'model'}) "
+                "cannot: use method='forward' or 'central', or the model before torch.compile"
+            )
+
+
+def weigh(index: int, chunk: Any, weight: Callable[[Any], float] | None) -> float:
+    """Return n_c: what the user's function says, or else the length of the chunk's first tensor."""
+    if weight is not None:
+        value = weight(chunk)
+        value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        return check_number(f"weight(chunk) of chunk {index}", value, above=0)
+    first = next(tensors(chunk), None)
+    if first is None or first.dim() == 0:
+        raise ValueError(
+            f"chunk {index} has no tensor whose first dimension counts its samples: pass weight=..."
+        )
+    if len(first) == 0:
+        raise ValueError(f"chunk {index} is empty (0 samples): leave it out of chunks")
+    return len(first)
+
+
+def check_loss(index: int, loss: Any, source: str) -> None:
+    """Check that a chunk's loss is a 0-dim tensor with a graph behind it."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"{source} returned {type(loss).__name__} for chunk {index}: return a 0-dim tensor"
+        )
+    if loss.dim() != 0:
+        raise ValueError(
+            f"{source} returned shape {tuple(loss.shape)} for chunk {index}: return the mean loss, "
+            "a 0-dim tensor (reduction='mean')"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss of chunk {index} does not depend on any trainable parameter: {source} "
+            "detached it, or ran without gradients"
+        )
+
+
+def pair(index: int, chunk: Any) -> tuple[Any, Any]:
+    """Return a chunk's (input, target)."""
+    if not isinstance(chunk, Sequence) or len(chunk) != 2:
+        raise TypeError(
+            f"chunk {index} is no (input, target) pair but {type(chunk).__name__}: for other "
+            "chunks pass evaluate=lambda model, chunk: mean_loss"
+        )
+    return chunk[0], chunk[1]
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors in nested sequences and mappings, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from tensors(item)

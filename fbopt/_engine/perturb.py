@@ -1,0 +1,84 @@
+"""Gradients at a second point: theta + s v in a second buffer, and products with the Hessian."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fbopt._ops import dispatch
+from fbopt._ops.buckets import Groups
+from fbopt._ops.flat import accumulator_dtype
+
+
+class Shift:
+    """A second buffer for the parameters, which point to it while they are shifted.
+
+    The parameters' own memory is never written, so they are bit for bit what they were when the
+    shift ends, also if the pass in between raises.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+        self._originals = [p.detach() for p in groups.params]
+        self._flats = groups.buffers()
+        self._views = groups.views(self._flats)
+
+    def fits(self, groups: Groups) -> bool:
+        """Whether the buffer was made for these parameters as they lie in memory now."""
+        return groups is self.groups and all(
+            p.data_ptr() == o.data_ptr()
+            for p, o in zip(groups.params, self._originals, strict=True)
+        )
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Take note of theta, for all shifts until the next call."""
+        self._theta = self.groups.gather(self._originals, "params")
+
+    @torch.no_grad()
+    def fill(
+        self, grads: list[list[Tensor]], radius: float, squared_norm: Tensor | None = None
+    ) -> Tensor:
+        """Write ``theta + radius g / ||g||`` to the buffer and return ``||g||^2`` (0-dim, float64).
+
+        The gradients are gathered. A negative radius shifts the other way.
+        """
+        if squared_norm is None and len(grads) > 1:
+            squared_norm = dispatch.squared_norm([g for part in grads for g in part])
+        for flat, theta, part in zip(self._flats, self._theta, grads, strict=True):
+            known = None if squared_norm is None else squared_norm.to(flat.device)
+            result = dispatch.perturb_(flat, theta, part, radius, known)
+        return result if squared_norm is None else squared_norm
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the parameters point to the buffer."""
+        try:
+            self._point_to(self._views)
+            yield
+        finally:
+            self._point_to(self._originals)
+
+    def _point_to(self, tensors: list[Tensor]) -> None:
+        for p, t in zip(self.groups.params, tensors, strict=True):
+            p.data = t
+
+
+def hessian_gradient_product(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+    """Return ``H g``, the gradient of ``||g||^2 / 2``, by a backward pass through g (double
+    backward).
+
+    Args:
+        grads: gradients made with ``create_graph=True``.
+        params: the parameters they belong to.
+    """
+    with torch.enable_grad():
+        squares = [g.to(accumulator_dtype(g.dtype)).square() for g in grads if g.requires_grad]
+        half = sum(square.sum() for square in squares) / 2
+    if not isinstance(half, Tensor):  # the loss is linear in every parameter
+        return [torch.zeros_like(p) for p in params]
+    products = torch.autograd.grad(half, params, allow_unused=True)
+    return [torch.zeros_like(p) if h is None else h for h, p in zip(products, params, strict=True)]

@@ -1,0 +1,172 @@
+"""A step of several processes: each visits its own chunks, then all have the sums of all chunks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from fbopt._distributed import Ranks, checksum
+from fbopt._engine.batchnorm import RunningStatistics
+from fbopt._engine.totals import Totals
+from fbopt.accumulate import GradientAccumulator
+
+
+class Together:
+    """What the processes of a group do with the sums of a step; alone, only their means.
+
+    Args:
+        model: whose normalisation layers count their passes.
+        devices: where its parameters are.
+        group: as for :class:`Ranks`.
+
+    Raises:
+        TypeError, ValueError: a group or model that cannot be used; the message says why.
+    """
+
+    def __init__(self, model: nn.Module, devices: set[torch.device], group: Any) -> None:
+        self.ranks = Ranks(group)
+        self.ranks.check_devices(devices)
+        if not self.ranks.alone:
+            _refuse_wrapped(model)
+        self._device = min(devices, key=str)
+        self._compared: GradientAccumulator | None = None
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._layers = [m for m in model.modules() if isinstance(m, _NormBase)]
+        self._before: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Let the others, which would wait in :meth:`begin`, know of an error in this process."""
+        try:
+            yield
+        except Exception as error:
+            self.ranks.tell(error, 1, 1, self._device)
+            raise
+
+    @contextlib.contextmanager
+    def visiting(
+        self, accumulator: GradientAccumulator, statistics: RunningStatistics
+    ) -> Iterator[None]:
+        """The same for those that would wait in :meth:`combine`."""
+        try:
+            yield
+        except Exception as error:
+            params, maxima = accumulator.params, None
+            if accumulator.fixed is not None:
+                length = len(accumulator.fixed) + statistics.width
+                maxima = torch.zeros(length, dtype=torch.float64, device=params[0].device)
+            self.ranks.tell(error, len(params), Totals.NUMBERS, params[0].device, maxima)
+            raise
+
+    def begin(self, accumulator: GradientAccumulator, **facts: Any) -> None:
+        """Before the first chunk; new parameters are compared between the processes.
+
+        Args:
+            accumulator: of the parameters.
+            **facts: what else has to be the same on all.
+
+        Raises:
+            PeerError: another process failed.
+            ValueError: the processes differ in parameters, training modes or a fact.
+        """
+        if self.ranks.alone:
+            return
+        self._before = [count.clone() for count in self._counts()]
+        modes = "".join("ET"[m.training] for m in self._layers)
+        layout = repr((modes, [(p.dtype, p.shape) for p in accumulator.params]))
+        new, number = self._compared is not accumulator, zlib.crc32(layout.encode())
+        found = self.ranks.agree([new], [number], self._device)
+        if found.flags[0] or any(row != found.table[0] for row in found.table):
+            facts["the modes of normalisation layers (E: eval, T: training)"] = modes
+            self.ranks.check_same(
+                facts | self._describe(accumulator.params),
+                "build the same model on all, and load or broadcast the same parameters",
+            )
+            self._compared = accumulator
+
+    def _describe(self, params: Sequence[Tensor]) -> dict[str, str]:
+        found = {"the number of parameters": str(len(params))}
+        for i, (p, bits) in enumerate(zip(params, checksum(params), strict=True)):
+            name = f"parameter {i} ({self._names.get(id(p), 'unnamed')})"
+            found[name] = f"{str(p.dtype).removeprefix('torch.')} {list(p.shape)}, checksum {bits},"
+        return found
+
+    @torch.no_grad()
+    def combine(
+        self, accumulator: GradientAccumulator, statistics: RunningStatistics, totals: Totals
+    ) -> tuple[Tensor, Tensor] | None:
+        """Leave the sums of all chunks in the accumulator, their means in BatchNorm's statistics.
+
+        Exact sums are made means. Returns the mean loss and the mean squared norm, 0-dim; or None
+        where the units of exact sums did not fit, and all chunks have to be visited again.
+
+        Raises:
+            PeerError: another process failed.
+            ValueError: none had a chunk.
+        """
+        ranks, device = self.ranks, accumulator.params[0].device
+        seen = [accumulator.has_grad(i) for i in range(len(accumulator.params))]
+        exact, maxima = accumulator.fixed, None
+        if exact is not None:
+            maxima = torch.cat([exact.maxima(), statistics.maxima().to(device)])
+        seen, table, maxima = ranks.agree(seen, totals.numbers(), device, maxima=maxima)
+        counts, weights, wide = zip(*table, strict=True)
+        if not any(counts):
+            raise ValueError("chunks is empty: there is no sample to average over")
+        if exact is not None:
+            shares = maxima.split([len(exact), statistics.width])
+            parts = zip((exact, statistics), shares, strict=True)
+            if not all([part.fit(share, int(sum(counts))) for part, share in parts]):
+                return None
+        accumulator.sum_over(ranks)
+        accumulator.unseen = {i for i, by_any in enumerate(seen) if not by_any}
+        accumulator.total_weight = math.fsum(weights)
+        self._sum_statistics(statistics, device)
+        statistics.commit(accumulator.total_weight)
+        if exact is not None:
+            accumulator.settle(set())
+        loss, square = totals.means(ranks, table, device)
+        return loss.to(torch.float64 if any(wide) else torch.float32), square
+
+    def _sum_statistics(self, statistics: RunningStatistics, device: torch.device) -> None:
+        """Replace BatchNorm's sums and counts of passes by those of all processes."""
+        if self.ranks.alone or not self._layers:
+            return
+        statistics.sum_over(self.ranks)
+        counts = self._counts()
+        passes = [now - before for now, before in zip(counts, self._before, strict=True)]
+        sums = [*statistics.sums, *statistics.weights]
+        parts = [*sums, *passes]
+        flat = torch.cat([t.reshape(-1).to(device, torch.float64) for t in parts])
+        self.ranks.sum_([flat])
+        found = flat.split([t.numel() for t in parts])
+        for tensor, part in zip(sums, found[: len(sums)], strict=True):
+            tensor.copy_(part.view_as(tensor))
+        for count, before, part in zip(counts, self._before, found[len(sums) :], strict=True):
+            count.copy_(before + part.view_as(before).to(before))
+
+    def _counts(self) -> list[Tensor]:
+        found = (m.num_batches_tracked for m in self._layers)
+        return [count for count in found if count is not None]
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Refuse modules that talk to other processes in every pass: shares may be uneven."""
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "model is a DistributedDataParallel, which sums at every chunk: pass the module in "
+                "it (model.module), the closure sums once per step"
+            )
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ValueError(
+                "model has a SyncBatchNorm, which mixes chunks of different processes: use "
+                "BatchNorm, whose batch is a chunk; the closure averages its statistics"
+            )

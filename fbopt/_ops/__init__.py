@@ -1,0 +1,1 @@
+"""The kernels as the library calls them: dispatch, reference, flat buffers, exact sums."""

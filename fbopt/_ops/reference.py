@@ -1,0 +1,223 @@
+"""Every op again in plain torch: the oracle of the tests, the documentation of the kernels, and the
+back end where there is no compiler. Same names, arguments and mutations as csrc/schema.cpp; any
+device.
+
+Half-precision tensors are computed in float32 and rounded once, as in the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fbopt._ops.flat import flat_views
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in the type of the arithmetic: float64 for float64, float32 for the rest."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def pack_(out: Tensor, tensors: list[Tensor]) -> None:
+    """Set the 1-D `out` to the tensors one after the other, each in row-major order."""
+    if tensors:
+        out.copy_(torch.cat([t.reshape(-1) for t in tensors]))
+
+
+def squared_norm(tensors: list[Tensor]) -> Tensor:
+    """Return sum_i ||x_i||^2 as a 0-dim float64 tensor."""
+    return torch.stack([t.double().square().sum() for t in tensors]).sum()
+
+
+def perturb_(
+    out: Tensor,
+    params: list[Tensor],
+    grads: list[Tensor],
+    radius: float,
+    squared_norm: Tensor | None = None,
+) -> Tensor:
+    """Set out <- p + s g with s = radius / ||g|| (0 where g = 0) and return ||g||^2 (0-dim,
+    float64).
+
+    `out` is one flat buffer: params one after the other, each in its own memory order and from a
+    multiple of 16 elements on; what lies between them is left alone.
+    `squared_norm` replaces that of `grads` where these are a part of the gradient.
+    """
+    squared = _squared_norm(grads) if squared_norm is None else squared_norm.double().clone()
+    norm = squared.sqrt()
+    step = torch.where(norm == 0, 0.0, radius / norm)
+    for view, p, g in zip(flat_views(out, params), params, grads, strict=True):
+        view.copy_(_wide(p) + step.to(_wide(p).dtype) * _wide(g))
+    return squared
+
+
+_squared_norm = squared_norm
+
+
+def accumulate_(sums: list[Tensor], grads: list[Tensor], weight: Tensor) -> None:
+    """Add a <- a + w g, with a in float32 (float64 for float64 grads)."""
+    for a, g in zip(sums, grads, strict=True):
+        a.add_(weight.to(a.dtype) * g.to(a.dtype))
+
+
+def accumulate_penalty_(
+    sums: list[Tensor],
+    grads: list[Tensor],
+    plus: list[Tensor],
+    minus: list[Tensor],
+    weight: Tensor,
+    coefficient: Tensor,
+    squared_norm: Tensor,
+    radius: float,
+) -> None:
+    """Add a <- a + w (g + k (g+ - g-)): the chunk's gradient with lambda H g by finite differences.
+
+    Forward differences (`minus` empty): g- = g and k = lambda ||g|| / radius; central ones: half of
+    that.
+    """
+    values = _penalised(grads, plus, minus, coefficient, squared_norm, radius)
+    for a, v in zip(sums, values, strict=True):
+        a.add_(weight.to(a.dtype) * v)
+
+
+def _penalised(
+    grads: list[Tensor],
+    plus: list[Tensor],
+    minus: list[Tensor],
+    coefficient: Tensor,
+    squared_norm: Tensor,
+    radius: float,
+) -> Iterator[Tensor]:
+    """Yield g + k (g+ - g-), see :func:`accumulate_penalty_`."""
+    norm = squared_norm.sqrt()
+    factor = coefficient * norm / (2 * radius if minus else radius)
+    factor = torch.where(norm == 0, 0.0, factor)
+    for g, up, down in zip(grads, plus, minus or grads, strict=True):
+        yield _wide(g) + factor.to(_wide(g).dtype) * (_wide(up) - _wide(down))
+
+
+def accumulate_exact_(
+    sums: list[Tensor],
+    carries: list[Tensor],
+    maxima: Tensor,
+    grads: list[Tensor],
+    weight: Tensor,
+    scales: Tensor,
+) -> None:
+    """Add S <- S + rint(w g s) in integers, S = 2^64 carry + sum, s = `scales` of each tensor.
+
+    `sums` (int64) wrap, and `carries` (int32) count how often; `maxima` <- max(maxima, w |g|).
+    Scales are powers of two, so for half precision and float32, with a weight of up to 29
+    significant bits, w g s has one rounding: to the integer, ties to even. For float64, w g has
+    one, too. What is infinite, NaN or at least 2^94 is not added; maxima tell of it.
+    """
+    for i, g in enumerate(grads):
+        _add_exact(sums[i], carries[i], maxima[i], _wide(g).double(), weight.double(), scales[i])
+
+
+def accumulate_exact_penalty_(
+    sums: list[Tensor],
+    carries: list[Tensor],
+    maxima: Tensor,
+    grads: list[Tensor],
+    plus: list[Tensor],
+    minus: list[Tensor],
+    weight: Tensor,
+    scales: Tensor,
+    coefficient: Tensor,
+    squared_norm: Tensor,
+    radius: float,
+) -> None:
+    """Add v = g + k (g+ - g-) of :func:`accumulate_penalty_`, as :func:`accumulate_exact_` adds g.
+
+    v is rounded as there: in float32, or in float64 for float64.
+    """
+    values = _penalised(grads, plus, minus, coefficient, squared_norm, radius)
+    for i, v in enumerate(values):
+        _add_exact(sums[i], carries[i], maxima[i], v.double(), weight.double(), scales[i])
+
+
+def _add_exact(
+    sums: Tensor, carries: Tensor, maximum: Tensor, v: Tensor, weight: Tensor, scale: Tensor
+) -> None:
+    if v.numel():
+        maximum.copy_(torch.maximum(maximum, v.abs().max() * weight))
+    x = v * (weight * scale)
+    x = torch.where(x.abs() < 2.0**94, x, 0.0)
+    high = torch.where(x.abs() < 2.0**62, 0.0, (x * 2.0**-64).round())
+    x = x - high * 2.0**64
+    tie = x >= 2.0**63
+    x, high = torch.where(tie, x - 2.0**64, x), torch.where(tie, high + 1, high)
+    q = x.round().to(torch.int64)
+    result = sums + q
+    wraps = torch.where(((sums ^ result) & (q ^ result)) < 0, torch.where(q < 0, -1, 1), 0)
+    sums.copy_(result)
+    carries.add_((high.to(torch.int64) + wraps).to(torch.int32))
+
+
+def exact_mean_(
+    means: list[Tensor],
+    sums: list[Tensor],
+    carries: list[Tensor],
+    maxima: Tensor,
+    scales: Tensor,
+    divisor: Tensor,
+) -> None:
+    """Set means (float32 or float64) <- (2^64 carry + sum) / s / divisor, computed in float64.
+
+    All elements of a tensor are NaN where its maximum is: some contribution was not finite.
+    """
+    for i, (m, a, c) in enumerate(zip(means, sums, carries, strict=True)):
+        scale = torch.where(maxima[i].isfinite(), scales[i], float("nan"))
+        m.copy_((c.double() * 2.0**64 + a.double()) / divisor.double() / scale)
+
+
+def _clip_coefficient(max_norm: float, total_norm: Tensor) -> Tensor:
+    return (max_norm / (total_norm.double() + 1e-6)).clamp(max=1.0)
+
+
+def clip_(grads: list[Tensor], total_norm: Tensor, max_norm: float) -> None:
+    """Scale g <- min(1, max_norm / (total_norm + 1e-6)) g."""
+    coefficient = _clip_coefficient(max_norm, total_norm)
+    for g in grads:
+        g.copy_(_wide(g) * coefficient.to(_wide(g).dtype))
+
+
+def sgd_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    lr: Tensor,
+    divisor: Tensor | None,
+    total_norm: Tensor | None,
+    max_norm: float | None,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first: bool,
+) -> None:
+    """Take one step of clipped SGD, in torch.optim.SGD's own order.
+
+    With `divisor`, grads are sums: their mean is used, and left in them. `total_norm` is the norm
+    of the mean; with `max_norm` the gradient is scaled as by :func:`clip_`. `first`: the buffers
+    are not read.
+    """
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        if divisor is not None:
+            g.div_(divisor.to(_wide(g).dtype))
+        wide = _wide(p)
+        d = -g.to(wide.dtype) if maximize else g.to(wide.dtype)
+        if max_norm is not None:
+            d = d * _clip_coefficient(max_norm, total_norm).to(wide.dtype)
+        if weight_decay != 0:
+            d = d + weight_decay * wide
+        if momentum != 0:
+            old = momentum_buffers[i]
+            v = d if first else momentum * _wide(old) + (1 - dampening) * d
+            old.copy_(v)
+            d = d + momentum * v if nesterov else v
+        p.copy_(wide - lr.to(wide.dtype) * d)

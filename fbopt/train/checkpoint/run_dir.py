@@ -1,0 +1,205 @@
+"""The run folder: options, metrics, checkpoints, fingerprints, result; no crash spoils any.
+
+runs/mnist1d-fb-penalty-s0/{options.json, metrics.jsonl, environment.jsonl, fingerprints.jsonl,
+checkpoint-STEP.pt, curves.png, result.json}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fbopt.train.checkpoint import atomic, format
+from fbopt.train.checkpoint.format import CheckpointError
+from fbopt.train.config.diff import differences
+from fbopt.train.config.options import OptionsError
+
+FILES = (
+    "options.json", "metrics.jsonl", "environment.jsonl", "fingerprints.jsonl", "curves.png",
+    "result.json",
+)  # fmt: skip
+OLD = "checkpoint.pt"  # of versions that kept one, without a checksum
+PARTIAL = ".checkpoint.pt" + atomic.PARTIAL  # one name for all steps, so that none is left behind
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)\.pt(\.unsound)?")
+
+
+class RunFolder:
+    """A folder with the files of one run, each a path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        (self.options, self.metrics, self.environment, self.fingerprints, self.curves,
+         self.result) = (path / name for name in FILES)  # fmt: skip
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with this run."""
+        return f"fbopt train --resume {shlex.quote(str(self.path))}"
+
+    def path_of(self, step: int) -> Path:
+        """The file of the checkpoint of a step."""
+        return self.path / f"checkpoint-{step}.pt"
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """The checkpoints' steps and files, the newest first; sound or not."""
+        if not self.path.is_dir():
+            return []
+        matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in self.path.iterdir())
+        found = [(int(m[1]), path) for m, path in matches if m and m[2] is None]
+        return sorted(found, reverse=True)
+
+    def check_free(self, overwrite: bool) -> None:
+        """Raise OptionsError where a new run here would cost something that is worth keeping."""
+        if self.path.exists() and not self.path.is_dir():
+            raise OptionsError(f"--out {self.path}: is a file; give another --out")
+        if overwrite or not self.path.exists():
+            return
+        if self.result.exists():
+            accuracy = self.read_result()["test_accuracy"]
+            raise OptionsError(
+                f"{self.path} holds a finished run (test accuracy {accuracy:.2%}); "
+                "give another --out, or --overwrite to replace it"
+            )
+        if self.checkpoints():
+            raise OptionsError(
+                f"{self.path} holds an interrupted run; go on with "
+                f"`{self.resume_command}`, or --overwrite to replace it"
+            )
+        self._refuse_old()
+        if stray := [path.name for path in self.path.iterdir() if not _of_a_run(path)]:
+            raise OptionsError(
+                f"--out {self.path}: holds {stray[0]}, which is not a run's; give another --out"
+            )
+
+    def _refuse_old(self) -> None:
+        if (self.path / OLD).exists():
+            raise OptionsError(
+                f"{self.path} holds {OLD}, which an earlier version of fbopt made and this one "
+                "cannot go on from: use that version, or --overwrite to start again"
+            )
+
+    def create(self, options: dict[str, Any]) -> None:
+        """Make the folder, remove what an earlier run left (its own files only), write options."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for path in self.path.iterdir():
+                if _of_a_run(path) and path.name[0] != ".":
+                    path.unlink()
+            atomic.replace_json(self.options, options)
+        except OSError as error:
+            raise OptionsError(
+                f"--out {self.path}: cannot be written ({atomic.reason(error)}); "
+                f"{atomic.cure(error)}, or give another --out"
+            ) from error
+
+    def save(self, state: dict[str, Any], keep: int) -> None:
+        """Write the checkpoint of `state["step"]`, then remove all but the newest `keep`."""
+        path = self.path_of(state["step"])
+        with self.writing(path):
+            atomic.replace(path, format.seal(state), PARTIAL)
+            for _, older in self.checkpoints()[keep:]:
+                older.unlink(missing_ok=True)
+
+    def load(self) -> dict[str, Any]:
+        """The newest sound checkpoint, on the CPU; says on stderr which ones it passed over.
+
+        Raises OptionsError where there is none to go on from.
+        """
+        found = self.checkpoints()
+        if not found:
+            self._refuse_old()
+            raise OptionsError(
+                f"--resume {self.path}: there is no checkpoint in it; give the folder of an "
+                "interrupted run, or start one without --resume"
+            )
+        for step, path in found:
+            try:
+                return self._read(step, path)
+            except CheckpointError as error:
+                print(f"warning: {path} is passed over: {error}", file=sys.stderr, flush=True)
+        raise OptionsError(
+            f"--resume {self.path}: none of its checkpoints is sound "
+            f"({', '.join(path.name for _, path in found)}); put a sound copy back, or start "
+            "again with --overwrite instead of --resume"
+        )
+
+    def read_checkpoint(self, step: int) -> dict[str, Any] | None:
+        """The checkpoint of a step, None where there is no sound one."""
+        with contextlib.suppress(CheckpointError):
+            return self._read(step, self.path_of(step))
+        return None
+
+    def _read(self, step: int, path: Path) -> dict[str, Any]:
+        """A sound checkpoint of this run, at the step that its name says."""
+        state = format.read(path)
+        if state["step"] != step:
+            raise CheckpointError(f"it holds step {state['step']}: it was renamed")
+        made = self.read_options()
+        if made is not None and (found := differences(made, state["options"])):
+            name, own, other = found[0]
+            raise CheckpointError(f"it belongs to another run ({name} {other}, not {own})")
+        return state
+
+    def read_options(self) -> dict[str, Any] | None:
+        """What options.json holds, None where it cannot be read."""
+        try:
+            options = json.loads(self.options.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return options if isinstance(options, dict) else None
+
+    def forget_after(self, step: int) -> None:
+        """Take back what was written after `step`, which a resumed run will do again."""
+        with self.writing(self.path):
+            self.result.unlink(missing_ok=True)
+            for later, path in self.checkpoints():
+                if later > step:  # passed over as unsound; would push sound ones out
+                    path.rename(f"{path}.unsound")
+            for path, last in (
+                (self.metrics, step), (self.fingerprints, step), (self.environment, step - 1)
+            ):  # fmt: skip
+                kept = [record for record in atomic.read_lines(path) if record["step"] <= last]
+                atomic.replace_lines(path, kept)
+
+    def append(self, path: Path, record: dict[str, Any]) -> None:
+        """Add one line to metrics, fingerprints or environment."""
+        with self.writing(path):
+            atomic.append_line(path, record)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records of the passes that were logged."""
+        return atomic.read_lines(self.metrics)
+
+    def read_result(self) -> dict[str, Any]:
+        """The summary of a finished run."""
+        return json.loads(self.result.read_text(encoding="utf-8"))
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write the summary, which marks the run as finished."""
+        with self.writing(self.result):
+            atomic.replace_json(self.result, result)
+
+    @contextlib.contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """Turn an OSError into a WriteError that says what is left and how to go on."""
+        try:
+            yield
+        except OSError as error:
+            kept = self.checkpoints()
+            then = f"then go on from step {kept[0][0]} with\n  {self.resume_command}"
+            raise atomic.WriteError(
+                f"{path} cannot be written ({atomic.reason(error)}): {atomic.cure(error)}, "
+                f"{then if kept else 'then start again'}"
+            ) from error
+
+
+def _of_a_run(path: Path) -> bool:
+    """Whether a file is one that a run writes, or a hidden one."""
+    name = path.name
+    return name in (*FILES, OLD) or name[0] == "." or _CHECKPOINT.fullmatch(name) is not None

@@ -1,0 +1,1 @@
+"""Options, recipes and their resolution. Nothing here imports torch."""

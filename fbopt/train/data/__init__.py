@@ -1,0 +1,1 @@
+"""Data sets on the training device: loading, chunks, augmentation, random draws."""

@@ -1,0 +1,229 @@
+"""A data set as tensors that live on the device: no loader, no copy per step.
+
+Images stay uint8 and are normalised chunk by chunk, with published constants or the training set's
+mean and deviation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fbopt.train.data.load import DataError
+from fbopt.train.data.rng import epoch_order, replacements
+
+if TYPE_CHECKING:
+    from fbopt.train.data.augment import Augmented
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples `x` (N, channels, *space), uint8 or float32, and labels `y` (N,), int64.
+
+    A uint8 `x` is read as (x − mean)/deviation, both float32 that broadcast against samples.
+    """
+
+    x: Tensor
+    y: Tensor
+    mean: Tensor | None = None
+    deviation: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples live."""
+        return self.x.device
+
+    def batch(self, index: slice | Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
+        """The float32 samples and int64 labels at `index` (a slice, or int64 positions).
+
+        `number` is that of the pass; these samples are the same in every pass.
+        """
+        return self.normalised(self.x[index]), self.y[index]
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Samples like `self.x` as the model reads them."""
+        if self.mean is None:
+            return x
+        return x.float().sub_(self.mean).div_(self.deviation)  # uint8, so float() is a copy
+
+    def to(self, device: torch.device | str, channels_last: bool = True) -> Split:
+        """The same samples on `device`, images with their channels last in memory or not."""
+        x, y, *moments = (t if t is None else t.to(device) for t in vars(self).values())
+        if x.ndim == 4 and channels_last:  # about 15 % faster, also on CPUs
+            last = {"memory_format": torch.channels_last}
+            x = x.contiguous(**last)
+            # As large as an image: loops over three numbers in turn are not vectorised.
+            moments = [m if m is None else m.expand_as(x[:1]).contiguous(**last) for m in moments]
+        return Split(x, y, *moments)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A split, `size` samples at a time, the last chunk ragged; re-iterable.
+
+    Chunk i of a pass holds the samples from i·size on, in an order that `sampling` names: "fixed",
+    the split's own; "shuffled", a new one every pass; "replacement", draws with replacement, as
+    many as there are samples. It depends on `seed` and the pass, whose number `now()` tells.
+
+    `order` lists the chunks in the order to visit, by default 0, 1, …; `begin(i)` is called before
+    chunk i is handed out. Of `processes` each visits every so manieth of them, from the one at its
+    `rank` on.
+    """
+
+    split: Split | Augmented
+    size: int
+    order: Sequence[int] | None = None
+    begin: Callable[[int], None] | None = None
+    sampling: str = "fixed"
+    seed: int = 0
+    now: Callable[[], int] = lambda: 0
+    _drawn: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    rank: int = 0
+    processes: int = 1
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = range(len(self)) if self.order is None else self.order
+        for index in order[self.rank :: self.processes]:
+            if self.begin is not None:
+                self.begin(index)
+            yield self[index]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """The samples and labels of chunk `index` in the present pass."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"chunk {index} of {len(self)}")
+        number = self.now()
+        place = slice(index * self.size, (index + 1) * self.size)
+        if self.sampling != "fixed":
+            place = self._positions(number)[place]
+        return self.split.batch(place, number)
+
+    def _positions(self, number: int) -> Tensor:
+        """The positions of all samples of a pass, kept until the next one."""
+        if number not in self._drawn:
+            draw = (len(self.split), self.seed, number)
+            device = self.split.device
+            shuffled = self.sampling == "shuffled"
+            self._drawn.clear()
+            self._drawn[number] = (
+                epoch_order(*draw).to(device) if shuffled else replacements(*draw, device)
+            )
+        return self._drawn[number]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training and a test split with `classes` labels 0 … classes − 1."""
+
+    train: Split | Augmented
+    test: Split
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample: (channels, length) or (channels, height, width)."""
+        return tuple(self.test.x.shape[1:])
+
+    def to(self, device: torch.device | str, channels_last: bool = True) -> Data:
+        """Both splits on `device`."""
+        train, test = (s.to(device, channels_last) for s in (self.train, self.test))
+        return replace(self, train=train, test=test)
+
+    def sha256(self) -> str:
+        """A digest of every sample and label, to tell whether a run goes on with the same data."""
+        digest = hashlib.sha256()
+        for tensor in (self.train.x, self.train.y, self.test.x, self.test.y):
+            digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def from_arrays(
+    x_train, y_train, x_test, y_test, name: str, moments=None, samples: int | None = None
+) -> Data:
+    """Check four arrays and make them a data set.
+
+    x is (N, length), (N, channels, length) or (N, channels, height, width): uint8 is normalised,
+    anything else is taken as it is, as float32. y is (N,) of integers from 0. `moments` are the
+    means and deviations of the channels as shares of 255, by default those of the training samples
+    that are kept: the first `samples`, by default all.
+    """
+    x_train, y_train = _check(x_train, y_train, f"{name}: x_train", f"{name}: y_train")
+    x_test, y_test = _check(x_test, y_test, f"{name}: x_test", f"{name}: y_test")
+    if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
+        raise DataError(
+            f"{name}: x_test has samples of {x_test.dtype} {list(x_test.shape[1:])}, "
+            f"x_train of {x_train.dtype} {list(x_train.shape[1:])}; they have to agree"
+        )
+    classes = int(y_train.max()) + 1
+    if int(y_test.max()) >= classes:
+        raise DataError(
+            f"{name}: y_test has the label {int(y_test.max())}, but y_train only has "
+            f"0 … {classes - 1}"
+        )
+    if samples is not None:
+        x_train, y_train = _first(samples, x_train, y_train, f"{name}: x_train")
+    mean = deviation = None
+    if x_train.dtype == torch.uint8:
+        mean, deviation = _moments(x_train) if moments is None else _published(x_train, moments)
+    return Data(
+        Split(x_train, y_train, mean, deviation), Split(x_test, y_test, mean, deviation), classes
+    )
+
+
+def _check(x, y, x_name: str, y_name: str) -> tuple[Tensor, Tensor]:
+    x, y = np.asarray(x), np.asarray(y)
+    if x.dtype.kind not in "fiub" or x.ndim not in (2, 3, 4) or x.size == 0:
+        raise DataError(
+            f"{x_name} is {x.dtype} {list(x.shape)}; it has to be real numbers "
+            "(N, length), (N, channels, length) or (N, channels, height, width)"
+        )
+    if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
+        raise DataError(
+            f"{y_name} is {y.dtype} {list(y.shape)}; it has to be {len(x)} integer "
+            f"labels, [{len(x)}], one for each row of x"
+        )
+    if y.min() < 0:
+        raise DataError(f"{y_name} has the label {y.min()}; labels count from 0")
+    x = torch.from_numpy(np.ascontiguousarray(x if x.dtype == np.uint8 else x.astype(np.float32)))
+    if not torch.isfinite(x).all():
+        raise DataError(f"{x_name} has infinite or undefined values; remove or replace them")
+    return (x[:, None] if x.ndim == 2 else x), torch.from_numpy(y.astype(np.int64))
+
+
+def _first(samples: int, x: Tensor, y: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    if samples > len(y):
+        raise DataError(f"--samples {samples}: {name} has only {len(y)}; give at most that")
+    return x[:samples], y[:samples]
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel of a uint8 tensor, as float32 (channels, 1, …)."""
+    others = [d for d in range(x.ndim) if d != 1]
+    total = squares = torch.zeros(x.shape[1], dtype=torch.float64)
+    for part in x.split(1024):  # a copy of the whole set in float64 would be eight times as large
+        part = part.double()
+        total, squares = total + part.sum(others), squares + part.square().sum(others)
+    mean = total / (x.numel() / x.shape[1])
+    deviation = (squares / (x.numel() / x.shape[1]) - mean.square()).clamp_min(0).sqrt()
+    deviation[deviation == 0] = 1
+    column = (-1, *(1 for _ in others[1:]))
+    return mean.float().view(column), deviation.float().view(column)
+
+
+def _published(x: Tensor, moments: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:
+    """Given means and deviations of a uint8 tensor's channels, as float32 (channels, 1, …)."""
+    column = (-1, *(1 for _ in x.shape[2:]))
+    return tuple((torch.tensor(m, dtype=torch.float64) * 255).float().view(column) for m in moments)

@@ -1,0 +1,65 @@
+"""What may be done to the full gradient before a step, in the order of the authors' release.
+
+g ← g + strength·∇R(‖θ‖² − b²), with R(x) = |x| or x²/2     norm bias (Goldblum et al. 2019)
+g ← g·min(1, max_norm/‖g‖)                                  clipping
+g ← (g + a ξ)(1 + m ξ'), with ξ, ξ' normal                  noise (Langevin; Hoffer et al. 2017)
+
+Their release adds sign(x) for |x|, without the factor 2θ of its gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fbopt import clip_grad_norm_
+from fbopt.train.config.options import Options
+from fbopt.train.data.rng import NOISE, mix
+
+
+class GradientChange:
+    """Changes ``p.grad`` of all parameters as resolved options say; clips it too.
+
+    The noise is a function of (seed, step), the same on every process.
+    """
+
+    def __init__(self, params: Sequence[Tensor], options: Options) -> None:
+        self.params, self.options = list(params), options
+
+    @staticmethod
+    def wanted(options: Options) -> bool:
+        """Whether there is more to do than to clip."""
+        return bool(options.norm_bias or options.additive_noise or options.multiplicative_noise)
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> Tensor:
+        """Change the gradient of a step; return its norm before it was clipped."""
+        params = [p for p in self.params if p.grad is not None]
+        if self.options.norm_bias:
+            self._pull(params)
+        norm = clip_grad_norm_(params, self.options.max_norm or math.inf)
+        if self.options.additive_noise or self.options.multiplicative_noise:
+            self._disturb(params, step)
+        return norm
+
+    def _pull(self, params: Sequence[Tensor]) -> None:
+        options = self.options
+        excess = sum(p.square().sum() for p in self.params) - options.norm_bias_target**2
+        if options.norm_bias_power == 1:
+            excess = excess.sign()
+        for p in params:
+            p.grad += 2 * options.norm_bias * excess * p
+
+    def _disturb(self, params: Sequence[Tensor], step: int) -> None:
+        generator = torch.Generator(params[0].device)
+        generator.manual_seed(mix(self.options.seed, NOISE, step))
+        for p in params:
+            first, second = (
+                torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device)
+                for _ in range(2)
+            )
+            p.grad += self.options.additive_noise * first
+            p.grad *= 1 + self.options.multiplicative_noise * second

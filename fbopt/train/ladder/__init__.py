@@ -1,0 +1,1 @@
+"""`fbopt ladder`: several recipes and seeds, side by side."""

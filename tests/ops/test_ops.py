@@ -1,0 +1,238 @@
+"""Every kernel against fbopt.reference: shapes, strides, dtypes, lists; on the CPU, on a GPU, and
+CUDA's kernels compiled for the CPU (see tests/emulated).
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from op_cases import (
+    DTYPES,
+    LISTS,
+    SHAPES,
+    added,
+    assert_same,
+    cases,
+    clone,
+    make,
+    scalar,
+)
+
+from fbopt._build import load as _build
+from fbopt._ops import dispatch, reference
+from fbopt._ops.flat import accumulator_dtype, flat_size, flat_views
+
+pytestmark = pytest.mark.skipif(_build.kernels() is None, reason="no compiled kernels here")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shapes", LISTS.values(), ids=LISTS)
+@pytest.mark.parametrize("name", dispatch.NAMES)
+def test_kernel_equals_reference(name, shapes, dtype, target):
+    few = target.few if len(shapes) == 1000 else None
+    for arguments in cases(name, shapes, dtype)[:few]:
+        if not shapes and name == "squared_norm":
+            continue
+        result, mine = target.call(name, arguments)
+        theirs = clone(list(arguments))
+        if not shapes:
+            continue
+        expected = getattr(reference, name)(*theirs)
+        if name == "accumulate_exact_penalty_":
+            mine, theirs = (added(arguments, found, dtype) for found in (mine, theirs))
+        assert_same([result], [expected])
+        assert_same(mine, theirs)
+
+
+def test_norm_of_nothing():
+    assert dispatch.squared_norm([]).item() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [n for n in dispatch.NAMES if n != "squared_norm"])
+def test_every_device_gives_the_same_bits(name, dtype, target):
+    """What one element becomes is one rule, whatever runs it; only sums differ by their order."""
+    for arguments in cases(name, LISTS["shapes"] + LISTS["large"], dtype):
+        if name == "perturb_" and len(arguments) == 4:
+            arguments = (*arguments, scalar(3.0))
+        expected = clone(list(arguments))
+        getattr(dispatch.table("cpu"), name)(*expected)
+        _, found = target.call(name, arguments)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_norm_does_not_depend_on_alignment(dtype, target):
+    x = make([(70_001,)], dtype, 0)[0]
+    found = set()
+    for start in range(9):
+        moved = torch.cat([x.new_zeros(start), x])[start:]
+        result, _ = target.call("squared_norm", ([moved, moved[:5]],))
+        found.add(result.item())
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("name", dispatch.NAMES)
+def test_opcheck(name, device):
+    dispatch.table(device)
+    op = getattr(torch.ops.fbopt, name).default
+    for arguments in cases(name, [(), (5,), (3, 4)], torch.float32)[:6]:
+        torch.library.opcheck(op, tuple(clone(list(arguments), device)))
+
+
+@pytest.mark.parametrize("name", dispatch.NAMES)
+def test_meta_tensors(name):
+    dispatch.table("cpu")
+    arguments = clone(list(cases(name, [(), (5,), (3, 4)], torch.float32)[0]), "meta")
+    result = getattr(torch.ops.fbopt, name)(*arguments)
+    norms = name in ("squared_norm", "perturb_")
+    assert (result is not None) == norms
+    if norms:
+        assert (result.device.type, result.shape, result.dtype) == ("meta", (), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", dispatch.NAMES)
+def test_bits_do_not_depend_on_thread_count(name, dtype, threads):
+    shapes = [(300_001,), (17,), (64, 64, 3, 3), (1,)]
+    for arguments in cases(name, shapes, dtype)[:3]:
+        results = []
+        for n in (1, 2, 3, 5):
+            threads(n)
+            mine = clone(list(arguments))
+            results.append((getattr(dispatch.table("cpu"), name)(*mine), mine))
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture
+def threads():
+    """Set the number of threads; put it back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_sum_is_exact_where_float32_is_not():
+    ones = torch.full((20_000_000,), 1.0)
+    assert dispatch.squared_norm([ones]).item() == 20_000_000
+
+
+def test_sum_of_many_small_and_one_large():
+    x = torch.full((100_000,), 1e-4)
+    x[5] = 1e4
+    exact = math.fsum((x.double() ** 2).tolist())
+    assert dispatch.squared_norm([x]).item() == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nonfinite_reaches_every_result(bad, target):
+    g = torch.ones(1000)
+    g[700] = bad
+    zeros = torch.zeros(1000)
+    square = reference.squared_norm([g])
+    calls = {
+        "squared_norm": ([g],),
+        "perturb_": (zeros, [zeros], [g], 1e-2),
+        "accumulate_penalty_": ([zeros], [g], [g + 1], [], scalar(1.0), scalar(0.1), square, 1e-2),
+        "clip_": ([g], square.sqrt(), 1.0),
+    }
+    for name, arguments in calls.items():
+        result, found = target.call(name, arguments)
+        expected = clone(list(arguments))
+        wanted = getattr(reference, name)(*expected)
+        torch.testing.assert_close([result, *found], [wanted, *expected], equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_half_precision_value_and_rounding(dtype, target):
+    """All bit patterns of the half types, and ties, are loaded and rounded as torch does."""
+    if dtype.itemsize == 2:
+        x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        x = x[torch.isfinite(x)]
+    else:
+        x = torch.randn(70_000, dtype=dtype)
+    out, zero = torch.zeros(x.numel(), dtype=dtype), torch.zeros_like(x)
+    _, found = target.call("perturb_", (out, [x], [zero], 1.0))
+    assert torch.equal(found[0], x)
+    wide = accumulator_dtype(dtype)
+    grads = [torch.rand(x.shape, dtype=wide) * x.to(wide).abs().clamp(max=1e4)]
+    rest = ([], scalar(0.5), None, None, None, 0.0, 0.0, 0.0, False, False, False)
+    _, found = target.call("sgd_step_", ([x], grads, *rest))
+    theirs = [x.clone()]
+    reference.sgd_step_(theirs, grads, *rest)
+    assert torch.equal(found[0][0], theirs[0])
+
+
+def test_large_output_is_streamed_correctly():
+    """Above the cache's size stores go past it, from aligned and misaligned starts alike."""
+    shapes = [(5,), (6_000_000,), (3,), (7_000_000,)]
+    params, grads = make(shapes, torch.float32, 0), make(shapes, torch.float32, 1)
+    out = torch.zeros(flat_size(params))
+    wanted = torch.zeros_like(out)
+    square = dispatch.table("cpu").perturb_(out, params, grads, 0.5)
+    reference.perturb_(wanted, params, grads, 0.5, square)
+    torch.testing.assert_close(out, wanted)
+
+
+@pytest.mark.parametrize(
+    "name, spoil, message",
+    [
+        ("pack_", lambda a: a.__setitem__(0, torch.zeros(3)), "out must have 18 elements"),
+        ("pack_", lambda a: a.__setitem__(0, torch.zeros(18).double()), "another dtype than out"),
+        (
+            "accumulate_",
+            lambda a: a.__setitem__(2, torch.zeros(2)),
+            "weight must be a 0-dim tensor",
+        ),
+        ("accumulate_", lambda a: a.__setitem__(2, torch.tensor(1)), "weight must be float32 or"),
+        ("accumulate_", lambda a: a[1].pop(), "grads has 2 tensors, expected 3"),
+        ("accumulate_", lambda a: a[1].__setitem__(1, torch.zeros(4)), r"grads\[1\].*shape"),
+        ("accumulate_", lambda a: a[1].__setitem__(1, a[1][1].double()), r"grads\[1\].*dtype"),
+        ("accumulate_penalty_", lambda a: a[2].pop(), "plus has 2 tensors"),
+        ("perturb_", lambda a: a.__setitem__(0, torch.zeros(3)), "out must be contiguous"),
+        ("sgd_step_", lambda a: a[2].append(torch.zeros(3)), "momentum_buffers"),
+        ("squared_norm", lambda a: a.__setitem__(0, [torch.zeros(3).int()]), "float32, float64"),
+    ],
+)
+def test_kernels_refuse_what_does_not_fit(name, spoil, message, target):
+    arguments = clone(list(cases(name, [(2,), (3, 5), ()], torch.float32)[0]))
+    spoil(arguments)
+    arguments = clone(arguments, target.device)
+    before = clone(arguments, target.device)
+    with pytest.raises(RuntimeError, match=message):
+        target.op(name)(*arguments)
+    torch.testing.assert_close(arguments, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_flat_views_follow_memory_order():
+    tensors = [t for t in make(SHAPES, torch.float32, 1) if t.numel()]
+    flat = torch.arange(flat_size(tensors, align=1)).float()
+    views = flat_views(flat, tensors, align=1)
+    assert [v.shape for v in views] == [t.shape for t in tensors]
+    assert torch.equal(torch.cat([v.flatten().sort().values for v in views]), flat)
+
+
+def test_flat_views_are_aligned():
+    tensors = make([(3,), (), (0,), (40,), (16,), (1,)], torch.float32, 0)
+    flat = torch.zeros(flat_size(tensors))
+    starts = [v.storage_offset() for v in flat_views(flat, tensors)]
+    assert starts == [0, 16, 32, 32, 80, 96] and len(flat) == 97
+
+
+def test_compiled_function_calls_the_ops():
+    ops = dispatch.table("cpu")
+
+    def update(sums, grads, weight):
+        ops.accumulate_(sums, grads, weight)
+        return ops.squared_norm(sums).sqrt()
+
+    sums, grads = make([(5,), (3, 4)], torch.float32, 0), make([(5,), (3, 4)], torch.float32, 1)
+    expected = clone(sums)
+    wanted = update(expected, grads, scalar(2.0))
+    got = torch.compile(update, fullgraph=True, backend="aot_eager")(sums, grads, scalar(2.0))
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(sums, expected)

@@ -1,0 +1,97 @@
+"""The recipes against the published hyperparameters and accuracies, and their list."""
+
+from __future__ import annotations
+
+import pytest
+
+from fbopt.train.config import listing, published, recipes
+from fbopt.train.config.options import Options
+from fbopt.train.config.resolve import resolve
+
+# The authors' configurations (base_sgd, fb1, fb2, fbclip, gradreg, and gradreg on chunks of 32):
+# lr, passes, warm-up, length of the cosine, samples at a time, clipping, penalty.
+ROWS = {
+    "sgd": (0.1, 300, 5, 300, 128, None, None),
+    "fb": (0.1, 300, 5, 300, 128, None, None),
+    "fb-long": (0.4, 3000, 400, 4000, 128, None, None),
+    "fb-clip": (0.4, 3000, 400, 4000, 128, 0.25, None),
+    "fb-penalty": (0.8, 3000, 400, 4000, 128, 0.25, 0.5),
+    "fb-strong": (0.8, 3000, 400, 4000, 32, 0.25, 0.5),
+}
+ROWS["fb-shuffled"] = ROWS["fb-strong"]
+TABLES = {
+    "": ("none", None),
+    "-aug": ("random", None),
+    "-x10": ("fixed", 10),
+    "-x40": ("fixed", 40),
+}
+
+
+def split(name: str) -> tuple[str, str]:
+    """A recipe's row and table."""
+    table = next((end for end in TABLES if end and name.endswith(end)), "")
+    return name.removesuffix(table), table
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_published_hyperparameters(name):
+    row, table = split(name)
+    o = resolve(Options(data="cifar10", recipe=name, device="cpu"))
+    size = o.batch_size if o.stochastic else o.chunk_size
+    found = (o.lr, o.passes, o.warmup, o.cosine, size, o.max_norm, o.penalty)
+    assert found == ROWS[row]
+    assert (o.augment, o.replicas) == TABLES[table] and not o.with_clean
+    assert o.chunks == ("shuffled" if row in ("sgd", "fb-shuffled") else "fixed")
+    assert (o.model, o.momentum, o.nesterov, o.weight_decay) == ("resnet18", 0.9, True, 5e-4)
+    assert (o.decay, o.label_smoothing, o.stochastic) == ("all", 0, row == "sgd")
+    if o.penalty:
+        assert (o.radius, o.method) == (1e-2, "forward")
+
+
+def test_every_row_of_the_published_tables_has_a_recipe():
+    rungs = list(ROWS)[:6]
+    expected = [
+        *rungs,
+        *(f"{name}-aug" for name in [*rungs, "fb-shuffled"]),
+        *(f"{name}-x10" for name in rungs),
+        "fb-penalty-x40",
+    ]
+    assert list(recipes.NAMES) == expected
+    assert [name for table in published.TABLES for name in table.names] == expected
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_small_versions_differ_from_each_other_like_the_published_ones(name):
+    """The small ladder is found by hand: what it has of the paper is what each row adds."""
+    images, small = (recipes.RECIPES[scale][name] for scale in ("images", "small"))
+    same = ("max_norm", "penalty", "radius", "method", "augment", "replicas", "chunks", "summary")
+    for field in same:
+        assert getattr(images, field) == getattr(small, field)
+    assert (images.chunk_size == 32) == (small.chunk_size == 32)
+    assert small.model == "cnn"
+
+
+ACCURACY = {
+    "sgd-aug": 95.70, "fb-aug": 75.42, "fb-long-aug": 87.36, "fb-clip-aug": 93.85,
+    "fb-penalty-aug": 95.36, "fb-strong-aug": 95.67, "fb-shuffled-aug": 95.91,
+}  # fmt: skip
+
+
+def test_published_accuracies():
+    for name in recipes.NAMES:
+        words = published.accuracy(name)
+        assert (float(words.split(" ±")[0]) if words else None) == ACCURACY.get(name)
+    assert published.step_of_the_ladder("fb") == "75.42 ± 0.13"
+    assert published.step_of_the_ladder("fb-aug") == "75.42 ± 0.13"
+    assert published.step_of_the_ladder("fb-x10") == ""
+
+
+@pytest.mark.parametrize("scale", tuple(recipes.RECIPES))
+def test_list(scale, capsys):
+    assert listing.main(["--scale", scale]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {words[0]: words for words in lines if words and words[0] in recipes.NAMES}
+    assert tuple(rows) == recipes.NAMES
+    first = {"images": "3,000", "small": "1,000"}[scale]
+    assert rows["fb-strong-x10"][1:3] == [first, "32"] and "0.25" in rows["fb-strong-x10"]
+    assert ("95.67" in rows["fb-strong-aug"]) == (scale == "images")

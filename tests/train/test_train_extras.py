@@ -1,0 +1,322 @@
+"""Options that are off by default: each does what its equation says, and a resumed run too."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+from tiny_runs import digest, options
+from torch import nn
+
+from fbopt import FullBatchClosure, GradientPenalty
+from fbopt.train import loop
+from fbopt.train.average import MovingAverage
+from fbopt.train.checkpoint.run_dir import RunFolder
+from fbopt.train.chunk_sums import ChunkSums
+from fbopt.train.config.options import Options, OptionsError
+from fbopt.train.config.resolve import SPEED, resolve
+from fbopt.train.grad_transforms import GradientChange
+from fbopt.train.loop import train
+from fbopt.train.signals import Interrupted
+from fbopt.train.trainer import Run
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    return tiny_runs.data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(loop, "draw_curves", lambda folder, options: False)
+
+
+def run_of(tiny: str, recipe: str = "fb-penalty", **changes) -> Run:
+    chosen = resolve(options(tiny, Path("never written"), recipe, **changes))
+    return Run(chosen, loop.load(tiny), torch.device("cpu"))
+
+
+def test_moving_average():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    average = MovingAverage(model, 0.75)
+    first = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1
+    model(torch.randn(5, 2))
+    average.update(model)
+    for name, mean in average.model.state_dict().items():
+        now = model.state_dict()[name]
+        expected = 0.75 * first[name] + 0.25 * now if now.is_floating_point() else now
+        torch.testing.assert_close(mean, expected)
+    assert int(average.model[1].num_batches_tracked) == 1
+
+
+def test_the_average_is_what_is_evaluated(tiny):
+    run = run_of(tiny, ema=0.9, steps=3)
+    for _ in range(3):
+        run.take_step()
+    with torch.no_grad():
+        for p in run.average.model.parameters():
+            p.zero_()
+    assert run.record(on_test=True)["test_loss"] == pytest.approx(math.log(3), rel=1e-6)
+    assert run.record(on_test=True)["loss"] != pytest.approx(math.log(3), rel=1e-6)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("target", [0.5, 4.0])  # both sides of the norm
+def test_norm_bias_is_the_gradient_of_what_it_says(tiny, power, target):
+    run = run_of(tiny, norm_bias=0.3, norm_bias_power=power, norm_bias_target=target)
+    params = list(run.model.parameters())
+    excess = sum(p.square().sum() for p in params) - target**2
+    loss = 0.3 * (excess.abs() if power == 1 else excess.square() / 2)
+    expected = torch.autograd.grad(loss, params)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    free = replace(run.options, max_norm=None)
+    norm = GradientChange(params, free)(0)
+    for p, g in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.grad, g)
+    torch.testing.assert_close(norm, torch.cat([g.flatten() for g in expected]).norm())
+
+
+def test_noise_follows_clipping_and_the_step_alone(tiny):
+    def grads(step=0, **changes):
+        run = run_of(tiny, **changes)
+        for p in run.model.parameters():
+            p.grad = torch.ones_like(p)
+        torch.rand(int(step) + 3)  # other draws in between change nothing
+        GradientChange(list(run.model.parameters()), run.options)(step)
+        return torch.cat([p.grad.flatten() for p in run.model.parameters()])
+
+    count = len(grads())
+    clipped = 0.25 / math.sqrt(count)
+    added = grads(additive_noise=0.1) - clipped
+    assert added.std().item() == pytest.approx(0.1, rel=0.2) and abs(added.mean()) < 0.03
+    factor = grads(multiplicative_noise=0.1) / clipped
+    assert factor.std().item() == pytest.approx(0.1, rel=0.2)
+    assert factor.mean().item() == pytest.approx(1, abs=0.03)
+    assert torch.equal(grads(additive_noise=0.1), grads(additive_noise=0.1))
+    assert not torch.equal(grads(1, additive_noise=0.1), grads(2, additive_noise=0.1))
+    assert not torch.equal(grads(additive_noise=0.1), grads(additive_noise=0.1, seed=1))
+
+
+METHODS = [None, "forward", "central", "exact"]
+
+
+@pytest.mark.parametrize("accumulation", ["float32", "exact"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bound", [None, 0.05, math.inf])
+def test_sums_of_clipped_chunks(method, accumulation, bound):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(11, 3, dtype=torch.float64), torch.randint(2, (11,))
+    chunks = list(zip(x.split(4), y.split(4), strict=True))
+    penalty = method and GradientPenalty(coefficient=0.4, method=method)
+    loss = nn.functional.cross_entropy
+
+    def gradient(data, clip=None) -> list[torch.Tensor]:
+        closure = FullBatchClosure(model, loss, data, penalty=penalty, accumulation=accumulation)
+        if clip is not None:
+            bound = None if clip == math.inf else clip
+            closure.accumulator = ChunkSums(closure.accumulator.params, accumulation, bound)
+        closure()
+        found = [p.grad.clone() for p in model.parameters()]
+        return found if clip is None else (found, closure.accumulator.squares)
+
+    found, squares = gradient(chunks, bound or math.inf)
+    expected, noted = [torch.zeros_like(p) for p in model.parameters()], 0.0
+    for chunk in chunks:
+        alone = gradient([chunk])
+        norm = torch.cat([g.flatten() for g in alone]).norm()
+        noted += len(chunk[1]) * norm**2
+        factor = min(1.0, (bound or math.inf) / norm)
+        for total, g in zip(expected, alone, strict=True):
+            total += len(chunk[1]) / 11 * factor * g
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-9)
+    if method is None or bound == 0.05:
+        torch.testing.assert_close(squares, noted, rtol=1e-6, atol=0)
+
+
+def test_chunk_norms_are_logged_and_change_nothing(tiny, tmp_path):
+    for recipe in ("sgd", "fb", "fb-penalty"):
+        plain = train(options(tiny, tmp_path / recipe, recipe))
+        noted = train(options(tiny, tmp_path / f"{recipe}-noted", recipe, chunk_norms=True))
+        assert digest(plain.model) == digest(noted.model)
+        for record in noted.folder.read_metrics():
+            # Of independent mini-batches and of chunks: at least the norm of their mean.
+            assert record["mean_squared_chunk_norm"] > 0
+            if recipe == "fb":
+                assert record["mean_squared_chunk_norm"] >= 0.999 * record["gradient_norm"] ** 2
+
+
+def test_stop_when_fitted(tiny, tmp_path, capsys):
+    changes = {"lr": 0.3, "steps": 200, "cosine": 300, "width": 8, "log_every": 1}
+    whole = train(options(tiny, tmp_path / "whole", "fb-clip", **changes))
+    right = [record["train_accuracy"] == 1 for record in whole.folder.read_metrics()]
+    end = next(n for n in range(3, 201) if all(right[n - 3 : n]))
+    early = train(options(tiny, tmp_path / "early", "fb-clip", **changes, stop_fitted=3))
+    assert early.summary["step"] == end < 200 and "test_accuracy" in early.summary
+    again = options(tiny, tmp_path / "early", "fb-clip", **changes, stop_fitted=3)
+    train(replace(again, resume="auto"))
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_switch_from_stochastic_to_full_batch(tiny, tmp_path):
+    common = {"warmup": 2, "cosine": 16, "log_every": 1}
+    mixed = options(tiny, tmp_path / "mixed", "fb-penalty", switch_at=4, batch_size=16, **common)
+    records = train(mixed).folder.read_metrics()
+    assert [r["pass"] for r in records] == list(range(1, 13))
+    assert [r["step"] for r in records] == [5, 10, 15, 20, *range(21, 29)]
+    assert [r["gradient_evaluations"] for r in records] == [1, 2, 3, 4, *range(6, 22, 2)]
+    assert ["mean_squared_chunk_norm" in r for r in records] == [False] * 4 + [True] * 8
+    sgd = train(options(tiny, tmp_path / "sgd", "sgd", max_norm=0.25, **common))
+    for a, b in zip(records[:4], sgd.folder.read_metrics()[:4], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["lr"] == b["lr"]
+
+
+EXTRAS = {
+    "switch, in an epoch": ({"switch_at": 4, "batch_size": 16}, 7),
+    "switch, at its end": ({"switch_at": 4, "batch_size": 16}, 20),
+    "switch, after it": ({"switch_at": 4, "batch_size": 16}, 23),
+    "average": ({"ema": 0.8}, 5),
+    "noise": ({"additive_noise": 0.01, "multiplicative_noise": 0.1, "norm_bias": 0.01}, 5),
+    "chunks": ({"chunk_max_norm": 0.2, "chunk_norms": True}, 5),
+    "bf16": ({"precision": "bf16", "model": "resnet18"}, 5),
+}
+
+
+@pytest.mark.parametrize("case", EXTRAS)
+def test_resumed_is_the_same_bit_for_bit(tiny, tmp_path, monkeypatch, case):
+    changes, stop = EXTRAS[case]
+    whole = train(options(tiny, tmp_path / "whole", **changes))
+    plain = train(options(tiny, tmp_path / "plain", **({"model": changes.get("model")})))
+    take_step = Run.take_step
+
+    def interrupted(run):
+        take_step(run)
+        if run.step == stop:
+            signal_self()
+
+    monkeypatch.setattr(Run, "take_step", interrupted)
+    with pytest.raises(Interrupted):
+        train(options(tiny, tmp_path / "part", **changes))
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "draw_curves", lambda folder, options: False)
+    resumed = train(Options(resume=tmp_path / "part"))
+    assert digest(resumed.model) == digest(whole.model)
+    first, second = ({**r.summary, "seconds": 0} for r in (resumed, whole))
+    assert first == second
+    assert whole.summary["test_loss"] != plain.summary["test_loss"]
+
+
+def signal_self() -> None:
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_precision_and_layout_change_bits_not_results(tiny):
+    def losses(**changes):
+        run = run_of(tiny, model="resnet18", **changes)
+        for _ in range(3):
+            run.take_step()
+        assert all(p.dtype == torch.float32 for p in run.model.parameters())
+        assert all(s.dtype == torch.float32 for s in run.closure.accumulator.sums)
+        return run.record(on_test=True)
+
+    plain = losses()
+    for changes in ({"precision": "bf16"}, {"channels_last": False}):
+        other = losses(**changes)
+        assert other["loss"] == pytest.approx(plain["loss"], rel=0.02)
+        assert other["test_loss"] == pytest.approx(plain["test_loss"], rel=0.1)
+        if "precision" in changes:
+            assert other["loss"] != plain["loss"]
+
+
+@pytest.mark.parametrize("augment", ["none", "random"])
+@pytest.mark.parametrize("last", [True, False])
+def test_images_lie_in_memory_as_asked(tiny, last, augment):
+    chosen = resolve(
+        options(tiny, Path("x"), model="resnet18", channels_last=last, augment=augment)
+    )
+    data = loop.load(tiny).to("cpu", last)
+    three = replace(data.train, x=data.train.x.repeat(1, 3, 1, 1))
+    if last:
+        three = three.to("cpu")
+    image = Run(chosen, replace(data, train=three), torch.device("cpu")).chunks[0][0]
+    assert image.is_contiguous(memory_format=torch.channels_last) == last
+    assert image.is_contiguous() != last
+
+
+@pytest.mark.parametrize("recipe", ["sgd", "fb-penalty"])
+def test_defaults_of_a_device(monkeypatch, recipe):
+    for cuda in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        o = resolve(Options(recipe=recipe))
+        speed = SPEED["cuda" if cuda else "cpu"]
+        graphs = speed["cuda_graph"] and recipe != "sgd"
+        assert (o.precision, o.channels_last) == (speed["precision"], speed["channels_last"])
+        assert (o.cuda_graph, o.compile) == (graphs, False)
+        assert resolve(o) == o and o.as_json()["precision"] == o.precision
+        if cuda:
+            assert resolve(Options(recipe=recipe, device="cpu")).precision == "fp32"
+
+
+BAD = {
+    "graphs on the CPU": ({"cuda_graph": True, "device": "cpu"}, "--cuda-graph True is for CUDA"),
+    "tf32 on the CPU": ({"precision": "tf32", "device": "cpu"}, "--precision tf32 is for CUDA"),
+    "precision": ({"precision": "fp16"}, "--precision fp16: choose fp32, tf32, bf16"),
+    "compile, exact": ({"compile": True, "method": "exact"}, "--compile cannot go with --method"),
+    "ema": ({"ema": 1.0}, "--ema 1.0: has to be at least 0 and below 1"),
+    "noise": ({"additive_noise": -1.0}, "--additive-noise -1.0: has to be at least 0"),
+    "noise, sgd": ({"recipe": "sgd", "additive_noise": 1.0}, "--additive-noise is only for a full"),
+    "bias, sgd": ({"recipe": "sgd-aug", "norm_bias": 1.0}, "--norm-bias is only for a full-batch"),
+    "bias alone": ({"norm_bias_target": 1.0}, "--norm-bias-target has no effect without"),
+    "power": ({"norm_bias": 1.0, "norm_bias_power": 3}, "--norm-bias-power 3: choose 1, 2"),
+    "chunks": ({"chunk_max_norm": 0.0}, "--chunk-max-norm 0.0: has to be above 0"),
+    "chunks, sgd": ({"recipe": "sgd", "chunk_max_norm": 1.0}, "--chunk-max-norm.*use --max-norm"),
+    "fitted": ({"stop_fitted": -1}, "--stop-fitted -1: has to be at least 0"),
+    "switch, sgd": ({"recipe": "sgd", "switch_at": 3}, "--switch-at is only for a full-batch"),
+    "switch, late": ({"switch_at": 1000}, "--switch-at 1000: has to be below --steps 1000"),
+    "batch, no switch": ({"batch_size": 3}, "--batch-size is only for"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options(case):
+    changes, message = BAD[case]
+    with pytest.raises(OptionsError, match=message):
+        resolve(Options(**changes))
+
+
+def test_a_switch_takes_its_mini_batches_from_the_baseline():
+    assert resolve(Options(switch_at=3)).batch_size == 100
+    assert resolve(Options(data="cifar10", switch_at=3)).batch_size == 128
+    assert resolve(Options(switch_at=3, batch_size=7)).batch_size == 7
+
+
+def test_compiled(tiny, tmp_path):
+    """Once for the shape of a chunk: what it computes is what is computed without."""
+    if not compiles():
+        pytest.skip("torch.compile does not work here")
+    torch._dynamo.reset()
+    changes = {"steps": 2, "chunk_size": 25}
+    plain = train(options(tiny, tmp_path / "plain", **changes))
+    fast = train(options(tiny, tmp_path / "fast", **changes, compile=True))
+    assert fast.summary["loss"] == pytest.approx(plain.summary["loss"], rel=1e-4)
+    assert RunFolder(tmp_path / "fast").read_options()["compile"] is True
+
+
+def compiles() -> bool:
+    from benchmarks.devices import CPU
+    from benchmarks.devices import compiles as tried
+
+    return tried(CPU)

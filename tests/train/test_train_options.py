@@ -1,0 +1,256 @@
+"""Options, recipes and the command line of the training program."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+
+from fbopt.cli import COMMANDS, main
+from fbopt.train import models
+from fbopt.train.assemble import rate_factor
+from fbopt.train.config import recipes
+from fbopt.train.config.choices import ModelName, RecipeName
+from fbopt.train.config.diff import check_resume, differences
+from fbopt.train.config.options import Options, OptionsError, flag
+from fbopt.train.config.resolve import resolve
+from fbopt.train.data.rng import epoch_order
+
+
+def test_the_papers_hyperparameters():
+    def row(name):
+        o = resolve(Options(data="imagefolder:x", recipe=name))
+        assert (o.model, o.momentum, o.nesterov, o.weight_decay) == ("resnet18", 0.9, True, 5e-4)
+        size = o.batch_size if o.stochastic else o.chunk_size
+        return o.lr, o.passes, o.warmup, o.cosine, size, o.max_norm, o.penalty
+
+    assert row("sgd") == (0.1, 300, 5, 300, 128, None, None)
+    assert row("fb") == (0.1, 300, 5, 300, 128, None, None)
+    assert row("fb-long") == (0.4, 3000, 400, 4000, 128, None, None)
+    assert row("fb-clip") == (0.4, 3000, 400, 4000, 128, 0.25, None)
+    assert row("fb-penalty") == (0.8, 3000, 400, 4000, 128, 0.25, 0.5)
+    assert row("fb-strong") == (0.8, 3000, 400, 4000, 32, 0.25, 0.5)
+
+
+@pytest.mark.parametrize("data", ["mnist1d", "digits", "cifar10", "imagefolder:x"])
+@pytest.mark.parametrize("recipe", recipes.NAMES)
+def test_nothing_is_left_open(data, recipe):
+    o = resolve(Options(data=data, recipe=recipe))
+    open_names = {f.name for f in fields(o) if getattr(o, f.name) is None}
+    allowed = {"width", "threads", "out", "resume", "max_norm", "penalty", "radius", "method"}
+    allowed |= {"save_every", "data_dir", "replicas", "chunk_max_norm", "samples"}
+    allowed |= {"steps", "chunk_size"} if o.stochastic else {"epochs", "batch_size"}
+    assert open_names <= allowed
+    assert Options.from_json(o.as_json()) == o
+    assert resolve(o) == o
+    assert (o.penalty is None) == (o.radius is None) == (o.method is None)
+
+
+def test_names_agree():
+    assert get_args(RecipeName) == recipes.NAMES == tuple(recipes.RECIPES["images"])
+    assert get_args(ModelName) == models.NAMES == tuple(models.WIDTHS)
+
+
+def test_what_is_given_wins():
+    o = resolve(Options(lr=0.3, penalty=0, max_norm=math.inf, momentum=0, chunk_size=7))
+    assert (o.lr, o.penalty, o.method, o.max_norm) == (0.3, None, None, None)
+    assert (o.momentum, o.nesterov, o.chunk_size, o.threads) == (0, False, 7, 1)
+    o = resolve(Options(recipe="fb", penalty=0.1))
+    assert (o.penalty, o.radius, o.method) == (0.1, 0.01, "forward")
+    o = resolve(Options(scale="images", steps=300, cosine=77))
+    assert (o.model, o.warmup, o.cosine, o.threads) == ("resnet18", 40, 77, None)
+
+
+def test_augmentation():
+    assert [resolve(Options(recipe=r)).chunks for r in ("sgd", "fb")] == ["shuffled", "fixed"]
+    o = resolve(Options())
+    assert (o.augment, o.replicas, o.with_clean, o.decay) == ("none", None, False, "all")
+    o = resolve(Options(augment="fixed"))
+    assert (o.replicas, o.with_clean) == (10, False) and resolve(o) == o
+    o = resolve(Options(augment="fixed", replicas=40, with_clean=True, chunks="shuffled"))
+    assert (o.replicas, o.with_clean, o.chunks) == (40, True, "shuffled")
+    o = resolve(Options(data="cifar10", data_dir=Path("x"), download=True))
+    assert o.scale == "images" and Options.from_json(o.as_json()) == o
+    assert str(o.folder) == "runs/cifar10-fb-penalty-s0"
+
+
+LATER = """augment replicas with_clean chunks decay label_smoothing tta data_dir download precision
+channels_last compile cuda_graph ema stop_fitted switch_at additive_noise multiplicative_noise
+norm_bias norm_bias_target norm_bias_power chunk_max_norm chunk_norms samples"""
+
+
+def test_runs_of_earlier_versions_keep_their_meaning():
+    """What they had no option for was as the recipe says: the same run now, and no difference."""
+    for recipe in recipes.NAMES[:6]:
+        now = resolve(Options(recipe=recipe))
+        made = {k: v for k, v in now.as_json().items() if k not in LATER.split()}
+        assert Options.from_json(made) == now
+        assert not differences(made, now.as_json())
+        assert not differences(made, now.as_json() | {"data_dir": "elsewhere"})
+    assert differences(made, now.as_json() | {"augment": "random"}) == [
+        ("--augment", "none", "random")
+    ]
+
+
+def test_run_folder_names():
+    assert str(Options().folder) == "runs/mnist1d-fb-penalty-s0"
+    assert str(Options(data="npz:/a/b.npz", recipe="fb", seed=2).folder) == "runs/b-fb-s2"
+    assert str(Options(data="imagefolder:/a/c/").folder) == "runs/c-fb-penalty-s0"
+
+
+BAD = {
+    "no samples": ({"samples": 0}, "--samples 0: has to be at least 1"),
+    "unknown data": ({"data": "cifar"}, "--data cifar: unknown data set; choose mnist1d"),
+    "path missing": ({"data": "npz:"}, "--data npz:: a path has to follow"),
+    "unknown recipe": ({"recipe": "fb-best"}, "--recipe fb-best: choose sgd, fb"),
+    "unknown model": ({"model": "vgg"}, "--model vgg: choose cnn, resnet18"),
+    "unknown scale": ({"scale": "huge"}, "--scale huge: choose images, small"),
+    "unknown method": ({"method": "fast"}, "--method fast: choose forward, central, exact"),
+    "chunk 0": ({"chunk_size": 0}, "--chunk-size 0: has to be at least 1"),
+    "steps 0": ({"steps": 0}, "--steps 0: has to be at least 1"),
+    "negative lr": ({"lr": -0.1}, "--lr -0.1: has to be above 0"),
+    "lr 0": ({"lr": 0.0}, "--lr 0.0: has to be above 0"),
+    "lr inf": ({"lr": math.inf}, "--lr inf: has to be above 0 and finite"),
+    "lr nan": ({"lr": math.nan}, "--lr nan: has to be above 0"),
+    "warmup": ({"warmup": -1}, "--warmup -1: has to be at least 0"),
+    "cosine": ({"cosine": 0}, "--cosine 0: has to be at least 1"),
+    "max_norm": ({"max_norm": 0.0}, "--max-norm 0.0: has to be above 0; inf"),
+    "max_norm nan": ({"max_norm": math.nan}, "--max-norm nan"),
+    "penalty": ({"penalty": -1.0}, "--penalty -1.0: has to be at least 0"),
+    "radius": ({"radius": 0.0}, "--radius 0.0: has to be above 0"),
+    "momentum": ({"momentum": 1.0}, "--momentum 1.0: has to be at least 0 and below 1"),
+    "nesterov": ({"momentum": 0.0, "nesterov": True}, "--nesterov needs momentum"),
+    "weight decay": ({"weight_decay": -1e-4}, "--weight-decay -0.0001"),
+    "width": ({"width": 0}, "--width 0"),
+    "image size": ({"image_size": 0}, "--image-size 0"),
+    "threads": ({"threads": 0}, "--threads 0"),
+    "seed": ({"seed": -1}, "--seed -1"),
+    "large seed": ({"seed": 2**63}, "--seed"),
+    "eval": ({"eval_every": 0}, "--eval-every 0"),
+    "log": ({"log_every": 0}, "--log-every 0"),
+    "save": ({"save_every": 0}, "--save-every 0: has to be at least 1"),
+    "keep": ({"keep": 0}, "--keep 0: has to be at least 1"),
+    "fingerprints": ({"fingerprint_every": -1}, "--fingerprint-every -1: has to be at least 0"),
+    "dropout": ({"dropout": 1.0}, "--dropout 1.0: has to be at least 0 and below 1"),
+    "auto": ({"resume": "auto", "overwrite": True}, "--overwrite contradicts --resume auto"),
+    "epochs for full batch": ({"epochs": 3}, "--epochs is only for --recipe sgd.*use --steps"),
+    "batch for full batch": ({"batch_size": 3}, "--batch-size is only for.*use --chunk-size"),
+    "steps for sgd": ({"recipe": "sgd", "steps": 3}, "--steps is only for .*use --epochs"),
+    "chunks for sgd": ({"recipe": "sgd", "chunk_size": 3}, "--chunk-size.*use --batch-size"),
+    "penalty for sgd": ({"recipe": "sgd", "penalty": 0.5}, "--penalty is only for.*leave it out"),
+    "augment": ({"augment": "flip"}, "--augment flip: choose none, random, fixed"),
+    "chunks": ({"chunks": "sorted"}, "--chunks sorted: choose fixed, shuffled, replacement"),
+    "decay": ({"decay": "none"}, "--decay none: choose all, weights"),
+    "tta": ({"tta": "crop"}, "--tta crop: choose none, flip"),
+    "smoothing": ({"label_smoothing": 1.0}, "--label-smoothing 1.0: has to be at least 0 and"),
+    "replicas": ({"augment": "fixed", "replicas": 0}, "--replicas 0: has to be at least 1"),
+    "replicas, random": (
+        {"augment": "random", "replicas": 3},
+        "--replicas has no effect without --augment fixed",
+    ),
+    "clean, none": ({"with_clean": True}, "--with-clean has no effect without --augment fixed"),
+    "folder": ({"data_dir": Path("x")}, "--data-dir is only for --data cifar10 and cifar100"),
+    "download": ({"download": True}, "--download is only for --data cifar10 and cifar100"),
+    "radius, no penalty": ({"recipe": "fb", "radius": 0.1}, "--radius has no effect without"),
+    "method, no penalty": ({"penalty": 0.0, "method": "exact"}, "--method has no effect without"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options(case):
+    changes, message = BAD[case]
+    with pytest.raises(OptionsError, match=message):
+        resolve(Options(**changes))
+
+
+def test_resume_takes_no_other_options(tmp_path):
+    check_resume(Options(resume=tmp_path, threads=1, device="cpu", save_every=1, keep=3))
+    with pytest.raises(OptionsError, match="--lr cannot be given with --resume RUN"):
+        check_resume(Options(resume=tmp_path, lr=0.1))
+
+
+def test_schedule():
+    rates = [rate_factor(step, warmup=4, cosine=10) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
+    assert rates[9] == pytest.approx(0.5) and rates[14] == pytest.approx(0)
+    assert rates[14:] == [pytest.approx(0)] * 6
+    assert rate_factor(0, warmup=0, cosine=1) == 1
+
+
+def test_every_epoch_has_its_own_order():
+    a, b = epoch_order(50, 0, 0), epoch_order(50, 0, 1)
+    assert torch.equal(a, epoch_order(50, 0, 0))
+    assert not torch.equal(a, b) and not torch.equal(a, epoch_order(50, 1, 0))
+    assert torch.equal(b.sort().values, torch.arange(50))
+
+
+def command(*arguments: str) -> int:
+    return main(list(arguments))
+
+
+def test_help(capsys):
+    assert command("--help") == 0 and command() == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in COMMANDS)
+    with pytest.raises(SystemExit) as stop:
+        command("train", "--help")
+    assert stop.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for field in fields(Options):
+        assert flag(field.name) in out
+    for name, recipe in recipes.RECIPES["small"].items():
+        assert f"{name} " in out and recipe.summary in out
+
+
+def test_unknown_names_on_the_command_line(capsys):
+    assert command("fit") == 2
+    assert "no command 'fit'" in capsys.readouterr().err
+    for arguments in (["--recipe", "fb-best"], ["--learning-rate", "1"], ["--steps", "many"]):
+        with pytest.raises(SystemExit) as stop:
+            command("train", *arguments)
+        assert stop.value.code == 2
+
+
+def test_bad_input_creates_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / "ok.npz", x_train=np.zeros((4, 2)), y_train=[0, 1, 0, 1],
+             x_test=np.zeros((2, 2)), y_test=[0, 1])  # fmt: skip
+    (tmp_path / "file").write_text("")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    cases = [
+        (["--lr", "-1"], "--lr -1.0: has to be above 0"),
+        (["--data", "npz:none.npz"], "no such file"),
+        (["--data", "npz:ok.npz"], "--model cnn takes signals or images of at least 3"),
+        (["--data", "digits", "--device", "tpu9"], "--device tpu9"),
+        (["--data", "mnist1d", "--model", "resnet18"], "--model resnet18 takes images"),
+        (["--resume", "runs/none"], "--resume runs/none: there is no checkpoint in it"),
+        (["--out", "file"], "--out file: is a file"),
+        (["--out", "mine"], "holds thesis.tex"),
+    ]
+    for arguments, message in cases:
+        assert command("train", *arguments) == 2, arguments
+        assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("arguments", ["--help", "train --help", "ladder --help", "recipes"])
+def test_help_does_not_wait_for_torch(arguments):
+    code = f"""
+import sys
+from fbopt.cli import main
+try:
+    main({arguments.split()})
+except SystemExit as stop:
+    assert stop.code == 0
+assert not {{"torch", "matplotlib"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

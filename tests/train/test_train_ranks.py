@@ -1,0 +1,462 @@
+"""`fbopt train` in several processes: one process's run, and what happens when one of them fails.
+
+Most runs are made by four processes that are started once and take torchrun's environment for each;
+a few more are torchrun's own, restarts included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import faulty_train
+import numpy as np
+import pytest
+import tiny_runs
+import torch
+
+from fbopt.train import __main__ as program
+from fbopt.train import loop
+from fbopt.train.checkpoint import atomic
+from fbopt.train.checkpoint.digest import fingerprint
+from fbopt.train.checkpoint.lock import Lock
+from fbopt.train.checkpoint.run_dir import RunFolder
+from fbopt.train.config.options import Options, OptionsError, flag
+from fbopt.train.launch import launched
+from fbopt.train.loop import train
+from fbopt.train.trainer import Run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORLD = 4
+COUNT, CHUNK, STEPS = 75, 16, 20  # five chunks, the last ragged
+# How the sums are kept, and whether they depend on how chunks are spread.
+ACCUMULATIONS = {"float32": True, "exact": False}
+
+
+def options(tiny: str, out: Path | str, **changes: Any) -> Options:
+    """With penalty, clipping, BatchNorm and dropout."""
+    common = {"chunk_size": CHUNK, "steps": STEPS, "log_every": 1, "eval_every": 5}
+    return tiny_runs.with_noise(tiny, Path(out), **(common | changes))
+
+
+def accumulate_as(name: str) -> dict[str, str]:
+    return {} if name == "float32" else {"accumulation": name}
+
+
+# --- what the processes do ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def as_torchrun(rank: int, world: int, port: int):
+    """torchrun's environment for one run."""
+    with pytest.MonkeyPatch.context() as patch:
+        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+        values |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "test"}
+        for name, value in values.items():
+            patch.setenv(name, str(value))
+        yield patch
+
+
+def attempt(wanted: Options) -> dict[str, Any]:
+    """Train; what comes of it, and which chunks this process visited."""
+    visited: list[tuple[int, int]] = []
+
+    def note(run: Run, chunk: int = 0) -> None:
+        visited.append((run.step, chunk))
+        faulty_train.seed_or_fail(run, chunk)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "seed_draws", note)
+        try:
+            result = train(wanted)
+        except Exception as error:
+            return {"error": (type(error).__name__, str(error)), "visited": visited}
+    return {
+        "error": None,
+        "visited": visited,
+        "summary": {k: v for k, v in result.summary.items() if k != "seconds"},
+        "model": result.model.state_dict(),
+    }
+
+
+def command(wanted: Options) -> tuple[int, str]:
+    """The exit status of `fbopt train` in this process, and what it says on stderr."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        status = program.run(wanted)
+    return status, said.getvalue()
+
+
+def stop_at(step: int) -> Any:
+    """Send this process SIGTERM in a step."""
+    take_step = Run.take_step
+
+    def stopped(run: Run) -> None:
+        take_step(run)
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return stopped
+
+
+def scenario(case: str, rank: int, tiny: str, other: str, patch: pytest.MonkeyPatch) -> Any:
+    """What one process does in a case; relative folders are its own."""
+    kind, _, name = case.partition(" ")
+    if kind == "train":
+        return attempt(options(tiny, case, **accumulate_as(name)))
+    if kind == "stop":  # only rank 1 is told to
+        with pytest.MonkeyPatch.context() as stopping:
+            if rank == 1:
+                stopping.setattr(Run, "take_step", stop_at(4))
+            return attempt(options(tiny, "stopped"))
+    if kind == "resume":
+        return attempt(Options(resume=Path("stopped"), threads=1))
+    if kind == "fail":
+        patch.setenv("FAULT", "1 3 raise")
+        patch.setenv("MARKER", str(Path.cwd() / "fault"))
+        return attempt(options(tiny, "failed"))
+    if kind == "diverge":
+        return command(options(tiny, "diverged", lr=1e30, max_norm=float("inf"), penalty=0.0))
+    if kind == "data":  # rank 1's differ in one sample
+        shutil.copy((other if rank == 1 else tiny).removeprefix("npz:"), "own.npz")
+        return attempt(options("npz:own.npz", "data"))
+    if kind == "sgd":
+        return command(tiny_runs.options(tiny, Path("sgd"), "sgd"))
+    return command(Options(data=tiny, lr=-1.0))
+
+
+# In this order: a run that was stopped is resumed. case: processes
+CASES = [
+    *((f"train {name}", world) for name in ACCUMULATIONS for world in (1, 2, 3, 4)),
+    ("stop", 3),
+    ("resume", 2),
+    ("fail", 3),
+    ("diverge", 2),
+    ("data", 3),
+    ("sgd", 2),
+    ("option", 3),
+]
+
+
+def work(rank: int, ports: list[int], tiny: str, other: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    loop.draw_curves = lambda folder, options: False
+    found = {}
+    try:
+        for (case, world), port in zip(CASES, ports, strict=True):
+            home = folder / (f"lead-{world}" if "train" in case else "lead")
+            home = home if rank == 0 else folder / f"rank{rank}"
+            home.mkdir(exist_ok=True)
+            os.chdir(home)
+            if rank < world:
+                with as_torchrun(rank, world, port) as patch:
+                    found[case, world] = scenario(case, rank, tiny, other, patch)
+        torch.save(found, folder / f"{rank}.pt")
+    except BaseException:
+        (folder / f"{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)  # groups whose process failed are still there
+
+
+# --- what comes of it -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    return tiny_runs.data(tmp_path_factory.mktemp("data"), COUNT, side=8)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("localhost", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def found(tiny, home) -> list[dict]:
+    """What each rank found in each case."""
+    arrays = dict(np.load(tiny.removeprefix("npz:")))
+    arrays["x_train"][3, 0, 0, 0] += 1
+    np.savez(home / "other.npz", **arrays)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fbopt.train.loop", "torchvision.models.resnet"])
+    arguments = (free_ports(len(CASES)), tiny, f"npz:{home / 'other.npz'}", home)
+    processes = [context.Process(target=work, args=(rank, *arguments)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(150)
+        process.kill()  # a rank that hangs
+        process.join()
+    reports = "\n".join(file.read_text() for file in sorted(home.glob("*.txt")))
+    codes = [process.exitcode for process in processes]
+    assert codes == [0] * WORLD, f"{codes}\n{reports}"
+    return [torch.load(home / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+def of(found: list[dict], case: str, world: int) -> list[dict]:
+    return [one[case, world] for one in found[:world]]
+
+
+def metrics(folder: RunFolder) -> list[dict]:
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in folder.read_metrics()]
+
+
+def assert_close(mine: list[dict], theirs: list[dict]) -> None:
+    assert len(mine) == len(theirs) > 0
+    for one, other in list(zip(mine, theirs, strict=True))[:10]:  # what is rounded grows
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", ACCUMULATIONS)
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_processes_make_the_run_of_one(found, home, world, accumulation):
+    case = f"train {accumulation}"
+    results, (one,) = of(found, case, world), of(found, case, 1)
+    assert all(r["error"] is None for r in results)
+    assert len({tiny_runs.digest(r["model"]) for r in results}) == 1
+    assert all(r["summary"] == results[0]["summary"] for r in results)
+    runs = [RunFolder(home / f"lead-{size}" / case) for size in (world, 1)]
+    assert_close(*map(metrics, runs))
+    if not ACCUMULATIONS[accumulation]:
+        assert fingerprint(runs[0].load()) == fingerprint(runs[1].load())
+    # Each chunk once per step, and by whom it is to be visited.
+    for rank, result in enumerate(results):
+        assert result["visited"] == [s for s in one["visited"] if s[1] % world == rank]
+
+
+def test_only_rank_0_writes_and_says_how_many_there_are(found, home):
+    assert all(not any((home / f"rank{rank}").glob("**/*.json*")) for rank in range(1, WORLD))
+    for world in (1, 2, 3, 4):
+        folder = RunFolder(home / f"lead-{world}" / "train float32")
+        (facts,) = atomic.read_lines(folder.environment)
+        assert facts["processes"] == world
+        assert len(atomic.read_lines(folder.fingerprints)) == STEPS + 1
+
+
+def test_a_signal_to_one_stops_all_after_the_same_step(found, home):
+    for result in of(found, "stop", 3):
+        assert result["error"][0] == "Interrupted" and "saved at step 4 of 20" in result["error"][1]
+        assert max(step for step, _ in result["visited"]) == 3
+
+
+def test_another_number_of_processes_goes_on(found, home):
+    results = of(found, "resume", 2)
+    assert all(r["error"] is None for r in results)
+    assert min(step for r in results for step, _ in r["visited"]) == 4
+    stopped, whole = RunFolder(home / "lead/stopped"), RunFolder(home / "lead-3/train float32")
+    facts = atomic.read_lines(stopped.environment)
+    assert [(f["step"], f["processes"]) for f in facts] == [(0, 3), (4, 2)]
+    assert_close(metrics(stopped), metrics(whole))
+    # Up to where it was stopped it was three processes' run, bit for bit.
+    records = [atomic.read_lines(folder.fingerprints)[:5] for folder in (stopped, whole)]
+    assert records[0] == records[1]
+
+
+def test_a_chunk_that_fails_stops_all(found):
+    results = of(found, "fail", 3)
+    assert results[1]["error"] == ("ZeroDivisionError", "a fault of the test")
+    for rank in (0, 2):
+        kind, text = results[rank]["error"]
+        assert kind == "PeerError"
+        assert text == "process 1 failed: ZeroDivisionError: a fault of the test"
+
+
+@pytest.mark.parametrize(
+    ("case", "world", "status", "words"),
+    [
+        ("diverge", 2, 1, "the loss became infinite or undefined at step 2"),
+        ("sgd", 2, 2, "--recipe sgd runs in one process, not in 2"),
+        ("option", 3, 2, "--lr -1.0: has to be above 0"),
+    ],
+)
+def test_an_error_of_all_is_one_message(found, home, case, world, status, words):
+    results = of(found, case, world)
+    assert [s for s, _ in results] == [status] * world
+    assert results[0][1].startswith(f"fbopt train: {words}") and results[0][1].count("\n") == 1
+    assert all(text == "" for _, text in results[1:])
+    assert not (home / "lead/sgd").exists()
+
+
+def test_other_data_are_refused(found, home):
+    results = of(found, "data", 3)
+    assert results[1]["error"][0] == "DataError"
+    assert "process 1 has other samples or labels than process 0" in results[1]["error"][1]
+    assert {results[rank]["error"][0] for rank in (0, 2)} == {"PeerError"}
+    assert not (home / "lead/data").exists()
+
+
+# --- the lock -------------------------------------------------------------------------------------
+
+
+def hold(path: Path, ready: Any) -> None:
+    with Lock() as lock:
+        lock.hold(RunFolder(path))
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_folder_is_for_one_process_until_it_is_gone(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "draw_curves", lambda folder, options: False)
+    wanted = tiny_runs.options(tiny, tmp_path / "run", steps=2)
+    train(wanted)
+    result = RunFolder(wanted.out).result
+    before = result.read_bytes()
+    context = multiprocessing.get_context("forkserver")
+    ready = context.Event()
+    other = context.Process(target=hold, args=(wanted.out, ready))
+    other.start()
+    assert ready.wait(60)
+    for change in ({"resume": "auto"}, {"overwrite": True}, {"out": None, "resume": wanted.out}):
+        again = wanted if "out" not in change else Options()
+        with pytest.raises(OptionsError, match=rf"{wanted.out} is in use: another process"):
+            train(Options(**{**vars(again), **change}))
+    assert result.read_bytes() == before
+    other.kill()  # the system drops the lock, the file stays
+    other.join()
+    assert (wanted.out / ".lock").exists()
+    train(Options(**{**vars(wanted), "resume": "auto"}))
+    train(Options(**{**vars(wanted), "overwrite": True}))
+
+
+def test_a_new_folder_that_another_has_begun_meanwhile(tiny, tmp_path, monkeypatch):
+    wanted = tiny_runs.options(tiny, tmp_path / "run", steps=2)
+    with Lock() as lock:
+        build = loop._build
+
+        def slow(*arguments: Any) -> Any:  # the other is faster
+            lock.hold(RunFolder(wanted.out))
+            return build(*arguments)
+
+        monkeypatch.setattr(loop, "_build", slow)
+        with pytest.raises(OptionsError, match="is in use"):
+            train(wanted)
+        assert [p.name for p in wanted.out.iterdir()] == [".lock"]
+
+
+# --- torchrun -------------------------------------------------------------------------------------
+
+
+def command_line(wanted: Options) -> list[str]:
+    words = []
+    for name, value in vars(wanted).items():
+        if value != getattr(Options, name):
+            words += [flag(name), str(value)]
+    return words
+
+
+class Job:
+    """A torchrun with its output; `--standalone` picks a free port."""
+
+    def __init__(self, wanted: Options, processes: int, *more: str, **env: str) -> None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", str(processes), *more, faulty_train.__file__]
+        launcher += command_line(wanted)
+        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
+        clean |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            launcher,
+            env=clean | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self) -> tuple[int, str, str]:
+        """The exit status, what was printed, and what of the errors is not torchrun's."""
+        try:
+            out, err = self.process.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            out, err = self.process.communicate()
+            raise AssertionError(f"torchrun hangs\n{out}\n{err}") from None
+        own = re.sub(r"^[WE]\d{4} .*?(?=^\S*fbopt|\Z)", "", err, flags=re.M | re.S)
+        return self.process.returncode, out, own
+
+
+@pytest.fixture(scope="module")
+def jobs(tiny, tmp_path_factory) -> dict[str, Any]:
+    """All of torchrun's jobs, at the same time."""
+    home = tmp_path_factory.mktemp("jobs")
+    marker = {"MARKER": str(home / "fault-")}
+    saved = {"save_every": 2, "resume": "auto"}
+    killed = options(tiny, home / "killed", **saved)
+    raised = options(tiny, home / "raised")
+    stopped = options(tiny, home / "stopped")
+    running = {
+        "killed": Job(killed, 2, "--max-restarts", "2", FAULT="1 3 kill,0 7 kill", **marker),
+        "raised": Job(raised, 2, FAULT="1 2 raise", **marker),
+        "stopped": Job(stopped, 2, FAULT="1 3 wait", **marker),
+    }
+    wait = Path(marker["MARKER"] + "1-3-wait")
+    end = time.monotonic() + 120
+    while not wait.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    running["stopped"].process.send_signal(signal.SIGINT)
+    return {"home": home} | {name: job.finish() for name, job in running.items()}
+
+
+def test_restarts_end_on_the_same_bits(jobs, found, home):
+    status, out, err = jobs["killed"]
+    assert status == 0, err
+    assert out.count("resumed at step") == 2
+    assert "resumed at step 2 of 20" in out and "resumed at step 6 of 20" in out
+    folder, whole = RunFolder(jobs["home"] / "killed"), RunFolder(home / "lead-2/train float32")
+    assert atomic.read_lines(folder.fingerprints) == atomic.read_lines(whole.fingerprints)
+    assert metrics(folder) == metrics(whole)
+
+
+def test_an_error_is_shown_once(jobs):
+    status, out, err = jobs["raised"]
+    assert status == 1
+    assert err.count("ZeroDivisionError: a fault of the test") == 1
+    assert "PeerError" not in err and out.count("run folder") == 1
+
+
+def test_an_interrupted_job_is_saved_once(jobs):
+    status, out, err = jobs["stopped"]
+    assert status != 0
+    assert out.count("saved at step 4 of 20") == 1 and out.count("stopping after this step") == 1
+    folder = RunFolder(jobs["home"] / "stopped")
+    assert [step for step, _ in folder.checkpoints()] == [4]
+    assert "PeerError" not in err
+
+
+def test_a_ladder_is_for_one_process(monkeypatch, capsys):
+    from fbopt.train.ladder import plan
+
+    said = []
+    for rank in (0, 1):
+        with as_torchrun(rank, 2, 1):
+            assert launched() == (rank, 2)
+            assert plan.main(["--data", "mnist1d"]) == 2
+        said.append(capsys.readouterr().err)
+    assert "without torchrun" in said[0] and said[1] == ""
+
+
+def test_help_is_printed_once(capsys):
+    for rank in (0, 1):
+        with as_torchrun(rank, 2, 1), pytest.raises(SystemExit) as stop:
+            program.main(["--help"])
+        assert stop.value.code == 0
+        assert ("usage" in capsys.readouterr().out) == (rank == 0)
