@@ -21,7 +21,7 @@ from fbopt.train import models, precision
 from fbopt.train.config.options import Options
 from fbopt.train.config.resolve import resolve
 from fbopt.train.data.dataset import Data, from_arrays
-from fbopt.train.data.images import MOMENTS
+from fbopt.train.data.load import MOMENTS
 from fbopt.train.trainer import Run
 
 LR, STRENGTH, MAX_NORM = 0.01, 0.5, 0.25

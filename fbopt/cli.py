@@ -13,7 +13,7 @@ COMMANDS = {
         "fbopt.train.ladder.plan",
         "train several recipes and seeds, write a table and figures",
     ),
-    "recipes": ("fbopt.train.config.listing", "list the recipes, with the accuracies of the paper"),
+    "recipes": ("fbopt.train.config.recipes", "list the recipes, with the accuracies of the paper"),
     "fingerprint": (
         "fbopt.train.checkpoint.fingerprint",
         "print a run's SHA-256 by step, compare two runs",

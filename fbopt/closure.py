@@ -14,9 +14,8 @@ from fbopt._engine.chunk import ChunkWork
 from fbopt._engine.cuda_graphs import Graphs, graph_device, refuse_nested
 from fbopt._engine.inputs import check_arguments, refuse_compiled, weigh
 from fbopt._engine.perturb import Shift
-from fbopt._engine.reduce import Together
+from fbopt._engine.reduce import Together, Totals
 from fbopt._engine.snapshot import Buffers, RandomState
-from fbopt._engine.totals import Totals
 from fbopt._ops.flat import scalar_on
 from fbopt.accumulate import MOST_PASSES, GradientAccumulator
 from fbopt.penalty import GradientPenalty

@@ -3,11 +3,10 @@ model, loss and chunks. `fbopt analyze` is the same for a run of `fbopt train`.
 """
 
 from fbopt.analysis.directions import difference, random_direction
-from fbopt.analysis.flatness import Flatness, measure_flatness
 from fbopt.analysis.gradient_noise import GradientStatistics, gradient_statistics
 from fbopt.analysis.hessian import Hessian
 from fbopt.analysis.lanczos import Eigenpairs, eigenpairs
-from fbopt.analysis.landscape import Landscape, loss_landscape
+from fbopt.analysis.landscape import Flatness, Landscape, loss_landscape, measure_flatness
 from fbopt.analysis.objective import Cost, Objective
 from fbopt.analysis.stability import Threshold, stability_threshold
 from fbopt.analysis.trace import Trace, hessian_trace

@@ -6,9 +6,9 @@ import inspect
 import sys
 from collections.abc import Sequence
 
+from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.recipes import RECIPES
-from fbopt.train.data.load import DataError
 from fbopt.train.launch import exit_with, leads, parse_once
 
 

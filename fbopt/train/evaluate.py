@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fbopt.train.data.dataset import Chunks, Split
 from fbopt.train.precision import autocast, cross_entropy
@@ -36,3 +38,24 @@ def evaluate(
         loss = loss + cross_entropy(output, target, reduction="sum")
     model.train(training)
     return correct.item() / len(split), loss.item() / len(split)
+
+
+class MovingAverage:
+    """The average, from the model as it is now on; `keep` is m, `model` what to evaluate."""
+
+    def __init__(self, model: nn.Module, keep: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.keep = keep
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Bring in the model as it is after a pass."""
+        for mean, now in zip(_tensors(self.model), _tensors(model), strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(now, 1 - self.keep)
+            else:
+                mean.copy_(now)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]

@@ -14,17 +14,17 @@ from torch import nn
 
 from fbopt.train import models, precision
 from fbopt.train.checkpoint import format
-from fbopt.train.checkpoint.lock import Lock
 from fbopt.train.checkpoint.provenance import facts
 from fbopt.train.checkpoint.resume import Start, find_start, restore
-from fbopt.train.checkpoint.run_dir import RunFolder
+from fbopt.train.checkpoint.run_dir import Lock, RunFolder
 from fbopt.train.checkpoint.saver import Saver
+from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.curvature import Tracker
-from fbopt.train.data.load import DataError, load
+from fbopt.train.data.load import load
 from fbopt.train.distributed import World, joined
-from fbopt.train.reporting.curves import draw_curves
 from fbopt.train.reporting.describe import describe
+from fbopt.train.reporting.plots import draw_curves
 from fbopt.train.reporting.progress import Progress
 from fbopt.train.signals import Interrupt, Interrupted
 from fbopt.train.trainer import Run

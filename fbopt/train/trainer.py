@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from fbopt import FullBatchGD
 from fbopt.train import assemble
-from fbopt.train.average import MovingAverage
 from fbopt.train.config.options import Options
 from fbopt.train.data.dataset import Chunks, Data
 from fbopt.train.data.rng import seed_chunk
 from fbopt.train.distributed import World
-from fbopt.train.evaluate import evaluate
+from fbopt.train.evaluate import MovingAverage, evaluate
 from fbopt.train.precision import autocast, cast_to, cross_entropy
 
 GRADIENTS = {None: 1, "forward": 2, "central": 3, "exact": 2}  # backward passes per chunk

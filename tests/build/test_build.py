@@ -17,7 +17,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from fbopt._build import cache as _cache, compiler as _toolchain, library as _library, load as _build, toolkit as _toolkit
+from fbopt._build import (
+    cache as _cache,
+    compiler as _toolchain,
+    library as _library,
+    load as _build,
+    toolkit as _toolkit,
+)
 from fbopt._build.compiler import BuildError
 
 ROOT = Path(_build.__file__).resolve().parents[2]

@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fbopt._build import compiler as _toolchain, library as _library, load as _build, recipe as _recipe, toolkit as _toolkit
+from fbopt._build import (
+    compiler as _toolchain,
+    library as _library,
+    load as _build,
+    recipe as _recipe,
+    toolkit as _toolkit,
+)
 from fbopt._ops import dispatch
 from fbopt._build.compiler import BuildError
 

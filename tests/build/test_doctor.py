@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fbopt._build import compiler as _toolchain, doctor_cuda as _doctor_cuda, library as _library, load as _build, nvcc as _nvcc, toolkit as _toolkit, wheel as _prebuilt
+from fbopt._build import (
+    compiler as _toolchain,
+    doctor_cuda as _doctor_cuda,
+    library as _library,
+    load as _build,
+    nvcc as _nvcc,
+    toolkit as _toolkit,
+    wheel as _prebuilt,
+)
 from fbopt import doctor
 from fbopt._build.compiler import BuildError
 

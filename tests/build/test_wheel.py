@@ -19,7 +19,12 @@ import pytest
 import torch
 from op_cases import DTYPES, LISTS, cases
 
-from fbopt._build import compiler as _toolchain, load as _build, toolkit as _toolkit, wheel as _prebuilt
+from fbopt._build import (
+    compiler as _toolchain,
+    load as _build,
+    toolkit as _toolkit,
+    wheel as _prebuilt,
+)
 from fbopt._ops import dispatch
 from fbopt._build.compiler import BuildError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fbopt.train.config import listing, published, recipes
+from fbopt.train.config import recipes
 from fbopt.train.config.options import Options
 from fbopt.train.config.resolve import resolve
 
@@ -57,7 +57,7 @@ def test_every_row_of_the_published_tables_has_a_recipe():
         "fb-penalty-x40",
     ]
     assert list(recipes.NAMES) == expected
-    assert [name for table in published.TABLES for name in table.names] == expected
+    assert [name for table in recipes.TABLES for name in table.names] == expected
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)
@@ -79,16 +79,16 @@ ACCURACY = {
 
 def test_published_accuracies():
     for name in recipes.NAMES:
-        words = published.accuracy(name)
+        words = recipes.accuracy(name)
         assert (float(words.split(" ±")[0]) if words else None) == ACCURACY.get(name)
-    assert published.step_of_the_ladder("fb") == "75.42 ± 0.13"
-    assert published.step_of_the_ladder("fb-aug") == "75.42 ± 0.13"
-    assert published.step_of_the_ladder("fb-x10") == ""
+    assert recipes.step_of_the_ladder("fb") == "75.42 ± 0.13"
+    assert recipes.step_of_the_ladder("fb-aug") == "75.42 ± 0.13"
+    assert recipes.step_of_the_ladder("fb-x10") == ""
 
 
 @pytest.mark.parametrize("scale", tuple(recipes.RECIPES))
 def test_list(scale, capsys):
-    assert listing.main(["--scale", scale]) == 0
+    assert recipes.main(["--scale", scale]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     rows = {words[0]: words for words in lines if words and words[0] in recipes.NAMES}
     assert tuple(rows) == recipes.NAMES

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from fbopt.train.config.dataspec import DataError, parse
 from fbopt.train.config.options import Options
 from fbopt.train.data.dataset import Chunks, from_arrays
-from fbopt.train.data.load import DataError, fixed_order, load, parse
+from fbopt.train.data.load import fixed_order, load
 from fbopt.train.loop import train
 
 
@@ -192,12 +193,12 @@ def test_decoded_images_are_kept(images, tmp_path, monkeypatch):
     spec = f"imagefolder:{images}"
     expected = load(spec, 16).sha256()
     assert not cache.exists()
-    monkeypatch.setattr("fbopt.train.data.images.CACHE_FROM", 4)
+    monkeypatch.setattr("fbopt.train.data.load.CACHE_FROM", 4)
     assert load(spec, 16).sha256() == expected
     kept = sorted(cache.glob("images-*.npy"))
     assert len(kept) == 2 and len([*cache.iterdir()]) == 2
     with monkeypatch.context() as patch:
-        patch.setattr("fbopt.train.data.images._decoded", lambda *a: pytest.fail("decoded again"))
+        patch.setattr("fbopt.train.data.load._decoded", lambda *a: pytest.fail("decoded again"))
         assert load(spec, 16).sha256() == expected
     for damage in (b"", kept[0].read_bytes()[:-7], b"text"):
         kept[0].write_bytes(damage)

@@ -14,11 +14,11 @@ from torch import nn
 
 from fbopt import FullBatchClosure, GradientPenalty
 from fbopt.train import loop
-from fbopt.train.average import MovingAverage
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.chunk_sums import ChunkSums
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.resolve import SPEED, resolve
+from fbopt.train.evaluate import MovingAverage
 from fbopt.train.grad_transforms import GradientChange
 from fbopt.train.loop import train
 from fbopt.train.signals import Interrupted

@@ -17,9 +17,8 @@ from fbopt.cli import COMMANDS, main
 from fbopt.train import models
 from fbopt.train.assemble import rate_factor
 from fbopt.train.config import recipes
-from fbopt.train.config.choices import ModelName, RecipeName
 from fbopt.train.config.diff import check_resume, differences
-from fbopt.train.config.options import Options, OptionsError, flag
+from fbopt.train.config.options import ModelName, Options, OptionsError, RecipeName, flag
 from fbopt.train.config.resolve import resolve
 from fbopt.train.data.rng import epoch_order
 

@@ -31,8 +31,7 @@ from fbopt.train import __main__ as program
 from fbopt.train import loop
 from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.digest import fingerprint
-from fbopt.train.checkpoint.lock import Lock
-from fbopt.train.checkpoint.run_dir import RunFolder
+from fbopt.train.checkpoint.run_dir import Lock, RunFolder
 from fbopt.train.config.options import Options, OptionsError, flag
 from fbopt.train.launch import launched
 from fbopt.train.loop import train

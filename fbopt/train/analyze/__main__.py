@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fbopt.train.analyze.options import Analysis, as_json, check
+from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import OptionsError
-from fbopt.train.data.load import DataError
 
 if TYPE_CHECKING:
     from fbopt.train.analyze.runs import Subject

@@ -8,11 +8,10 @@ import numpy as np
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbopt.analysis.directions import difference, random_direction
-from fbopt.analysis.flatness import measure_flatness
 from fbopt.analysis.gradient_noise import gradient_statistics
 from fbopt.analysis.hessian import Hessian
 from fbopt.analysis.lanczos import eigenpairs
-from fbopt.analysis.landscape import loss_landscape
+from fbopt.analysis.landscape import loss_landscape, measure_flatness
 from fbopt.analysis.stability import stability_threshold
 from fbopt.analysis.trace import hessian_trace
 from fbopt.train.analyze.options import Analysis

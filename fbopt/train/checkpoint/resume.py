@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fbopt.train.checkpoint.lock import Lock
 from fbopt.train.checkpoint.provenance import WHY
-from fbopt.train.checkpoint.run_dir import RunFolder
+from fbopt.train.checkpoint.run_dir import Lock, RunFolder
 from fbopt.train.config import diff
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.resolve import resolve

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, fields, replace
-from typing import Any
+from typing import Any, get_args
 
-from fbopt.train.config.checks import check, check_device, check_effect
-from fbopt.train.config.options import Options
+from fbopt.train.config.dataspec import DataError, parse
+from fbopt.train.config.options import (
+    TRACKED,
+    Accumulation,
+    Augment,
+    Method,
+    ModelName,
+    Options,
+    OptionsError,
+    Precision,
+    RecipeName,
+    Sampling,
+    flag,
+)
 from fbopt.train.config.recipes import RECIPES, Recipe, scale_of
 
 # What is fast on a type of device and costs no accuracy: on the CPU the arithmetic of torch.
@@ -86,3 +98,154 @@ def device_type(name: str) -> str:
 
         return "cuda" if torch.cuda.is_available() else "cpu"
     return "cuda" if name.partition(":")[0] == "cuda" else "cpu"
+
+
+_SGD_ONLY = ("epochs",)
+_FULL_BATCH_ONLY = (
+    "steps", "chunk_size", "penalty", "radius", "method", "chunk_max_norm", "switch_at",
+    "additive_noise", "multiplicative_noise", "norm_bias", "cuda_graph",
+)  # fmt: skip
+_INSTEAD = {
+    "epochs": "use --steps",
+    "batch_size": "use --chunk-size",
+    "steps": "use --epochs",
+    "chunk_size": "use --batch-size",
+    "chunk_max_norm": "use --max-norm, which clips every mini-batch",
+}
+_COUNTS = """width image_size samples replicas threads steps epochs cosine chunk_size batch_size
+eval_every log_every save_every keep"""
+_NOT_NEGATIVE = """seed warmup penalty weight_decay fingerprint_every stop_fitted switch_at
+additive_noise multiplicative_noise norm_bias norm_bias_target every"""
+# lower bound, whether the bound itself is allowed, upper bound (never reached)
+_BOUNDS = {
+    **dict.fromkeys(_COUNTS.split(), (1, True, math.inf)),
+    **dict.fromkeys(_NOT_NEGATIVE.split(), (0, True, math.inf)),
+    **dict.fromkeys(("lr", "radius"), (0, False, math.inf)),
+    **dict.fromkeys(("momentum", "dropout", "label_smoothing", "ema"), (0, True, 1)),
+}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "recipe": get_args(RecipeName),
+    "scale": tuple(RECIPES),
+    "model": get_args(ModelName),
+    "method": get_args(Method),
+    "accumulation": get_args(Accumulation),
+    "augment": get_args(Augment),
+    "chunks": get_args(Sampling),
+    "precision": get_args(Precision),
+    "norm_bias_power": (1, 2),
+    "decay": ("all", "weights"),
+    "tta": ("none", "flip"),
+}
+
+
+def check(options: Options) -> None:
+    """Raise OptionsError for values that cannot work, before anything is read or written."""
+    for name, allowed in _CHOICES.items():
+        if (value := getattr(options, name)) is not None and value not in allowed:
+            words = ", ".join(map(str, allowed))
+            raise OptionsError(f"{flag(name)} {value}: choose {words}")
+    for name, bounds in _BOUNDS.items():
+        if (value := getattr(options, name)) is not None:
+            _check_bounds(name, value, *bounds)
+    for name in ("max_norm", "chunk_max_norm"):
+        if (value := getattr(options, name)) is not None and not value > 0:
+            raise OptionsError(f"{flag(name)} {value}: has to be above 0; inf for no clipping")
+    if options.seed >= 2**63:
+        raise OptionsError(f"--seed {options.seed}: has to be below 2**63")
+    if options.resume == "auto" and options.overwrite:
+        raise OptionsError("--overwrite contradicts --resume auto; leave one of them out")
+    _check_belongs(options)
+    _check_tracked(options)
+    _check_data(options)
+
+
+def _check_bounds(name: str, value: float, low: float, closed: bool, high: float) -> None:
+    if not (low <= value if closed else low < value) or not value < high:
+        words = f"{'at least' if closed else 'above'} {low}"
+        words += " and finite" if math.isinf(high) else f" and below {high}"
+        raise OptionsError(f"{flag(name)} {value}: has to be {words}")
+
+
+def _check_belongs(options: Options) -> None:
+    """Refuse options that the chosen recipe would silently ignore."""
+    if options.stochastic and options.accumulation != "float32":
+        raise OptionsError(
+            "--accumulation exact is for sums over chunks, and --recipe sgd has none; leave it "
+            "out, or choose a full-batch recipe such as --recipe fb-penalty"
+        )
+    only, other = (_FULL_BATCH_ONLY, "a full-batch recipe such as --recipe fb-penalty")
+    if not options.stochastic:
+        only, other = (_SGD_ONLY, "--recipe sgd")
+        if not options.switch_at:
+            only, other = (*only, "batch_size"), "--recipe sgd"
+    for name in only:
+        if getattr(options, name):
+            raise OptionsError(
+                f"{flag(name)} is only for {other}, not for --recipe "
+                f"{options.recipe}; {_INSTEAD.get(name, 'leave it out')}"
+            )
+
+
+def _check_tracked(options: Options) -> None:
+    if unknown := [name for name in options.tracked if name not in TRACKED]:
+        raise OptionsError(
+            f"--track {unknown[0]}: choose {', '.join(TRACKED)}, with commas between"
+        )
+    if options.every and not options.tracked:
+        raise OptionsError("--every goes with --track; add --track sharpness,noise")
+    if options.every == 0 and options.tracked:
+        raise OptionsError("--every 0: has to be at least 1")
+
+
+def _check_data(options: Options) -> None:
+    try:
+        kind, _ = parse(options.data)
+    except DataError as error:
+        raise OptionsError(str(error)) from error
+    for name in ("data_dir", "download"):
+        if getattr(options, name) and not kind.startswith("cifar"):
+            raise OptionsError(
+                f"{flag(name)} is only for --data cifar10 and cifar100; leave it out"
+            )
+
+
+def check_effect(given: Options, values: dict[str, Any]) -> None:
+    """Refuse what would have no effect, or cannot go together, once the recipe has filled in."""
+    if not values["penalty"]:
+        _refuse(given, ("radius", "method"), "a penalty; add --penalty 0.5 or use --recipe "
+                "fb-penalty")  # fmt: skip
+    if values["augment"] != "fixed":
+        _refuse(given, ("replicas", "with_clean"), "--augment fixed; add it")
+    if not given.norm_bias:
+        for name in ("norm_bias_target", "norm_bias_power"):
+            if getattr(given, name) != getattr(Options, name):
+                raise OptionsError(f"{flag(name)} has no effect without --norm-bias; add it")
+    if values["nesterov"] and values["momentum"] == 0:
+        raise OptionsError("--nesterov needs momentum; give --momentum 0.9 or --nesterov False")
+    if given.switch_at >= (values["steps"] or math.inf):
+        raise OptionsError(
+            f"--switch-at {given.switch_at}: has to be below --steps {values['steps']}, or no "
+            "full-batch step is left; for SGD alone use --recipe sgd"
+        )
+    if values["compile"] and values["method"] == "exact":
+        raise OptionsError(
+            "--compile cannot go with --method exact, which differentiates twice; leave one out"
+        )
+
+
+def _refuse(given: Options, names: tuple[str, ...], without: str) -> None:
+    for name in names:
+        if getattr(given, name):
+            raise OptionsError(f"{flag(name)} has no effect without {without}")
+
+
+def check_device(given: Options, device: str) -> None:
+    """Refuse what the type of device that the run will be on does not have."""
+    if device == "cuda":
+        return
+    if given.precision == "tf32":
+        raise OptionsError(
+            "--precision tf32 is for CUDA, and this run is on the CPU; give fp32, or bf16"
+        )
+    if given.cuda_graph:
+        raise OptionsError("--cuda-graph True is for CUDA, not for the CPU; leave it out")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fbopt.train.data.load import DataError
+from fbopt.train.config.dataspec import DataError
 from fbopt.train.data.rng import epoch_order, replacements
 
 if TYPE_CHECKING:

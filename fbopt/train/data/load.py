@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import random
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from fbopt.train.data.dataset import Data
+from fbopt._build.cache import cache_folder, writable
+from fbopt.train.config.dataspec import DataError, parse
+from fbopt.train.data.dataset import Data, from_arrays
 
 Arrays = tuple[Any, Any, Any, Any]  # x_train, y_train, x_test, y_test
-NAMED = ("mnist1d", "digits", "cifar10", "cifar100")
-KINDS = f"{', '.join(NAMED)}, npz:PATH or imagefolder:PATH"
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message says which file or array and what to do."""
-
-
-def parse(spec: str) -> tuple[str, Path | None]:
-    """Split a `--data` value into its kind and path; raises DataError where it names nothing."""
-    kind, colon, path = spec.partition(":")
-    if kind in NAMED and not colon:
-        return kind, None
-    if kind in ("npz", "imagefolder"):
-        if not path:
-            raise DataError(f"--data {spec}: a path has to follow, as in {kind}:path/to/data")
-        return kind, Path(path).expanduser()
-    raise DataError(f"--data {spec}: unknown data set; choose {KINDS}")
 
 
 def load(
@@ -47,19 +33,15 @@ def load(
     there. With `samples` only the first so many training samples are kept. Raises DataError for
     missing files, arrays that do not fit together, and labels out of range.
     """
-    # Both bring torch: a typing error should not wait for it.
-    from fbopt.train.data import images
-    from fbopt.train.data.dataset import from_arrays
-
     kind, path = parse(spec)
     moments = None
     if kind == "npz":
         arrays = _npz(path)
     elif kind == "imagefolder":
-        arrays = images.imagefolder(path, image_size)
-    elif kind in images.MOMENTS:
-        arrays = images.cifar(kind, Path("data") if folder is None else folder, download)
-        moments = images.MOMENTS[kind]
+        arrays = imagefolder(path, image_size)
+    elif kind in MOMENTS:
+        arrays = cifar(kind, Path("data") if folder is None else folder, download)
+        moments = MOMENTS[kind]
     else:
         arrays = _mnist1d() if kind == "mnist1d" else _digits()
     return from_arrays(*arrays, spec, moments, samples)
@@ -123,3 +105,117 @@ def _npz(path: Path) -> Arrays:
             f"--data npz:{path}: not an .npz file of plain arrays (pickled objects are "
             f"never read): {error}"
         ) from error
+
+
+# Means and deviations of the training images' channels, as shares of 255, as in the paper's code.
+MOMENTS = {
+    "cifar10": ((0.49147, 0.48226, 0.44677), (0.24703, 0.24349, 0.26159)),
+    "cifar100": ((0.50716, 0.48669, 0.44120), (0.26733, 0.25644, 0.27615)),
+}
+CACHE_FROM = 10_000  # images, whose decoding takes seconds
+
+
+def cifar(kind: str, folder: Path, download: bool) -> Arrays:
+    """CIFAR-10 or CIFAR-100 as torchvision reads and checks it, from files below `folder`.
+
+    Raises DataError where the files are not there or not intact and cannot be downloaded.
+    """
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise need("torchvision", kind) from error
+    source = getattr(datasets, kind.upper())
+    folder = folder.expanduser()
+    try:
+        train, test = (source(folder, train, download=download) for train in (True, False))
+    except (RuntimeError, OSError, EOFError) as error:
+        reason = f"there is no intact {source.base_folder} in {folder}/; add --download"
+        if download:
+            reason = f"not downloaded to {folder}/: {error}; try again"
+        raise DataError(
+            f"--data {kind}: {reason}. Without a network: bring {source.url} (MD5 "
+            f"{source.tgz_md5}) into that folder and give --download, which then only unpacks it; "
+            "or say with --data-dir which folder has it"
+        ) from error
+    x_train, x_test = (part.data.transpose(0, 3, 1, 2) for part in (train, test))
+    return x_train, train.targets, x_test, test.targets
+
+
+def imagefolder(path: Path, size: int) -> Arrays:
+    """The images path/train/CLASS/IMAGE and path/test/CLASS/IMAGE, resized to `size` a side.
+
+    The training images come in a fixed, shuffled order: in that of the folders a chunk would hold
+    one class alone. Trees of 10,000 images and more are decoded once and kept in fbopt's cache
+    folder. Raises DataError for what is missing or cannot be read.
+    """
+    try:
+        from torchvision.datasets import ImageFolder
+    except ImportError as error:
+        raise need("torchvision", f"imagefolder:{path}") from error
+    folders = {}
+    for part in ("train", "test"):
+        try:
+            folders[part] = ImageFolder(str(path / part))
+        except FileNotFoundError as error:
+            raise DataError(
+                f"--data imagefolder:{path}: expected images as "
+                f"{path / part}/<class>/<image>: {error}"
+            ) from error
+    train, test = folders["train"], folders["test"]
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise DataError(
+            f"--data imagefolder:{path}: train and test have different classes; only "
+            f"one of them has {', '.join(odd)}"
+        )
+    x_train, x_test = (_pixels([file for file, _ in f.samples], size) for f in (train, test))
+    order = fixed_order(len(x_train))
+    return x_train[order], np.asarray(train.targets)[order], x_test, test.targets
+
+
+def _pixels(files: list[str], size: int) -> np.ndarray:
+    """The images as uint8 (n, 3, size, size), from the cache where there are many."""
+    if len(files) < CACHE_FROM:
+        return _decoded(files, size)
+    kept = writable(cache_folder()) / f"images-{_key(files, size)}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        pixels = np.load(kept)
+        if pixels.dtype == np.uint8 and pixels.shape == (len(files), 3, size, size):
+            return pixels
+    pixels = _decoded(files, size)
+    partial = kept.with_suffix(f".{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            np.save(file, pixels)
+        partial.replace(kept)
+    except OSError:  # a full disk: the images are here all the same
+        partial.unlink(missing_ok=True)
+    return pixels
+
+
+def _key(files: list[str], size: int) -> str:
+    """A hash that changes with any file's name, length or time, the size, or the decoder."""
+    import PIL
+
+    digest = hashlib.sha256(f"{PIL.__version__} {size}\n".encode())
+    for file in files:
+        facts = os.stat(file)
+        digest.update(f"{os.path.abspath(file)}\0{facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def _decoded(files: list[str], size: int) -> np.ndarray:
+    """Decode images to uint8 (n, 3, size, size); smaller and larger ones are resized."""
+    from PIL import Image
+
+    pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)
+    for index, file in enumerate(files):
+        try:
+            with Image.open(file) as image:
+                image = image.convert("RGB")
+        except OSError as error:
+            raise DataError(f"{file}: not a readable image ({error}); remove it") from error
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        pixels[index] = np.asarray(image).transpose(2, 0, 1)
+    return pixels

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fbopt.train.config.choices import RecipeName
-from fbopt.train.config.options import Options, OptionsError, flag
-from fbopt.train.data.load import DataError
+from fbopt.train.config.dataspec import DataError
+from fbopt.train.config.options import Options, OptionsError, RecipeName, flag
 from fbopt.train.launch import launched, leads, parse_once
 
 RUN_BYTES = 1.5e9  # of a small run, most of it torch

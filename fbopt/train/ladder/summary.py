@@ -7,8 +7,7 @@ from typing import Any
 
 from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.run_dir import RunFolder
-from fbopt.train.config.published import accuracy, step_of_the_ladder
-from fbopt.train.config.recipes import RECIPES
+from fbopt.train.config.recipes import RECIPES, accuracy, step_of_the_ladder
 from fbopt.train.config.resolve import resolve
 from fbopt.train.ladder.figures import draw_all
 from fbopt.train.ladder.plan import Plan

@@ -1,0 +1,26 @@
+"""The names of data sets: what --data may be, as kind and path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+NAMED = ("mnist1d", "digits", "cifar10", "cifar100")
+
+
+KINDS = f"{', '.join(NAMED)}, npz:PATH or imagefolder:PATH"
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message says which file or array and what to do."""
+
+
+def parse(spec: str) -> tuple[str, Path | None]:
+    """Split a `--data` value into its kind and path; raises DataError where it names nothing."""
+    kind, colon, path = spec.partition(":")
+    if kind in NAMED and not colon:
+        return kind, None
+    if kind in ("npz", "imagefolder"):
+        if not path:
+            raise DataError(f"--data {spec}: a path has to follow, as in {kind}:path/to/data")
+        return kind, Path(path).expanduser()
+    raise DataError(f"--data {spec}: unknown data set; choose {KINDS}")
