@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fbopt._engine.perturb import Shift
 from torch import Tensor, nn
 
 from benchmarks import networks
 from benchmarks.cases import scalar
 from benchmarks.report import Report, arguments, options
 from fbopt import GradientAccumulator
+from fbopt._engine.perturb import Shift
 from fbopt.train import models
 from fbopt.train.data.load import load
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from fbopt._engine.perturb import Shift
 from torch import Tensor
 
 from benchmarks.cases import Chunk, WrongResult, scalar
 from fbopt import GradientAccumulator
+from fbopt._engine.perturb import Shift
 
 Pass = Callable[[], object]
 

@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from fbopt._engine.perturb import Shift, hessian_gradient_product
 from torch import nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
+from fbopt._engine.perturb import Shift, hessian_gradient_product
 from fbopt._ops.buckets import Groups
 
 

@@ -4,7 +4,6 @@ it is work on the device, which a graph can capture.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fbopt._engine.batchnorm import RunningStatistics
-from fbopt._engine.inputs import check_loss, pair
+from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.perturb import Shift, hessian_gradient_product
 from fbopt._engine.snapshot import Buffers, RandomState
 from fbopt._ops import dispatch
@@ -121,16 +120,9 @@ class ChunkWork:
             return self._gradient(self._forward(index, chunk, observe=None))
 
     def _forward(self, index: int, chunk: Any, observe: Observe) -> Tensor:
-        # Autocast keeps the weights it has cast, by parameter: those know nothing of the shift.
-        torch.clear_autocast_cache()
-        with torch.enable_grad(), self._autocast():
-            if self.evaluate is not None:
-                loss = self.evaluate(self.model, chunk)
-            else:
-                inputs, target = pair(index, chunk)
-                output = self.model(inputs)
-                loss = self.loss_fn(output, target)
-        check_loss(index, loss, "evaluate" if self.evaluate else "loss_fn")
+        device = self.accumulator.params[0].device
+        forward = ChunkLoss(self.model, self.loss_fn, self.evaluate, self.autocast, device)
+        loss, output, target = forward.differentiable(index, chunk)
         if observe is not None:
             observe(output.detach() if isinstance(output, Tensor) else output, target)
         return loss
@@ -149,8 +141,3 @@ class ChunkWork:
     def _name(self, index: int) -> str:
         wanted = self.accumulator.params[index]
         return next((n for n, p in self.model.named_parameters() if p is wanted), "unnamed")
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.accumulator.params[0].device.type, dtype=self.autocast)

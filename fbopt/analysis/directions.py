@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fbopt.analysis.modes import mix
+from fbopt._random import mix
 from fbopt.analysis.objective import Objective
 
 VECTORS = ("zero", "scaled")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import numpy as np
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -39,17 +37,3 @@ def modes(model: nn.Module, batchnorm: str, dropout: str) -> Iterator[None]:
     finally:
         for module, training in changed:
             module.training = training
-
-
-def seed_draws(cuda_indices: Sequence[int], seed: int, *key: int) -> None:
-    """Seed torch's default generators, on the CPU and on CUDA devices, by a seed and a key."""
-    generators = [torch.default_generator]
-    generators += [torch.cuda.default_generators[index] for index in cuda_indices]
-    for generator in generators:
-        generator.manual_seed(mix(seed, *key))
-
-
-def mix(seed: int, *key: int) -> int:
-    """A seed for torch's generators from a seed and what it is for, below 2**63."""
-    mixed = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0]
-    return int(mixed >> np.uint64(1))

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fbopt._engine.inputs import check_loss, pair, weigh
+from fbopt._engine.forward import ChunkLoss
+from fbopt._engine.inputs import weigh
 from fbopt._engine.perturb import Shift
 from fbopt._engine.snapshot import Buffers
-from fbopt.analysis.modes import BATCHNORM, DROPOUT, modes, seed_draws
+from fbopt._random import seed_generators
+from fbopt.analysis.modes import BATCHNORM, DROPOUT, modes
 from fbopt.closure import FullBatchClosure
 
 
@@ -110,7 +112,8 @@ class Objective(ParameterSpace):
     tensors, see :class:`ParameterSpace`.
 
     Args:
-        model, loss_fn, chunks, evaluate, weight, params: as for :class:`fbopt.FullBatchClosure`.
+        model, loss_fn, chunks, evaluate, weight, params, autocast: as for
+            :class:`fbopt.FullBatchClosure`.
         batchnorm: ``"chunk"``: BatchNorm layers normalise by the chunk's own statistics, as in
             training. ``"frozen"``: by the running statistics that the model has.
         dropout: ``"off"``, or ``"seeded"``: with the modules' modes as they are and draws that
@@ -135,6 +138,7 @@ class Objective(ParameterSpace):
         evaluate: Callable[[nn.Module, Any], Tensor] | None = None,
         weight: Callable[[Any], float] | None = None,
         params: Iterable[Tensor] | None = None,
+        autocast: torch.dtype | None = None,
         batchnorm: str = "chunk",
         dropout: str = "off",
         seed: int = 0,
@@ -146,10 +150,16 @@ class Objective(ParameterSpace):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
         closure = FullBatchClosure(
-            model, loss_fn, chunks, evaluate=evaluate, weight=weight, params=params
+            model,
+            loss_fn,
+            chunks,
+            evaluate=evaluate,
+            weight=weight,
+            params=params,
+            autocast=autocast,
         )
         self.model, self.loss_fn, self.chunks = model, loss_fn, chunks
-        self.evaluate, self.weight = evaluate, weight
+        self.evaluate, self.weight, self.autocast = evaluate, weight, autocast
         self.batchnorm, self.dropout, self.seed = batchnorm, dropout, seed
         self.accumulator = closure.accumulator  # whose arguments are checked there
         super().__init__(self.accumulator.params)
@@ -242,18 +252,21 @@ class Objective(ParameterSpace):
 
     def chunk_loss(self, index: int, chunk: Any) -> Tensor:
         """A chunk's mean loss."""
-        if self.dropout == "seeded":
-            seed_draws(self.cuda_indices, self.seed, index)
-        if self.evaluate is not None:
-            return self.evaluate(self.model, chunk)
-        inputs, target = pair(index, chunk)
-        return self.loss_fn(self.model(inputs), target)
+        self._seed(index)
+        return self._forward()(index, chunk)[0]
 
     def differentiable_loss(self, index: int, chunk: Any) -> Tensor:
         """A chunk's mean loss, a 0-dim tensor with a graph behind it."""
-        loss = self.chunk_loss(index, chunk)
-        check_loss(index, loss, "evaluate" if self.evaluate else "loss_fn")
-        return loss
+        self._seed(index)
+        return self._forward().differentiable(index, chunk)[0]
+
+    def _forward(self) -> ChunkLoss:
+        device = self.params[0].device
+        return ChunkLoss(self.model, self.loss_fn, self.evaluate, self.autocast, device)
+
+    def _seed(self, index: int) -> None:
+        if self.dropout == "seeded":
+            seed_generators({p.device for p in self.params}, self.seed, index)
 
     @contextlib.contextmanager
     def evaluating(self, shift: Tensor | None = None) -> Iterator[None]:

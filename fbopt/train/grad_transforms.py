@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fbopt import clip_grad_norm_
+from fbopt._random import mix
 from fbopt.train.config.options import Options
-from fbopt.train.data.rng import NOISE, mix
+from fbopt.train.data.rng import NOISE
 
 
 class GradientChange:

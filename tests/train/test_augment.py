@@ -12,12 +12,13 @@ import pytest
 import tiny_runs
 import torch
 
+from fbopt._random import mix
 from fbopt.train import loop
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.resolve import resolve
 from fbopt.train.data.augment import PADDING, Augmented, augmented, crop_and_flip
 from fbopt.train.data.dataset import Chunks, Split, from_arrays
-from fbopt.train.data.rng import REPLACEMENT, below, hashed, mix
+from fbopt.train.data.rng import REPLACEMENT, below, hashed
 from fbopt.train.reporting.describe import describe
 from fbopt.train.signals import Interrupted
 

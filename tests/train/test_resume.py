@@ -17,6 +17,7 @@ import tiny_runs
 import torch
 from torch import nn
 
+from fbopt._random import mix
 from fbopt.train import loop, models
 from fbopt.train.checkpoint import atomic, format
 from fbopt.train.checkpoint.atomic import WriteError
@@ -25,7 +26,6 @@ from fbopt.train.checkpoint.run_dir import PARTIAL, RunFolder
 from fbopt.train.config.options import Options, OptionsError, flag
 from fbopt.train.data.dataset import Chunks
 from fbopt.train.data.load import load
-from fbopt.train.data.rng import mix
 from fbopt.train.loop import train
 from fbopt.train.trainer import Run
 

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fbopt._random import mix
 from fbopt.train.config.options import Options, OptionsError, flag
 from fbopt.train.data.dataset import Split
-from fbopt.train.data.rng import CROPS, below, hashed, mix
+from fbopt.train.data.rng import CROPS, below, hashed
 
 PADDING = 4
 

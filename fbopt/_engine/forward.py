@@ -1,0 +1,56 @@
+"""The forward pass of a chunk: L_c(theta), by loss_fn(model(input), target) or evaluate."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fbopt._engine.inputs import check_loss, pair
+
+
+@dataclass(frozen=True)
+class ChunkLoss:
+    """The mean loss of a chunk, under autocast if asked for.
+
+    Args:
+        model, loss_fn, evaluate, autocast: as for the closure.
+        device: where the parameters are; its type chooses the autocast.
+    """
+
+    model: nn.Module
+    loss_fn: Callable[[Any, Any], Tensor] | None
+    evaluate: Callable[[nn.Module, Any], Tensor] | None
+    autocast: torch.dtype | None
+    device: torch.device
+
+    def __call__(self, index: int, chunk: Any) -> tuple[Tensor, Any, Any]:
+        """Return (mean loss, output, target); the last two are None where ``evaluate`` is given."""
+        # Autocast keeps the weights it has cast, by parameter: those know nothing of a shift.
+        torch.clear_autocast_cache()
+        with self._autocast():
+            if self.evaluate is not None:
+                return self.evaluate(self.model, chunk), None, None
+            inputs, target = pair(index, chunk)
+            output = self.model(inputs)
+            return self.loss_fn(output, target), output, target
+
+    def differentiable(self, index: int, chunk: Any) -> tuple[Tensor, Any, Any]:
+        """The same with a graph behind the loss.
+
+        Raises:
+            TypeError, ValueError: the loss is no 0-dim tensor that depends on a parameter.
+        """
+        with torch.enable_grad():
+            found = self(index, chunk)
+        check_loss(index, found[0], "evaluate" if self.evaluate else "loss_fn")
+        return found
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
