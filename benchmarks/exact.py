@@ -22,7 +22,7 @@ from benchmarks import networks
 from benchmarks.cases import scalar
 from benchmarks.report import Report, arguments, options
 from fbopt import GradientAccumulator
-from fbopt._engine.perturb import Shift
+from fbopt._engine.perturb import Perturbation
 from fbopt.train import models
 from fbopt.train.data.load import load
 
@@ -36,20 +36,20 @@ class Mode:
 
     def __init__(self, params: list[nn.Parameter], accumulation: str) -> None:
         self.accumulator = GradientAccumulator(params, accumulation)
-        self.shift = Shift(self.accumulator.groups)
+        self.perturbation = Perturbation(self.accumulator.buckets)
         self.seconds: list[float] = []
 
     def begin(self) -> None:
         """Start a pass."""
         self.accumulator.reset()
-        self.shift.begin()
+        self.perturbation.begin()
         self.seconds = []
 
     def update(self, grads: Sequence[Tensor], plus: Sequence[Tensor], weight: int) -> None:
         """Everything but the passes."""
         begin = time.perf_counter()
         parts = self.accumulator.gather(grads)
-        square = self.shift.fill(parts, RADIUS)
+        square = self.perturbation.fill(parts, RADIUS)
         plus = self.accumulator.gather(plus, "plus")
         self.accumulator.add_penalised(
             parts, plus, [], weight, scalar(LR * STRENGTH / 4), square, RADIUS
@@ -69,8 +69,8 @@ def visit(model: nn.Module, data: list, modes: dict[str, Mode]) -> tuple[list[Te
     for index, (x, y) in enumerate(data):
         begin = time.perf_counter()
         grads = gradient(model, x, y)
-        square = modes["float32"].shift.fill(modes["float32"].accumulator.gather(grads), RADIUS)
-        with modes["float32"].shift.applied():
+        square = modes["float32"].perturbation.fill(modes["float32"].accumulator.gather(grads), RADIUS)
+        with modes["float32"].perturbation.applied():
             plus = gradient(model, x, y)
         whole.append(time.perf_counter() - begin)
         for name in MODES[:: 1 if index % 2 else -1]:

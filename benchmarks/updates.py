@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.cases import Chunk, WrongResult, scalar
 from fbopt import GradientAccumulator
-from fbopt._engine.perturb import Shift
+from fbopt._engine.perturb import Perturbation
 
 Pass = Callable[[], object]
 
@@ -43,16 +43,16 @@ class Ours(ChunkUpdate):
     def __init__(self, chunk: Chunk) -> None:
         self.chunk, self.params = chunk, chunk.parameters()
         self.accumulator = GradientAccumulator(self.params, self.accumulation)
-        self.shift = Shift(self.accumulator.groups)
-        self.shift.begin()
+        self.perturbation = Perturbation(self.accumulator.buckets)
+        self.perturbation.begin()
         self.sums = self.accumulator.sums
         self.coefficient, self.weight = scalar(chunk.coefficient, chunk.device), chunk.weight
 
     def update(self, second_pass: Pass) -> None:
         c, accumulator = self.chunk, self.accumulator
         grads = accumulator.gather(c.grads)
-        square = self.shift.fill(grads, c.radius)
-        with self.shift.applied():
+        square = self.perturbation.fill(grads, c.radius)
+        with self.perturbation.applied():
             second_pass()
         plus = accumulator.gather(c.plus, "plus")
         accumulator.add_penalised(grads, plus, [], self.weight, self.coefficient, square, c.radius)

@@ -27,7 +27,7 @@ class PeerError(RuntimeError):
 
 
 class Agreement(NamedTuple):
-    """What :meth:`Ranks.agree` found: the same on every process.
+    """What :meth:`Collectives.agree` found: the same on every process.
 
     Attributes:
         flags: for each flag, whether any process set it.
@@ -40,7 +40,7 @@ class Agreement(NamedTuple):
     maxima: Tensor | None
 
 
-class Ranks:
+class Collectives:
     """The processes that share a step; with None, or in a group of one, nothing is sent.
 
     Every method is to be called by all processes of the group, in the same order.
@@ -60,16 +60,16 @@ class Ranks:
                 "torch.distributed.init_process_group(), then pass torch.distributed.group.WORLD"
             )
         self.group = group
-        self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
+        self.rank, self.world_size = (0, 1) if group is None else (group.rank(), group.size())
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         """Whether there is no other process."""
-        return self.size == 1
+        return self.world_size == 1
 
     def check_devices(self, devices: set[torch.device]) -> None:
         """Raise ValueError for a device whose tensors the group's back end cannot send."""
-        if self.alone:
+        if self.is_single:
             return
         served = self._served()
         for device in devices:
@@ -104,9 +104,9 @@ class Ranks:
         Raises:
             PeerError: another process failed, and this one did not.
         """
-        if self.alone:
+        if self.is_single:
             return Agreement(list(flags), [list(numbers)], maxima)
-        table = torch.zeros(self.size, 1 + len(numbers), dtype=torch.float64)
+        table = torch.zeros(self.world_size, 1 + len(numbers), dtype=torch.float64)
         table[self.rank] = torch.tensor([error is not None, *numbers], dtype=torch.float64)
         own = torch.cat([table.flatten(), torch.tensor(flags, dtype=torch.float64)])
         device = self._control(device)
@@ -125,7 +125,7 @@ class Ranks:
             None if maxima is None else found[len(own) :].to(maxima),
         )
 
-    def tell(
+    def report_error(
         self,
         error: BaseException,
         flags: int,
@@ -140,22 +140,22 @@ class Ranks:
         with contextlib.suppress(Exception):
             self.agree([False] * flags, [0.0] * numbers, device, maxima=maxima, error=error)
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its sum over all processes; one all-reduce each."""
-        if self.alone:
+        if self.is_single:
             return
         with self._sending("sum"), torch.no_grad():
             for tensor in tensors:
                 dist.all_reduce(tensor, group=self.group)
 
-    def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    def all_gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Put the columns of all processes side by side.
 
         Args:
             rows: (k, n) with the same k, and n = ``counts[rank]``, on every process.
             counts: the n of every process.
         """
-        if self.alone:
+        if self.is_single:
             return rows
         padded = rows.new_zeros(rows.shape[0], max(counts))
         padded[:, : rows.shape[1]] = rows
@@ -164,18 +164,18 @@ class Ranks:
             dist.all_gather(found, padded, group=self.group)
         return torch.cat([part[:, :n] for part, n in zip(found, counts, strict=True)], dim=1)
 
-    def objects(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """What every process gave; small plain values. For what is not done at every step."""
-        if self.alone:
+        if self.is_single:
             return [value]
-        found: list[Any] = [None] * self.size
+        found: list[Any] = [None] * self.world_size
         with self._sending("exchange values"):
             dist.all_gather_object(found, value, group=self.group)
         return found
 
     def broadcast(self, value: Any) -> Any:
         """What process 0 gave, picklable; tensors in it have to be on the CPU."""
-        if self.alone:
+        if self.is_single:
             return value
         found = [value]
         with self._sending("receive what process 0 read"):
@@ -184,7 +184,7 @@ class Ranks:
 
     def check_same(self, facts: Mapping[str, Any], cure: str) -> None:
         """Raise the same ValueError on every process where a fact is not the same on all."""
-        everyone = self.objects(dict(facts))
+        everyone = self.all_gather_object(dict(facts))
         for rank, theirs in enumerate(everyone):
             for name in {**everyone[0], **theirs}:
                 here, there = everyone[0].get(name, "missing"), theirs.get(name, "missing")
@@ -195,7 +195,7 @@ class Ranks:
                     )
 
     def _report(self, error: BaseException | None) -> None:
-        everyone = self.objects(None if error is None else Failure.of(error))
+        everyone = self.all_gather_object(None if error is None else Failure.of(error))
         failures = [(rank, what) for rank, what in enumerate(everyone) if what is not None]
         if error is None:
             rank, what = failures[0]
@@ -215,8 +215,8 @@ class Ranks:
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             raise PeerError(
-                f"process {self.rank} of {self.size} could not {what} with the others, one of "
-                f"which has probably died; see its own message, then start all again ({reason})"
+                f"process {self.rank} of {self.world_size} could not {what} with the others, one "
+                f"of which has probably died; see its own message, then start all again ({reason})"
             ) from error
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fbopt._checks import check_grads, check_number, check_params
 from fbopt._ops import dispatch
-from fbopt._ops.buckets import Groups
+from fbopt._ops.buckets import FlatBuckets
 from fbopt._ops.fixed_point import FixedPoint
 from fbopt._ops.fixed_point import check_weight as check_exact_weight
 
 if TYPE_CHECKING:
-    from fbopt._distributed import Ranks
+    from fbopt._distributed import Collectives
 
 ACCUMULATIONS = ("float32", "exact")
 # Passes until the units of exact sums must fit: the second does, unless the gradients change.
@@ -82,10 +82,10 @@ class GradientAccumulator:
 
     @torch.no_grad()
     def _allocate(self) -> None:
-        self.groups = Groups(self.params)
-        self._flat = self.groups.buffers(wide=True)
-        self.sums = self.groups.views(self._flat)
-        self._operands = self.groups.operands(self._flat, self.sums)
+        self.buckets = FlatBuckets(self.params)
+        self._flat = self.buckets.buffers(wide=True)
+        self.sums = self.buckets.views(self._flat)
+        self._operands = self.buckets.operands(self._flat, self.sums)
         if self.accumulation == "exact":
             known = self._exponents if self.fixed is None else self.fixed.state_dict()
             self.fixed = FixedPoint(self._operands)
@@ -158,7 +158,7 @@ class GradientAccumulator:
             grads = [torch.zeros_like(p) if g is None else g for g, p in pairs]
         else:
             self.unseen.clear()
-        return self.groups.gather(grads, slot)
+        return self.buckets.gather(grads, slot)
 
     def add_parts(
         self, parts: list[list[Tensor]], weight: float | Tensor, coefficient: Tensor | None = None
@@ -257,18 +257,18 @@ class GradientAccumulator:
         if self.fixed is not None:
             self.fixed.means_(self._operands, self.total_weight)
             return
-        for flat, group in zip(self._flat, self.groups.indices, strict=True):
+        for flat, group in zip(self._flat, self.buckets.indices, strict=True):
             weight = self.scalar(self.total_weight, flat.device).to(flat.dtype)
             left = [i for i in group if i not in done]
             for tensor in [flat] if len(left) == len(group) else [self.sums[i] for i in left]:
                 tensor.div_(weight)
 
-    def sum_over(self, ranks: Ranks) -> None:
+    def all_reduce_(self, collectives: Collectives) -> None:
         """Replace the sums by those of all processes; the caller counts weights and ``unseen``."""
         if self.fixed is not None:
-            self.fixed.sum_over(ranks)
+            self.fixed.all_reduce_(collectives)
         else:
-            ranks.sum_(self._flat)
+            collectives.all_reduce_(self._flat)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the units of exact sums: the bits of the next mean depend on them."""

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from fbopt._checks import check_params
 from fbopt._engine.batchnorm import RunningStatistics
-from fbopt._engine.chunk import ChunkWork
-from fbopt._engine.cuda_graphs import Graphs, graph_device, refuse_nested
+from fbopt._engine.chunk import ChunkGradient
+from fbopt._engine.cuda_graphs import ChunkGraphs, graph_device, refuse_nested
 from fbopt._engine.inputs import check_arguments, refuse_compiled, weigh
-from fbopt._engine.perturb import Shift
-from fbopt._engine.reduce import Together, Totals
-from fbopt._engine.snapshot import Buffers, RandomState
+from fbopt._engine.perturb import Perturbation
+from fbopt._engine.reduce import ChunkTotals, Reduction
+from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._ops.flat import scalar_on
 from fbopt.accumulate import MOST_PASSES, GradientAccumulator
 from fbopt.penalty import GradientPenalty
@@ -149,15 +149,15 @@ class FullBatchClosure:
         self._given = None if params is None else check_params(params)
         self.accumulator = GradientAccumulator(self._trainable(), accumulation)
         devices = {p.device for p in self.accumulator.params}
-        self._together = Together(model, devices, process_group)
+        self._reduction = Reduction(model, devices, process_group)
         if penalty is not None:
             self._coefficient()
         self.cuda_graph = cuda_graph
-        self._graphs: Graphs | None = None
+        self._graphs: ChunkGraphs | None = None
         self._follow_cuda_graph()
-        self._shift: Shift | None = None
-        self._random: RandomState | None = None
-        self._before, self._between = Buffers(model), Buffers(model)
+        self._perturbation: Perturbation | None = None
+        self._random: GeneratorSnapshot | None = None
+        self._before, self._between = BufferSnapshot(model), BufferSnapshot(model)
         self._statistics = RunningStatistics(model, accumulation == "exact")
         self.step = self._step_before = 0
         self.mean_sqnorm: Tensor | None = None
@@ -174,10 +174,10 @@ class FullBatchClosure:
         ``p.grad`` is None afterwards; :meth:`assign` fills it. An exception leaves parameters and
         buffers as they were.
         """
-        together = self._together
-        with together.preparing():
+        reduction = self._reduction
+        with reduction.preparing():
             coefficient = self._begin()
-        together.begin(
+        reduction.begin(
             self.accumulator,
             accumulation=self.accumulator.accumulation,
             penalty=self.penalty and self.penalty.method,
@@ -193,7 +193,7 @@ class FullBatchClosure:
 
     def _complete(self, coefficient: float | Tensor | None) -> tuple[Tensor, Tensor]:
         """Visit all chunks, again where the units of exact sums did not fit; return the means."""
-        draws = RandomState({p.device for p in self.accumulator.params})
+        draws = GeneratorSnapshot({p.device for p in self.accumulator.params})
         if self.accumulator.fixed is not None:
             draws.begin()
         for attempt in range(MOST_PASSES):
@@ -202,9 +202,9 @@ class FullBatchClosure:
                 self.accumulator.reset()
                 draws.rewind()
             with torch.no_grad(), self._statistics.averaging():
-                with self._together.visiting(self.accumulator, self._statistics):
+                with self._reduction.visiting(self.accumulator, self._statistics):
                     totals = self._visit(coefficient)
-                found = self._together.combine(self.accumulator, self._statistics, totals)
+                found = self._reduction.combine(self.accumulator, self._statistics, totals)
             if found is not None:
                 return found
         raise RuntimeError(
@@ -259,7 +259,7 @@ class FullBatchClosure:
         device = graph_device(self.model, self._trainable())
         if self._graphs is None or self._graphs.device != device:
             refuse_nested(self.model)
-            self._graphs = Graphs(device)
+            self._graphs = ChunkGraphs(device)
 
     def _begin(self) -> float | Tensor | None:
         """Do all that has to be done before the first chunk; return lambda."""
@@ -284,18 +284,18 @@ class FullBatchClosure:
             p.grad = None
         shifts = coefficient is not None and self.penalty.method != "exact"
         if shifts:
-            groups = self.accumulator.groups
-            if self._shift is None or not self._shift.fits(groups):
-                self._shift = Shift(groups)
-            self._shift.begin()
-            self._random = RandomState({p.device for p in params})
+            buckets = self.accumulator.buckets
+            if self._perturbation is None or not self._perturbation.fits(buckets):
+                self._perturbation = Perturbation(buckets)
+            self._perturbation.begin()
+            self._random = GeneratorSnapshot({p.device for p in params})
 
-    def _visit(self, coefficient: float | Tensor | None) -> Totals:
+    def _visit(self, coefficient: float | Tensor | None) -> ChunkTotals:
         """Add up this process's chunks."""
-        totals = Totals()
+        totals = ChunkTotals()
         if coefficient is not None:
             coefficient = scalar_on(self.accumulator.params[0].device, coefficient)
-        work = ChunkWork(
+        work = ChunkGradient(
             self.model,
             self.loss_fn,
             self.evaluate,
@@ -304,7 +304,7 @@ class FullBatchClosure:
             self.accumulator,
             self._statistics,
             self._between,
-            self._shift,
+            self._perturbation,
         )
         if self._graphs is not None:
             self._graphs.begin(work, coefficient, self.observe)

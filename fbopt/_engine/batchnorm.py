@@ -17,7 +17,7 @@ from fbopt._ops.fixed_point import FixedPoint
 from fbopt._ops.flat import accumulator_dtype, by_device_and_dtype
 
 if TYPE_CHECKING:
-    from fbopt._distributed import Ranks
+    from fbopt._distributed import Collectives
 
 
 class RunningStatistics:
@@ -151,10 +151,10 @@ class RunningStatistics:
         """See :meth:`FixedPoint.fit`."""
         return not self._active or self.fixed.fit(maxima[: len(self.fixed)], additions)
 
-    def sum_over(self, ranks: Ranks) -> None:
+    def all_reduce_(self, collectives: Collectives) -> None:
         """Replace exact sums by those of all processes."""
         if self._exact and self._active:
-            self.fixed.sum_over(ranks)
+            self.fixed.all_reduce_(collectives)
 
     def commit(self, total_weight: float) -> None:
         """Write the means over all passes recorded."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.forward import ChunkLoss
-from fbopt._engine.perturb import Shift, hessian_gradient_product
-from fbopt._engine.snapshot import Buffers, RandomState
+from fbopt._engine.perturb import Perturbation, hessian_gradient_product
+from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._ops import dispatch
 from fbopt.accumulate import GradientAccumulator
 from fbopt.penalty import GradientPenalty
@@ -23,7 +23,7 @@ Observe = Callable[[Any, Any], None] | None
 
 
 @dataclass(frozen=True)
-class ChunkWork:
+class ChunkGradient:
     """What a call of the closure does with each of its chunks.
 
     Args:
@@ -32,7 +32,7 @@ class ChunkWork:
         accumulator: where the gradients are added.
         statistics: where BatchNorm's statistics are added.
         buffers: keeps the model's buffers during the shifted passes.
-        shift: the second buffer of the parameters, for a penalty that needs it.
+        perturbation: the second buffer of the parameters, for a penalty that needs it.
     """
 
     model: nn.Module
@@ -42,8 +42,8 @@ class ChunkWork:
     penalty: GradientPenalty | None
     accumulator: GradientAccumulator
     statistics: RunningStatistics
-    buffers: Buffers
-    shift: Shift | None
+    buffers: BufferSnapshot
+    perturbation: Perturbation | None
 
     @property
     def repetitions(self) -> int:
@@ -56,7 +56,7 @@ class ChunkWork:
         chunk: Any,
         weight: float | Tensor,
         coefficient: Tensor | None,
-        draws: RandomState | None,
+        draws: GeneratorSnapshot | None,
         observe: Observe,
     ) -> tuple[Tensor, Tensor | None]:
         """Add one chunk's gradient; return its loss and, with a penalty, ||g||^2 (float64)."""
@@ -82,7 +82,7 @@ class ChunkWork:
         products = hessian_gradient_product([g for g in grads if g is not None], accumulator.params)
         parts = accumulator.gather([None if g is None else g.detach() for g in grads])
         square = dispatch.squared_norm([g for part in parts for g in part])
-        products = accumulator.groups.gather(products, "plus")
+        products = accumulator.buckets.gather(products, "plus")
         accumulator.add_products(parts, products, weight, coefficient)
         return square
 
@@ -93,11 +93,11 @@ class ChunkWork:
         grads: Sequence[Tensor | None],
         weight: float | Tensor,
         coefficient: Tensor,
-        draws: RandomState,
+        draws: GeneratorSnapshot,
     ) -> Tensor:
         radius, gather = self.penalty.radius, self.accumulator.gather
         parts = gather(grads)
-        square = self.shift.fill(parts, radius)
+        square = self.perturbation.fill(parts, radius)
         with draws.repeated() as rewind:
             self.buffers.save()
             try:
@@ -106,7 +106,7 @@ class ChunkWork:
                 minus = []
                 if self.penalty.method == "central":
                     self.buffers.restore()
-                    self.shift.fill(parts, -radius, square)
+                    self.perturbation.fill(parts, -radius, square)
                     rewind()
                     minus = gather(self._shifted_gradient(index, chunk), "minus")
             finally:
@@ -116,7 +116,7 @@ class ChunkWork:
         return square
 
     def _shifted_gradient(self, index: int, chunk: Any) -> Sequence[Tensor | None]:
-        with self.shift.applied():
+        with self.perturbation.applied():
             return self._gradient(self._forward(index, chunk, observe=None))
 
     def _forward(self, index: int, chunk: Any, observe: Observe) -> Tensor:

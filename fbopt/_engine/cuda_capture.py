@@ -61,7 +61,8 @@ class CudaRecorder:
 
         Args:
             work: launches work on the device; ``draws`` repeats random draws as
-                :class:`fbopt._engine.snapshot.RandomState` does, which a capture does not allow.
+                :class:`fbopt._engine.snapshot.GeneratorSnapshot` does, which a capture does not
+                allow.
             repetitions: how often it repeats them.
 
         Raises:
@@ -159,7 +160,7 @@ class Draws:
 
     @contextlib.contextmanager
     def repeated(self) -> Iterator[Callable[[], None]]:
-        """See :meth:`fbopt._engine.snapshot.RandomState.repeated`."""
+        """See :meth:`fbopt._engine.snapshot.GeneratorSnapshot.repeated`."""
         own, states = self._generator.graphsafe_get_state(), iter(self._states)
         try:
             yield lambda: self._generator.graphsafe_set_state(next(states))

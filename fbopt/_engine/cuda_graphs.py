@@ -1,5 +1,5 @@
-"""Graphs of the work on chunks: one for each kind of chunk, captured at its third visit and from
-then on replayed.
+"""CUDA graphs of the work on chunks: one for each kind of chunk, captured at its third visit and
+replayed from then on.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from fbopt._engine.chunk import ChunkWork, Observe
+from fbopt._engine.chunk import ChunkGradient, Observe
 from fbopt._engine.cuda_capture import CudaRecorder
-from fbopt._engine.snapshot import RandomState
+from fbopt._engine.snapshot import GeneratorSnapshot
 from fbopt._ops.flat import overlaps_itself
 
 # Kinds of chunks that get a graph, and visits without one before: libraries choose algorithms,
@@ -54,7 +54,7 @@ def refuse_nested(model: nn.Module) -> None:
                 )
 
 
-class Graphs:
+class ChunkGraphs:
     """The graphs of a closure, on one device.
 
     A graph writes to the addresses that it was captured with: when parameters, buffers or what the
@@ -76,7 +76,7 @@ class Graphs:
         self._replaced: collections.Counter[str] = collections.Counter()
         self._warned = False
 
-    def begin(self, work: ChunkWork, coefficient: Tensor | None, observe: Observe) -> None:
+    def begin(self, work: ChunkGradient, coefficient: Tensor | None, observe: Observe) -> None:
         """Make ready for a call of the closure.
 
         Args:
@@ -84,7 +84,7 @@ class Graphs:
             coefficient: the penalty's, on the device; None without.
             observe: as for the closure.
         """
-        kept = (work.accumulator.groups, work.statistics.kept, work.shift)
+        kept = (work.accumulator.buckets, work.statistics.kept, work.perturbation)
         held = [work.model, work.loss_fn, work.evaluate, *kept]
         self._buffers = dict(work.model.named_buffers(remove_duplicate=False))
         tensors = [*work.accumulator.params, *work.model.parameters(), *self._buffers.values()]
@@ -105,7 +105,12 @@ class Graphs:
         self._given = None if coefficient is None else self._coefficient
 
     def visit(
-        self, work: ChunkWork, index: int, chunk: Any, weight: float, draws: RandomState | None
+        self,
+        work: ChunkGradient,
+        index: int,
+        chunk: Any,
+        weight: float,
+        draws: GeneratorSnapshot | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Do the work on a chunk, by a replay where there is a graph for its kind."""
         leaves, structure = tree_flatten(chunk)
@@ -144,7 +149,9 @@ class Graphs:
             )
         return room
 
-    def _capture(self, work: ChunkWork, index: int, leaves: list[Any], structure: Any) -> _Graph:
+    def _capture(
+        self, work: ChunkGradient, index: int, leaves: list[Any], structure: Any
+    ) -> _Graph:
         static = [_copied(leaf, self.device) for leaf in leaves]
         chunk = tree_unflatten(static, structure)
         seen: list[tuple[Any, Any]] = []
@@ -230,7 +237,7 @@ def _explain(error: RuntimeError, index: int) -> None:
     ) from first
 
 
-def _baked(work: ChunkWork, device: torch.device) -> tuple:
+def _baked(work: ChunkGradient, device: torch.device) -> tuple:
     """What a capture takes over from its surroundings, besides addresses."""
     return (
         None if work.penalty is None else (work.penalty.method, work.penalty.radius),

@@ -9,34 +9,34 @@ import torch
 from torch import Tensor
 
 from fbopt._ops import dispatch
-from fbopt._ops.buckets import Groups
+from fbopt._ops.buckets import FlatBuckets
 from fbopt._ops.flat import accumulator_dtype
 
 
-class Shift:
+class Perturbation:
     """A second buffer for the parameters, which point to it while they are shifted.
 
     The parameters' own memory is never written, so they are bit for bit what they were when the
     shift ends, also if the pass in between raises.
     """
 
-    def __init__(self, groups: Groups) -> None:
-        self.groups = groups
-        self._originals = [p.detach() for p in groups.params]
-        self._flats = groups.buffers()
-        self._views = groups.views(self._flats)
+    def __init__(self, buckets: FlatBuckets) -> None:
+        self.buckets = buckets
+        self._originals = [p.detach() for p in buckets.params]
+        self._flats = buckets.buffers()
+        self._views = buckets.views(self._flats)
 
-    def fits(self, groups: Groups) -> bool:
+    def fits(self, buckets: FlatBuckets) -> bool:
         """Whether the buffer was made for these parameters as they lie in memory now."""
-        return groups is self.groups and all(
+        return buckets is self.buckets and all(
             p.data_ptr() == o.data_ptr()
-            for p, o in zip(groups.params, self._originals, strict=True)
+            for p, o in zip(buckets.params, self._originals, strict=True)
         )
 
     @torch.no_grad()
     def begin(self) -> None:
         """Take note of theta, for all shifts until the next call."""
-        self._theta = self.groups.gather(self._originals, "params")
+        self._theta = self.buckets.gather(self._originals, "params")
 
     @torch.no_grad()
     def fill(
@@ -63,7 +63,7 @@ class Shift:
             self._point_to(self._originals)
 
     def _point_to(self, tensors: list[Tensor]) -> None:
-        for p, t in zip(self.groups.params, tensors, strict=True):
+        for p, t in zip(self.buckets.params, tensors, strict=True):
             p.data = t
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from fbopt._distributed import Ranks, checksum
+from fbopt._distributed import Collectives, checksum
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt.accumulate import GradientAccumulator
 
 
-class Totals:
+class ChunkTotals:
     """Losses, squared gradient norms (with a penalty) and weights of the chunks visited here."""
 
     NUMBERS = 3  # the length of `numbers`
@@ -40,25 +40,25 @@ class Totals:
         return [len(self.losses), math.fsum(self.weights), wide]
 
     def means(
-        self, ranks: Ranks, table: Sequence[Sequence[float]], device: torch.device
+        self, collectives: Collectives, table: Sequence[Sequence[float]], device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """The weighted means of losses and of squared norms (0 without), 0-dim, float64.
 
         The products are sorted before they are added: the sum knows no order of the chunks.
 
         Args:
-            ranks: whose chunks to count.
+            collectives: whose chunks to count.
             table: the :meth:`numbers` of each of them.
             device: where several processes gather theirs.
         """
         counts, weights, _ = zip(*table, strict=True)
         total = math.fsum(weights)
         losses, squares = (_products(v, self.weights) for v in (self.losses, self.squares))
-        if not ranks.alone:
+        if not collectives.is_single:
             rows = torch.zeros(2, len(self.losses), dtype=torch.float64, device=device)
             for row, products in zip(rows, (losses, squares), strict=True):
                 row[: len(products)] = products
-            losses, squares = ranks.gather(rows, [int(n) for n in counts])
+            losses, squares = collectives.all_gather(rows, [int(n) for n in counts])
         return losses.sort().values.sum() / total, squares.sort().values.sum() / total
 
 
@@ -70,22 +70,22 @@ def _products(values: list[Tensor], weights: list[float]) -> Tensor:
     return torch.stack(torch._foreach_mul(list(wide.unbind()), weights))
 
 
-class Together:
+class Reduction:
     """What the processes of a group do with the sums of a step; alone, only their means.
 
     Args:
         model: whose normalisation layers count their passes.
         devices: where its parameters are.
-        group: as for :class:`Ranks`.
+        group: as for :class:`Collectives`.
 
     Raises:
         TypeError, ValueError: a group or model that cannot be used; the message says why.
     """
 
     def __init__(self, model: nn.Module, devices: set[torch.device], group: Any) -> None:
-        self.ranks = Ranks(group)
-        self.ranks.check_devices(devices)
-        if not self.ranks.alone:
+        self.collectives = Collectives(group)
+        self.collectives.check_devices(devices)
+        if not self.collectives.is_single:
             _refuse_wrapped(model)
         self._device = min(devices, key=str)
         self._compared: GradientAccumulator | None = None
@@ -99,7 +99,7 @@ class Together:
         try:
             yield
         except Exception as error:
-            self.ranks.tell(error, 1, 1, self._device)
+            self.collectives.report_error(error, 1, 1, self._device)
             raise
 
     @contextlib.contextmanager
@@ -114,7 +114,9 @@ class Together:
             if accumulator.fixed is not None:
                 length = len(accumulator.fixed) + statistics.width
                 maxima = torch.zeros(length, dtype=torch.float64, device=params[0].device)
-            self.ranks.tell(error, len(params), Totals.NUMBERS, params[0].device, maxima)
+            self.collectives.report_error(
+                error, len(params), ChunkTotals.NUMBERS, params[0].device, maxima
+            )
             raise
 
     def begin(self, accumulator: GradientAccumulator, **facts: Any) -> None:
@@ -128,16 +130,16 @@ class Together:
             PeerError: another process failed.
             ValueError: the processes differ in parameters, training modes or a fact.
         """
-        if self.ranks.alone:
+        if self.collectives.is_single:
             return
         self._before = [count.clone() for count in self._counts()]
         modes = "".join("ET"[m.training] for m in self._layers)
         layout = repr((modes, [(p.dtype, p.shape) for p in accumulator.params]))
         new, number = self._compared is not accumulator, zlib.crc32(layout.encode())
-        found = self.ranks.agree([new], [number], self._device)
+        found = self.collectives.agree([new], [number], self._device)
         if found.flags[0] or any(row != found.table[0] for row in found.table):
             facts["the modes of normalisation layers (E: eval, T: training)"] = modes
-            self.ranks.check_same(
+            self.collectives.check_same(
                 facts | self._describe(accumulator.params),
                 "build the same model on all, and load or broadcast the same parameters",
             )
@@ -152,7 +154,7 @@ class Together:
 
     @torch.no_grad()
     def combine(
-        self, accumulator: GradientAccumulator, statistics: RunningStatistics, totals: Totals
+        self, accumulator: GradientAccumulator, statistics: RunningStatistics, totals: ChunkTotals
     ) -> tuple[Tensor, Tensor] | None:
         """Leave the sums of all chunks in the accumulator, their means in BatchNorm's statistics.
 
@@ -163,12 +165,12 @@ class Together:
             PeerError: another process failed.
             ValueError: none had a chunk.
         """
-        ranks, device = self.ranks, accumulator.params[0].device
+        collectives, device = self.collectives, accumulator.params[0].device
         seen = [accumulator.has_grad(i) for i in range(len(accumulator.params))]
         exact, maxima = accumulator.fixed, None
         if exact is not None:
             maxima = torch.cat([exact.maxima(), statistics.maxima().to(device)])
-        seen, table, maxima = ranks.agree(seen, totals.numbers(), device, maxima=maxima)
+        seen, table, maxima = collectives.agree(seen, totals.numbers(), device, maxima=maxima)
         counts, weights, wide = zip(*table, strict=True)
         if not any(counts):
             raise ValueError("chunks is empty: there is no sample to average over")
@@ -177,27 +179,27 @@ class Together:
             parts = zip((exact, statistics), shares, strict=True)
             if not all([part.fit(share, int(sum(counts))) for part, share in parts]):
                 return None
-        accumulator.sum_over(ranks)
+        accumulator.all_reduce_(collectives)
         accumulator.unseen = {i for i, by_any in enumerate(seen) if not by_any}
         accumulator.total_weight = math.fsum(weights)
         self._sum_statistics(statistics, device)
         statistics.commit(accumulator.total_weight)
         if exact is not None:
             accumulator.settle(set())
-        loss, square = totals.means(ranks, table, device)
+        loss, square = totals.means(collectives, table, device)
         return loss.to(torch.float64 if any(wide) else torch.float32), square
 
     def _sum_statistics(self, statistics: RunningStatistics, device: torch.device) -> None:
         """Replace BatchNorm's sums and counts of passes by those of all processes."""
-        if self.ranks.alone or not self._layers:
+        if self.collectives.is_single or not self._layers:
             return
-        statistics.sum_over(self.ranks)
+        statistics.all_reduce_(self.collectives)
         counts = self._counts()
         passes = [now - before for now, before in zip(counts, self._before, strict=True)]
         sums = [*statistics.sums, *statistics.weights]
         parts = [*sums, *passes]
         flat = torch.cat([t.reshape(-1).to(device, torch.float64) for t in parts])
-        self.ranks.sum_([flat])
+        self.collectives.all_reduce_([flat])
         found = flat.split([t.numel() for t in parts])
         for tensor, part in zip(sums, found[: len(sums)], strict=True):
             tensor.copy_(part.view_as(tensor))

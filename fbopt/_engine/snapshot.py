@@ -13,7 +13,7 @@ from torch import Tensor
 from fbopt._ops.flat import by_device_and_dtype, overlaps_itself
 
 
-class Buffers:
+class BufferSnapshot:
     """The buffers of a model, to be saved and put back: by value, and which tensor stands where."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -61,7 +61,7 @@ class Buffers:
             torch._foreach_copy_([to[i] for i in group], [source[i] for i in group])
 
 
-class RandomState:
+class GeneratorSnapshot:
     """The draws of torch's random generators, on the CPU and on the devices of a model."""
 
     def __init__(self, devices: set[torch.device]) -> None:

@@ -18,7 +18,7 @@ from fbopt._ops.flat import ALIGN, accumulator_dtype, by_device_and_dtype, flat_
 PACK_NUMEL, PACK_COUNT = 512, 16
 
 
-class Groups:
+class FlatBuckets:
     """How a list of parameters, and every list that goes with it, is handed to the kernels."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:

@@ -15,7 +15,7 @@ from fbopt._ops import dispatch
 from fbopt._ops.flat import flat_size, flat_views, scalar_on
 
 if TYPE_CHECKING:
-    from fbopt._distributed import Ranks
+    from fbopt._distributed import Collectives
 
 # Every sum is right to PRECISION bits of the largest contribution; units are chosen finer by a few,
 # MARGIN, so that contributions may shrink from pass to pass.
@@ -142,14 +142,14 @@ class FixedPoint:
             divisor = scalar_on(out[0].device, weight)
             dispatch.exact_mean_(out, *self._kept(part), self._scales[part], divisor)
 
-    def sum_over(self, ranks: Ranks) -> None:
+    def all_reduce_(self, collectives: Collectives) -> None:
         """Replace the sums by those of all processes: one all-reduce of int64 for each list."""
-        if ranks.alone:
+        if collectives.is_single:
             return
         for sums, carries in self._flats:
             high = (sums >> 32) + (carries.to(torch.int64) << 32)
             halves = torch.cat([high, sums & 0xFFFFFFFF])
-            ranks.sum_([halves])
+            collectives.all_reduce_([halves])
             high, low = halves.chunk(2)
             high += low >> 32
             sums.copy_((high << 32) | (low & 0xFFFFFFFF))

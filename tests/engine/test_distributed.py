@@ -23,7 +23,7 @@ from conftest import bits
 from torch import nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
-from fbopt._distributed import Ranks
+from fbopt._distributed import Collectives
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -223,14 +223,14 @@ def refused(rank: int, group: Any) -> dict[str, tuple[str, str]]:
 
 def collectives(rank: int, group: Any) -> dict[str, Any]:
     """The maxima and numbers of an agreement, which exact sums need."""
-    ranks = Ranks(group)
+    group = Collectives(group)
     maxima = torch.tensor([rank, 2.0, float("inf") if rank == 2 else 0.0])
-    found = ranks.agree([rank == 1, False], [rank, 2.0**53], torch.device("cpu"), maxima=maxima)
+    found = group.agree([rank == 1, False], [rank, 2.0**53], torch.device("cpu"), maxima=maxima)
     sums = [torch.full((3,), 2**60 + rank), torch.ones(2, dtype=torch.float64)]
-    ranks.sum_(sums)
+    group.all_reduce_(sums)
     counts = [r % 3 for r in range(WORLD)]
     rows = torch.full((2, counts[rank]), float(rank))
-    return {"agreed": found, "sums": sums, "gathered": ranks.gather(rows, counts)}
+    return {"agreed": found, "sums": sums, "gathered": group.all_gather(rows, counts)}
 
 
 def killed(rank: int, group: Any) -> dict[str, Any]:
@@ -413,12 +413,12 @@ def test_a_process_outside_the_group_is_told_so(found):
 
 
 def test_the_back_end_has_to_fit_the_device(monkeypatch):
-    ranks = Ranks()
-    ranks.size = 2
-    monkeypatch.setattr(Ranks, "_served", lambda self: {"cuda"})
-    ranks.check_devices({torch.device("cuda", 0)})
+    group = Collectives()
+    group.world_size = 2
+    monkeypatch.setattr(Collectives, "_served", lambda self: {"cuda"})
+    group.check_devices({torch.device("cuda", 0)})
     with pytest.raises(ValueError, match=r"serves cuda, but the model is on cpu.*gloo"):
-        ranks.check_devices({torch.device("cpu")})
+        group.check_devices({torch.device("cpu")})
 
 
 def test_the_loss_of_one_process_knows_no_order_of_the_chunks():

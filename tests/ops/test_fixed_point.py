@@ -221,7 +221,7 @@ def test_sums_of_processes_carry(processes):
     class Ranks(Thread):
         meeting, brought = threading.Barrier(processes), []
 
-    threads = [threading.Thread(target=part.sum_over, args=(Ranks(),)) for part in fixed]
+    threads = [threading.Thread(target=part.all_reduce_, args=(Ranks(),)) for part in fixed]
     for thread in threads:
         thread.start()
     for thread in threads:
