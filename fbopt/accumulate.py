@@ -54,17 +54,8 @@ class GradientAccumulator:
 
     def __init__(self, params: Iterable[Tensor], accumulation: str = "float32") -> None:
         self._sums = GradientSums(params, accumulation)
+        self.params, self.accumulation = self._sums.params, accumulation
         self._additions = 0
-
-    @property
-    def params(self) -> list[Tensor]:
-        """The parameters, each once."""
-        return self._sums.params
-
-    @property
-    def accumulation(self) -> str:
-        """How the sums are kept."""
-        return self._sums.accumulation
 
     @property
     def total_weight(self) -> float:
@@ -92,7 +83,8 @@ class GradientAccumulator:
         raise _unsettled()
 
     def _finish(self) -> bool:
-        fits = self._sums.fit(self._sums.maxima(), self._additions)
+        store = self._sums.store
+        fits = store.fit(store.maxima(), self._additions)
         if fits:
             self._sums.finish()
         return fits
@@ -141,12 +133,12 @@ class GradientAccumulator:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the units of exact sums: the bits of the next mean depend on them."""
-        return self._sums.state_dict()
+        return self._sums.store.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved :meth:`state_dict`, and start over as :meth:`reset` does."""
-        self._sums.load_state_dict(state)
-        self._additions = 0
+        self._sums.store.load_state_dict(state)
+        self.reset()
 
 
 def _unsettled() -> RuntimeError:

@@ -79,7 +79,7 @@ def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     if norm_type != 2:
         exact = [g.to(accumulator_dtype(g.dtype)).reshape(-1) for g in grads]
         # Blocks that torch reduces on one thread each: how many there are must not change a bit.
-        blocks = [b for g in exact for b in g.split(BLOCK) if b.numel()]
+        blocks = [b for g in exact for b in torch.split(g, BLOCK) if b.numel()]
         return torch.nn.utils.get_total_norm(blocks, norm_type).to(dtype)
     return dispatch.squared_norm(grads).sqrt().to(dtype)
 

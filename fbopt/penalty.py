@@ -73,7 +73,7 @@ class GradientPenalty:
 
 
 def _common_lr(optimizer: torch.optim.Optimizer) -> float | Tensor:
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates: list[float | Tensor] = [group["lr"] for group in optimizer.param_groups]
     if any(lr is not rates[0] and _differ(lr, rates[0]) for lr in rates):
         raise ValueError(
             "the optimizer's parameter groups have different learning rates, so strength gives no "
