@@ -39,14 +39,6 @@ class ChunkClip:
         scale = self._sums.scalar(weight, squared_norm.device)
         return scale * clip_coefficient(self.max_norm, squared_norm.sqrt())
 
-    def add_products(
-        self, grads: Parts, products: Parts, weight: float | Tensor, coefficient: Tensor
-    ) -> None:
-        """See :meth:`GradientSums.add_products`."""
-        self._whole.reset()
-        self._whole.add_products(grads, products, 1.0, coefficient)
-        self._add_whole(weight)
-
     def add_penalised(
         self, grads: Parts, plus: Parts, minus: Parts, weight: float | Tensor, *penalty: Any
     ) -> None:

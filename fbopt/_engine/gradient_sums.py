@@ -91,15 +91,6 @@ class GradientSums:
         for k, part in enumerate(parts):
             self.store.add(k, part, self.scalar(weight, part[0].device))
 
-    def add_products(
-        self, grads: Parts, products: Parts, weight: float | Tensor, coefficient: Tensor
-    ) -> None:
-        """Add ``weight * (g + coefficient H g)`` from gradients and Hessian products."""
-        for k, part in enumerate(grads):
-            device = part[0].device
-            scale = self.scalar(weight, device)
-            self.store.add_products(k, part, products[k], scale, coefficient.to(device))
-
     def add_penalised(
         self,
         grads: Parts,
