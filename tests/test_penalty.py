@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
-from fbopt._engine.perturb import Shift, hessian_gradient_product
-from fbopt._ops.buckets import Groups
+from fbopt._engine.perturb import Perturbation, hessian_gradient_product
+from fbopt._ops.buckets import FlatBuckets
 
 
 def problem(dtype=torch.float64):
@@ -184,7 +184,7 @@ def test_shift_moves_by_the_radius_into_a_second_buffer():
     ]
     grads = [torch.randn_like(p) for p in params]
     before, pointers = [p.detach().clone() for p in params], [p.data_ptr() for p in params]
-    shift = Shift(Groups(params))
+    shift = Perturbation(FlatBuckets(params))
     shift.begin()
     square = shift.fill([grads], 0.3)
     with shift.applied():

@@ -1,4 +1,6 @@
-"""Gradients at a second point: theta + s v in a second buffer, and products with the Hessian."""
+"""Perturbed parameters theta + s v, ||s v|| = radius, in a second buffer; Hessian-gradient products
+by double backward.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +11,34 @@ import torch
 from torch import Tensor
 
 from fbopt._ops import dispatch
-from fbopt._ops.buckets import Groups
+from fbopt._ops.buckets import FlatBuckets
 from fbopt._ops.flat import accumulator_dtype
 
 
-class Shift:
-    """A second buffer for the parameters, which point to it while they are shifted.
+class Perturbation:
+    """A second buffer for the parameters, which point to it while they are perturbed.
 
-    The parameters' own memory is never written, so they are bit for bit what they were when the
-    shift ends, also if the pass in between raises.
+    The parameters' own memory is never written: afterwards they are bit for bit what they were,
+    also if the pass in between raises.
     """
 
-    def __init__(self, groups: Groups) -> None:
-        self.groups = groups
-        self._originals = [p.detach() for p in groups.params]
-        self._flats = groups.buffers()
-        self._views = groups.views(self._flats)
+    def __init__(self, buckets: FlatBuckets) -> None:
+        self.buckets = buckets
+        self._originals = [p.detach() for p in buckets.params]
+        self._flats = buckets.buffers()
+        self._views = buckets.views(self._flats)
 
-    def fits(self, groups: Groups) -> bool:
+    def fits(self, buckets: FlatBuckets) -> bool:
         """Whether the buffer was made for these parameters as they lie in memory now."""
-        return groups is self.groups and all(
+        return buckets is self.buckets and all(
             p.data_ptr() == o.data_ptr()
-            for p, o in zip(groups.params, self._originals, strict=True)
+            for p, o in zip(buckets.params, self._originals, strict=True)
         )
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Take note of theta, for all shifts until the next call."""
-        self._theta = self.groups.gather(self._originals, "params")
+        """Read theta, for all perturbations until the next call."""
+        self._theta = self.buckets.gather(self._originals, "params")
 
     @torch.no_grad()
     def fill(
@@ -44,7 +46,7 @@ class Shift:
     ) -> Tensor:
         """Write ``theta + radius g / ||g||`` to the buffer and return ``||g||^2`` (0-dim, float64).
 
-        The gradients are gathered. A negative radius shifts the other way.
+        The gradients are gathered (:meth:`FlatBuckets.gather`); the radius may be negative.
         """
         if squared_norm is None and len(grads) > 1:
             squared_norm = dispatch.squared_norm([g for part in grads for g in part])
@@ -55,7 +57,7 @@ class Shift:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the parameters point to the buffer."""
+        """Let the parameters point to the buffer meanwhile."""
         try:
             self._point_to(self._views)
             yield
@@ -63,18 +65,12 @@ class Shift:
             self._point_to(self._originals)
 
     def _point_to(self, tensors: list[Tensor]) -> None:
-        for p, t in zip(self.groups.params, tensors, strict=True):
+        for p, t in zip(self.buckets.params, tensors, strict=True):
             p.data = t
 
 
 def hessian_gradient_product(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-    """Return ``H g``, the gradient of ``||g||^2 / 2``, by a backward pass through g (double
-    backward).
-
-    Args:
-        grads: gradients made with ``create_graph=True``.
-        params: the parameters they belong to.
-    """
+    """Return ``H g``, the gradient of ``||g||^2 / 2``, from gradients with a graph behind them."""
     with torch.enable_grad():
         squares = [g.to(accumulator_dtype(g.dtype)).square() for g in grads if g.requires_grad]
         half = sum(square.sum() for square in squares) / 2

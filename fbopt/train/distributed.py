@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fbopt._distributed import Failure, PeerError, Ranks
+from fbopt._distributed import Collectives, Failure, PeerError
 from fbopt.train.config.options import OptionsError
 from fbopt.train.launch import launched, leads, only_lead_prints
 
@@ -27,8 +27,8 @@ class World:
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
-        self.ranks = Ranks(group)
-        self.rank, self.size = self.ranks.rank, self.ranks.size
+        self.ranks = Collectives(group)
+        self.rank, self.size = self.ranks.rank, self.ranks.world_size
         self.lead = self.rank == 0
 
     def decided(self, decide: Callable[[], T]) -> T:
@@ -63,7 +63,7 @@ class World:
             yield
         except Exception as raised:
             error = raised
-        everyone = self.ranks.objects(None if error is None else Failure.of(error))
+        everyone = self.ranks.all_gather_object(None if error is None else Failure.of(error))
         for rank, failure in enumerate(everyone):
             if failure is not None:
                 raise failure.as_error(rank) if rank != self.rank else error
@@ -74,7 +74,7 @@ class World:
 
     def sum_(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over the processes."""
-        self.ranks.sum_([tensor])
+        self.ranks.all_reduce_([tensor])
 
     def device(self, name: str) -> torch.device:
         """The device that `--device` asks for: of several processes each has a GPU of its own."""

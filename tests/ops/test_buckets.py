@@ -8,7 +8,7 @@ from torch import nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientAccumulator, GradientPenalty
 from fbopt._ops import buckets
-from fbopt._ops.buckets import Groups
+from fbopt._ops.buckets import FlatBuckets
 
 
 class Many(nn.Module):
@@ -44,7 +44,7 @@ def run(method, mixed, monkeypatch, count):
         model, chunks=chunks, evaluate=lambda m, x: m(x).square(), penalty=penalty
     )
     losses = [optimizer.step(closure) for _ in range(3)]
-    packed = [len(part) == 1 for part in closure.accumulator.groups.gather(list(model.parts), "x")]
+    packed = [len(part) == 1 for part in closure.sums.buckets.gather(list(model.parts), "x")]
     return losses, [p.detach() for p in model.parts], [p.grad for p in model.parts], packed
 
 
@@ -59,16 +59,16 @@ def test_packed_and_listed_give_the_same(method, mixed, monkeypatch):
 
 def test_what_is_packed():
     small = [nn.Parameter(torch.zeros(16)) for _ in range(20)]
-    assert Groups(small).gather(small, "x")[0][0].numel() == 320
+    assert FlatBuckets(small).gather(small, "x")[0][0].numel() == 320
     for others in (small[:10], [*small, nn.Parameter(torch.zeros(100_000))]):
-        assert len(Groups(others).gather(others, "x")[0]) == len(others)
+        assert len(FlatBuckets(others).gather(others, "x")[0]) == len(others)
     transposed = [*small, nn.Parameter(torch.zeros(3, 4).T)]
-    assert len(Groups(transposed).gather(transposed, "x")[0]) == 21
+    assert len(FlatBuckets(transposed).gather(transposed, "x")[0]) == 21
 
 
 def test_slots_do_not_share_memory():
     params = [nn.Parameter(torch.zeros(4)) for _ in range(20)]
-    groups = Groups(params)
+    groups = FlatBuckets(params)
     ones, twos = ([torch.full((4,), v) for _ in params] for v in (1.0, 2.0))
     (first,), (second,) = groups.gather(ones, "a")[0], groups.gather(twos, "b")[0]
     assert torch.equal(first, torch.ones(80))
