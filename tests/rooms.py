@@ -1,6 +1,6 @@
 """The map of rooms: which folder of fbopt imports which, from the import statements of every file.
 
-    python tests/rooms.py     print it; exit with 1 where an arrow points back or files form a circle
+    python tests/rooms.py     print it; exit with 1 where an arrow points back or files form circles
 
 Imports inside functions count; those under ``if TYPE_CHECKING:`` do not.
 """
