@@ -17,7 +17,7 @@ train: $(READY)  ## train; options go in ARGS, such as make train ARGS="--help"
 	$(VENV)/bin/fbopt train $(ARGS)
 
 test: $(READY)  ## run the tests; ARGS go to pytest, such as make test ARGS="-k penalty"
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(READY)  ## check style and formatting
 	$(VENV)/bin/ruff check .
