@@ -69,8 +69,9 @@ def visit(model: nn.Module, data: list, modes: dict[str, Mode]) -> tuple[list[Te
     for index, (x, y) in enumerate(data):
         begin = time.perf_counter()
         grads = gradient(model, x, y)
-        square = modes["float32"].perturbation.fill(modes["float32"].accumulator.gather(grads), RADIUS)
-        with modes["float32"].perturbation.applied():
+        first = modes["float32"]
+        square = first.perturbation.fill(first.accumulator.gather(grads), RADIUS)
+        with first.perturbation.applied():
             plus = gradient(model, x, y)
         whole.append(time.perf_counter() - begin)
         for name in MODES[:: 1 if index % 2 else -1]:

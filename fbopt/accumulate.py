@@ -298,7 +298,7 @@ class GradientAccumulator:
     def scalar(self, value: float | Tensor, device: torch.device) -> Tensor:
         """A 0-dim float64 tensor; chunks come in few sizes, so that most are made once."""
         if isinstance(value, Tensor):
-            return value
+            return value.to(device)
         if len(self._scalars) > 64:
             self._scalars.clear()
         key = (value, device)

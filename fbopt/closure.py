@@ -29,6 +29,11 @@ class FullBatchClosure:
         loss    L = sum_c (n_c / N) L_c
         p.grad    = sum_c (n_c / N) (g_c + lambda H_c g_c)
 
+    With ``chunk_max_norm`` each chunk's term is clipped on its own::
+
+        p.grad = sum_c (n_c / N) g'_c min(1, chunk_max_norm / (||g'_c|| + 1e-6))
+        g'_c   = g_c + lambda H_c g_c
+
     A ragged last chunk counts by its samples. Follows torch's closure convention, so it serves
     ``FullBatchGD``, ``torch.optim.LBFGS``, Adam or SGD alike. Gradients replace whatever ``p.grad``
     held and live in a buffer that the next call overwrites: clone what you keep.
@@ -53,9 +58,13 @@ class FullBatchClosure:
         params: the tensors to differentiate by; by default the model's parameters that require
             grad.
         autocast: dtype to autocast the forward passes to, e.g. ``torch.bfloat16``.
+        chunk_max_norm: bound of the norm of every chunk's gradient, its penalty's part included;
+            None does not clip.
+        chunk_norms: set ``mean_sqnorm`` without a penalty, too.
         observe: ``observe(output, target)`` is called after every chunk's first pass, without
-            gradients. With exact sums all chunks may be visited again: what it counts has to begin
-            anew where ``chunks`` is iterated.
+            gradients.
+        on_pass_start: called without arguments before all chunks are visited, and again where exact
+            sums visit them once more: the place to clear what ``observe`` counts.
         cuda_graph: capture the work on a chunk in a CUDA graph and replay it, see below.
         process_group: the processes that share the step, a ``torch.distributed.ProcessGroup``; see
             below.
@@ -98,8 +107,9 @@ class FullBatchClosure:
 
     Attributes:
         step: number of completed calls; the argument of a penalty's ``coefficient`` function.
-        mean_sqnorm: with a penalty, ``sum_c (n_c/N) ||g_c||^2`` of the last call (0-dim float64),
-            else None.
+        mean_sqnorm: with a penalty, ``chunk_norms`` or ``chunk_max_norm``, the mean squared norm of
+            the chunks' gradients, ``sum_c (n_c/N) ||g_c||^2`` without penalty and clip, of the last
+            call (0-dim float64), else None.
         accumulator: the :class:`GradientAccumulator` at work.
         cuda_graph: whether chunks are captured. Set to False, the next call frees all graphs; set
             to True, captures begin again.
@@ -126,7 +136,10 @@ class FullBatchClosure:
         weight: Callable[[Any], float] | None = None,
         params: Iterable[Tensor] | None = None,
         autocast: torch.dtype | None = None,
+        chunk_max_norm: float | None = None,
+        chunk_norms: bool = False,
         observe: Callable[[Any, Any], None] | None = None,
+        on_pass_start: Callable[[], None] | None = None,
         cuda_graph: bool = False,
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
@@ -136,8 +149,11 @@ class FullBatchClosure:
             chunks,
             evaluate=evaluate,
             observe=observe,
+            on_pass_start=on_pass_start,
             weight=weight,
             autocast=autocast,
+            chunk_max_norm=chunk_max_norm,
+            chunk_norms=chunk_norms,
             cuda_graph=cuda_graph,
             penalty=penalty,
             optimizer=optimizer,
@@ -145,7 +161,8 @@ class FullBatchClosure:
         self.model, self.loss_fn, self.chunks = model, loss_fn, chunks
         self.penalty, self.optimizer = penalty, optimizer
         self.evaluate, self.weight, self.observe = evaluate, weight, observe
-        self.autocast = autocast
+        self.on_pass_start, self.autocast = on_pass_start, autocast
+        self.chunk_max_norm, self.chunk_norms = chunk_max_norm, chunk_norms
         self._given = None if params is None else check_params(params)
         self.accumulator = GradientAccumulator(self._trainable(), accumulation)
         devices = {p.device for p in self.accumulator.params}
@@ -156,6 +173,7 @@ class FullBatchClosure:
         self._graphs: ChunkGraphs | None = None
         self._follow_cuda_graph()
         self._perturbation: Perturbation | None = None
+        self._scratch: GradientAccumulator | None = None
         self._random: GeneratorSnapshot | None = None
         self._before, self._between = BufferSnapshot(model), BufferSnapshot(model)
         self._statistics = RunningStatistics(model, accumulation == "exact")
@@ -181,13 +199,16 @@ class FullBatchClosure:
             self.accumulator,
             accumulation=self.accumulator.accumulation,
             penalty=self.penalty and self.penalty.method,
+            chunk_max_norm=self.chunk_max_norm,
+            chunk_norms=self.chunk_norms,
         )
         try:
             loss, square = self._complete(coefficient)
         except BaseException:
             self.rollback()
             raise
-        self.mean_sqnorm = None if coefficient is None else square
+        noted = coefficient is not None or self.chunk_norms or self.chunk_max_norm is not None
+        self.mean_sqnorm = square if noted else None
         self.step += 1
         return loss
 
@@ -289,10 +310,16 @@ class FullBatchClosure:
                 self._perturbation = Perturbation(buckets)
             self._perturbation.begin()
             self._random = GeneratorSnapshot({p.device for p in params})
+        if coefficient is None or self.chunk_max_norm is None:
+            self._scratch = None
+        elif self._scratch is None or self._scratch.params != self.accumulator.params:
+            self._scratch = GradientAccumulator(params)
 
     def _visit(self, coefficient: float | Tensor | None) -> ChunkTotals:
         """Add up this process's chunks."""
         totals = ChunkTotals()
+        if self.on_pass_start is not None:
+            self.on_pass_start()
         if coefficient is not None:
             coefficient = scalar_on(self.accumulator.params[0].device, coefficient)
         work = ChunkGradient(
@@ -305,6 +332,9 @@ class FullBatchClosure:
             self._statistics,
             self._between,
             self._perturbation,
+            self.chunk_max_norm,
+            self.chunk_norms,
+            self._scratch,
         )
         if self._graphs is not None:
             self._graphs.begin(work, coefficient, self.observe)

@@ -16,6 +16,7 @@ from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.perturb import Perturbation, hessian_gradient_product
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._ops import dispatch
+from fbopt._ops.reference import clip_coefficient
 from fbopt.accumulate import GradientAccumulator
 from fbopt.penalty import GradientPenalty
 
@@ -33,6 +34,8 @@ class ChunkGradient:
         statistics: where BatchNorm's statistics are added.
         buffers: keeps the model's buffers during the shifted passes.
         perturbation: the second buffer of the parameters, for a penalty that needs it.
+        chunk_max_norm, chunk_norms: as for the closure.
+        scratch: sums of one chunk's penalised gradient, where that is clipped.
     """
 
     model: nn.Module
@@ -44,6 +47,9 @@ class ChunkGradient:
     statistics: RunningStatistics
     buffers: BufferSnapshot
     perturbation: Perturbation | None
+    chunk_max_norm: float | None = None
+    chunk_norms: bool = False
+    scratch: GradientAccumulator | None = None
 
     @property
     def repetitions(self) -> int:
@@ -59,7 +65,7 @@ class ChunkGradient:
         draws: GeneratorSnapshot | None,
         observe: Observe,
     ) -> tuple[Tensor, Tensor | None]:
-        """Add one chunk's gradient; return its loss and, with a penalty, ||g||^2 (float64)."""
+        """Add one chunk's gradient; return its loss and ||g||^2 (float64; None if not wanted)."""
         exact = self.penalty is not None and self.penalty.method == "exact"
         if self.repetitions:
             draws.begin()
@@ -69,22 +75,45 @@ class ChunkGradient:
         self.statistics.record(lambda device: self.accumulator.scalar(weight, device))
         loss = loss.detach()  # its graph holds the activations that the next pass needs room for
         if self.penalty is None:
-            self.accumulator.add_parts(self.accumulator.gather(grads), weight)
-            return loss, None
+            return loss, self._add_plain(grads, weight)
         if exact:
             return loss, self._add_exact(grads, weight, coefficient)
         return loss, self._add_shifted(index, chunk, grads, weight, coefficient, draws)
 
+    def _add_plain(self, grads: Sequence[Tensor | None], weight: float | Tensor) -> Tensor | None:
+        parts, square = self.accumulator.gather(grads), None
+        if self.chunk_norms or self.chunk_max_norm is not None:
+            square = _squared_norm(parts)
+        if self.chunk_max_norm is not None:
+            weight = self._clipped(weight, square)
+        self.accumulator.add_parts(parts, weight)
+        return square
+
     def _add_exact(
         self, grads: Sequence[Tensor | None], weight: float | Tensor, coefficient: Tensor
     ) -> Tensor:
-        accumulator = self.accumulator
+        accumulator, clips = self.accumulator, self.chunk_max_norm is not None
         products = hessian_gradient_product([g for g in grads if g is not None], accumulator.params)
         parts = accumulator.gather([None if g is None else g.detach() for g in grads])
-        square = dispatch.squared_norm([g for part in parts for g in part])
+        square = _squared_norm(parts)
         products = accumulator.buckets.gather(products, "plus")
-        accumulator.add_products(parts, products, weight, coefficient)
+        if clips:
+            self.scratch.reset()
+            self.scratch.add_products(parts, products, 1.0, coefficient)
+            self._add_scratch(weight)
+        else:
+            accumulator.add_products(parts, products, weight, coefficient)
         return square
+
+    def _add_scratch(self, weight: float | Tensor) -> None:
+        """Clip the penalised gradient in ``scratch`` and add it."""
+        whole = self.scratch._operands
+        self.accumulator.add_parts(whole, self._clipped(weight, _squared_norm(whole)))
+
+    def _clipped(self, weight: float | Tensor, square: Tensor) -> Tensor:
+        """The weight times min(1, chunk_max_norm / (||g|| + 1e-6))."""
+        scale = self.accumulator.scalar(weight, square.device)
+        return scale * clip_coefficient(self.chunk_max_norm, square.sqrt())
 
     def _add_shifted(
         self,
@@ -112,7 +141,13 @@ class ChunkGradient:
             finally:
                 torch.clear_autocast_cache()
                 self.buffers.restore()
-        self.accumulator.add_penalised(parts, plus, minus, weight, coefficient, square, radius)
+        difference = parts, plus, minus
+        if self.chunk_max_norm is None:
+            self.accumulator.add_penalised(*difference, weight, coefficient, square, radius)
+        else:
+            self.scratch.reset()
+            self.scratch.add_penalised(*difference, 1.0, coefficient, square, radius)
+            self._add_scratch(weight)
         return square
 
     def _shifted_gradient(self, index: int, chunk: Any) -> Sequence[Tensor | None]:
@@ -141,3 +176,8 @@ class ChunkGradient:
     def _name(self, index: int) -> str:
         wanted = self.accumulator.params[index]
         return next((n for n, p in self.model.named_parameters() if p is wanted), "unnamed")
+
+
+def _squared_norm(parts: Sequence[Sequence[Tensor]]) -> Tensor:
+    """||g||^2 of a gathered gradient: 0-dim, float64."""
+    return dispatch.squared_norm([g for part in parts for g in part])

@@ -84,7 +84,12 @@ class ChunkGraphs:
             coefficient: the penalty's, on the device; None without.
             observe: as for the closure.
         """
-        kept = (work.accumulator.buckets, work.statistics.kept, work.perturbation)
+        kept = (
+            work.accumulator.buckets,
+            work.statistics.kept,
+            work.perturbation,
+            work.scratch,
+        )
         held = [work.model, work.loss_fn, work.evaluate, *kept]
         self._buffers = dict(work.model.named_buffers(remove_duplicate=False))
         tensors = [*work.accumulator.params, *work.model.parameters(), *self._buffers.values()]
@@ -241,6 +246,8 @@ def _baked(work: ChunkGradient, device: torch.device) -> tuple:
     """What a capture takes over from its surroundings, besides addresses."""
     return (
         None if work.penalty is None else (work.penalty.method, work.penalty.radius),
+        work.chunk_max_norm,
+        work.chunk_norms,
         work.autocast,
         torch.is_autocast_enabled(device.type),
         torch.get_autocast_dtype(device.type),

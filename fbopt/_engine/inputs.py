@@ -19,8 +19,11 @@ def check_arguments(
     *,
     evaluate: Any,
     observe: Any,
+    on_pass_start: Any,
     weight: Any,
     autocast: Any,
+    chunk_max_norm: Any,
+    chunk_norms: Any,
     cuda_graph: Any,
     **typed: Any,
 ) -> None:
@@ -31,7 +34,13 @@ def check_arguments(
         raise ValueError(
             "pass either loss_fn, for chunks of (input, target), or evaluate=, for any others"
         )
-    functions = {"loss_fn": loss_fn, "evaluate": evaluate, "observe": observe, "weight": weight}
+    functions = {
+        "loss_fn": loss_fn,
+        "evaluate": evaluate,
+        "observe": observe,
+        "on_pass_start": on_pass_start,
+        "weight": weight,
+    }
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")
@@ -57,8 +66,11 @@ def check_arguments(
             )
     if autocast is not None and autocast not in (torch.bfloat16, torch.float16):
         raise ValueError(f"autocast must be torch.bfloat16 or torch.float16, got {autocast}")
-    if not isinstance(cuda_graph, bool):
-        raise TypeError(f"cuda_graph must be True or False, got {type(cuda_graph).__name__}")
+    if chunk_max_norm is not None:
+        check_number("chunk_max_norm", chunk_max_norm, above=0)
+    for name, value in (("chunk_norms", chunk_norms), ("cuda_graph", cuda_graph)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
 def refuse_compiled(model: nn.Module) -> None:

@@ -174,13 +174,14 @@ def exact_mean_(
         m.copy_((c.double() * 2.0**64 + a.double()) / divisor.double() / scale)
 
 
-def _clip_coefficient(max_norm: float, total_norm: Tensor) -> Tensor:
+def clip_coefficient(max_norm: float, total_norm: Tensor) -> Tensor:
+    """Return min(1, max_norm / (total_norm + 1e-6)), a 0-dim float64 tensor."""
     return (max_norm / (total_norm.double() + 1e-6)).clamp(max=1.0)
 
 
 def clip_(grads: list[Tensor], total_norm: Tensor, max_norm: float) -> None:
     """Scale g <- min(1, max_norm / (total_norm + 1e-6)) g."""
-    coefficient = _clip_coefficient(max_norm, total_norm)
+    coefficient = clip_coefficient(max_norm, total_norm)
     for g in grads:
         g.copy_(_wide(g) * coefficient.to(_wide(g).dtype))
 
@@ -212,7 +213,7 @@ def sgd_step_(
         wide = _wide(p)
         d = -g.to(wide.dtype) if maximize else g.to(wide.dtype)
         if max_norm is not None:
-            d = d * _clip_coefficient(max_norm, total_norm).to(wide.dtype)
+            d = d * clip_coefficient(max_norm, total_norm).to(wide.dtype)
         if weight_decay != 0:
             d = d + weight_decay * wide
         if momentum != 0:

@@ -191,11 +191,11 @@ def test_sums_beyond_float32_are_no_overflow():
 class Thread:
     """Stands for one of several processes, which sum where they meet."""
 
-    alone = False
+    is_single = False
     meeting: threading.Barrier
     brought: list[torch.Tensor]
 
-    def sum_(self, tensors):
+    def all_reduce_(self, tensors):
         for tensor in tensors:
             self.brought.append(tensor.clone())
             self.meeting.wait()

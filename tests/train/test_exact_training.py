@@ -41,7 +41,7 @@ def trained(tiny, out, order, monkeypatch, **changes):
 
     def reordered(self, *args, **kwargs):
         prepare(self, *args, **kwargs)
-        self.chunks = dataclasses.replace(self.chunks, order=order)
+        self.chunks = self.closure.chunks = dataclasses.replace(self.chunks, order=order)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "__init__", reordered)
