@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks import networks
 from benchmarks.cases import scalar
 from benchmarks.report import Report, arguments, options
-from fbopt import GradientAccumulator
+from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.perturb import Perturbation
 from fbopt.train import models
 from fbopt.train.data.load import load
@@ -35,28 +35,25 @@ class Mode:
     """The chunk update with one accumulation."""
 
     def __init__(self, params: list[nn.Parameter], accumulation: str) -> None:
-        self.accumulator = GradientAccumulator(params, accumulation)
-        self.perturbation = Perturbation(self.accumulator.buckets)
+        self.sums = GradientSums(params, accumulation)
+        self.perturbation = Perturbation(self.sums.buckets)
         self.seconds: list[float] = []
 
     def begin(self) -> None:
         """Start a pass."""
-        self.accumulator.reset()
+        self.sums.reset()
         self.perturbation.begin()
         self.seconds = []
 
     def update(self, grads: Sequence[Tensor], plus: Sequence[Tensor], weight: int) -> None:
         """Everything but the passes."""
         begin = time.perf_counter()
-        parts = self.accumulator.gather(grads)
+        parts = self.sums.gather(grads)
         square = self.perturbation.fill(parts, RADIUS)
-        plus = self.accumulator.gather(plus, "plus")
-        self.accumulator.add_penalised(
-            parts, plus, [], weight, scalar(LR * STRENGTH / 4), square, RADIUS
-        )
+        plus = self.sums.gather(plus, "plus")
+        self.sums.add_penalised(parts, plus, [], weight, scalar(LR * STRENGTH / 4), square, RADIUS)
         self.seconds.append(time.perf_counter() - begin)
-        self.accumulator.total_weight += weight
-        self.accumulator.additions += 1
+        self.sums.total_weight += weight
 
 
 def visit(model: nn.Module, data: list, modes: dict[str, Mode]) -> tuple[list[Tensor], list[float]]:
@@ -70,7 +67,7 @@ def visit(model: nn.Module, data: list, modes: dict[str, Mode]) -> tuple[list[Te
         begin = time.perf_counter()
         grads = gradient(model, x, y)
         first = modes["float32"]
-        square = first.perturbation.fill(first.accumulator.gather(grads), RADIUS)
+        square = first.perturbation.fill(first.sums.gather(grads), RADIUS)
         with first.perturbation.applied():
             plus = gradient(model, x, y)
         whole.append(time.perf_counter() - begin)
@@ -91,7 +88,8 @@ def nearness(modes: dict[str, Mode], sums: list[Tensor], total: float) -> tuple[
     """The shares of elements for which exact sums are no farther from the float64 mean, nearer."""
     errors = []
     for name in MODES:
-        means = modes[name].accumulator.mean()
+        modes[name].sums.finish()
+        means = modes[name].sums.means()
         pairs = zip(means, sums, strict=True)
         errors.append(torch.cat([(m.double() - s / total).abs().flatten() for m, s in pairs]))
     rounded, exact = errors
@@ -101,11 +99,11 @@ def nearness(modes: dict[str, Mode], sums: list[Tensor], total: float) -> tuple[
 def run(report: Report, model: nn.Module, data: list) -> None:
     """One pass to find the units, and one that is measured."""
     modes = {name: Mode(list(model.parameters()), name) for name in MODES}
-    fixed = modes["exact"].accumulator.fixed
+    exact = modes["exact"].sums
     visit(model, data[:3], modes)
     for _ in range(3):
         sums, whole = visit(model, data, modes)
-        if fixed.fit(fixed.maxima(), max(CHUNKS, len(data))):
+        if exact.fit(exact.maxima(), max(CHUNKS, len(data))):
             break
     title = f"{len(data)} chunks of {len(data[0][1])}"
     pairs = zip(*(modes[name].seconds for name in ("exact", "float32")), strict=True)
@@ -118,9 +116,9 @@ def run(report: Report, model: nn.Module, data: list) -> None:
     report.goal(title, "chunk update, exact over float32", statistics.median(ratios), at_most=COST)
     share = statistics.median(modes["exact"].seconds) / statistics.median(whole)
     report.goal(title, "exact chunk update, share of the work on a chunk", share, at_most=SHARE)
-    carried = [int(c.ne(0).sum()) for part in fixed._carries for c in part]
+    carried = [int(c.ne(0).sum()) for part in exact._sums._carries for c in part]
     report.fact(f"{title}, elements with a carry", f"{sum(carried):,}")
-    no_farther, nearer = nearness(modes, sums, modes["exact"].accumulator.total_weight)
+    no_farther, nearer = nearness(modes, sums, exact.total_weight)
     report.goal(title, "elements no farther from the float64 mean", no_farther, at_least=NEARER)
     report.fact(f"{title}, elements nearer to it", f"{nearer:.4f}")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Chunk, WrongResult, scalar
-from fbopt import GradientAccumulator
+from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.perturb import Perturbation
 
 Pass = Callable[[], object]
@@ -42,20 +42,20 @@ class Ours(ChunkUpdate):
 
     def __init__(self, chunk: Chunk) -> None:
         self.chunk, self.params = chunk, chunk.parameters()
-        self.accumulator = GradientAccumulator(self.params, self.accumulation)
-        self.perturbation = Perturbation(self.accumulator.buckets)
+        self.gradients = GradientSums(self.params, self.accumulation)
+        self.perturbation = Perturbation(self.gradients.buckets)
         self.perturbation.begin()
-        self.sums = self.accumulator.sums
+        self.sums = self.gradients.views
         self.coefficient, self.weight = scalar(chunk.coefficient, chunk.device), chunk.weight
 
     def update(self, second_pass: Pass) -> None:
-        c, accumulator = self.chunk, self.accumulator
-        grads = accumulator.gather(c.grads)
+        c, gradients = self.chunk, self.gradients
+        grads = gradients.gather(c.grads)
         square = self.perturbation.fill(grads, c.radius)
         with self.perturbation.applied():
             second_pass()
-        plus = accumulator.gather(c.plus, "plus")
-        accumulator.add_penalised(grads, plus, [], self.weight, self.coefficient, square, c.radius)
+        plus = gradients.gather(c.plus, "plus")
+        gradients.add_penalised(grads, plus, [], self.weight, self.coefficient, square, c.radius)
 
 
 class OursExact(Ours):
@@ -71,9 +71,8 @@ class OursExact(Ours):
     def __init__(self, chunk: Chunk) -> None:
         super().__init__(chunk)
         self.update(lambda: None)
-        fixed = self.accumulator.fixed
-        fixed.fit(fixed.maxima(), self.chunks)
-        self.accumulator.reset()
+        self.gradients.fit(self.gradients.maxima(), self.chunks)
+        self.gradients.reset()
 
     def update(self, second_pass: Pass) -> None:
         super().update(second_pass)
@@ -81,11 +80,11 @@ class OursExact(Ours):
             self.weight = -self.weight
 
     def total(self, chunks: int) -> list[Tensor]:
-        fixed, self.checked = self.accumulator.fixed, True
-        if not fixed.fit(fixed.maxima(), self.chunks):
+        self.checked = True
+        if not self.gradients.fit(self.gradients.maxima(), self.chunks):
             raise WrongResult(f"{self.name}: the units do not fit")
-        self.accumulator.total_weight = 1.0
-        self.accumulator.settle(set())
+        self.gradients.total_weight = 1.0
+        self.gradients.finish()
         return self.sums
 
 

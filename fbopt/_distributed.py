@@ -148,6 +148,16 @@ class Collectives:
             for tensor in tensors:
                 dist.all_reduce(tensor, group=self.group)
 
+    def all_reduce_coalesced_(self, tensors: Sequence[Tensor]) -> None:
+        """The same in one all-reduce of float64 values, on the device of the first tensor."""
+        if self.is_single or not tensors:
+            return
+        device = tensors[0].device
+        flat = torch.cat([t.reshape(-1).to(device, torch.float64) for t in tensors])
+        self.all_reduce_([flat])
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view_as(t))
+
     def all_gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Put the columns of all processes side by side.
 

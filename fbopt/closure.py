@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from fbopt._checks import check_params
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.chunk import ChunkGradient
+from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.cuda_graphs import ChunkGraphs, graph_device, refuse_nested
+from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
 from fbopt._engine.inputs import check_arguments, refuse_compiled, weigh
 from fbopt._engine.perturb import Perturbation
-from fbopt._engine.reduce import ChunkTotals, Reduction
+from fbopt._engine.reduce import Reduction
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._ops.flat import scalar_on
-from fbopt.accumulate import MOST_PASSES, GradientAccumulator
 from fbopt.penalty import GradientPenalty
 
 
@@ -110,7 +111,7 @@ class FullBatchClosure:
         mean_sqnorm: with a penalty, ``chunk_norms`` or ``chunk_max_norm``, the mean squared norm of
             the chunks' gradients, ``sum_c (n_c/N) ||g_c||^2`` without penalty and clip, of the last
             call (0-dim float64), else None.
-        accumulator: the :class:`GradientAccumulator` at work.
+        accumulation: as given.
         cuda_graph: whether chunks are captured. Set to False, the next call frees all graphs; set
             to True, captures begin again.
 
@@ -164,21 +165,25 @@ class FullBatchClosure:
         self.on_pass_start, self.autocast = on_pass_start, autocast
         self.chunk_max_norm, self.chunk_norms = chunk_max_norm, chunk_norms
         self._given = None if params is None else check_params(params)
-        self.accumulator = GradientAccumulator(self._trainable(), accumulation)
-        devices = {p.device for p in self.accumulator.params}
-        self._reduction = Reduction(model, devices, process_group)
+        self.sums = GradientSums(self._trainable(), accumulation)
+        self._statistics = RunningStatistics(model, accumulation)
+        self._reduction = Reduction(model, self.sums, self._statistics, process_group)
         if penalty is not None:
             self._coefficient()
         self.cuda_graph = cuda_graph
         self._graphs: ChunkGraphs | None = None
         self._follow_cuda_graph()
         self._perturbation: Perturbation | None = None
-        self._scratch: GradientAccumulator | None = None
+        self._clip: ChunkClip | None = None
         self._random: GeneratorSnapshot | None = None
         self._before, self._between = BufferSnapshot(model), BufferSnapshot(model)
-        self._statistics = RunningStatistics(model, accumulation == "exact")
         self.step = self._step_before = 0
         self.mean_sqnorm: Tensor | None = None
+
+    @property
+    def accumulation(self) -> str:
+        """How the sum over chunks is kept."""
+        return self.sums.accumulation
 
     def __call__(self) -> Tensor:
         """Fill ``p.grad`` and return the mean loss: 0-dim, float32 (float64 for a float64 loss)."""
@@ -187,7 +192,7 @@ class FullBatchClosure:
         return loss
 
     def accumulate(self) -> Tensor:
-        """Visit every chunk once, leave the weighted sum in ``accumulator``, return the mean loss.
+        """Visit every chunk once, leave the weighted sum in ``sums``, return the mean loss.
 
         ``p.grad`` is None afterwards; :meth:`assign` fills it. An exception leaves parameters and
         buffers as they were.
@@ -196,8 +201,7 @@ class FullBatchClosure:
         with reduction.preparing():
             coefficient = self._begin()
         reduction.begin(
-            self.accumulator,
-            accumulation=self.accumulator.accumulation,
+            accumulation=self.accumulation,
             penalty=self.penalty and self.penalty.method,
             chunk_max_norm=self.chunk_max_norm,
             chunk_norms=self.chunk_norms,
@@ -214,18 +218,17 @@ class FullBatchClosure:
 
     def _complete(self, coefficient: float | Tensor | None) -> tuple[Tensor, Tensor]:
         """Visit all chunks, again where the units of exact sums did not fit; return the means."""
-        draws = GeneratorSnapshot({p.device for p in self.accumulator.params})
-        if self.accumulator.fixed is not None:
-            draws.begin()
+        draws = GeneratorSnapshot({p.device for p in self.sums.params})
+        draws.begin()
         for attempt in range(MOST_PASSES):
             if attempt:
                 self._before.restore()
-                self.accumulator.reset()
+                self.sums.reset()
                 draws.rewind()
             with torch.no_grad(), self._statistics.averaging():
-                with self._reduction.visiting(self.accumulator, self._statistics):
-                    totals = self._visit(coefficient)
-                found = self._reduction.combine(self.accumulator, self._statistics, totals)
+                with self._reduction.visiting():
+                    self._visit(coefficient)
+                found = self._reduction.combine()
             if found is not None:
                 return found
         raise RuntimeError(
@@ -237,7 +240,9 @@ class FullBatchClosure:
 
     def assign(self) -> None:
         """Set ``p.grad`` to the mean over all chunks, None for parameters that no chunk used."""
-        for p, g in zip(self.accumulator.params, self.accumulator.mean(), strict=True):
+        if self.sums.total_weight == 0:
+            raise RuntimeError("assign(): nothing was accumulated; call accumulate() first")
+        for p, g in zip(self.sums.params, self.sums.means(), strict=True):
             p.grad = g
 
     def rollback(self) -> None:
@@ -247,14 +252,17 @@ class FullBatchClosure:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has to be saved to go on: the number of calls, the units of exact sums."""
-        units = {"sums": self.accumulator.state_dict(), "statistics": self._statistics.state_dict()}
-        return {"step": self.step} | ({} if self.accumulator.fixed is None else units)
+        return {
+            "step": self.step,
+            "sums": self.sums.state_dict(),
+            "statistics": self._statistics.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved :meth:`state_dict`."""
         self.step = int(state["step"])
-        self.accumulator.load_state_dict(state.get("sums", {}))
-        self._statistics.load_state_dict(state.get("statistics", ()))
+        self.sums.load_state_dict(state["sums"])
+        self._statistics.load_state_dict(state["statistics"])
 
     def _trainable(self) -> list[Tensor]:
         params = self.model.parameters() if self._given is None else self._given
@@ -296,54 +304,49 @@ class FullBatchClosure:
         return coefficient
 
     def _prepare(self, coefficient: float | Tensor | None) -> None:
-        params = self._trainable()
-        if [id(p) for p in params] != [id(p) for p in self.accumulator.params]:
-            self.accumulator = self.accumulator.successor(params)
-        else:
-            self.accumulator.reset()
-        for p in params:
+        self.sums.reset(self._trainable())
+        for p in self.sums.params:
             p.grad = None
         shifts = coefficient is not None and self.penalty.method != "exact"
         if shifts:
-            buckets = self.accumulator.buckets
+            buckets = self.sums.buckets
             if self._perturbation is None or not self._perturbation.fits(buckets):
                 self._perturbation = Perturbation(buckets)
             self._perturbation.begin()
-            self._random = GeneratorSnapshot({p.device for p in params})
-        if coefficient is None or self.chunk_max_norm is None:
-            self._scratch = None
-        elif self._scratch is None or self._scratch.params != self.accumulator.params:
-            self._scratch = GradientAccumulator(params)
+            self._random = GeneratorSnapshot({p.device for p in self.sums.params})
+        if self.chunk_max_norm is None:
+            self._clip = None
+        else:
+            if self._clip is None or not self._clip.fits(self.sums):
+                self._clip = ChunkClip(self.sums, self.chunk_max_norm)
+            self._clip.max_norm = self.chunk_max_norm
 
-    def _visit(self, coefficient: float | Tensor | None) -> ChunkTotals:
+    def _visit(self, coefficient: float | Tensor | None) -> None:
         """Add up this process's chunks."""
-        totals = ChunkTotals()
         if self.on_pass_start is not None:
             self.on_pass_start()
         if coefficient is not None:
-            coefficient = scalar_on(self.accumulator.params[0].device, coefficient)
+            coefficient = scalar_on(self.sums.params[0].device, coefficient)
         work = ChunkGradient(
             self.model,
             self.loss_fn,
             self.evaluate,
             self.autocast,
             None if coefficient is None else self.penalty,
-            self.accumulator,
+            self.sums,
             self._statistics,
             self._between,
             self._perturbation,
-            self.chunk_max_norm,
+            self._clip,
             self.chunk_norms,
-            self._scratch,
         )
         if self._graphs is not None:
             self._graphs.begin(work, coefficient, self.observe)
         for index, chunk in enumerate(self.chunks):
             weight = weigh(index, chunk, self.weight)
-            self.accumulator.check_weight(weight)
+            self.sums.check_weight(weight)
             if self._graphs is None:
                 loss, square = work(index, chunk, weight, coefficient, self._random, self.observe)
             else:
                 loss, square = self._graphs.visit(work, index, chunk, weight, self._random)
-            totals.add(loss, square, weight)
-        return totals
+            self._reduction.add(loss, square, weight)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fbopt._checks import check_disjoint, check_number, check_storage
+from fbopt._engine.gradient_sums import GradientSums
 from fbopt._ops import dispatch
 from fbopt._ops.flat import accumulator_dtype, scalar_on
-from fbopt.accumulate import GradientAccumulator
 from fbopt.clip import check_finite, check_norm_type, total_norm
 from fbopt.closure import FullBatchClosure
 
@@ -139,7 +139,7 @@ class FullBatchGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure() if whole is None else whole.accumulate()
         try:
-            self._update(None if whole is None else whole.accumulator, **clipping)
+            self._update(None if whole is None else whole.sums, **clipping)
         except (RuntimeError, TypeError, ValueError):
             if whole is not None:
                 whole.assign()
@@ -151,21 +151,21 @@ class FullBatchGD(torch.optim.Optimizer):
 
     def _update(
         self,
-        accumulator: GradientAccumulator | None,
+        sums: GradientSums | None,
         max_norm: float | None,
         norm_type: float,
         error_if_nonfinite: bool,
     ) -> None:
-        batches = list(self._batches(accumulator))
+        batches = list(self._batches(sums))
         norm = self._norm(batches, norm_type)
         if error_if_nonfinite:
             check_finite(norm)
         done = set()
         for batch in batches:
             batch.step(norm, max_norm)
-            done.update(batch.sums)
-        if accumulator is not None:
-            accumulator.settle(done)
+            done.update(batch.indices)
+        if sums is not None:
+            sums.settle(done)
         self.last_grad_norm = norm
 
     def _norm(self, batches: list[_Batch], norm_type: float) -> Tensor:
@@ -181,17 +181,19 @@ class FullBatchGD(torch.optim.Optimizer):
             return torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), norm_type)
         return norms[0] if norms else torch.zeros(())
 
-    def _batches(self, accumulator: GradientAccumulator | None) -> Iterable[_Batch]:
+    def _batches(self, sums: GradientSums | None) -> Iterable[_Batch]:
         """What one call can update: tensors that agree in group, device, dtypes and first step."""
-        index = {} if accumulator is None else {id(p): i for i, p in enumerate(accumulator.params)}
+        index = {} if sums is None else {id(p): i for i, p in enumerate(sums.params)}
         for group in self.param_groups:
             kinds: dict[tuple, list[tuple[Tensor, Tensor, int | None]]] = {}
             for p in group["params"]:
                 i = index.get(id(p))
-                if i is not None:
-                    grad = accumulator.sums[i] if accumulator.has_grad(i) else None
-                else:
+                if i is None:
                     grad = p.grad
+                elif i in sums.unseen:
+                    continue
+                else:
+                    grad = sums.views[i]
                 if grad is None:
                     continue
                 buffer = self.state.get(p, {}).get("momentum_buffer")
@@ -205,9 +207,9 @@ class FullBatchGD(torch.optim.Optimizer):
                     (p, grad, i)
                 )
             for (device, _, _, first, own), members in kinds.items():
-                params, grads, sums = map(list, zip(*members, strict=True))
-                divisor = None if own else accumulator.divisor(device)
-                yield _Batch(self, group, params, grads, [] if own else sums, divisor, first)
+                params, grads, indices = map(list, zip(*members, strict=True))
+                divisor = None if own else sums.divisor(device)
+                yield _Batch(self, group, params, grads, [] if own else indices, divisor, first)
 
     def _clipping(self) -> dict[str, Any]:
         values = {name: self.param_groups[0][name] for name in GLOBAL}
@@ -239,7 +241,7 @@ class _Batch(NamedTuple):
     group: dict[str, Any]
     params: list[Tensor]
     grads: list[Tensor]
-    sums: list[int]
+    indices: list[int]
     divisor: Tensor | None
     first: bool
 

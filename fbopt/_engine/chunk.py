@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fbopt._engine.batchnorm import RunningStatistics
+from fbopt._engine.chunk_clip import ChunkClip, squared_norm
 from fbopt._engine.forward import ChunkLoss
+from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.perturb import Perturbation, hessian_gradient_product
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
-from fbopt._ops import dispatch
-from fbopt._ops.reference import clip_coefficient
-from fbopt.accumulate import GradientAccumulator
 from fbopt.penalty import GradientPenalty
 
 Observe = Callable[[Any, Any], None] | None
@@ -30,12 +29,12 @@ class ChunkGradient:
     Args:
         model, loss_fn, evaluate, autocast: as for the closure.
         penalty: the penalty, or None where its coefficient is zero.
-        accumulator: where the gradients are added.
+        sums: where the gradients are added.
         statistics: where BatchNorm's statistics are added.
         buffers: keeps the model's buffers during the shifted passes.
         perturbation: the second buffer of the parameters, for a penalty that needs it.
-        chunk_max_norm, chunk_norms: as for the closure.
-        scratch: sums of one chunk's penalised gradient, where that is clipped.
+        clip: what clips the chunk's gradient; None where it is not clipped.
+        chunk_norms: whether ||g||^2 is wanted without a penalty, too.
     """
 
     model: nn.Module
@@ -43,13 +42,12 @@ class ChunkGradient:
     evaluate: Callable[[nn.Module, Any], Tensor] | None
     autocast: torch.dtype | None
     penalty: GradientPenalty | None
-    accumulator: GradientAccumulator
+    sums: GradientSums
     statistics: RunningStatistics
     buffers: BufferSnapshot
     perturbation: Perturbation | None
-    chunk_max_norm: float | None = None
-    chunk_norms: bool = False
-    scratch: GradientAccumulator | None = None
+    clip: ChunkClip | None
+    chunk_norms: bool
 
     @property
     def repetitions(self) -> int:
@@ -72,7 +70,7 @@ class ChunkGradient:
         self.statistics.clear()
         loss = self._forward(index, chunk, observe)
         grads = self._gradient(loss, create_graph=exact)
-        self.statistics.record(lambda device: self.accumulator.scalar(weight, device))
+        self.statistics.record(lambda device: self.sums.scalar(weight, device))
         loss = loss.detach()  # its graph holds the activations that the next pass needs room for
         if self.penalty is None:
             return loss, self._add_plain(grads, weight)
@@ -81,39 +79,23 @@ class ChunkGradient:
         return loss, self._add_shifted(index, chunk, grads, weight, coefficient, draws)
 
     def _add_plain(self, grads: Sequence[Tensor | None], weight: float | Tensor) -> Tensor | None:
-        parts, square = self.accumulator.gather(grads), None
-        if self.chunk_norms or self.chunk_max_norm is not None:
-            square = _squared_norm(parts)
-        if self.chunk_max_norm is not None:
-            weight = self._clipped(weight, square)
-        self.accumulator.add_parts(parts, weight)
+        parts = self.sums.gather(grads)
+        square = squared_norm(parts) if self.chunk_norms or self.clip is not None else None
+        if self.clip is not None:
+            weight = self.clip.weight(weight, square)
+        self.sums.add(parts, weight)
         return square
 
     def _add_exact(
         self, grads: Sequence[Tensor | None], weight: float | Tensor, coefficient: Tensor
     ) -> Tensor:
-        accumulator, clips = self.accumulator, self.chunk_max_norm is not None
-        products = hessian_gradient_product([g for g in grads if g is not None], accumulator.params)
-        parts = accumulator.gather([None if g is None else g.detach() for g in grads])
-        square = _squared_norm(parts)
-        products = accumulator.buckets.gather(products, "plus")
-        if clips:
-            self.scratch.reset()
-            self.scratch.add_products(parts, products, 1.0, coefficient)
-            self._add_scratch(weight)
-        else:
-            accumulator.add_products(parts, products, weight, coefficient)
+        found = [g for g in grads if g is not None]
+        products = hessian_gradient_product(found, self.sums.params)
+        parts = self.sums.gather([None if g is None else g.detach() for g in grads])
+        square = squared_norm(parts)
+        products = self.sums.buckets.gather(products, "plus")
+        (self.clip or self.sums).add_products(parts, products, weight, coefficient)
         return square
-
-    def _add_scratch(self, weight: float | Tensor) -> None:
-        """Clip the penalised gradient in ``scratch`` and add it."""
-        whole = self.scratch._operands
-        self.accumulator.add_parts(whole, self._clipped(weight, _squared_norm(whole)))
-
-    def _clipped(self, weight: float | Tensor, square: Tensor) -> Tensor:
-        """The weight times min(1, chunk_max_norm / (||g|| + 1e-6))."""
-        scale = self.accumulator.scalar(weight, square.device)
-        return scale * clip_coefficient(self.chunk_max_norm, square.sqrt())
 
     def _add_shifted(
         self,
@@ -124,7 +106,7 @@ class ChunkGradient:
         coefficient: Tensor,
         draws: GeneratorSnapshot,
     ) -> Tensor:
-        radius, gather = self.penalty.radius, self.accumulator.gather
+        radius, gather = self.penalty.radius, self.sums.gather
         parts = gather(grads)
         square = self.perturbation.fill(parts, radius)
         with draws.repeated() as rewind:
@@ -141,13 +123,8 @@ class ChunkGradient:
             finally:
                 torch.clear_autocast_cache()
                 self.buffers.restore()
-        difference = parts, plus, minus
-        if self.chunk_max_norm is None:
-            self.accumulator.add_penalised(*difference, weight, coefficient, square, radius)
-        else:
-            self.scratch.reset()
-            self.scratch.add_penalised(*difference, 1.0, coefficient, square, radius)
-            self._add_scratch(weight)
+        target = self.clip or self.sums
+        target.add_penalised(parts, plus, minus, weight, coefficient, square, radius)
         return square
 
     def _shifted_gradient(self, index: int, chunk: Any) -> Sequence[Tensor | None]:
@@ -155,7 +132,7 @@ class ChunkGradient:
             return self._gradient(self._forward(index, chunk, observe=None))
 
     def _forward(self, index: int, chunk: Any, observe: Observe) -> Tensor:
-        device = self.accumulator.params[0].device
+        device = self.sums.params[0].device
         forward = ChunkLoss(self.model, self.loss_fn, self.evaluate, self.autocast, device)
         loss, output, target = forward.differentiable(index, chunk)
         if observe is not None:
@@ -163,7 +140,7 @@ class ChunkGradient:
         return loss
 
     def _gradient(self, loss: Tensor, create_graph: bool = False) -> Sequence[Tensor | None]:
-        params = self.accumulator.params
+        params = self.sums.params
         grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
         for i, g in enumerate(grads):
             if g is not None and g.layout != torch.strided:
@@ -174,10 +151,5 @@ class ChunkGradient:
         return grads
 
     def _name(self, index: int) -> str:
-        wanted = self.accumulator.params[index]
+        wanted = self.sums.params[index]
         return next((n for n, p in self.model.named_parameters() if p is wanted), "unnamed")
-
-
-def _squared_norm(parts: Sequence[Sequence[Tensor]]) -> Tensor:
-    """||g||^2 of a gathered gradient: 0-dim, float64."""
-    return dispatch.squared_norm([g for part in parts for g in part])

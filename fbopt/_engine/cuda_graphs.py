@@ -84,15 +84,10 @@ class ChunkGraphs:
             coefficient: the penalty's, on the device; None without.
             observe: as for the closure.
         """
-        kept = (
-            work.accumulator.buckets,
-            work.statistics.kept,
-            work.perturbation,
-            work.scratch,
-        )
+        kept = (work.sums.buckets, work.statistics.means, work.perturbation, work.clip)
         held = [work.model, work.loss_fn, work.evaluate, *kept]
         self._buffers = dict(work.model.named_buffers(remove_duplicate=False))
-        tensors = [*work.accumulator.params, *work.model.parameters(), *self._buffers.values()]
+        tensors = [*work.sums.params, *work.model.parameters(), *self._buffers.values()]
         addresses = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
         same = [id(x) for x in held] == [id(x) for x in self._held]
         if self._kinds and not (same and addresses == self._addresses):
@@ -125,7 +120,7 @@ class ChunkGraphs:
         if state == WARM_UP:
             state = self._kinds[kind] = self._capture(work, index, leaves, structure)
         if isinstance(state, _Graph):
-            work.accumulator.unseen &= state.unseen
+            work.sums.unseen &= state.unseen
             return state.run([x for x in leaves if isinstance(x, Tensor)], self._observe)
         if state is None and self._admits():
             state = 0
@@ -161,19 +156,19 @@ class ChunkGraphs:
         chunk = tree_unflatten(static, structure)
         seen: list[tuple[Any, Any]] = []
         keep = None if self._observe is None else lambda *shown: seen.append(shown)
-        accumulator = work.accumulator
-        before, accumulator.unseen = accumulator.unseen, set(range(len(accumulator.params)))
+        sums = work.sums
+        before, sums.unseen = sums.unseen, set(range(len(sums.params)))
         try:
             (loss, square), launch = self._recorder.capture(
                 lambda draws: work(index, chunk, self._weight, self._given, draws, keep),
                 work.repetitions,
             )
-            unseen = accumulator.unseen
+            unseen = sums.unseen
         except RuntimeError as error:
             _explain(error, index)
             raise
         finally:
-            accumulator.unseen = before
+            sums.unseen = before
             torch.clear_autocast_cache()  # what it holds was captured, not computed
         self._check_buffers(work.model, captured=True)
         inputs = [x for x in static if isinstance(x, Tensor)]
@@ -246,7 +241,7 @@ def _baked(work: ChunkGradient, device: torch.device) -> tuple:
     """What a capture takes over from its surroundings, besides addresses."""
     return (
         None if work.penalty is None else (work.penalty.method, work.penalty.radius),
-        work.chunk_max_norm,
+        None if work.clip is None else work.clip.max_norm,
         work.chunk_norms,
         work.autocast,
         torch.is_autocast_enabled(device.type),

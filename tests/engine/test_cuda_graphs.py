@@ -478,7 +478,7 @@ def test_more_kinds_than_graphs_run_without_and_are_told_of_once(device: torch.d
                 chunks=placed(ragged(*sizes, *sizes), device),
                 penalty=FORWARD,
             )
-            results.append(bits(closure(), closure.model, list(closure.accumulator.sums)))
+            results.append(bits(closure(), closure.model, list(closure.sums.views)))
         if cuda_graph:
             assert graphs_of(closure) == cuda_graphs.LIMIT == 8
             (warning,) = caught
@@ -689,7 +689,7 @@ def test_the_alignment_of_a_chunk_changes_nothing_from_call_to_call(device: torc
     chunks = list(zip(x.split(sizes), y.split(sizes), strict=True))
     model = mlp(nn.BatchNorm1d(16)).to(device)
     closure = FullBatchClosure(model, F.cross_entropy, chunks, penalty=FORWARD, cuda_graph=True)
-    results = [bits(closure(), list(closure.accumulator.sums)) for _ in range(4)]
+    results = [bits(closure(), list(closure.sums.views)) for _ in range(4)]
     assert results == results[:1] * 4
     assert graphs_of(closure) == len(sizes)
 

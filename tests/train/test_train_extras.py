@@ -189,7 +189,7 @@ def test_precision_and_layout_change_bits_not_results(tiny):
         for _ in range(3):
             run.take_step()
         assert all(p.dtype == torch.float32 for p in run.model.parameters())
-        assert all(s.dtype == torch.float32 for s in run.closure.accumulator.sums)
+        assert all(s.dtype == torch.float32 for s in run.closure.sums.views)
         return run.record(on_test=True)
 
     plain = losses()

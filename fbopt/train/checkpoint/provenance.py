@@ -44,7 +44,7 @@ def environment(trainer: Trainer, data: str) -> dict[str, Any]:
         "precision": _precision(device),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "kernels": _kernels(trainer),
-        "accumulation": None if closure is None else closure.accumulator.accumulation,
+        "accumulation": None if closure is None else closure.accumulation,
         "chunk_order": "natural" if order is None else list(order),
         "data": data,
     }
