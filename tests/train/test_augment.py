@@ -158,7 +158,7 @@ def test_black_is_padded_before_normalising():
     sample = torch.arange(37)
     plain = crop_and_flip(split.x, *view._window(torch.full_like(sample, 2), sample))
     assert (plain == 0).any()  # the images themselves have no black pixel
-    assert torch.equal(x, (plain.float() - split.mean) / split.deviation)
+    assert torch.equal(x, (plain.float() - split.mean) / split.std)
 
 
 # --- the enlarged data set ------------------------------------------------------------------------
