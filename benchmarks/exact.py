@@ -103,7 +103,7 @@ def run(report: Report, model: nn.Module, data: list) -> None:
     visit(model, data[:3], modes)
     for _ in range(3):
         sums, whole = visit(model, data, modes)
-        if exact.fit(exact.maxima(), max(CHUNKS, len(data))):
+        if exact.store.fit(exact.store.maxima(), max(CHUNKS, len(data))):
             break
     title = f"{len(data)} chunks of {len(data[0][1])}"
     pairs = zip(*(modes[name].seconds for name in ("exact", "float32")), strict=True)
@@ -116,7 +116,7 @@ def run(report: Report, model: nn.Module, data: list) -> None:
     report.goal(title, "chunk update, exact over float32", statistics.median(ratios), at_most=COST)
     share = statistics.median(modes["exact"].seconds) / statistics.median(whole)
     report.goal(title, "exact chunk update, share of the work on a chunk", share, at_most=SHARE)
-    carried = [int(c.ne(0).sum()) for part in exact._sums._carries for c in part]
+    carried = [int(c.ne(0).sum()) for part in exact.store._carries for c in part]
     report.fact(f"{title}, elements with a carry", f"{sum(carried):,}")
     no_farther, nearer = nearness(modes, sums, exact.total_weight)
     report.goal(title, "elements no farther from the float64 mean", no_farther, at_least=NEARER)

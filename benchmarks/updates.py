@@ -71,7 +71,7 @@ class OursExact(Ours):
     def __init__(self, chunk: Chunk) -> None:
         super().__init__(chunk)
         self.update(lambda: None)
-        self.gradients.fit(self.gradients.maxima(), self.chunks)
+        self.gradients.store.fit(self.gradients.store.maxima(), self.chunks)
         self.gradients.reset()
 
     def update(self, second_pass: Pass) -> None:
@@ -81,7 +81,7 @@ class OursExact(Ours):
 
     def total(self, chunks: int) -> list[Tensor]:
         self.checked = True
-        if not self.gradients.fit(self.gradients.maxima(), self.chunks):
+        if not self.gradients.store.fit(self.gradients.store.maxima(), self.chunks):
             raise WrongResult(f"{self.name}: the units do not fit")
         self.gradients.total_weight = 1.0
         self.gradients.finish()

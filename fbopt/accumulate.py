@@ -33,14 +33,13 @@ class GradientAccumulator:
         total_weight: the sum of the weights since the last :meth:`reset`.
 
     **Exact sums.** ``w_c g_c`` is rounded to a multiple of a unit u, a power of two for each tensor
-    (of many small tensors, which are kept as one, for all of them), and added as an integer of 96
-    bits. With M the largest ``|w_c g_c|`` in the tensor, the sum's error is at most ``2^-49 M``,
-    for up to 2^21 additions; the mean in float32 is that sum's, to one unit in the last place. (For
-    float64 parameters ``w_c g_c`` is rounded to float64 first, and the mean in float64 is not as
-    near as sums in float64 are.) Units follow from the M of the last pass. Where they turn out not
-    to fit, and often in the first pass, all gradients have to be added once more, see
-    :meth:`passes`. A tensor with a contribution that is NaN or infinite has NaN for its whole mean.
-    Memory: 16 bytes per parameter rather than 4.
+    (many small tensors share one), and added as an integer of 96 bits. With M the largest
+    ``|w_c g_c|`` in the tensor the sum's error is at most ``2^-49 M``, for up to 2^21 additions;
+    the mean in float32 is that sum's, to one unit in the last place. (For float64 parameters
+    ``w_c g_c`` is rounded to float64 first, and sums in float64 are more accurate.) Units follow
+    from the M of the last pass. If they do not fit, as often in the first pass, all gradients have
+    to be added once more, see :meth:`passes`. A tensor with a contribution that is NaN or infinite
+    has NaN for its whole mean. Memory: 16 bytes per parameter rather than 4.
 
     Example:
         >>> accumulator = GradientAccumulator(model.parameters(), accumulation="exact")
@@ -54,17 +53,8 @@ class GradientAccumulator:
 
     def __init__(self, params: Iterable[Tensor], accumulation: str = "float32") -> None:
         self._sums = GradientSums(params, accumulation)
+        self.params, self.accumulation = self._sums.params, accumulation
         self._additions = 0
-
-    @property
-    def params(self) -> list[Tensor]:
-        """The parameters, each once."""
-        return self._sums.params
-
-    @property
-    def accumulation(self) -> str:
-        """How the sums are kept."""
-        return self._sums.accumulation
 
     @property
     def total_weight(self) -> float:
@@ -77,9 +67,9 @@ class GradientAccumulator:
         self._additions = 0
 
     def passes(self) -> Iterator[int]:
-        """Yield 0, and 1 and so on as long as all gradients have to be added once more.
+        """Yield 0, then 1, 2, ... as long as all gradients have to be added once more.
 
-        Begins each pass with :meth:`reset`. With ``accumulation="float32"`` there is one.
+        Begins each pass with :meth:`reset`. With ``accumulation="float32"`` there is one pass.
 
         Raises:
             RuntimeError: the gradients change so much from pass to pass that no unit fits.
@@ -92,7 +82,8 @@ class GradientAccumulator:
         raise _unsettled()
 
     def _finish(self) -> bool:
-        fits = self._sums.fit(self._sums.maxima(), self._additions)
+        store = self._sums.store
+        fits = store.fit(store.maxima(), self._additions)
         if fits:
             self._sums.finish()
         return fits
@@ -141,12 +132,12 @@ class GradientAccumulator:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the units of exact sums: the bits of the next mean depend on them."""
-        return self._sums.state_dict()
+        return self._sums.store.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved :meth:`state_dict`, and start over as :meth:`reset` does."""
-        self._sums.load_state_dict(state)
-        self._additions = 0
+        self._sums.store.load_state_dict(state)
+        self.reset()
 
 
 def _unsettled() -> RuntimeError:

@@ -5,8 +5,8 @@ each layer over the chunks c that ran it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,12 +32,13 @@ class RunningStatistics:
         accumulation: how the sums are kept, ``"float32"`` (here in float64) or ``"exact"``.
 
     Attributes:
+        store: the strategy that keeps the sums.
         means: the sums' own memory; another list once they have moved.
     """
 
     def __init__(self, model: torch.nn.Module, accumulation: str = "float32") -> None:
         self._layers = [m for m in model.modules() if isinstance(m, _NormBase)]
-        self._sums = make_sums(accumulation)
+        self.store = make_sums(accumulation)
         self._running: list[Tensor] = []
         self._lists: list[list[Tensor]] = []  # the running statistics by device and dtype
         self._wide: list[list[Tensor]] = []  # their copies in float64
@@ -79,8 +80,8 @@ class RunningStatistics:
             self.means = [
                 flat_views(flat, wide) for flat, wide in zip(flats, self._wide, strict=True)
             ]
-            self._sums.allocate(self.means, flats)
-        self._sums.zero_()
+            self.store.allocate(self.means, flats)
+        self.store.zero_()
 
     def _choose(self, wanted: set[int]) -> None:
         """Note which statistics are to be written: those of layers in training mode."""
@@ -118,22 +119,9 @@ class RunningStatistics:
         if self._active:
             for k, (running, wide) in enumerate(zip(self._lists, self._wide, strict=True)):
                 torch._foreach_copy_(wide, running)
-                self._sums.add(k, wide, weight(wide[0].device))
+                self.store.add(k, wide, weight(wide[0].device))
         for counter in self._counters:
             counter.record(weight(counter.weights.device))
-
-    @property
-    def width(self) -> int:
-        """The length of :meth:`maxima`."""
-        return self._sums.width
-
-    def maxima(self) -> Tensor:
-        """The largest contributions, as of GradientSums: 1-D, float64."""
-        return self._sums.maxima()
-
-    def fit(self, maxima: Tensor, additions: int) -> bool:
-        """Whether the sums are right; see :meth:`fbopt._ops.fixed_point.FixedPointSums.fit`."""
-        return self._sums.fit(maxima, additions)
 
     def count_passes(self) -> None:
         """Note how many passes the layers have counted, for :meth:`all_reduce_`."""
@@ -145,7 +133,7 @@ class RunningStatistics:
             return
         counts = self._counts()
         new = [now - before for now, before in zip(counts, self._passes, strict=True)]
-        self._sums.all_reduce_(collectives, [*(c.weights for c in self._counters), *new])
+        self.store.all_reduce_(collectives, [*(c.weights for c in self._counters), *new])
         for count, before, passes in zip(counts, self._passes, new, strict=True):
             count.copy_(before + passes)
 
@@ -156,19 +144,11 @@ class RunningStatistics:
     def commit(self, total_weight: float) -> None:
         """Write the means over all passes recorded."""
         if self._active:
-            self._sums.mean_(total_weight)
+            self.store.mean_(total_weight)
         for running, means in self._active:
             torch._foreach_copy_(running, means)
         for counter in self._counters:
             counter.commit(total_weight)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the units of exact sums."""
-        return self._sums.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved :meth:`state_dict`."""
-        self._sums.load_state_dict(state)
 
 
 class _Counter:

@@ -1,5 +1,5 @@
-"""The work on one chunk: g_c, with a penalty g_c + lambda H_c g_c, added to the accumulator. All of
-it is work on the device, which a graph can capture.
+"""The gradient of one chunk, g_c or with a penalty g_c + lambda H_c g_c, and its addition to the
+sums. All of it is work on the device, which a CUDA graph can capture.
 """
 
 from __future__ import annotations
@@ -24,17 +24,15 @@ Observe = Callable[[Any, Any], None] | None
 
 @dataclass(frozen=True)
 class ChunkGradient:
-    """What a call of the closure does with each of its chunks.
+    """The work of a closure's call on each of its chunks.
 
     Args:
-        model, loss_fn, evaluate, autocast: as for the closure.
+        model, loss_fn, evaluate, autocast, chunk_norms: as for the closure.
         penalty: the penalty, or None where its coefficient is zero.
-        sums: where the gradients are added.
-        statistics: where BatchNorm's statistics are added.
-        buffers: keeps the model's buffers during the shifted passes.
-        perturbation: the second buffer of the parameters, for a penalty that needs it.
-        clip: what clips the chunk's gradient; None where it is not clipped.
-        chunk_norms: whether ||g||^2 is wanted without a penalty, too.
+        sums, statistics: where gradients and BatchNorm's statistics are added.
+        buffers: keeps the model's buffers during passes at perturbed parameters.
+        perturbation: for a penalty by finite differences.
+        clip: None where chunks are not clipped.
     """
 
     model: nn.Module
@@ -51,7 +49,7 @@ class ChunkGradient:
 
     @property
     def repetitions(self) -> int:
-        """How often the random draws of a chunk are repeated."""
+        """How often a chunk's random draws are repeated."""
         return {"forward": 1, "central": 2}.get(self.penalty and self.penalty.method, 0)
 
     def __call__(
@@ -71,12 +69,12 @@ class ChunkGradient:
         loss = self._forward(index, chunk, observe)
         grads = self._gradient(loss, create_graph=exact)
         self.statistics.record(lambda device: self.sums.scalar(weight, device))
-        loss = loss.detach()  # its graph holds the activations that the next pass needs room for
+        loss = loss.detach()  # frees the activations, whose memory the next pass needs
         if self.penalty is None:
             return loss, self._add_plain(grads, weight)
         if exact:
             return loss, self._add_exact(grads, weight, coefficient)
-        return loss, self._add_shifted(index, chunk, grads, weight, coefficient, draws)
+        return loss, self._add_finite_difference(index, chunk, grads, weight, coefficient, draws)
 
     def _add_plain(self, grads: Sequence[Tensor | None], weight: float | Tensor) -> Tensor | None:
         parts = self.sums.gather(grads)
@@ -89,15 +87,16 @@ class ChunkGradient:
     def _add_exact(
         self, grads: Sequence[Tensor | None], weight: float | Tensor, coefficient: Tensor
     ) -> Tensor:
-        found = [g for g in grads if g is not None]
-        products = hessian_gradient_product(found, self.sums.params)
+        products = hessian_gradient_product([g for g in grads if g is not None], self.sums.params)
         parts = self.sums.gather([None if g is None else g.detach() for g in grads])
         square = squared_norm(parts)
-        products = self.sums.buckets.gather(products, "plus")
-        (self.clip or self.sums).add_products(parts, products, weight, coefficient)
+        # H g is a central difference from zero where ||g|| / (2 radius) is one.
+        plus = self.sums.buckets.gather(products, "plus")
+        minus, one = [[torch.zeros_like(h) for h in part] for part in plus], torch.ones_like(square)
+        (self.clip or self.sums).add_penalised(parts, plus, minus, weight, coefficient, one, 0.5)
         return square
 
-    def _add_shifted(
+    def _add_finite_difference(
         self,
         index: int,
         chunk: Any,
@@ -113,21 +112,21 @@ class ChunkGradient:
             self.buffers.save()
             try:
                 rewind()
-                plus = gather(self._shifted_gradient(index, chunk), "plus")
+                plus = gather(self._perturbed_gradient(index, chunk), "plus")
                 minus = []
                 if self.penalty.method == "central":
                     self.buffers.restore()
                     self.perturbation.fill(parts, -radius, square)
                     rewind()
-                    minus = gather(self._shifted_gradient(index, chunk), "minus")
+                    minus = gather(self._perturbed_gradient(index, chunk), "minus")
             finally:
                 torch.clear_autocast_cache()
                 self.buffers.restore()
-        target = self.clip or self.sums
-        target.add_penalised(parts, plus, minus, weight, coefficient, square, radius)
+        difference = parts, plus, minus
+        (self.clip or self.sums).add_penalised(*difference, weight, coefficient, square, radius)
         return square
 
-    def _shifted_gradient(self, index: int, chunk: Any) -> Sequence[Tensor | None]:
+    def _perturbed_gradient(self, index: int, chunk: Any) -> Sequence[Tensor | None]:
         with self.perturbation.applied():
             return self._gradient(self._forward(index, chunk, observe=None))
 

@@ -5,6 +5,8 @@ g_c + lambda H_c g_c with a penalty. All of it is work on the device.
 from __future__ import annotations
 
 import functools
+import math
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from fbopt._ops.reference import clip_coefficient
 
 
 class ChunkClip:
-    """Adds gradients to sums as these do themselves, but clipped.
+    """Adds chunks' gradients to the sums as these do themselves, but clipped.
 
     Args:
         sums: where the gradients of all chunks are added.
@@ -23,46 +25,32 @@ class ChunkClip:
         max_norm: the bound; may change between steps.
     """
 
-    def __init__(self, sums: GradientSums, max_norm: float) -> None:
-        self._sums, self.max_norm = sums, max_norm
-        self._buckets = sums.buckets
+    max_norm: float = math.inf
+
+    def __init__(self, sums: GradientSums) -> None:
+        self._sums, self._buckets = sums, sums.buckets
 
     def fits(self, sums: GradientSums) -> bool:
-        """Whether this was made for these parameters as they are now."""
+        """Whether this was made for these sums and their parameters as they are now."""
         return sums is self._sums and sums.buckets is self._buckets
-
-    @functools.cached_property
-    def _whole(self) -> GradientSums:
-        """One chunk's gradient with its penalty's part, in float32: its norm has to be known."""
-        return GradientSums(self._sums.params)
 
     def weight(self, weight: float | Tensor, squared_norm: Tensor) -> Tensor:
         """The weight of a chunk times the factor that clips its gradient."""
         scale = self._sums.scalar(weight, squared_norm.device)
         return scale * clip_coefficient(self.max_norm, squared_norm.sqrt())
 
-    def add_products(
-        self, grads: Parts, products: Parts, weight: float | Tensor, coefficient: Tensor
-    ) -> None:
-        """See :meth:`GradientSums.add_products`."""
-        self._whole.reset()
-        self._whole.add_products(grads, products, 1.0, coefficient)
-        self._add_whole(weight)
-
     def add_penalised(
-        self,
-        grads: Parts,
-        plus: Parts,
-        minus: Parts,
-        weight: float | Tensor,
-        coefficient: Tensor,
-        squared_norm: Tensor,
-        radius: float,
+        self, grads: Parts, plus: Parts, minus: Parts, weight: float | Tensor, *penalty: Any
     ) -> None:
         """See :meth:`GradientSums.add_penalised`."""
         self._whole.reset()
-        self._whole.add_penalised(grads, plus, minus, 1.0, coefficient, squared_norm, radius)
+        self._whole.add_penalised(grads, plus, minus, 1.0, *penalty)
         self._add_whole(weight)
+
+    @functools.cached_property
+    def _whole(self) -> GradientSums:
+        """One chunk's gradient with its penalty's part, in float32: its norm has to be known."""
+        return GradientSums(self._sums.params)
 
     def _add_whole(self, weight: float | Tensor) -> None:
         parts = self._whole.parts

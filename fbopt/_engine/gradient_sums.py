@@ -4,8 +4,8 @@ GradientAccumulator share: in flat buffers by device and dtype, in floating poin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from torch import Tensor
 from fbopt._checks import check_number, check_params
 from fbopt._ops.buckets import FlatBuckets
 from fbopt._ops.sums import make_sums
-
-if TYPE_CHECKING:
-    from fbopt._distributed import Collectives
 
 # The most passes until the units of exact sums must fit: the second does, unless gradients change.
 MOST_PASSES = 4
@@ -35,6 +32,7 @@ class GradientSums:
     Attributes:
         params: the parameters.
         accumulation: as given.
+        store: the strategy that keeps the sums.
         buckets: how the parameters are handed to kernels; another object once they have changed.
         views: for each parameter its sum and later its mean: of its shape, in the sums' dtype.
         unseen: the indices of parameters for which no gradient was added.
@@ -43,7 +41,7 @@ class GradientSums:
     """
 
     def __init__(self, params: Iterable[Tensor], accumulation: str = "float32") -> None:
-        self._sums = make_sums(accumulation)
+        self.store = make_sums(accumulation)
         self.params, self.accumulation = check_params(params), accumulation
         self._layout: list[tuple[Any, ...]] | None = None
         self._scalars: dict[tuple[float, torch.device], Tensor] = {}
@@ -57,7 +55,7 @@ class GradientSums:
         if layout != self._layout:
             self._allocate()
             self._layout = layout
-        self._sums.zero_()
+        self.store.zero_()
         self.total_weight = 0.0
         self.unseen = set(range(len(self.params)))
         self.is_mean = False
@@ -68,12 +66,12 @@ class GradientSums:
         flats = self.buckets.buffers(wide=True)
         self.views = self.buckets.views(flats)
         self.parts: Parts = self.buckets.operands(flats, self.views)
-        self._sums.allocate(self.parts, flats)
+        self.store.allocate(self.parts, flats)
 
     def check_weight(self, weight: float) -> None:
         """Raise TypeError or ValueError for a weight that cannot be used."""
         check_number("weight", weight, above=0)
-        self._sums.check_weight(weight)
+        self.store.check_weight(weight)
 
     def gather(self, grads: Sequence[Tensor | None], slot: str = "grads") -> Parts:
         """Return the gradients as the kernels take them, zeros where there is none.
@@ -91,16 +89,7 @@ class GradientSums:
     def add(self, parts: Parts, weight: float | Tensor) -> None:
         """Add ``weight * g``."""
         for k, part in enumerate(parts):
-            self._sums.add(k, part, self.scalar(weight, part[0].device))
-
-    def add_products(
-        self, grads: Parts, products: Parts, weight: float | Tensor, coefficient: Tensor
-    ) -> None:
-        """Add ``weight * (g + coefficient H g)`` from gradients and Hessian products."""
-        for k, part in enumerate(grads):
-            device = part[0].device
-            scale = self.scalar(weight, device)
-            self._sums.add_products(k, part, products[k], scale, coefficient.to(device))
+            self.store.add(k, part, self.scalar(weight, part[0].device))
 
     def add_penalised(
         self,
@@ -120,29 +109,12 @@ class GradientSums:
             device = part[0].device
             passes = part, plus[k], minus[k] if minus else []
             penalty = coefficient.to(device), squared_norm.to(device), radius
-            self._sums.add_penalised(k, *passes, self.scalar(weight, device), *penalty)
-
-    @property
-    def width(self) -> int:
-        """The length of :meth:`maxima`."""
-        return self._sums.width
-
-    def maxima(self) -> Tensor:
-        """The largest contributions, which :meth:`fit` judges; empty for sums in float32."""
-        return self._sums.maxima()
-
-    def fit(self, maxima: Tensor, additions: int) -> bool:
-        """Whether the sums are right; see :meth:`fbopt._ops.fixed_point.FixedPointSums.fit`."""
-        return self._sums.fit(maxima, additions)
-
-    def all_reduce_(self, collectives: Collectives) -> None:
-        """Replace the sums by those of all processes; the caller sums weights and ``unseen``."""
-        self._sums.all_reduce_(collectives)
+            self.store.add_penalised(k, *passes, self.scalar(weight, device), *penalty)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Note that all is added: exact sums become means, others are left to be divided."""
-        self.is_mean = self._sums.finish(self.total_weight)
+        self.is_mean = self.store.finish(self.total_weight)
 
     @torch.no_grad()
     def settle(self, done: set[int] | None = None) -> None:
@@ -151,7 +123,7 @@ class GradientSums:
             return
         self.is_mean = True
         if not done:
-            self._sums.mean_(self.total_weight)
+            self.store.mean_(self.total_weight)
             return
         for i, view in enumerate(self.views):
             if i not in done:
@@ -171,15 +143,6 @@ class GradientSums:
     def divisor(self, device: torch.device) -> Tensor | None:
         """The weight that the sums still have to be divided by, a 0-dim tensor; None for means."""
         return None if self.is_mean else self.scalar(self.total_weight, device)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the units of exact sums: the bits of the next mean depend on them."""
-        return self._sums.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved :meth:`state_dict`, and start over as :meth:`reset` does."""
-        self._sums.load_state_dict(state)
-        self.reset()
 
     def scalar(self, value: float | Tensor, device: torch.device) -> Tensor:
         """A 0-dim float64 tensor; chunks come in few sizes, so that most are made once."""

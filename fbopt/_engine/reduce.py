@@ -35,6 +35,7 @@ class Reduction:
         self, model: nn.Module, sums: GradientSums, statistics: RunningStatistics, group: Any
     ) -> None:
         self._sums, self._statistics = sums, statistics
+        self._stores = sums.store, statistics.store
         self.collectives = Collectives(group)
         devices = {p.device for p in sums.params}
         self.collectives.check_devices(devices)
@@ -95,9 +96,9 @@ class Reduction:
         try:
             yield
         except Exception as error:
-            params, width = self._sums.params, self._sums.width + self._statistics.width
+            params, numbers = self._sums.params, len(self._counts())
+            width = sum(store.width for store in self._stores)
             maxima = torch.zeros(width, dtype=torch.float64, device=params[0].device)
-            numbers = len(self._counts())
             self.collectives.report_error(error, len(params), numbers, params[0].device, maxima)
             raise
 
@@ -127,16 +128,16 @@ class Reduction:
         """
         sums, statistics, device = self._sums, self._statistics, self._sums.params[0].device
         seen = [i not in sums.unseen for i in range(len(sums.params))]
-        maxima = torch.cat([sums.maxima().to(device), statistics.maxima().to(device)])
+        maxima = torch.cat([store.maxima().to(device) for store in self._stores])
         found = self.collectives.agree(seen, self._counts(), device, maxima=maxima)
         counts, weights, wide = zip(*found.table, strict=True)
         if not any(counts):
             raise ValueError("chunks is empty: there is no sample to average over")
-        shares = found.maxima.split([sums.width, statistics.width])
-        parts = zip((sums, statistics), shares, strict=True)
-        if not all([part.fit(share, int(sum(counts))) for part, share in parts]):
+        shares = found.maxima.split([store.width for store in self._stores])
+        pairs = zip(self._stores, shares, strict=True)
+        if not all([store.fit(share, int(sum(counts))) for store, share in pairs]):
             return None
-        sums.all_reduce_(self.collectives)
+        sums.store.all_reduce_(self.collectives)
         sums.unseen = {i for i, by_any in enumerate(found.flags) if not by_any}
         sums.total_weight = math.fsum(weights)
         sums.finish()

@@ -101,19 +101,6 @@ class FixedPointSums:
         """Add ``weight * values`` to a list; see :func:`fbopt.reference.accumulate_exact_`."""
         dispatch.accumulate_exact_(*self._kept(part), values, weight, self._scales[part])
 
-    def add_products(
-        self,
-        part: int,
-        grads: Sequence[Tensor],
-        products: Sequence[Tensor],
-        weight: Tensor,
-        coefficient: Tensor,
-    ) -> None:
-        """Add ``weight * (g + lambda H g)``, rounded once, from gradients and products H g."""
-        # lambda H g is a central difference from zero where ||g|| / (2 radius) is one.
-        one, zeros = torch.ones_like(coefficient), [torch.zeros_like(h) for h in products]
-        self.add_penalised(part, grads, products, zeros, weight, coefficient, one, 0.5)
-
     def add_penalised(
         self,
         part: int,

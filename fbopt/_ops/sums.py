@@ -46,18 +46,6 @@ class FloatSums:
         """Add ``weight * values`` to a list; see :func:`fbopt.reference.accumulate_`."""
         dispatch.accumulate_(self._sums[part], values, weight)
 
-    def add_products(
-        self,
-        part: int,
-        grads: Sequence[Tensor],
-        products: Sequence[Tensor],
-        weight: Tensor,
-        coefficient: Tensor,
-    ) -> None:
-        """Add ``weight * (g + lambda H g)`` from gradients and products H g."""
-        dispatch.accumulate_(self._sums[part], grads, weight)
-        dispatch.accumulate_(self._sums[part], products, weight * coefficient)
-
     def add_penalised(
         self,
         part: int,

@@ -294,7 +294,7 @@ def test_saved_units_wait_for_parameters_that_they_fit():
     assert loaded.state_dict() == state
     loaded.model[0].requires_grad_(False)
     loaded.sums.reset(list(loaded.model[1].parameters()))
-    assert loaded.sums._sums._exponents == state["sums"]["exponents"]
+    assert loaded.sums.store._exponents == state["sums"]["exponents"]
 
 
 @pytest.mark.parametrize("largest", [1e-290, 1e290])
