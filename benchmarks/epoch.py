@@ -34,7 +34,7 @@ from benchmarks.whole_steps import (
     require_model,
 )
 from fbopt.train.malloc import keep_freed
-from fbopt.train.precision import cast_to
+from fbopt.train.precision import autocast_dtype
 
 ROUNDS, QUICK_ROUNDS = 7, 3
 # Of the whole gradient's norm, from the reference in float64, or in the same bfloat16. One ReLU
@@ -60,7 +60,7 @@ def check(job: Job, precision: str, report: Report) -> None:
         if isinstance(step, Passes):
             continue
         before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
-        exact, alike = reference(step, None), reference(step, cast_to(step.precision))
+        exact, alike = reference(step, None), reference(step, autocast_dtype(step.precision))
         step()
         found = [p.grad for p in step.model.parameters()]
         require_near(step.name, found, alike, TOLERANCES[step.precision])

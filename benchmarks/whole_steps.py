@@ -22,7 +22,7 @@ from fbopt.train.config.options import Options
 from fbopt.train.config.resolve import resolve
 from fbopt.train.data.dataset import Data, from_arrays
 from fbopt.train.data.load import MOMENTS
-from fbopt.train.trainer import Run
+from fbopt.train.trainer import Trainer
 
 LR, STRENGTH, MAX_NORM = 0.01, 0.5, 0.25
 SHAPE = (3, 32, 32)
@@ -102,12 +102,12 @@ class Trained(Step):
             warmup=0,
         )
         data = job.data.to(job.device, channels_last)
-        self.run = Run(resolve(options), data, job.device)
+        self.run = Trainer(resolve(options), data, job.device)
         self.name = f"fbopt train, {self.arithmetic}"
         self.model = revealed(self.run.model)
 
     def __call__(self) -> None:
-        precision.settle(self.precision, self.job.device)
+        precision.set_float32_precision(self.precision, self.job.device)
         self.run.take_step()
 
 
@@ -131,8 +131,8 @@ class Passes(Step):
         ]
 
     def __call__(self) -> None:
-        precision.settle(self.precision, self.job.device)
-        params, dtype = list(self.model.parameters()), precision.cast_to(self.precision)
+        precision.set_float32_precision(self.precision, self.job.device)
+        params, dtype = list(self.model.parameters()), precision.autocast_dtype(self.precision)
         for x, y in self.chunks:
             for _ in range(1 + self.job.penalised):
                 with precision.autocast(self.job.device, dtype):
@@ -178,7 +178,7 @@ class Loaded(Step):
             )
 
     def __call__(self) -> None:
-        precision.settle(self.precision, self.job.device)
+        precision.set_float32_precision(self.precision, self.job.device)
         self.optimizer.step(self.closure)
 
 

@@ -14,14 +14,15 @@ from pathlib import Path
 
 from fbopt.train import loop
 from fbopt.train.__main__ import main
-from fbopt.train.trainer import Run
+from fbopt.train.trainer import Trainer
 
 
-def fault(run: Run) -> None:
+def fault(trainer: Trainer) -> None:
     for part in filter(None, os.environ.get("FAULT", "").split(",")):
         rank, step, what = part.split()
         marker = Path(os.environ["MARKER"] + "-".join((rank, step, what)))
-        if (run.world.rank, run.step) != (int(rank), int(step)) or marker.exists():
+        place = (trainer.context.rank, trainer.step)
+        if place != (int(rank), int(step)) or marker.exists():
             continue
         marker.touch()
         if what == "kill":
@@ -31,15 +32,15 @@ def fault(run: Run) -> None:
         time.sleep(1.5)  # the launcher's signal arrives within this step
 
 
-seed_draws = Run.seed_draws
+seed_chunk = Trainer.seed_chunk
 
 
-def seed_or_fail(run: Run, chunk: int = 0) -> None:
-    fault(run)
-    seed_draws(run, chunk)
+def seed_or_fail(trainer: Trainer, chunk: int = 0) -> None:
+    fault(trainer)
+    seed_chunk(trainer, chunk)
 
 
 if __name__ == "__main__":
-    Run.seed_draws = seed_or_fail
+    Trainer.seed_chunk = seed_or_fail
     loop.draw_curves = lambda folder, options: False
     sys.exit(main())

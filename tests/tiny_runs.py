@@ -1,13 +1,18 @@
-"""Runs of the training program that take a second, for several test files."""
+"""Runs of the training program that take a second, and what several test files ask of them."""
 
 from __future__ import annotations
 
 import hashlib
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
-from fbopt.train.config.options import Options
+from fbopt.train.checkpoint.run_dir import RunFolder
+from fbopt.train.config.options import Options, flag
+from fbopt.train.trainer import Trainer
 
 
 def data(folder: Path, count: int = 75, side: int = 12) -> str:
@@ -24,7 +29,7 @@ def data(folder: Path, count: int = 75, side: int = 12) -> str:
     return f"npz:{path}"
 
 
-def options(tiny: str, out: Path, recipe: str = "fb-penalty", **changes) -> Options:
+def options(tiny: str, out: Path, recipe: str = "fb-penalty", **changes: Any) -> Options:
     """Twelve passes in chunks of 32, or mini-batches of 16, unless `changes` say otherwise."""
     passes = {"epochs": 12, "batch_size": 16} if recipe == "sgd" else {"steps": 12}
     if recipe != "sgd":
@@ -33,13 +38,51 @@ def options(tiny: str, out: Path, recipe: str = "fb-penalty", **changes) -> Opti
     return Options(data=tiny, recipe=recipe, out=out, **(common | passes | changes))
 
 
-def with_noise(tiny: str, out: Path, recipe: str = "fb-penalty", **changes) -> Options:
+def with_noise(tiny: str, out: Path, recipe: str = "fb-penalty", **changes: Any) -> Options:
     """The same for a model with BatchNorm and dropout, with fingerprints of every step."""
     noise = {"model": "resnet18", "width": 2, "dropout": 0.3, "fingerprint_every": 1}
     return options(tiny, out, recipe, **(noise | changes))
 
 
-def digest(source) -> str:
+def command_line(options: Options) -> list[str]:
+    """The arguments of `fbopt train` that give these options."""
+    words = []
+    for name, value in vars(options).items():
+        if value != getattr(Options, name):
+            words += [flag(name), str(value)]
+    return words
+
+
+def interrupt_after(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+    """Send this process a signal in the given step."""
+    take_step = Trainer.take_step
+
+    def interrupted(trainer: Trainer) -> None:
+        take_step(trainer)
+        if trainer.step == step:
+            signal.raise_signal(number)
+
+    patch.setattr(Trainer, "take_step", interrupted)
+
+
+def die_before(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Raise MemoryError once so many steps are done."""
+    take_step = Trainer.take_step
+
+    def dying(trainer: Trainer) -> None:
+        if trainer.step == step:
+            raise MemoryError
+        take_step(trainer)
+
+    patch.setattr(Trainer, "take_step", dying)
+
+
+def metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    """What a run has logged, without the times."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in folder.read_metrics()]
+
+
+def digest(source: Any) -> str:
     """SHA-256 of a model's parameters and buffers, or of those in a checkpoint."""
     state = source if isinstance(source, dict) else source.state_dict()
     total = hashlib.sha256()

@@ -9,52 +9,51 @@ from collections.abc import Sequence
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.recipes import RECIPES
-from fbopt.train.launch import exit_with, leads, parse_once
+from fbopt.train.torchrun import exit_with, is_rank_zero, only_rank_zero_prints
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the command line says; returns 0, 1 (diverged, disk full), 2 (bad input) or 130."""
+    """Train as the command line says; return 0, 1 (diverged, disk full), 2 (bad input) or 130."""
     try:
         import tyro
     except ImportError:
         return _fail("fbopt train needs the package tyro: pip install tyro", 2)
-    options = parse_once(
-        lambda: tyro.cli(Options, prog="fbopt train", args=arguments, description=description())
-    )
+    with only_rank_zero_prints(errors=True):
+        options = tyro.cli(Options, prog="fbopt train", args=arguments, description=description())
     return exit_with(lambda: run(options))
 
 
 def run(options: Options) -> int:
-    """Train; say what stops it, and return the exit status."""
+    """Train, print what went wrong, if anything, and return the exit status."""
     from fbopt._distributed import PeerError
     from fbopt.train.checkpoint.atomic import WriteError
-    from fbopt.train.distributed import status_of
+    from fbopt.train.distributed import peer_error_status
     from fbopt.train.loop import train
     from fbopt.train.malloc import keep_freed
     from fbopt.train.signals import Interrupted
     from fbopt.train.trainer import Diverged
 
-    lead = leads()  # what all processes raise alike it alone says
+    prints = is_rank_zero()  # errors that all ranks raise alike are printed by rank 0 alone
     keep_freed()
     try:
         train(options)
     except (OptionsError, DataError) as error:
         return _fail(f"fbopt train: {error}", 2)
     except (Diverged, WriteError) as error:
-        return _fail(f"fbopt train: {error}" if lead else "", 1)
+        return _fail(f"fbopt train: {error}" if prints else "", 1)
     except PeerError as error:
-        return status_of(error)
+        return peer_error_status(error)
     except Interrupted as stop:
-        if lead:
+        if prints:
             print(stop, flush=True)
         return 130
     except KeyboardInterrupt:
-        return _fail("stopped at once" if lead else "", 130)
+        return _fail("stopped at once" if prints else "", 130)
     return 0
 
 
 def description() -> str:
-    """The help's head: what the program does and the table of recipes."""
+    """The text above the options in the help: what the program does, and the recipes."""
     rows = "\n".join(f"  {name:11} {recipe.summary}" for name, recipe in RECIPES["small"].items())
     return f"{inspect.getdoc(Options)}\n\nrecipes:\n{rows}"
 

@@ -1,4 +1,4 @@
-"""`fbopt train --track sharpness,noise --every K`: measures of fbopt.analysis on the way."""
+"""`fbopt train --track sharpness,noise --every K`: fbopt.analysis during training."""
 
 from __future__ import annotations
 
@@ -10,34 +10,41 @@ from fbopt.analysis.hessian import Hessian
 from fbopt.analysis.lanczos import eigenpairs
 from fbopt.analysis.objective import Objective
 from fbopt.analysis.stability import stability_threshold
+from fbopt.train.data.augment import unaugmented
 from fbopt.train.data.dataset import Chunks
-from fbopt.train.trainer import Run
+from fbopt.train.precision import autocast_dtype
+from fbopt.train.trainer import Trainer
 
 
-class Tracker:
+class CurvatureTracker:
     """Measures a run after every K-th pass, and leaves it as it was.
 
     The loss is the mean over the training set, without augmentation, in chunks of the run's size,
     BatchNorm by chunk, dropout off.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.names = run.options.tracked
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.names = trainer.options.tracked
         self.objective: Objective | None = None
 
-    def due(self, done: int) -> bool:
+    def is_due(self, passes: int) -> bool:
         """Whether there is something to measure after so many passes."""
-        return bool(self.names) and (done % self.run.options.every == 0 or done == 1)
+        every = self.trainer.options.every
+        return bool(self.names) and (passes % every == 0 or passes == 1)
 
     def measure(self) -> dict[str, Any]:
         """The entries for metrics.jsonl: sharpness and its threshold, noise scale and its parts."""
         if self.objective is None:
-            run = self.run
-            plain = getattr(run.data.train, "split", run.data.train)
-            chunks = Chunks(plain, run.chunks.size)
+            trainer = self.trainer
+            chunks = Chunks(unaugmented(trainer.data.train), trainer.chunks.size)
             # The copy shares all but torch.compile, which cannot be differentiated twice.
-            self.objective = Objective(copy.copy(run.model), run.loss_fn, chunks)
+            self.objective = Objective(
+                copy.copy(trainer.model),
+                trainer.loss_fn,
+                chunks,
+                autocast=autocast_dtype(trainer.options.precision),
+            )
         found: dict[str, Any] = {}
         if "noise" in self.names:
             found |= self._noise()
@@ -46,22 +53,15 @@ class Tracker:
         return found
 
     def _sharpness(self) -> dict[str, Any]:
-        pairs = eigenpairs(Hessian(self.objective), 1, seed=self.run.options.seed, verify=False)
-        group = self.run.optimizer.param_groups[0]
+        trainer = self.trainer
+        pairs = eigenpairs(Hessian(self.objective), 1, seed=trainer.options.seed, verify=False)
+        group = trainer.optimizer.param_groups[0]
         names = ("lr", "momentum", "nesterov", "dampening", "weight_decay")
-        threshold = stability_threshold(**{name: group[name] for name in names}, clip=self._clip())
+        rule = {name: group[name] for name in names}
+        threshold = stability_threshold(**rule, clip=trainer.clip_coefficient)
         return {"sharpness": float(pairs.values[0]), "sharpness_threshold": threshold.value}
-
-    def _clip(self) -> float:
-        """The coefficient by which the last step scaled its gradient."""
-        limit = self.run.options.max_norm
-        return 1.0 if limit is None else min(1.0, limit / (float(self.run.gradient_norm) + 1e-6))
 
     def _noise(self) -> dict[str, Any]:
         found = gradient_statistics(self.objective)
-        return {
-            "noise_scale": found.noise_scale,
-            "noise_trace": found.noise_trace,
-            "squared_signal": found.squared_signal,
-            "chunk_signal_to_noise": found.chunk_signal_to_noise,
-        }
+        names = ("noise_scale", "noise_trace", "squared_signal", "chunk_signal_to_noise")
+        return {name: getattr(found, name) for name in names}

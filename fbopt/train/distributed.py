@@ -11,41 +11,45 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from fbopt._distributed import Collectives, Failure, PeerError
 from fbopt.train.config.options import OptionsError
-from fbopt.train.launch import launched, leads, only_lead_prints
+from fbopt.train.torchrun import is_rank_zero, only_rank_zero_prints, rank_and_world_size
 
 T = TypeVar("T")
-# What rank 0 does alone (evaluation, --track) may take long; a process that dies is noticed anyway.
-PATIENCE = datetime.timedelta(days=2)
+# Rank 0's evaluation and --track may take long; a process that dies is noticed anyway.
+TIMEOUT = datetime.timedelta(days=2)
 
 
-class World:
-    """The processes of a run. Every method is to be called by all of them, in the same order."""
+class DistributedContext(Collectives):
+    """The processes of a run. All of them have to call a method, in the same order.
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.ranks = Collectives(group)
-        self.rank, self.size = self.ranks.rank, self.ranks.world_size
-        self.lead = self.rank == 0
+    Attributes:
+        group: the process group; None for a single process.
+        rank: this process's.
+        world_size: the number of processes.
+    """
 
-    def decided(self, decide: Callable[[], T]) -> T:
-        """What `decide` returns on rank 0, which alone calls it; its error there, else PeerError.
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this process reads, writes and prints."""
+        return self.rank == 0
 
-        Other processes need none of the files that it reads.
+    def from_rank_zero(self, compute: Callable[[], T]) -> T:
+        """Call `compute` on rank 0 alone and return its result, picklable, on every rank.
+
+        Raises its error on rank 0, and PeerError on the others.
         """
-        if self.size == 1:
-            return decide()
+        if self.is_single:
+            return compute()
         error: Exception | None = None
         value: list[Any] = [None]
-        if self.lead:
+        if self.is_rank_zero:
             try:
-                value = [decide()]
+                value = [compute()]
             except Exception as raised:
                 error, value = raised, [Failure.of(raised)]
-        value = self.ranks.broadcast(value)
+        value = self.broadcast(value)
         if error is not None:
             raise error
         if isinstance(value[0], Failure):
@@ -53,88 +57,82 @@ class World:
         return value[0]
 
     @contextlib.contextmanager
-    def alike(self) -> Iterator[None]:
-        """Do what any process may fail at: if one does, the first raises its error, all PeerError.
+    def raising_together(self) -> Iterator[None]:
+        """Where any rank fails in this context, raise on all: its own error there, else PeerError.
 
-        Nothing that talks to the other processes may be done in it.
+        No collective may be called within.
         """
         error: Exception | None = None
         try:
             yield
         except Exception as raised:
             error = raised
-        everyone = self.ranks.all_gather_object(None if error is None else Failure.of(error))
-        for rank, failure in enumerate(everyone):
+        failures = self.all_gather_object(None if error is None else Failure.of(error))
+        for rank, failure in enumerate(failures):
             if failure is not None:
                 raise failure.as_error(rank) if rank != self.rank else error
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
-        return self.ranks.agree([flag], [], torch.device("cpu")).flags[0]
+        """Whether the flag is set on any rank."""
+        return self.agree([flag], [], torch.device("cpu")).flags[0]
 
-    def sum_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over the processes."""
-        self.ranks.all_reduce_([tensor])
 
-    def device(self, name: str) -> torch.device:
-        """The device that `--device` asks for: of several processes each has a GPU of its own."""
-        cuda = torch.cuda.is_available()
-        try:
-            device = torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
-            if device.type == "cuda" and self.size > 1:
-                device = self._own_gpu(device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).partition("\n")[0]
-            raise OptionsError(f"--device {name}: {reason}; use cpu, or leave it out") from error
-        return device
+def select_device(name: str, world_size: int = 1) -> torch.device:
+    """The device that `--device` asks for; of several processes each gets a GPU of its own.
 
-    def _own_gpu(self, device: torch.device) -> torch.device:
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if device.index is not None:
-            raise OptionsError(
-                f"--device {device} is one GPU for {self.size} processes; give --device cuda, then "
-                "each has its own"
-            )
-        if local >= gpus > 0:
-            raise OptionsError(
-                f"there are more processes on this machine than its {gpus} GPUs; start torchrun "
-                f"with --nproc-per-node {gpus}, or give --device cpu"
-            )
-        torch.cuda.set_device(local)
-        return torch.device("cuda", local)
+    Raises OptionsError.
+    """
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
+        if device.type == "cuda" and world_size > 1:
+            device = _own_gpu(device, world_size)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise OptionsError(f"--device {name}: {reason}; use cpu, or leave it out") from error
+    return device
+
+
+def _own_gpu(device: torch.device, world_size: int) -> torch.device:
+    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if device.index is not None:
+        raise OptionsError(
+            f"--device {device} is one GPU for {world_size} processes; give --device cuda, then "
+            "each has its own"
+        )
+    if local_rank >= gpus > 0:
+        raise OptionsError(
+            f"there are more processes on this machine than its {gpus} GPUs; start torchrun "
+            f"with --nproc-per-node {gpus}, or give --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[World]:
-    """Join the other processes of torchrun's job, if any; only rank 0 prints meanwhile."""
-    if launched()[1] == 1:
-        yield World()
+def distributed_context() -> Iterator[DistributedContext]:
+    """Join the process group of torchrun's job, if any; only rank 0 prints meanwhile."""
+    if rank_and_world_size()[1] == 1:
+        yield DistributedContext()
         return
     own = not dist.is_initialized()
     if own:
-        _start_group()
+        _init_process_group()
     try:
-        with only_lead_prints():
-            yield World(dist.group.WORLD)
+        with only_rank_zero_prints():
+            yield DistributedContext(dist.group.WORLD)
     except PeerError as error:
-        own &= error.rank is not None  # who has lost a process could wait for it
+        own &= error.rank is not None  # destroying could wait for a process that was lost
         raise
     finally:
         if own:
             dist.destroy_process_group()
 
 
-def status_of(error: PeerError) -> int:
-    """Say that this process stops as another one did, unless that one says so; the exit status."""
-    if error.rank is None and leads():
-        print(f"fbopt train: {error}", file=sys.stderr, flush=True)
-    return 2 if error.kind in ("OptionsError", "DataError") else 1
-
-
-def _start_group() -> None:
+def _init_process_group() -> None:
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    store, rank, size = next(dist.rendezvous("env://"))
+    store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # After a restart torchrun's store still has the addresses of processes that are gone, which
         # the new ones may read and then wait for. Machines count restarts each for itself.
@@ -143,6 +141,13 @@ def _start_group() -> None:
         "cpu:gloo,cuda:nccl" if nccl else "gloo",
         store=store,
         rank=rank,
-        world_size=size,
-        timeout=PATIENCE,
+        world_size=world_size,
+        timeout=TIMEOUT,
     )
+
+
+def peer_error_status(error: PeerError) -> int:
+    """The exit status for another rank's failure, which that rank prints itself, unless lost."""
+    if error.rank is None and is_rank_zero():
+        print(f"fbopt train: {error}", file=sys.stderr, flush=True)
+    return 2 if error.kind in ("OptionsError", "DataError") else 1

@@ -1,11 +1,10 @@
-"""What a model gets right on a split, and how wrong it is."""
+"""Accuracy and loss of a model on a split, and the moving average of a model's weights."""
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from fbopt.train.data.dataset import Chunks, Split
 from fbopt.train.precision import autocast, cross_entropy
@@ -21,8 +20,8 @@ def evaluate(
 ) -> tuple[float, float]:
     """Accuracy (0 to 1) and mean cross-entropy (nats) on a split, in evaluation mode.
 
-    With `flip` of the mean probabilities of each image and its mirror image. `dtype` is what the
-    forward passes are autocast to.
+    With `flip`, of the mean probabilities of each image and its mirror image. `dtype` is what the
+    forward passes, of `size` samples each, are autocast to.
     """
     training = model.training
     model.eval()
@@ -40,22 +39,15 @@ def evaluate(
     return correct.item() / len(split), loss.item() / len(split)
 
 
-class MovingAverage:
-    """The average, from the model as it is now on; `keep` is m, `model` what to evaluate."""
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """The exponential moving average mean ← decay·mean + (1 − decay)·θ, begun at the model's θ.
 
-    def __init__(self, model: nn.Module, keep: float) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False)
-        self.keep = keep
+    BatchNorm's running statistics are averaged too; buffers of integers are copied.
+    """
 
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Bring in the model as it is after a pass."""
-        for mean, now in zip(_tensors(self.model), _tensors(model), strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(now, 1 - self.keep)
-            else:
-                mean.copy_(now)
+    def average(mean: Tensor, now: Tensor, updates: Tensor) -> Tensor:
+        return mean.lerp(now, 1 - decay) if mean.is_floating_point() else now
 
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    averaged = AveragedModel(model, avg_fn=average, use_buffers=True)
+    averaged.n_averaged += 1  # at 0 the first update would only copy the model
+    return averaged

@@ -1,4 +1,4 @@
-"""What may be done to the full gradient before a step, in the order of the authors' release.
+"""Transformations of the full gradient before a step, in the order of the authors' release.
 
 g ← g + strength·∇R(‖θ‖² − b²), with R(x) = |x| or x²/2     norm bias (Goldblum et al. 2019)
 g ← g·min(1, max_norm/‖g‖)                                  clipping
@@ -21,32 +21,27 @@ from fbopt.train.config.options import Options
 from fbopt.train.data.rng import NOISE
 
 
-class GradientChange:
-    """Changes ``p.grad`` of all parameters as resolved options say; clips it too.
+class GradientTransform:
+    """Norm bias, clipping and noise on the ``p.grad`` of all parameters, as resolved options say.
 
-    The noise is a function of (seed, step), the same on every process.
+    The noise is a function of (seed, step), the same on every rank.
     """
 
     def __init__(self, params: Sequence[Tensor], options: Options) -> None:
         self.params, self.options = list(params), options
 
-    @staticmethod
-    def wanted(options: Options) -> bool:
-        """Whether there is more to do than to clip."""
-        return bool(options.norm_bias or options.additive_noise or options.multiplicative_noise)
-
     @torch.no_grad()
     def __call__(self, step: int) -> Tensor:
-        """Change the gradient of a step; return its norm before it was clipped."""
+        """Transform the gradient of a step in place; return its norm before clipping."""
         params = [p for p in self.params if p.grad is not None]
         if self.options.norm_bias:
-            self._pull(params)
+            self._add_norm_bias(params)
         norm = clip_grad_norm_(params, self.options.max_norm or math.inf)
         if self.options.additive_noise or self.options.multiplicative_noise:
-            self._disturb(params, step)
+            self._add_noise(params, step)
         return norm
 
-    def _pull(self, params: Sequence[Tensor]) -> None:
+    def _add_norm_bias(self, params: Sequence[Tensor]) -> None:
         options = self.options
         excess = sum(p.square().sum() for p in self.params) - options.norm_bias_target**2
         if options.norm_bias_power == 1:
@@ -54,13 +49,13 @@ class GradientChange:
         for p in params:
             p.grad += 2 * options.norm_bias * excess * p
 
-    def _disturb(self, params: Sequence[Tensor], step: int) -> None:
+    def _add_noise(self, params: Sequence[Tensor], step: int) -> None:
         generator = torch.Generator(params[0].device)
         generator.manual_seed(mix(self.options.seed, NOISE, step))
         for p in params:
-            first, second = (
+            additive, multiplicative = (
                 torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device)
                 for _ in range(2)
             )
-            p.grad += self.options.additive_noise * first
-            p.grad *= 1 + self.options.multiplicative_noise * second
+            p.grad += self.options.additive_noise * additive
+            p.grad *= 1 + self.options.multiplicative_noise * multiplicative

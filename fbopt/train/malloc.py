@@ -1,4 +1,4 @@
-"""Memory that the C library has been given back stays with the process."""
+"""glibc's malloc settings that keep freed memory in the process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _SET_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP
 
 
 def keep_freed() -> bool:
-    """Let glibc keep what tensors on the CPU have freed; returns whether it does.
+    """Let glibc keep the memory of freed CPU tensors; return whether it does.
 
-    By default it hands large blocks back to the system at once, and the next step waits for the
-    system to clear the same pages anew, which shows where layers are cheap. Results do not change.
-    A program's choice, not a library's: it holds for the whole process. Nothing is done for other C
-    libraries, or where the environment tunes glibc's allocator already.
+    By default it returns large blocks to the system at once, and in the next step the system clears
+    the same pages again, which is noticeable where layers are cheap. Results do not change. The
+    setting holds for the whole process, so a program makes it, not a library. Nothing is done with
+    other C libraries, or where the environment configures glibc's allocator already.
     """
     if os.environ.get("GLIBC_TUNABLES") or any(os.environ.get(name) for name in _SET_BY_USER):
         return False

@@ -1,4 +1,4 @@
-"""What forward and backward passes compute in: float32, TF32 on CUDA, or bfloat16 by autocast.
+"""The arithmetic of forward and backward passes: float32, TF32 on CUDA, or bfloat16 by autocast.
 
 Parameters, sums over chunks, the loss and the update are float32 in each of them.
 """
@@ -12,32 +12,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def settle(precision: str, device: torch.device) -> None:
-    """Have CUDA multiply float32 numbers as `--precision` says; the CPU's ways are left alone."""
+def set_float32_precision(precision: str, device: torch.device) -> None:
+    """Let CUDA multiply float32 numbers as `--precision` says; the CPU's settings are not changed.
+
+    It holds for the whole process.
+    """
     if device.type == "cuda":
         kind = "ieee" if precision == "fp32" else "tf32"
         torch.backends.cuda.matmul.fp32_precision = kind
         torch.backends.cudnn.conv.fp32_precision = kind
 
 
-def cast_to(precision: str) -> torch.dtype | None:
-    """The dtype that `--precision` autocasts passes to, None for none."""
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The dtype that `--precision` autocasts forward passes to, None for no autocast."""
     return torch.bfloat16 if precision == "bf16" else None
 
 
 def autocast(
     device: torch.device, dtype: torch.dtype | None
 ) -> contextlib.AbstractContextManager[None]:
-    """A context in which passes are cast to `dtype`, if any."""
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)
+    """torch.autocast to `dtype`; a null context for None."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def cross_entropy(
     output: Tensor, target: Tensor, label_smoothing: float = 0.0, reduction: str = "mean"
 ) -> Tensor:
-    """Cross-entropy of logits (n, classes) and labels (n,), in float32 for bfloat16."""
+    """Cross-entropy of logits (n, classes) and labels (n,), in float32 for bfloat16 logits."""
     if output.dtype == torch.bfloat16:
         output = output.float()
     return F.cross_entropy(output, target, reduction=reduction, label_smoothing=label_smoothing)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, and say how to go on; a second one stops at once."""
+"""SIGINT and SIGTERM: the first lets a run save after the current step, a second stops at once."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from fbopt.train.checkpoint.run_dir import RunFolder
 
 
 class Interrupted(Exception):
-    """A run that was stopped; `str()` says how to go on."""
+    """A run that was stopped; the message says how to go on."""
 
     def __init__(self, what: str, folder: RunFolder) -> None:
         super().__init__(f"{what}; go on with\n  {folder.resume_command}")
         self.folder = folder
 
 
-class Interrupt:
+class SignalHandler:
     """A context in which the first SIGINT or SIGTERM only sets `requested`."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder, self.requested = folder, False
         self.previous: dict[int, Any] = {}
 
-    def __enter__(self) -> Interrupt:
+    def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.previous[number] = signal.signal(number, self._handle)

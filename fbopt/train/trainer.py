@@ -1,8 +1,9 @@
-"""A training run's state, how it takes one step, and what it measures."""
+"""A training run: what a checkpoint holds, how to take one step, and the metrics of a pass."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,148 +11,194 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fbopt import FullBatchGD
-from fbopt.train import assemble
+from fbopt import FullBatchClosure, FullBatchGD
+from fbopt.reference import clip_coefficient
+from fbopt.train import build
 from fbopt.train.config.options import Options
 from fbopt.train.data.dataset import Chunks, Data
 from fbopt.train.data.rng import seed_chunk
-from fbopt.train.distributed import World
-from fbopt.train.evaluate import MovingAverage, evaluate
-from fbopt.train.precision import autocast, cast_to, cross_entropy
+from fbopt.train.distributed import DistributedContext
+from fbopt.train.evaluate import evaluate, moving_average
+from fbopt.train.precision import autocast, autocast_dtype, cross_entropy
 
 GRADIENTS = {None: 1, "forward": 2, "central": 3, "exact": 2}  # backward passes per chunk
+_PARTS = ("model", "optimizer", "scheduler", "closure", "average")  # with a state_dict, or None
+_TOTALS = ("correct", "loss", "chunk_sqnorm")
 
 
 class Diverged(RuntimeError):
     """The loss became infinite or undefined."""
 
 
-class Run:
-    """A training run: all that a checkpoint holds, and how to take one step.
+class Trainer:
+    """The state of a training run, and how to take one step.
 
     A pass is an epoch of SGD, of which there are `epochs` first, or one full-batch step. Of several
-    processes each has a whole run, with the same numbers after every step.
+    processes each has a whole trainer, with the same numbers after every step.
+
+    Attributes:
+        batches: the mini-batches of an epoch; None in a run without epochs.
+        chunks: the chunks of a full-batch step; of SGD, the mini-batches.
+        step: optimizer steps done, of `total_steps`.
+        correct, loss, chunk_sqnorm: of the current pass: samples classified right, mean loss, mean
+            squared gradient norm of chunks.
+        gradient_norm: of the last step, before clipping.
+        closure, grad_transform: None where the options need none.
+        on_samples: called with the number of samples after every forward pass of training.
     """
 
     def __init__(
-        self, options: Options, data: Data, device: torch.device, world: World | None = None
+        self,
+        options: Options,
+        data: Data,
+        device: torch.device,
+        context: DistributedContext | None = None,
     ) -> None:
         self.options, self.device = options, device
-        self.data, self.world = data, world or World()
-        self.model = assemble.model(options, data, device)
+        self.context = context or DistributedContext()
+        self.model = build.build_model(options, data, device)
         self.loss_fn = partial(cross_entropy, label_smoothing=options.label_smoothing)
-        self.autocast = cast_to(options.precision)
         self.epochs = math.inf if options.stochastic else options.switch_at
-        self.batches = assemble.visits(self, stochastic=True) if self.epochs else None
+        self.batches = self._build_chunks(data, stochastic=True) if self.epochs else None
         self.chunks = self.batches
         if not options.stochastic:
-            self.chunks = assemble.visits(self, stochastic=False)
+            self.chunks = self._build_chunks(data, stochastic=False)
         self.data = replace(data, train=self.chunks.split)
         self.total_steps = self._steps(options.passes)
         self.step, self.seconds = 0, 0.0
         self.first_pass = 0  # where `finite_passes` counts from, in a resumed run
         self.fitted = 0  # passes in a row that classified everything right
-        self.advance = lambda samples: None
+        self.on_samples: Callable[[int], object] = lambda samples: None
         # Summed on the device and read only to log: no step waits for the device.
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
-        self.squares = torch.zeros((), dtype=torch.float64, device=device)
+        self.chunk_sqnorm = torch.zeros((), dtype=torch.float64, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.finite_passes = torch.zeros((), dtype=torch.int64, device=device)
         self.gradient_norm: Tensor | None = None
         self.samples = len(self.chunks.split)  # in the last pass
-        # Only of full-batch gradient descent: what sums over the chunks, and what changes the sum.
-        self.closure = self.change = None
-        assemble.optimizer(self)
-        self.average = MovingAverage(self.model, options.ema) if options.ema else None
+        self.optimizer = build.build_optimizer(options, self.model)
+        self.scheduler = build.build_scheduler(options, self.optimizer)
+        self.grad_transform = build.build_grad_transform(options, self.model)
+        self.closure = None if options.stochastic else self._build_closure()
+        self.average = moving_average(self.model, options.ema) if options.ema else None
         if options.compile:
             self.model.compile()
 
+    def _build_chunks(self, data: Data, stochastic: bool) -> Chunks:
+        return build.build_chunks(
+            self.options,
+            data.train,
+            stochastic=stochastic,
+            current_pass=lambda: self.position[0],
+            before_chunk=self.seed_chunk,
+            rank=self.context.rank,
+            world_size=self.context.world_size,
+        )
+
+    def _build_closure(self) -> FullBatchClosure:
+        return build.build_closure(
+            self.options,
+            self.model,
+            self.loss_fn,
+            self.chunks,
+            self.optimizer,
+            observe=self.observe,
+            on_pass_start=self.correct.zero_,  # exact sums may visit the chunks again
+            process_group=self.context.group,
+        )
+
     @property
-    def place(self) -> tuple[int, int]:
-        """The number of whole passes done, and of mini-batches in the present one."""
+    def position(self) -> tuple[int, int]:
+        """The number of passes completed, and of mini-batches in the current epoch."""
         if self.epochs:
-            number, index = divmod(self.step, len(self.batches))
-            if number < self.epochs:
-                return number, index
+            epoch, index = divmod(self.step, len(self.batches))
+            if epoch < self.epochs:
+                return epoch, index
         return self.epochs + self.step - self._steps(self.epochs), 0
 
     @property
     def steps_per_pass(self) -> int:
-        """Steps of the present pass, or the next one."""
-        return len(self.batches) if self.place[0] < self.epochs else 1
+        """Optimizer steps of the current pass; between two passes, of the next."""
+        return len(self.batches) if self.position[0] < self.epochs else 1
 
     @property
-    def visited(self) -> Chunks:
-        """What the present pass, or the next one, visits."""
-        return self.batches if self.place[0] < self.epochs else self.chunks
+    def current_chunks(self) -> Chunks:
+        """The mini-batches or chunks of the current pass; between two passes, of the next."""
+        return self.batches if self.position[0] < self.epochs else self.chunks
+
+    @property
+    def clip_coefficient(self) -> float:
+        """The factor that the last step scaled its gradient by; read from the device."""
+        bound = self.options.max_norm
+        return 1.0 if bound is None else float(clip_coefficient(bound, self.gradient_norm))
 
     def _steps(self, passes: int) -> int:
         epochs = min(passes, self.epochs)
         return passes - epochs + (epochs * len(self.batches) if epochs else 0)
 
-    def seed_draws(self, chunk: int = 0) -> None:
-        """Seed what the model draws from, before a chunk or a mini-batch."""
+    def seed_chunk(self, chunk: int = 0) -> None:
+        """Seed the generators of dropout before a chunk or a mini-batch."""
         seed_chunk(self.device, self.options.seed, self.step, chunk)
 
     def observe(self, output: Tensor, target: Tensor) -> None:
         """Count what was classified right, after every forward pass of training."""
         self.correct += (output.argmax(1) == target).sum()
-        self.advance(len(target) * self.world.size)
+        self.on_samples(len(target) * self.context.world_size)
 
     def take_step(self) -> None:
-        """One optimizer step: on the whole training set, or on the next mini-batch."""
-        (number, index), samples = self.place, len(self.visited.split)
+        """Take one optimizer step: on the whole training set, or on the next mini-batch."""
+        (number, index), samples = self.position, len(self.current_chunks.split)
         if index == 0:
-            for total in (self.correct, self.loss, self.squares):
-                total.zero_()
+            for name in _TOTALS:
+                getattr(self, name).zero_()
         if number < self.epochs:
             self._sgd_step(index, samples)
         else:
-            self._full_step()
+            self._full_batch_step()
         self.step += 1
-        if self.place[1] == 0:
+        if self.position[1] == 0:
             self._end_pass(samples)
 
-    def _full_step(self) -> None:
-        if self.change is None:
+    def _full_batch_step(self) -> None:
+        if self.grad_transform is None:
             self.loss += self.optimizer.step(self.closure)
             self.gradient_norm = self.optimizer.last_grad_norm
         else:
             self.loss += self.closure()
-            self.gradient_norm = self.change(self.step)
+            self.gradient_norm = self.grad_transform(self.step)
             self.optimizer.step()
-        self.world.sum_(self.correct)
+        self.context.all_reduce_([self.correct])
         if self.closure.mean_sqnorm is not None:
-            self.squares += self.closure.mean_sqnorm
+            self.chunk_sqnorm += self.closure.mean_sqnorm
 
     def _sgd_step(self, index: int, samples: int) -> None:
         input, target = self.batches[index]
         self.optimizer.zero_grad()
-        self.seed_draws()
-        with autocast(self.device, self.autocast):
+        self.seed_chunk()
+        with autocast(self.device, autocast_dtype(self.options.precision)):
             output = self.model(input)
             loss = self.loss_fn(output, target)
         loss.backward()
-        clips = isinstance(self.optimizer, FullBatchGD) and self.change is None
-        if not clips:
+        optimizer_clips = isinstance(self.optimizer, FullBatchGD) and self.grad_transform is None
+        if not optimizer_clips:
             self.gradient_norm = nn.utils.clip_grad_norm_(
                 self.model.parameters(), self.options.max_norm or math.inf
             )
         self.optimizer.step()
-        if clips:
+        if optimizer_clips:
             self.gradient_norm = self.optimizer.last_grad_norm
         share = len(target) / samples
         self.loss += loss.detach() * share
         if self.options.chunk_norms:
-            self.squares += self.gradient_norm.detach().square() * share
+            self.chunk_sqnorm += self.gradient_norm.detach().square() * share
         self.observe(output.detach(), target)
 
     def _end_pass(self, samples: int) -> None:
         self.finite &= self.loss.isfinite()
         self.finite_passes += self.finite
         if self.average is not None:
-            self.average.update(self.model)
+            self.average.update_parameters(self.model)
         if self.options.stop_fitted:
             self.fitted = self.fitted + 1 if int(self.correct) == samples else 0
         self.samples = samples
@@ -173,10 +220,13 @@ class Run:
                 "with --max-norm 0.25"
             )
 
-    def record(self, on_test: bool) -> dict[str, Any]:
-        """The metrics after a pass, read from the device. Raises Diverged."""
+    def record(self, with_test: bool) -> dict[str, Any]:
+        """The metrics after a pass, read from the device; `with_test`, of the test set too.
+
+        Raises Diverged.
+        """
         self.check_finite()
-        o, norm, done = self.options, float(self.gradient_norm), self.place[0]
+        o, norm, done = self.options, float(self.gradient_norm), self.position[0]
         epochs = min(done, self.epochs)
         record = {
             "pass": done,
@@ -185,31 +235,26 @@ class Run:
             "loss": float(self.loss),
             "train_accuracy": int(self.correct) / self.samples,
             "gradient_norm": norm,
-            "clip": min(1.0, (o.max_norm or math.inf) / max(norm, 1e-12)),
+            "clip": self.clip_coefficient,
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(self.seconds, 3),
         }
-        penalised = self.closure is not None and self.closure.mean_sqnorm is not None
-        if penalised or o.chunk_norms:
-            record["mean_squared_chunk_norm"] = float(self.squares)
-        if on_test:
+        full_batch = self.closure is not None and self.closure.mean_sqnorm is not None
+        if full_batch or o.chunk_norms:
+            record["mean_squared_chunk_norm"] = float(self.chunk_sqnorm)
+        if with_test:
             record["test_accuracy"], record["test_loss"] = evaluate(
-                self.model if self.average is None else self.average.model,
+                self.average or self.model,
                 self.data.test,
                 flip=o.tta == "flip",
-                dtype=self.autocast,
+                dtype=autocast_dtype(o.precision),
             )
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit for bit, as tensors and plain types."""
-        state = {
-            name: getattr(self, name).state_dict()
-            for name in ("model", "optimizer", "scheduler", "closure")
-            if getattr(self, name) is not None
-        }
-        if self.average is not None:
-            state["average"] = self.average.model.state_dict()
+        """All that is needed to go on bit for bit, as tensors and plain types."""
+        parts = {name: getattr(self, name) for name in _PARTS}
+        state = {name: part.state_dict() for name, part in parts.items() if part is not None}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         return state | {
@@ -218,30 +263,25 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "fitted": self.fitted,
-            "correct": self.correct,
-            "loss": self.loss,
-            "squares": self.squares,
+            **{name: getattr(self, name) for name in _TOTALS},
             "rng": torch.get_rng_state(),
         }
 
     def _parameter_names(self) -> list[str]:
-        """The parameters' names in the order in which the optimizer counts them."""
+        """The parameters' names in the order in which the optimizer numbers them."""
         names = {p: name for name, p in self.model.named_parameters()}
         return [names[p] for group in self.optimizer.param_groups for p in group["params"]]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where `state_dict` was taken."""
-        for name in ("model", "optimizer", "scheduler", "closure"):
-            if name in state:
-                getattr(self, name).load_state_dict(state[name])
+        for name in _PARTS:
+            if (part := getattr(self, name)) is not None:
+                part.load_state_dict(state[name])
         self.step, self.seconds = state["step"], state["seconds"]
-        self.first_pass, self.fitted = self.place[0], state.get("fitted", 0)
+        self.first_pass, self.fitted = self.position[0], state["fitted"]
         self._stop_if_fitted()
-        for name in ("correct", "loss", "squares"):
-            if name in state:  # not all of them are in checkpoints of earlier versions
-                getattr(self, name).copy_(state[name])
-        if self.average is not None:
-            self.average.model.load_state_dict(state["average"])
+        for name in _TOTALS:
+            getattr(self, name).copy_(state[name])
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)

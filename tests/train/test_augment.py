@@ -1,9 +1,8 @@
-"""Crops and flips: which are drawn, what they do to an image, and that nothing is stored."""
+"""Crops and flips: their random draws, their effect on an image, and that nothing is stored."""
 
 from __future__ import annotations
 
 import random
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from fbopt.train.data.dataset import Chunks, Split, from_arrays
 from fbopt.train.data.rng import REPLACEMENT, below, hashed
 from fbopt.train.reporting.describe import describe
 from fbopt.train.signals import Interrupted
+from fbopt.train.trainer import Trainer
 
 WORD = 2**64
 
@@ -114,7 +114,7 @@ def test_draws_with_replacement():
     assert torch.equal(drawn, (bits & (2**31 - 1)) * 5000 >> 31)
 
 
-# --- what they do to an image ---------------------------------------------------------------------
+# --- the images -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("channels", "height", "width"), [(3, 32, 32), (1, 8, 8), (3, 9, 14)])
@@ -153,12 +153,12 @@ def test_the_middle_is_the_image_itself():
 def test_black_is_padded_before_normalising():
     split = images()
     view = augmented(split, resolve(Options(augment="random")))
-    x, y = view.batch(slice(0, 37), number=2)
+    x, y = view.batch(slice(0, 37), pass_number=2)
     assert x.dtype == torch.float32 and torch.equal(y, split.y)
     sample = torch.arange(37)
     plain = crop_and_flip(split.x, *view._window(torch.full_like(sample, 2), sample))
     assert (plain == 0).any()  # the images themselves have no black pixel
-    assert torch.equal(x, (plain.float() - split.mean) / split.deviation)
+    assert torch.equal(x, (plain.float() - split.mean) / split.std)
 
 
 # --- the enlarged data set ------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_replicas_are_the_same_on_every_pass():
     assert torch.equal(y, split.y.repeat(10))
     for number in (0, 1, 1000):
         for size in (1, 7, 37, 64, 370, 1000):
-            chunks = Chunks(view, size, now=lambda number=number: number)
+            chunks = Chunks(view, size, current_pass=lambda number=number: number)
             assert torch.equal(torch.cat([x for x, _ in chunks]), x)
     replicas = x.split(37)
     assert not any(torch.equal(a, b) for i, a in enumerate(replicas) for b in replicas[:i])
@@ -191,7 +191,7 @@ def test_replicas_are_the_same_for_any_order_and_number_of_processes(world):
     view = enlarged(images())
     x, _ = whole(view)
     for sampling in ("fixed", "shuffled", "replacement"):
-        chunks = Chunks(view, 16, sampling=sampling, seed=4, now=lambda: 3)
+        chunks = Chunks(view, 16, sampling=sampling, seed=4, current_pass=lambda: 3)
         natural = list(chunks)
         found = {}
         for rank in range(world):
@@ -210,7 +210,7 @@ def test_a_shuffled_pass_has_every_sample_of_every_replica_once():
     view = enlarged(images())
     x, _ = whole(view)
     now = [0]
-    chunks = Chunks(view, 64, sampling="shuffled", seed=1, now=lambda: now[0])
+    chunks = Chunks(view, 64, sampling="shuffled", seed=1, current_pass=lambda: now[0])
     passes = []
     for now[0] in (0, 1, 0):
         passes.append(torch.cat([a for a, _ in chunks]))
@@ -343,19 +343,12 @@ def test_resumed_is_the_same_bit_for_bit(tiny, tmp_path, monkeypatch, capsys, ca
     passes = {"epochs": 6} if recipe == "sgd" else {"steps": 6}
     options = tiny_runs.with_noise(tiny, tmp_path / "whole", recipe, **passes, **changes)
     whole_run = loop.train(options)
-    stop_at, take_step = (7 if recipe == "sgd" else 3), loop.Run.take_step
-
-    def stop(run):
-        take_step(run)
-        if run.step == stop_at:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "take_step", stop)
-        with pytest.raises(Interrupted):
-            loop.train(replace(options, out=tmp_path / "part"))
+    stop = 7 if recipe == "sgd" else 3
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        tiny_runs.interrupt_after(patch, stop)
+        loop.train(replace(options, out=tmp_path / "part"))
     resumed = loop.train(Options(resume=tmp_path / "part"))
-    assert f"resumed at step {stop_at}" in capsys.readouterr().out
+    assert f"resumed at step {stop}" in capsys.readouterr().out
     assert tiny_runs.digest(resumed.model) == tiny_runs.digest(whole_run.model)
     plain = {name: getattr(Options, name) for name in changes if name != "tta"}
     other = loop.train(replace(options, out=tmp_path / "other", **plain))
@@ -375,12 +368,12 @@ def test_augmented_runs_learn(tiny, tmp_path, recipe, augment):
 def test_draws_follow_the_passes_of_a_run(tiny, recipe, steps, changes):
     """New ones after every full-batch step, or after every epoch of 3 mini-batches."""
     options = tiny_runs.options(tiny, Path("never written"), recipe, **changes)
-    run = loop.Run(resolve(options), loop.load(tiny), torch.device("cpu"))
-    first = run.chunks[0][0].clone()
+    trainer = Trainer(resolve(options), loop.load(tiny), torch.device("cpu"))
+    first = trainer.chunks[0][0].clone()
     for step in range(1, 2 * steps + 1):
-        run.take_step()
+        trainer.take_step()
         drawn_anew = step >= steps and (bool(changes) or recipe == "sgd")
-        assert torch.equal(run.chunks[0][0], first) == (not drawn_anew), step
+        assert torch.equal(trainer.chunks[0][0], first) == (not drawn_anew), step
 
 
 def test_the_sizes_of_a_run(tiny, tmp_path, capsys):
@@ -388,65 +381,7 @@ def test_the_sizes_of_a_run(tiny, tmp_path, capsys):
     loop.train(options)
     out = capsys.readouterr().out
     assert "120 samples in chunks of 32, 3 fixed crops and flips of each)" in out
-    run = loop.Run(resolve(replace(options, recipe="sgd", steps=None, chunk_size=None, epochs=2)),
-                   loop.load(tiny), torch.device("cpu"))  # fmt: skip
-    assert len(run.data.train) == 40 and "3 fixed crops and flips of each, one an epoch" in (
-        describe(run)
-    )
-
-
-def test_only_weights_decay(tiny):
-    options = tiny_runs.with_noise(tiny, Path("never written"), "fb", decay="weights")
-    run = loop.Run(resolve(options), loop.load(tiny), torch.device("cpu"))
-    modules = dict(run.model.named_modules())
-    names = {id(p): name for name, p in run.model.named_parameters()}
-    decays = {names[id(p)]: group["weight_decay"]
-              for group in run.optimizer.param_groups for p in group["params"]}  # fmt: skip
-    assert decays.keys() == set(names.values())
-    for name, decay in decays.items():
-        layer, kind = name.rsplit(".", 1)
-        norm = isinstance(modules[layer], torch.nn.BatchNorm2d)
-        assert decay == (0 if norm or kind == "bias" else 5e-4), name
-
-
-def test_momenta_keep_their_names(tiny):
-    """Two groups count the parameters in another order than the model does."""
-    from fbopt.train.checkpoint.digest import groups
-
-    options = tiny_runs.with_noise(tiny, Path("never written"), "fb", decay="weights")
-    run = loop.Run(resolve(options), loop.load(tiny), torch.device("cpu"))
-    run.take_step()
-    found = groups(run.state_dict())
-    state = run.optimizer.state
-    for name, parameter in run.model.named_parameters():
-        assert torch.equal(found["momentum"][name], state[parameter]["momentum_buffer"]), name
-
-
-def test_label_smoothing_is_for_training_only(tiny):
-    options = tiny_runs.options(tiny, Path("never written"), "fb", label_smoothing=0.2)
-    run = loop.Run(resolve(options), loop.load(tiny), torch.device("cpu"))
-    x, y = run.data.train.batch(slice(None))
-    logits = run.model(x)
-    target = torch.nn.functional.one_hot(y, 3) * 0.8 + 0.2 / 3
-    expected = -(target * logits.log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(run.closure(), expected.detach(), rtol=1e-5, atol=1e-6)
-    logits = run.model(run.data.test.batch(slice(None))[0])
-    plain = torch.nn.functional.cross_entropy(logits, run.data.test.y)
-    run.gradient_norm = torch.zeros(())
-    assert run.record(True)["test_loss"] == pytest.approx(plain.item(), rel=1e-5)
-
-
-def test_flips_at_test_time(tiny):
-    from fbopt.train.evaluate import evaluate
-
-    options = tiny_runs.options(tiny, Path("never written"), "fb")
-    run = loop.Run(resolve(options), loop.load(tiny), torch.device("cpu"))
-    test = run.data.test
-    with torch.no_grad():
-        mean = (run.model(test.x).softmax(1) + run.model(test.x.flip(3)).softmax(1)) / 2
-    accuracy, loss = evaluate(run.model, test, size=7, flip=True)
-    assert accuracy == (mean.argmax(1) == test.y).double().mean().item()
-    assert loss == pytest.approx(float(-mean.log()[range(30), test.y].mean()), rel=1e-5)
-    mirrored = Split(test.x.flip(3), test.y)
-    assert evaluate(run.model, mirrored, flip=True)[1] == pytest.approx(loss, rel=1e-6)
-    assert evaluate(run.model, test)[1] != pytest.approx(loss, rel=1e-6)
+    wanted = resolve(replace(options, recipe="sgd", steps=None, chunk_size=None, epochs=2))
+    trainer = Trainer(wanted, loop.load(tiny), torch.device("cpu"))
+    assert len(trainer.data.train) == 40
+    assert "3 fixed crops and flips of each, one an epoch" in describe(trainer)

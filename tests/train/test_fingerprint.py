@@ -14,11 +14,13 @@ import torch
 from fbopt import cli
 from fbopt.train import loop
 from fbopt.train.checkpoint import atomic
-from fbopt.train.checkpoint.digest import GROUPS, fingerprint, sha256
+from fbopt.train.checkpoint.digest import GROUPS, fingerprint, groups, sha256
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options
+from fbopt.train.config.resolve import resolve
+from fbopt.train.data.load import load
 from fbopt.train.loop import train
-from fbopt.train.trainer import Run
+from fbopt.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEPT = {"steps": 6, "chunk_size": 20, "eval_every": 6, "save_every": 3, "keep": 9}
@@ -82,15 +84,15 @@ def test_the_digest_is_of_type_shape_and_values():
 
 def nudge(monkeypatch, step: int, name: str, by: float) -> None:
     """Move the last elements of a parameter or buffer after a step."""
-    take_step = Run.take_step
+    take_step = Trainer.take_step
 
-    def nudged(run):
-        take_step(run)
-        if run.step == step:
+    def nudged(trainer):
+        take_step(trainer)
+        if trainer.step == step:
             with torch.no_grad():
-                run.model.state_dict()[name][..., -1] += by
+                trainer.model.state_dict()[name][..., -1] += by
 
-    monkeypatch.setattr(Run, "take_step", nudged)
+    monkeypatch.setattr(Trainer, "take_step", nudged)
 
 
 @pytest.mark.parametrize(
@@ -250,16 +252,9 @@ def test_help_and_bad_arguments(capsys):
 
 
 def test_resumed_runs_keep_every_step_once(tiny, tmp_path, first, monkeypatch):
-    take_step = Run.take_step
-
-    def dies(run):
-        take_step(run)
-        if run.step == 5:
-            raise MemoryError
-
     options = tiny_runs.with_noise(tiny, tmp_path / "second", **KEPT)
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(Run, "take_step", dies)
+        tiny_runs.die_before(patch, 5)
         train(options)
     train(Options(resume=tmp_path / "second"))
     assert run(first, tmp_path / "second") == 0
@@ -267,3 +262,14 @@ def test_resumed_runs_keep_every_step_once(tiny, tmp_path, first, monkeypatch):
     assert [r["step"] for r in atomic.read_lines(folder.fingerprints)] == [*range(7)]
     assert [r["step"] for r in atomic.read_lines(folder.environment)] == [0, 3]
     assert json.loads((tmp_path / "second" / "options.json").read_text())["resume"] is None
+
+
+def test_momenta_keep_their_names(tiny):
+    """Two parameter groups number the parameters in another order than the model."""
+    options = tiny_runs.with_noise(tiny, Path("never written"), "fb", decay="weights")
+    trainer = Trainer(resolve(options), load(tiny), torch.device("cpu"))
+    trainer.take_step()
+    found = groups(trainer.state_dict())
+    state = trainer.optimizer.state
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(found["momentum"][name], state[parameter]["momentum_buffer"]), name

@@ -15,7 +15,7 @@ import torch
 
 from fbopt.cli import COMMANDS, main
 from fbopt.train import models
-from fbopt.train.assemble import rate_factor
+from fbopt.train.build import lr_factor
 from fbopt.train.config import recipes
 from fbopt.train.config.diff import check_resume, differences
 from fbopt.train.config.options import ModelName, Options, OptionsError, RecipeName, flag
@@ -176,11 +176,11 @@ def test_resume_takes_no_other_options(tmp_path):
 
 
 def test_schedule():
-    rates = [rate_factor(step, warmup=4, cosine=10) for step in range(20)]
+    rates = [lr_factor(step, warmup=4, cosine=10) for step in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
     assert rates[9] == pytest.approx(0.5) and rates[14] == pytest.approx(0)
     assert rates[14:] == [pytest.approx(0)] * 6
-    assert rate_factor(0, warmup=0, cosine=1) == 1
+    assert lr_factor(0, warmup=0, cosine=1) == 1
 
 
 def test_every_epoch_has_its_own_order():

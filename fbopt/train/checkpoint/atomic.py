@@ -1,4 +1,4 @@
-"""Files that no crash leaves half written: whole ones replaced at once, and lines of JSON."""
+"""Files that no crash leaves half written: replaced as a whole, or JSON lines that are appended."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-PARTIAL = ".partial"  # what is being written, until it is renamed
+PARTIAL = ".partial"  # the suffix of a file that is being written, until it is renamed
 CURES = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space",
-    errno.EROFS: "make the folder writable",
-    errno.EACCES: "make the folder writable",
-    errno.EPERM: "make the folder writable",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make the folder writable"),
 }
 
 
@@ -29,12 +26,15 @@ def cure(error: OSError) -> str:
 
 
 def reason(error: OSError) -> str:
-    """What went wrong, without the path."""
+    """The cause of an OSError, without the path."""
     return error.strerror or str(error) or type(error).__name__
 
 
 def replace(path: Path, content: bytes, temporary: str | None = None) -> None:
-    """Write `content` beside `path` and rename it over `path`: on the disk, or nothing changed."""
+    """Write `content` beside `path`, sync it, and rename it over `path`; an error changes nothing.
+
+    `temporary` is the name to write it under first.
+    """
     partial = path.with_name(temporary or f".{path.name}{PARTIAL}")
     try:
         with open(partial, "wb") as file:
@@ -50,7 +50,7 @@ def replace(path: Path, content: bytes, temporary: str | None = None) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Have the new name on the disk too, where the file system can do that for folders."""
+    """Sync the folder's entries, and so the new name, where the file system can."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -67,20 +67,20 @@ def replace_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Add one line of JSON."""
+    """Append one line of JSON."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def replace_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write a file of JSON lines anew."""
+    """Replace a file of JSON lines."""
     replace(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records in a file of JSON lines, none where there is no file.
 
-    What is no record is left out, such as a last line that a crash cut short.
+    Lines that are not records are skipped, such as a last one that a crash cut short.
     """
     if not path.exists():
         return []

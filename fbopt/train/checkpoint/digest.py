@@ -1,6 +1,6 @@
 """Fingerprints: the SHA-256 of a run's parameters, momentum and buffers, tensor by tensor.
 
-A tensor's digest is of its type, shape and bytes; a group's is of its tensors' names and digests.
+A tensor's digest is of its dtype, shape and bytes; a group's is of its tensors' names and digests.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 GROUPS = ("parameters", "momentum", "buffers")
-SHORT = 16  # digits kept of a single tensor's digest
+SHORT = 16  # hexadecimal digits kept of a single tensor's digest
 
 
 def fingerprint(state: Mapping[str, Any]) -> dict[str, Any]:
-    """One line of fingerprints.jsonl, from what a checkpoint holds.
+    """One line of fingerprints.jsonl, computed from the content of a checkpoint.
 
     {"step", "parameters", "momentum", "buffers": 64 digits each, "tensors": {group: {name: 16}}}
     """
@@ -32,7 +32,7 @@ def fingerprint(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def groups(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """The parameters, momenta and buffers in what a checkpoint holds, by the model's names."""
+    """The parameters, momenta and buffers in a checkpoint, by the model's names."""
     model, names = state["model"], state["parameters"]
     kept = state["optimizer"]["state"]
     momenta = {n: kept.get(i, {}).get("momentum_buffer") for i, n in enumerate(names)}
@@ -44,7 +44,7 @@ def groups(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
 
 
 def sha256(tensor: Tensor) -> str:
-    """The digest of a tensor's type, shape and values, wherever and in whatever order it lies."""
+    """The digest of a tensor's dtype, shape and values, for any device and memory layout."""
     plain = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(str((plain.dtype, tuple(plain.shape))).encode())
     digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)

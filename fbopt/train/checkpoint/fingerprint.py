@@ -13,30 +13,35 @@ from typing import Any, NamedTuple
 
 from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.digest import GROUPS, SHORT, groups
-from fbopt.train.checkpoint.provenance import WHY
+from fbopt.train.checkpoint.provenance import WHY, changed
 from fbopt.train.checkpoint.run_dir import RunFolder
-from fbopt.train.config.diff import changed, differences
+from fbopt.train.config.diff import differences
 from fbopt.train.config.options import OptionsError
 
-SHOWN = 5  # tensors named one by one
+SHOWN = 5  # tensors listed by name
 
 
-class Kept(NamedTuple):
-    """What a run folder says about a run: fingerprints by step, options, surroundings."""
+class RunRecord(NamedTuple):
+    """A run as its folder describes it: fingerprints by step, options, environments."""
 
     folder: RunFolder
-    records: dict[int, dict[str, Any]]
+    fingerprints: dict[int, dict[str, Any]]
     options: dict[str, Any]
     environments: list[dict[str, Any]]
 
     def environment(self, step: int) -> dict[str, Any]:
-        """The facts that held when `step` was taken."""
-        held = [record for record in self.environments if record["step"] < max(step, 1)]
-        return {k: v for k, v in held[-1].items() if k != "step"} if held else {}
+        """The environment in which `step` was taken."""
+        begun = [record for record in self.environments if record["step"] < max(step, 1)]
+        return {k: v for k, v in begun[-1].items() if k != "step"} if begun else {}
+
+    def steps(self) -> str:
+        """The steps with a fingerprint, in words."""
+        steps = sorted(self.fingerprints)
+        return ", ".join(map(str, steps[:4])) + (f", … {steps[-1]}" if len(steps) > 4 else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `fbopt fingerprint …`; returns 0 (the same), 1 (different) or 2 (an error)."""
+    """Run `fbopt fingerprint …`; return 0 (the same), 1 (different) or 2 (an error)."""
     parser = argparse.ArgumentParser("fbopt fingerprint", description=__doc__.partition("\n\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run, finished or not")
     parser.add_argument("run2", type=Path, nargs="?", help="another, to compare it with")
@@ -55,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def read(path: Path) -> Kept:
-    """Read a run folder. Raises OptionsError for a folder that is no run's, or has no step yet."""
+def read(path: Path) -> RunRecord:
+    """Read a run folder. Raises OptionsError where there is no run, or no fingerprint yet."""
     folder = RunFolder(path)
     if not path.is_dir():
         raise OptionsError(f"{path}: is no folder; give the folder of a run")
@@ -66,20 +71,20 @@ def read(path: Path) -> Kept:
             f"{path}: is no run's folder, as it has no readable options.json; give one that "
             "`fbopt train` made"
         )
-    records = {record["step"]: record for record in atomic.read_lines(folder.fingerprints)}
-    if not records:
+    fingerprints = {record["step"]: record for record in atomic.read_lines(folder.fingerprints)}
+    if not fingerprints:
         raise OptionsError(
             f"{path}: no step is kept yet; wait for a checkpoint, or train with "
             "--fingerprint-every 1"
         )
-    return Kept(folder, records, options, atomic.read_lines(folder.environment))
+    return RunRecord(folder, fingerprints, options, atomic.read_lines(folder.environment))
 
 
-def table(run: Kept, digits: int) -> str:
+def table(run: RunRecord, digits: int) -> str:
     """A line per kept step with the groups' digests."""
     saved = {step for step, _ in run.folder.checkpoints()}
     lines = [f"{'step':>8}  " + "  ".join(f"{group:{digits}}" for group in GROUPS)]
-    for step, record in sorted(run.records.items()):
+    for step, record in sorted(run.fingerprints.items()):
         digests = "  ".join(
             record[group][:digits] if record["tensors"][group] else f"{'none':{digits}}"
             for group in GROUPS
@@ -88,32 +93,34 @@ def table(run: Kept, digits: int) -> str:
     return "\n".join(lines)
 
 
-def compare(first: Kept, second: Kept) -> tuple[int, str]:
-    """The exit status and what there is to say. Raises OptionsError without a step in common."""
-    common = sorted(set(first.records) & set(second.records))
+def compare(first: RunRecord, second: RunRecord) -> tuple[int, str]:
+    """The exit status and the text to print. Raises OptionsError without a step in common."""
+    common = sorted(set(first.fingerprints) & set(second.fingerprints))
     names = f"{first.folder.path} and {second.folder.path}"
     if not common:
         raise OptionsError(
-            f"{names} have no step in common: they keep {_steps(first)}, and {_steps(second)}; "
+            f"{names} have no step in common: they keep {first.steps()}, and {second.steps()}; "
             "train with the same --fingerprint-every"
         )
-    same = [s for s in common if _digests(first.records[s]) == _digests(second.records[s])]
-    if len(same) == len(common):
-        return 0, f"{names} are the same at all {len(common)} steps that both keep" + (
-            f" ({common[0]} to {common[-1]})" if len(common) > 1 else f" ({common[0]})"
-        )
+    same = [step for step in common if _same(first.fingerprints[step], second.fingerprints[step])]
+    if same == common:
+        span = f"{common[0]} to {common[-1]}" if len(common) > 1 else str(common[0])
+        return 0, f"{names} are the same at all {len(common)} steps that both keep ({span})"
     step = next(s for s in common if s not in same)
     before = max((s for s in same if s < step), default=None)
     since = "no earlier step is kept by both" if before is None else f"the same up to step {before}"
-    lines = [f"{names} differ first at step {step} ({since})"]
-    lines += _tensors(first.records[step], second.records[step])
-    lines.append(_largest(first, second, [s for s in common if s >= step]))
-    lines += ["likely causes:", *(f"  {cause}" for cause in causes(first, second, step))]
+    lines = [
+        f"{names} differ first at step {step} ({since})",
+        *_different_tensors(first.fingerprints[step], second.fingerprints[step]),
+        _largest_difference(first, second, [s for s in common if s >= step]),
+        "likely causes:",
+        *(f"  {cause}" for cause in causes(first, second, step)),
+    ]
     return 1, "\n".join(lines)
 
 
-def causes(first: Kept, second: Kept, step: int) -> list[str]:
-    """What differs between two runs' options and surroundings, and why that matters."""
+def causes(first: RunRecord, second: RunRecord, step: int) -> list[str]:
+    """The differences between two runs' options and environments, and why they matter."""
     pairs = differences(first.options, second.options)
     found = [f"{name} {old} and {new}" for name, old, new in pairs]
     facts = [run.environment(step) for run in (first, second)]
@@ -121,20 +128,19 @@ def causes(first: Kept, second: Kept, step: int) -> list[str]:
         f"{name} {_short(old)} and {_short(new)}: {WHY.get(name, 'unknown')}"
         for name, old, new in changed(*facts)
     ]
-    kinds = {fact.get("accumulation") for fact in facts}
     if not found:
         found.append("no option or recorded fact differs: another machine, or changed data or code")
-        if "float32" in kinds:
+        if "float32" in {fact.get("accumulation") for fact in facts}:
             found.append("float32 accumulation: sums over the chunks depend on their order")
     return found
 
 
-def _digests(record: dict[str, Any]) -> list[str]:
-    return [record[group] for group in GROUPS]
+def _same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return all(first[group] == second[group] for group in GROUPS)
 
 
-def _tensors(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Which tensors differ, in the order of the model; the first few by name."""
+def _different_tensors(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """The tensors that differ, in the order of the model; the first few by name."""
     different, total = [], 0
     for group in GROUPS:
         old, new = first["tensors"][group], second["tensors"][group]
@@ -147,19 +153,19 @@ def _tensors(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     return lines + ([f"    and {more} more"] if more > 0 else [])
 
 
-def _largest(first: Kept, second: Kept, steps: list[int]) -> str:
+def _largest_difference(first: RunRecord, second: RunRecord, steps: list[int]) -> str:
     """The largest difference, at the earliest of `steps` that both have a checkpoint of."""
     for step in steps:
         states = [run.folder.read_checkpoint(step) for run in (first, second)]
         if None not in states:
-            return f"  largest difference at step {step}: {largest(*map(groups, states))}"
+            return f"  largest difference at step {step}: {_largest(*map(groups, states))}"
     return (
         f"  largest difference unknown: no checkpoint of step {steps[0]} or later is in both; "
         "keep more with --save-every and --keep"
     )
 
 
-def largest(first: dict[str, dict], second: dict[str, dict]) -> str:
+def _largest(first: dict[str, dict], second: dict[str, dict]) -> str:
     """The largest absolute difference of two sets of tensors, in words."""
     best = (-1.0, "")
     for group in GROUPS:
@@ -172,11 +178,6 @@ def largest(first: dict[str, dict], second: dict[str, dict]) -> str:
                 gaps = (old.double() - new.double())[apart].abs().nan_to_num(nan=float("inf"))
                 best = max(best, (float(gaps.max()), f"{group}: {name}"))
     return f"{best[0]:.3g} in {best[1]}" if best[1] else "0, in bits that compare equal (-0, NaN)"
-
-
-def _steps(run: Kept) -> str:
-    steps = sorted(run.records)
-    return ", ".join(map(str, steps[:4])) + (f", … {steps[-1]}" if len(steps) > 4 else "")
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""A checkpoint file: a torch.save archive that ends in the SHA-256 of everything before.
+"""The checkpoint file: a torch.save archive that ends in the SHA-256 of everything before.
 
-The digest is the archive's zip comment, `fbopt sha256 ` and 64 digits, so torch.load reads the file
-as it is, and one that was cut or altered is told before anything in it is unpickled.
+The digest is the archive's zip comment, `fbopt sha256 ` and 64 digits: torch.load reads the file as
+it is, and a truncated or altered file is recognised before anything in it is unpickled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FORMAT = 2  # raised when older programs can no longer go on from what is saved
+FORMAT = 3  # raised when the content changes so that other versions cannot go on from it
 _TAG = b"fbopt sha256 "
 _DIGITS = 64
 _END = b"PK\x05\x06"  # the zip record whose last two bytes are the length of the comment
@@ -22,11 +22,11 @@ _END_SIZE = 22
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says what is wrong with it."""
+    """A checkpoint that cannot be used; the message says why."""
 
 
 def seal(state: dict[str, Any]) -> bytes:
-    """The file for `state`, which may hold tensors and plain types.
+    """The bytes of a checkpoint file for `state`, which may hold tensors and plain types.
 
     Raises TypeError, naming the entry, for anything that would not load as weights only.
     """
@@ -40,7 +40,7 @@ def seal(state: dict[str, Any]) -> bytes:
 
 
 def unseal(content: bytes) -> dict[str, Any]:
-    """The state in a file that `seal` made, on the CPU. Raises CheckpointError for any other."""
+    """The state that `seal` was given, on the CPU. Raises CheckpointError for any other content."""
     body, digest = content[:-_DIGITS], content[-_DIGITS:]
     if not body.endswith(_TAG):
         raise CheckpointError("it is cut short, altered, or no checkpoint of this version of fbopt")
@@ -66,7 +66,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def plain(value: Any, name: str = "state") -> Any:
-    """`value` with its tensors on the CPU. Raises TypeError for what is no tensor or plain type."""
+    """`value` with its tensors on the CPU. Raises TypeError for anything but plain types."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):

@@ -1,17 +1,18 @@
-"""The facts about a run's surroundings that its last bits may depend on, kept in its folder."""
+"""The facts about a run's environment that its last bits may depend on, kept in its folder."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 import fbopt
 from fbopt._ops import dispatch, reference
-from fbopt.train.trainer import Run
+from fbopt.train.trainer import Trainer
 
-# What two runs with different values of a fact may differ by.
+# What may differ between two runs with different values of a fact.
 WHY = {
     "fbopt": "versions may round in another order",
     "torch": "versions may round in another order",
@@ -29,32 +30,34 @@ WHY = {
 }
 
 
-def facts(run: Run, data: str) -> dict[str, Any]:
-    """What there is to know, as plain types; `data` is the data's SHA-256."""
-    closure, order = run.closure, run.chunks.order
+def environment(trainer: Trainer, data: str) -> dict[str, Any]:
+    """The facts, as plain types; `data` is the data's SHA-256."""
+    closure, order, device = trainer.closure, trainer.chunks.order, trainer.device
     return {
         "fbopt": fbopt.__version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "device": _device(run.device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
-        "processes": run.world.size,
-        "precision": _precision(run.device),
+        "processes": trainer.context.world_size,
+        "precision": _precision(device),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "kernels": _kernels(run),
+        "kernels": _kernels(trainer),
         "accumulation": None if closure is None else closure.accumulation,
         "chunk_order": "natural" if order is None else list(order),
         "data": data,
     }
 
 
-def _device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def changed(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The facts that both environments have and that differ: name, old value, new value."""
+    names = [name for name in now if name in made and made[name] != now[name]]
+    return [(name, made[name], now[name]) for name in names]
 
 
 def _precision(device: torch.device) -> str:
-    """What float32 products are rounded to; none is torch's default."""
+    """What float32 products are rounded to; "none" is torch's default."""
     backends = torch.backends  # the older getters raise where somebody has used the newer setters
     matmul, convolution = backends.mkldnn.matmul, backends.mkldnn.conv
     if device.type == "cuda":
@@ -62,8 +65,8 @@ def _precision(device: torch.device) -> str:
     return f"matmul {matmul.fp32_precision}, convolution {convolution.fp32_precision}"
 
 
-def _kernels(run: Run) -> str:
-    """Whether the compiled kernels or plain torch do the work (torch's own optimizer, for SGD)."""
-    if run.closure is None:
+def _kernels(trainer: Trainer) -> str:
+    """Whether the compiled kernels or plain torch do the work ("none": torch's own SGD)."""
+    if trainer.closure is None:
         return "none"
-    return "reference" if dispatch.table(run.device.type) is reference else "compiled"
+    return "reference" if dispatch.table(trainer.device.type) is reference else "compiled"

@@ -1,4 +1,4 @@
-"""The run folder: options, metrics, checkpoints, fingerprints, result; no crash spoils any.
+"""The run folder and its lock: options, metrics, checkpoints, fingerprints, result.
 
 runs/mnist1d-fb-penalty-s0/{options.json, metrics.jsonl, environment.jsonl, fingerprints.jsonl,
 checkpoint-STEP.pt, curves.png, result.json}
@@ -26,13 +26,14 @@ FILES = (
     "options.json", "metrics.jsonl", "environment.jsonl", "fingerprints.jsonl", "curves.png",
     "result.json",
 )  # fmt: skip
-OLD = "checkpoint.pt"  # of versions that kept one, without a checksum
-PARTIAL = ".checkpoint.pt" + atomic.PARTIAL  # one name for all steps, so that none is left behind
+PARTIAL = ".checkpoint.pt" + atomic.PARTIAL  # one name for all steps, so a crash leaves one file
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)\.pt(\.unsound)?")
+LOCK = ".lock"
+LOCK_SECONDS = 1.0  # how long to wait for it: a killed process may be about to disappear
 
 
 class RunFolder:
-    """A folder with the files of one run, each a path."""
+    """The folder of one run; its files are attributes, each a path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,7 +50,7 @@ class RunFolder:
         return self.path / f"checkpoint-{step}.pt"
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """The checkpoints' steps and files, the newest first; sound or not."""
+        """The steps and files of all checkpoints, sound or not, the newest first."""
         if not self.path.is_dir():
             return []
         matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in self.path.iterdir())
@@ -57,7 +58,7 @@ class RunFolder:
         return sorted(found, reverse=True)
 
     def check_free(self, overwrite: bool) -> None:
-        """Raise OptionsError where a new run here would cost something that is worth keeping."""
+        """Raise OptionsError where a new run here would replace a run or meet foreign files."""
         if self.path.exists() and not self.path.is_dir():
             raise OptionsError(f"--out {self.path}: is a file; give another --out")
         if overwrite or not self.path.exists():
@@ -73,21 +74,13 @@ class RunFolder:
                 f"{self.path} holds an interrupted run; go on with "
                 f"`{self.resume_command}`, or --overwrite to replace it"
             )
-        self._refuse_old()
         if stray := [path.name for path in self.path.iterdir() if not _of_a_run(path)]:
             raise OptionsError(
                 f"--out {self.path}: holds {stray[0]}, which is not a run's; give another --out"
             )
 
-    def _refuse_old(self) -> None:
-        if (self.path / OLD).exists():
-            raise OptionsError(
-                f"{self.path} holds {OLD}, which an earlier version of fbopt made and this one "
-                "cannot go on from: use that version, or --overwrite to start again"
-            )
-
     def create(self, options: dict[str, Any]) -> None:
-        """Make the folder, remove what an earlier run left (its own files only), write options."""
+        """Make the folder, remove the files of an earlier run (only those), write the options."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for path in self.path.iterdir():
@@ -95,10 +88,14 @@ class RunFolder:
                     path.unlink()
             atomic.replace_json(self.options, options)
         except OSError as error:
-            raise OptionsError(
-                f"--out {self.path}: cannot be written ({atomic.reason(error)}); "
-                f"{atomic.cure(error)}, or give another --out"
-            ) from error
+            raise self.not_writable(error) from error
+
+    def not_writable(self, error: OSError) -> OptionsError:
+        """The error of a run that cannot begin here."""
+        return OptionsError(
+            f"--out {self.path}: cannot be written ({atomic.reason(error)}); "
+            f"{atomic.cure(error)}, or give another --out"
+        )
 
     def save(self, state: dict[str, Any], keep: int) -> None:
         """Write the checkpoint of `state["step"]`, then remove all but the newest `keep`."""
@@ -109,13 +106,12 @@ class RunFolder:
                 older.unlink(missing_ok=True)
 
     def load(self) -> dict[str, Any]:
-        """The newest sound checkpoint, on the CPU; says on stderr which ones it passed over.
+        """The newest sound checkpoint, on the CPU; newer damaged ones are named on stderr.
 
-        Raises OptionsError where there is none to go on from.
+        Raises OptionsError where there is none.
         """
         found = self.checkpoints()
         if not found:
-            self._refuse_old()
             raise OptionsError(
                 f"--resume {self.path}: there is no checkpoint in it; give the folder of an "
                 "interrupted run, or start one without --resume"
@@ -132,7 +128,7 @@ class RunFolder:
         )
 
     def read_checkpoint(self, step: int) -> dict[str, Any] | None:
-        """The checkpoint of a step, None where there is no sound one."""
+        """The checkpoint of a step; None where there is no sound one."""
         with contextlib.suppress(CheckpointError):
             return self._read(step, self.path_of(step))
         return None
@@ -149,7 +145,7 @@ class RunFolder:
         return state
 
     def read_options(self) -> dict[str, Any] | None:
-        """What options.json holds, None where it cannot be read."""
+        """The content of options.json; None where it cannot be read."""
         try:
             options = json.loads(self.options.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -157,11 +153,11 @@ class RunFolder:
         return options if isinstance(options, dict) else None
 
     def forget_after(self, step: int) -> None:
-        """Take back what was written after `step`, which a resumed run will do again."""
+        """Undo what was written after `step`, which a resumed run will write again."""
         with self.writing(self.path):
             self.result.unlink(missing_ok=True)
             for later, path in self.checkpoints():
-                if later > step:  # passed over as unsound; would push sound ones out
+                if later > step:  # damaged; `keep` would count it and drop sound ones
                     path.rename(f"{path}.unsound")
             for path, last in (
                 (self.metrics, step), (self.fingerprints, step), (self.environment, step - 1)
@@ -175,7 +171,7 @@ class RunFolder:
             atomic.append_line(path, record)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The records of the passes that were logged."""
+        """The records of all passes that were logged."""
         return atomic.read_lines(self.metrics)
 
     def read_result(self) -> dict[str, Any]:
@@ -189,7 +185,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writing(self, path: Path) -> Iterator[None]:
-        """Turn an OSError into a WriteError that says what is left and how to go on."""
+        """Turn an OSError into a WriteError that says how to go on from the last checkpoint."""
         try:
             yield
         except OSError as error:
@@ -204,20 +200,16 @@ class RunFolder:
 def _of_a_run(path: Path) -> bool:
     """Whether a file is one that a run writes, or a hidden one."""
     name = path.name
-    return name in (*FILES, OLD) or name[0] == "." or _CHECKPOINT.fullmatch(name) is not None
+    return name in FILES or name[0] == "." or _CHECKPOINT.fullmatch(name) is not None
 
 
-NAME = ".lock"
-PATIENCE = 1.0  # seconds; a killed process may be about to disappear
-
-
-class Lock:
-    """A context in which this process may hold a run folder; leaving it lets go."""
+class FolderLock:
+    """A context in which this process may lock one run folder; leaving it unlocks the folder."""
 
     def __init__(self) -> None:
         self._lock: FileLock | None = None
 
-    def __enter__(self) -> Lock:
+    def __enter__(self) -> FolderLock:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -225,29 +217,26 @@ class Lock:
             self._lock.release()  # the file stays: one that is removed could be locked twice
             self._lock = None
 
-    def hold_existing(self, folder: RunFolder) -> None:
-        """Hold the folder of a run if there is one. Raises OptionsError where another does."""
+    def acquire_existing(self, folder: RunFolder) -> None:
+        """Lock the folder of a run if there is one. Raises OptionsError where another holds it."""
         if folder.options.exists():
             with folder.writing(folder.path):
                 self._acquire(folder)
 
-    def hold(self, folder: RunFolder) -> None:
-        """Hold the folder, which is made where it is missing. Raises OptionsError."""
+    def acquire(self, folder: RunFolder) -> None:
+        """Make the folder if it is missing, and lock it. Raises OptionsError."""
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             self._acquire(folder)
         except OSError as error:
-            raise OptionsError(
-                f"--out {folder.path}: cannot be written ({atomic.reason(error)}); "
-                f"{atomic.cure(error)}, or give another --out"
-            ) from error
+            raise folder.not_writable(error) from error
 
     def _acquire(self, folder: RunFolder) -> None:
         if self._lock is not None:
             return
-        lock = FileLock(folder.path / NAME)
+        lock = FileLock(folder.path / LOCK)
         try:
-            lock.acquire(timeout=PATIENCE)
+            lock.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:
             raise OptionsError(
                 f"{folder.path} is in use: another process is training into it; wait for it or "

@@ -1,8 +1,8 @@
-"""Random crops and flips of images, made on the device when a chunk is built and never stored.
+"""Random crops and flips of images, made on the device when a chunk is read and never stored.
 
-Each is a function of (seed, draw, sample) alone, where the draw is the number of the pass (a new
-one every time) or of the replica (a fixed, enlarged data set: Geiping et al., arXiv 2109.14119,
-section 4).
+Each is a function of (seed, draw, sample) alone, where the draw is the number of the pass (new
+crops in every pass) or of the replica (a fixed, enlarged data set: Geiping et al., arXiv
+2109.14119, section 4).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PADDING = 4
 
 
 def crop_and_flip(x: Tensor, rows: Tensor, columns: Tensor, flips: Tensor) -> Tensor:
-    """Images as seen through a window of their own size, moved over a border of zeros.
+    """Crop images to their own size after padding them with `PADDING` zeros, and mirror some.
 
     Image i becomes padded[rows[i] : rows[i] + height, columns[i] : columns[i] + width], mirrored
     from left to right where flips[i] is 1.
@@ -51,36 +51,37 @@ def crop_and_flip(x: Tensor, rows: Tensor, columns: Tensor, flips: Tensor) -> Te
 
 @dataclass(frozen=True)
 class Augmented:
-    """A split whose images are cropped and flipped as they are asked for.
+    """A split whose images are cropped and flipped when they are read.
 
     Without `replicas` every pass draws anew. With R replicas there are R·N samples, sample i of
-    replica r at position r·N + i, the same in every pass; or, `in_turn`, N samples, those of
-    replica p mod R in pass p. With `clean` replica 0 is the images as they are.
+    replica r at position r·N + i, the same in every pass; or, with `one_replica_per_pass`, N
+    samples, those of replica p mod R in pass p. With `clean` replica 0 is the original images.
     """
 
     split: Split
     key: int
     replicas: int | None = None
-    in_turn: bool = False
+    one_replica_per_pass: bool = False
     clean: bool = False
 
     def __len__(self) -> int:
-        return len(self.split) * (1 if self.replicas is None or self.in_turn else self.replicas)
+        copies = 1 if self.replicas is None or self.one_replica_per_pass else self.replicas
+        return len(self.split) * copies
 
     @property
     def device(self) -> torch.device:
         """Where the samples live."""
         return self.split.device
 
-    def batch(self, index: slice | Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
-        """The float32 samples and int64 labels at `index` in pass `number`."""
+    def batch(self, index: slice | Tensor, pass_number: int = 0) -> tuple[Tensor, Tensor]:
+        """The float32 samples and int64 labels at `index` in a pass."""
         if isinstance(index, slice):
             index = torch.arange(*index.indices(len(self)), device=self.device)
         sample = index % len(self.split)
         if self.replicas is None:
-            draw = torch.full_like(sample, number)
-        elif self.in_turn:
-            draw = torch.full_like(sample, number % self.replicas)
+            draw = torch.full_like(sample, pass_number)
+        elif self.one_replica_per_pass:
+            draw = torch.full_like(sample, pass_number % self.replicas)
         else:
             draw = index // len(self.split)
         x = crop_and_flip(self.split.x[sample], *self._window(draw, sample))
@@ -89,22 +90,23 @@ class Augmented:
         return self.split.normalised(x), self.split.y[sample]
 
     def _window(self, draw: Tensor, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Row and column, each 0 … 8, and whether to flip; (4, 4, 0) leaves an image as it is."""
+        """Row and column, each 0 … 8, and whether to flip; (4, 4, 0) is the original image."""
         bits = hashed(self.key, draw, sample)
         places = 2 * PADDING + 1
         window = below(places, bits), below(places, bits, 31), (bits >> 62) & 1
         if not self.clean:
             return window
-        same = draw == 0
-        still = (PADDING, PADDING, 0)
-        return tuple(torch.where(same, s, w) for s, w in zip(still, window, strict=True))
+        original = (PADDING, PADDING, 0)
+        return tuple(torch.where(draw == 0, o, w) for o, w in zip(original, window, strict=True))
 
 
-def augmented(split: Split, options: Options, in_turn: bool | None = None) -> Split | Augmented:
-    """The training split that resolved options ask for; stores nothing beside `split`.
+def augmented(
+    split: Split, options: Options, one_replica_per_pass: bool | None = None
+) -> Split | Augmented:
+    """The training split as resolved options augment it; nothing is stored beside `split`.
 
-    `in_turn`: a pass visits one of the fixed replicas, not all of them; by default for sgd. Raises
-    OptionsError for samples that are no images, for which `--tta flip` is none either.
+    `one_replica_per_pass` is by default true for sgd. Raises OptionsError for samples that are not
+    images, which `--tta flip` cannot mirror either.
     """
     for name in ("augment", "tta"):
         if split.x.ndim != 4 and (value := getattr(options, name)) != "none":
@@ -114,17 +116,19 @@ def augmented(split: Split, options: Options, in_turn: bool | None = None) -> Sp
             )
     if options.augment == "none":
         return split
-    return Augmented(
-        split,
-        mix(options.seed, CROPS),
-        replicas=options.replicas,
-        in_turn=options.stochastic if in_turn is None else in_turn,
-        clean=options.with_clean,
-    )
+    if one_replica_per_pass is None:
+        one_replica_per_pass = options.stochastic
+    key = mix(options.seed, CROPS)
+    return Augmented(split, key, options.replicas, one_replica_per_pass, options.with_clean)
 
 
-def sampling(options: Options) -> str:
-    """How resolved options draw chunks and augment images, in words; "" for what is usual."""
+def unaugmented(split: Split | Augmented) -> Split:
+    """The samples as they are in the data set."""
+    return split.split if isinstance(split, Augmented) else split
+
+
+def describe_sampling(options: Options) -> str:
+    """Chunks and augmentation of resolved options in words; "" for the usual ones."""
     order = {"fixed": "in fixed order", "replacement": "drawn with replacement"}
     usual = "shuffled" if options.stochastic else "fixed"
     parts = [] if options.chunks == usual else [order.get(options.chunks, options.chunks)]

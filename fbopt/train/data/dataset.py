@@ -1,7 +1,7 @@
-"""A data set as tensors that live on the device: no loader, no copy per step.
+"""A data set as tensors that live on the training device: no loader, no copy per step.
 
 Images stay uint8 and are normalised chunk by chunk, with published constants or the training set's
-mean and deviation.
+mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 class Split:
     """Samples `x` (N, channels, *space), uint8 or float32, and labels `y` (N,), int64.
 
-    A uint8 `x` is read as (x − mean)/deviation, both float32 that broadcast against samples.
+    A uint8 `x` is read as (x − mean)/std, both float32 that broadcast against samples.
     """
 
     x: Tensor
     y: Tensor
     mean: Tensor | None = None
-    deviation: Tensor | None = None
+    std: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -42,18 +42,18 @@ class Split:
         """Where the samples live."""
         return self.x.device
 
-    def batch(self, index: slice | Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
-        """The float32 samples and int64 labels at `index` (a slice, or int64 positions).
+    def batch(self, index: slice | Tensor, pass_number: int = 0) -> tuple[Tensor, Tensor]:
+        """The float32 samples and int64 labels at `index`: a slice, or int64 positions.
 
-        `number` is that of the pass; these samples are the same in every pass.
+        They are the same in every pass; those of `Augmented` may not be.
         """
         return self.normalised(self.x[index]), self.y[index]
 
     def normalised(self, x: Tensor) -> Tensor:
-        """Samples like `self.x` as the model reads them."""
+        """Samples like `self.x`, of any number, as the model reads them."""
         if self.mean is None:
             return x
-        return x.float().sub_(self.mean).div_(self.deviation)  # uint8, so float() is a copy
+        return x.float().sub_(self.mean).div_(self.std)  # uint8, so float() is a copy
 
     def to(self, device: torch.device | str, channels_last: bool = True) -> Split:
         """The same samples on `device`, images with their channels last in memory or not."""
@@ -68,49 +68,49 @@ class Split:
 
 @dataclass(frozen=True)
 class Chunks:
-    """A split, `size` samples at a time, the last chunk ragged; re-iterable.
+    """A split, `size` samples at a time, the last chunk ragged; can be iterated again and again.
 
     Chunk i of a pass holds the samples from i·size on, in an order that `sampling` names: "fixed",
     the split's own; "shuffled", a new one every pass; "replacement", draws with replacement, as
-    many as there are samples. It depends on `seed` and the pass, whose number `now()` tells.
+    many as there are samples. It is a function of `seed` and the pass, whose number
+    `current_pass()` returns.
 
-    `order` lists the chunks in the order to visit, by default 0, 1, …; `begin(i)` is called before
-    chunk i is handed out. Of `processes` each visits every so manieth of them, from the one at its
-    `rank` on.
+    `order` lists the chunks in the order of visit, by default 0, 1, …; `before_chunk(i)` is called
+    before chunk i is yielded. Each rank takes every `world_size`-th chunk, beginning at its `rank`.
     """
 
     split: Split | Augmented
     size: int
     order: Sequence[int] | None = None
-    begin: Callable[[int], None] | None = None
+    before_chunk: Callable[[int], None] | None = None
     sampling: str = "fixed"
     seed: int = 0
-    now: Callable[[], int] = lambda: 0
+    current_pass: Callable[[], int] = lambda: 0
     _drawn: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     rank: int = 0
-    processes: int = 1
+    world_size: int = 1
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = range(len(self)) if self.order is None else self.order
-        for index in order[self.rank :: self.processes]:
-            if self.begin is not None:
-                self.begin(index)
+        for index in order[self.rank :: self.world_size]:
+            if self.before_chunk is not None:
+                self.before_chunk(index)
             yield self[index]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """The samples and labels of chunk `index` in the present pass."""
+        """The samples and labels of chunk `index` in the current pass."""
         if not 0 <= index < len(self):
             raise IndexError(f"chunk {index} of {len(self)}")
-        number = self.now()
-        place = slice(index * self.size, (index + 1) * self.size)
+        number = self.current_pass()
+        positions = slice(index * self.size, (index + 1) * self.size)
         if self.sampling != "fixed":
-            place = self._positions(number)[place]
-        return self.split.batch(place, number)
+            positions = self._order_of_samples(number)[positions]
+        return self.split.batch(positions, number)
 
-    def _positions(self, number: int) -> Tensor:
+    def _order_of_samples(self, number: int) -> Tensor:
         """The positions of all samples of a pass, kept until the next one."""
         if number not in self._drawn:
             draw = (len(self.split), self.seed, number)
@@ -125,7 +125,7 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a test split with `classes` labels 0 … classes − 1."""
+    """A training and a test split with labels 0 … classes − 1."""
 
     train: Split | Augmented
     test: Split
@@ -142,7 +142,7 @@ class Data:
         return replace(self, train=train, test=test)
 
     def sha256(self) -> str:
-        """A digest of every sample and label, to tell whether a run goes on with the same data."""
+        """A digest of every sample and label, by which a resumed run recognises its data."""
         digest = hashlib.sha256()
         for tensor in (self.train.x, self.train.y, self.test.x, self.test.y):
             digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
@@ -155,10 +155,19 @@ def from_arrays(
 ) -> Data:
     """Check four arrays and make them a data set.
 
-    x is (N, length), (N, channels, length) or (N, channels, height, width): uint8 is normalised,
-    anything else is taken as it is, as float32. y is (N,) of integers from 0. `moments` are the
-    means and deviations of the channels as shares of 255, by default those of the training samples
-    that are kept: the first `samples`, by default all.
+    Args:
+        x_train: (N, length), (N, channels, length) or (N, channels, height, width). uint8 is
+            normalised, anything else is converted to float32 and taken as it is.
+        y_train: (N,) integers from 0.
+        x_test: like `x_train`.
+        y_test: like `y_train`.
+        name: of the data set, for error messages.
+        moments: the channels' means and standard deviations as shares of 255; by default those of
+            the training samples that are kept.
+        samples: how many training samples to keep, the first; by default all.
+
+    Raises:
+        DataError: an array that does not fit; the message names it.
     """
     x_train, y_train = _check(x_train, y_train, f"{name}: x_train", f"{name}: y_train")
     x_test, y_test = _check(x_test, y_test, f"{name}: x_test", f"{name}: y_test")
@@ -174,13 +183,15 @@ def from_arrays(
             f"0 … {classes - 1}"
         )
     if samples is not None:
-        x_train, y_train = _first(samples, x_train, y_train, f"{name}: x_train")
-    mean = deviation = None
+        if samples > len(y_train):
+            raise DataError(
+                f"--samples {samples}: {name}: x_train has only {len(y_train)}; give at most that"
+            )
+        x_train, y_train = x_train[:samples], y_train[:samples]
+    mean = std = None
     if x_train.dtype == torch.uint8:
-        mean, deviation = _moments(x_train) if moments is None else _published(x_train, moments)
-    return Data(
-        Split(x_train, y_train, mean, deviation), Split(x_test, y_test, mean, deviation), classes
-    )
+        mean, std = _measured(x_train) if moments is None else _published(x_train, moments)
+    return Data(Split(x_train, y_train, mean, std), Split(x_test, y_test, mean, std), classes)
 
 
 def _check(x, y, x_name: str, y_name: str) -> tuple[Tensor, Tensor]:
@@ -203,27 +214,21 @@ def _check(x, y, x_name: str, y_name: str) -> tuple[Tensor, Tensor]:
     return (x[:, None] if x.ndim == 2 else x), torch.from_numpy(y.astype(np.int64))
 
 
-def _first(samples: int, x: Tensor, y: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    if samples > len(y):
-        raise DataError(f"--samples {samples}: {name} has only {len(y)}; give at most that")
-    return x[:samples], y[:samples]
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel of a uint8 tensor, as float32 (channels, 1, …)."""
+def _measured(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of a uint8 tensor, float32 (channels, 1, …)."""
     others = [d for d in range(x.ndim) if d != 1]
     total = squares = torch.zeros(x.shape[1], dtype=torch.float64)
     for part in x.split(1024):  # a copy of the whole set in float64 would be eight times as large
         part = part.double()
         total, squares = total + part.sum(others), squares + part.square().sum(others)
     mean = total / (x.numel() / x.shape[1])
-    deviation = (squares / (x.numel() / x.shape[1]) - mean.square()).clamp_min(0).sqrt()
-    deviation[deviation == 0] = 1
+    std = (squares / (x.numel() / x.shape[1]) - mean.square()).clamp_min(0).sqrt()
+    std[std == 0] = 1
     column = (-1, *(1 for _ in others[1:]))
-    return mean.float().view(column), deviation.float().view(column)
+    return mean.float().view(column), std.float().view(column)
 
 
 def _published(x: Tensor, moments: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:
-    """Given means and deviations of a uint8 tensor's channels, as float32 (channels, 1, …)."""
+    """The given means and standard deviations of a uint8 tensor, float32 (channels, 1, …)."""
     column = (-1, *(1 for _ in x.shape[2:]))
     return tuple((torch.tensor(m, dtype=torch.float64) * 255).float().view(column) for m in moments)

@@ -1,4 +1,4 @@
-"""Where data comes from: `load("mnist1d")`, another name, npz:PATH or imagefolder:PATH."""
+"""Data sets by name: `load("mnist1d")`, digits, cifar10, cifar100, npz:PATH or imagefolder:PATH."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ from fbopt.train.config.dataspec import DataError, parse
 from fbopt.train.data.dataset import Data, from_arrays
 
 Arrays = tuple[Any, Any, Any, Any]  # x_train, y_train, x_test, y_test
+NAMES = ("x_train", "y_train", "x_test", "y_test")
+# Means and deviations of the training images' channels, as shares of 255, as in the paper's code.
+MOMENTS = {
+    "cifar10": ((0.49147, 0.48226, 0.44677), (0.24703, 0.24349, 0.26159)),
+    "cifar100": ((0.50716, 0.48669, 0.44120), (0.26733, 0.25644, 0.27615)),
+}
+CACHE_FROM = 10_000  # images, whose decoding takes seconds
 
 
 def load(
@@ -26,25 +33,28 @@ def load(
     download: bool = False,
     samples: int | None = None,
 ) -> Data:
-    """Load `spec` (one of `KINDS`) into CPU tensors.
+    """Load a data set into CPU tensors.
 
-    `image_size` is the side in pixels that imagefolder's images are resized to; cifar10 and
-    cifar100 are read from `folder` (default: data), to where `download` brings them if they are not
-    there. With `samples` only the first so many training samples are kept. Raises DataError for
-    missing files, arrays that do not fit together, and labels out of range.
+    Args:
+        spec: a value of `--data`.
+        image_size: the side in pixels that imagefolder's images are resized to.
+        folder: where the files of cifar10 and cifar100 are (default: data).
+        download: whether to download them if they are not there.
+        samples: how many training samples to keep, the first; by default all.
+
+    Raises:
+        DataError: missing files, arrays that do not fit together, labels out of range.
     """
     kind, path = parse(spec)
-    moments = None
     if kind == "npz":
         arrays = _npz(path)
     elif kind == "imagefolder":
-        arrays = imagefolder(path, image_size)
+        arrays = _imagefolder(path, image_size)
     elif kind in MOMENTS:
-        arrays = cifar(kind, Path("data") if folder is None else folder, download)
-        moments = MOMENTS[kind]
+        arrays = _cifar(kind, Path("data") if folder is None else folder, download)
     else:
         arrays = _mnist1d() if kind == "mnist1d" else _digits()
-    return from_arrays(*arrays, spec, moments, samples)
+    return from_arrays(*arrays, spec, MOMENTS.get(kind), samples)
 
 
 def fixed_order(samples: int) -> np.ndarray:
@@ -52,8 +62,7 @@ def fixed_order(samples: int) -> np.ndarray:
     return np.random.RandomState(0).permutation(samples)
 
 
-def need(package: str, spec: str) -> DataError:
-    """The error of a data set that takes a package which is not installed."""
+def _missing(package: str, spec: str) -> DataError:
     return DataError(f"--data {spec} needs the package {package}: pip install {package}")
 
 
@@ -62,8 +71,8 @@ def _mnist1d() -> Arrays:
     try:
         from mnist1d.data import make_dataset
     except ImportError as error:
-        raise need("mnist1d", "mnist1d") from error
-    # The generator seeds the global random states of Python and NumPy; they are not ours to change.
+        raise _missing("mnist1d", "mnist1d") from error
+    # The generator seeds the global generators of Python and NumPy, which are not ours to change.
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         made = make_dataset()
@@ -74,11 +83,11 @@ def _mnist1d() -> Arrays:
 
 
 def _digits() -> Arrays:
-    """scikit-learn's 1,797 digits of 8×8, 1,437 to train and 360 to test, by a fixed shuffle."""
+    """scikit-learn's 1,797 digits of 8×8 in a fixed split: 1,437 to train on, 360 to test."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise need("scikit-learn", "digits") from error
+        raise _missing("scikit-learn", "digits") from error
     x, y = load_digits(return_X_y=True)
     order = fixed_order(len(y))
     x = x.reshape(-1, 1, 8, 8).astype(np.uint8)[order]
@@ -87,17 +96,16 @@ def _digits() -> Arrays:
 
 
 def _npz(path: Path) -> Arrays:
-    names = ("x_train", "y_train", "x_test", "y_test")
     if not path.is_file():
         raise DataError(f"--data npz:{path}: there is no such file")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if missing := [name for name in names if name not in archive]:
+            if missing := [name for name in NAMES if name not in archive]:
                 raise DataError(
                     f"--data npz:{path}: no array {', '.join(missing)}; save it with "
-                    f"numpy.savez(path, {', '.join(f'{n}={n}' for n in names)})"
+                    f"numpy.savez(path, {', '.join(f'{n}={n}' for n in NAMES)})"
                 )
-            return tuple(archive[name] for name in names)
+            return tuple(archive[name] for name in NAMES)
     except DataError:
         raise
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
@@ -107,23 +115,12 @@ def _npz(path: Path) -> Arrays:
         ) from error
 
 
-# Means and deviations of the training images' channels, as shares of 255, as in the paper's code.
-MOMENTS = {
-    "cifar10": ((0.49147, 0.48226, 0.44677), (0.24703, 0.24349, 0.26159)),
-    "cifar100": ((0.50716, 0.48669, 0.44120), (0.26733, 0.25644, 0.27615)),
-}
-CACHE_FROM = 10_000  # images, whose decoding takes seconds
-
-
-def cifar(kind: str, folder: Path, download: bool) -> Arrays:
-    """CIFAR-10 or CIFAR-100 as torchvision reads and checks it, from files below `folder`.
-
-    Raises DataError where the files are not there or not intact and cannot be downloaded.
-    """
+def _cifar(kind: str, folder: Path, download: bool) -> Arrays:
+    """CIFAR-10 or CIFAR-100 as torchvision reads and checks it, from files below `folder`."""
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise need("torchvision", kind) from error
+        raise _missing("torchvision", kind) from error
     source = getattr(datasets, kind.upper())
     folder = folder.expanduser()
     try:
@@ -141,54 +138,53 @@ def cifar(kind: str, folder: Path, download: bool) -> Arrays:
     return x_train, train.targets, x_test, test.targets
 
 
-def imagefolder(path: Path, size: int) -> Arrays:
+def _imagefolder(path: Path, size: int) -> Arrays:
     """The images path/train/CLASS/IMAGE and path/test/CLASS/IMAGE, resized to `size` a side.
 
     The training images come in a fixed, shuffled order: in that of the folders a chunk would hold
-    one class alone. Trees of 10,000 images and more are decoded once and kept in fbopt's cache
-    folder. Raises DataError for what is missing or cannot be read.
+    one class alone.
     """
     try:
         from torchvision.datasets import ImageFolder
     except ImportError as error:
-        raise need("torchvision", f"imagefolder:{path}") from error
-    folders = {}
+        raise _missing("torchvision", f"imagefolder:{path}") from error
+    folders = []
     for part in ("train", "test"):
         try:
-            folders[part] = ImageFolder(str(path / part))
+            folders.append(ImageFolder(str(path / part)))
         except FileNotFoundError as error:
             raise DataError(
                 f"--data imagefolder:{path}: expected images as "
                 f"{path / part}/<class>/<image>: {error}"
             ) from error
-    train, test = folders["train"], folders["test"]
+    train, test = folders
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(
             f"--data imagefolder:{path}: train and test have different classes; only "
             f"one of them has {', '.join(odd)}"
         )
-    x_train, x_test = (_pixels([file for file, _ in f.samples], size) for f in (train, test))
+    x_train, x_test = (_pixels([file for file, _ in f.samples], size) for f in folders)
     order = fixed_order(len(x_train))
     return x_train[order], np.asarray(train.targets)[order], x_test, test.targets
 
 
 def _pixels(files: list[str], size: int) -> np.ndarray:
-    """The images as uint8 (n, 3, size, size), from the cache where there are many."""
+    """The images as uint8 (n, 3, size, size); many are decoded once and kept in fbopt's cache."""
     if len(files) < CACHE_FROM:
-        return _decoded(files, size)
-    kept = writable(cache_folder()) / f"images-{_key(files, size)}.npy"
+        return _decode(files, size)
+    cached = writable(cache_folder()) / f"images-{_key(files, size)}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):
-        pixels = np.load(kept)
+        pixels = np.load(cached)
         if pixels.dtype == np.uint8 and pixels.shape == (len(files), 3, size, size):
             return pixels
-    pixels = _decoded(files, size)
-    partial = kept.with_suffix(f".{os.getpid()}")
+    pixels = _decode(files, size)
+    partial = cached.with_suffix(f".{os.getpid()}")
     try:
         with open(partial, "wb") as file:
             np.save(file, pixels)
-        partial.replace(kept)
-    except OSError:  # a full disk: the images are here all the same
+        partial.replace(cached)
+    except OSError:  # a full disk: the run needs no cache
         partial.unlink(missing_ok=True)
     return pixels
 
@@ -204,8 +200,8 @@ def _key(files: list[str], size: int) -> str:
     return digest.hexdigest()[:24]
 
 
-def _decoded(files: list[str], size: int) -> np.ndarray:
-    """Decode images to uint8 (n, 3, size, size); smaller and larger ones are resized."""
+def _decode(files: list[str], size: int) -> np.ndarray:
+    """Decode images to uint8 (n, 3, size, size), resizing those of another size."""
     from PIL import Image
 
     pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)

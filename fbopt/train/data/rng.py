@@ -1,4 +1,4 @@
-"""Random draws that depend on what they are for, not on the process or on what came before.
+"""Random draws that depend on their purpose, not on the process or on earlier draws.
 
 Dropout masks are a function of (seed, step, chunk), the order of samples of (seed, pass), an
 image's crop of (seed, draw, sample): a resumed run, another order of the chunks or another process
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fbopt._random import mix, seed_generators
 
-DROPOUT, CROPS, REPLACEMENT, NOISE = 0, 1, 2, 3  # what a draw is for
+DROPOUT, CROPS, REPLACEMENT, NOISE = 0, 1, 2, 3  # the purposes, a part of every seed
 
 
 def seed_chunk(device: torch.device, seed: int, step: int, chunk: int = 0) -> None:
-    """Seed the generators that the model draws from, before a chunk's first pass."""
+    """Seed the generators that the model draws from, before a chunk's first forward pass."""
     seed_generators([device], seed, DROPOUT, step, chunk)
 
 
@@ -26,9 +26,9 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
 
 
 def replacements(samples: int, seed: int, number: int, device: torch.device) -> Tensor:
-    """As many draws with replacement as there are samples, int64 (samples,), for pass `number`."""
-    place = torch.arange(samples, device=device)
-    bits = hashed(mix(seed, REPLACEMENT), torch.full_like(place, number), place)
+    """Draws with replacement for pass `number`, as many as there are samples: int64 (samples,)."""
+    index = torch.arange(samples, device=device)
+    bits = hashed(mix(seed, REPLACEMENT), torch.full_like(index, number), index)
     return below(samples, bits)
 
 
@@ -44,8 +44,9 @@ _FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 def hashed(key: int, *counters: Tensor) -> Tensor:
     """64 random bits (as int64) for each tuple of counters: the same on CPU and CUDA.
 
-    h ← splitmix64(h + (counter + 1)·γ), from h = key on, in arithmetic modulo 2**64 (Steele, Lea &
-    Flood 2014, "Fast splittable pseudorandom number generators", section 5; Vigna's constants).
+    h ← splitmix64(h + (counter + 1)·γ), starting at h = key, in arithmetic modulo 2**64 (Steele,
+    Lea & Flood 2014, "Fast splittable pseudorandom number generators", section 5; Vigna's
+    constants).
 
     Args:
         key: a number below 2**63, from `mix`.
@@ -61,10 +62,10 @@ def hashed(key: int, *counters: Tensor) -> Tensor:
 
 
 def _shifted(word: Tensor, by: int) -> Tensor:
-    """A logical shift to the right; torch's keeps the sign."""
+    """A logical shift to the right; torch's is arithmetic, which keeps the sign."""
     return (word >> by) & ((1 << (64 - by)) - 1)
 
 
 def below(bound: int, bits: Tensor, start: int = 0) -> Tensor:
-    """Integers 0 … bound − 1 from 31 of the bits, from bit `start` on; bias below bound/2**31."""
+    """Integers 0 … bound − 1 from the 31 bits from bit `start` on; their bias is < bound/2**31."""
     return ((_shifted(bits, start) if start else bits) & (2**31 - 1)) * bound >> 31

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import Options, OptionsError, RecipeName, flag
-from fbopt.train.launch import launched, leads, parse_once
+from fbopt.train.torchrun import is_rank_zero, only_rank_zero_prints, rank_and_world_size
 
 RUN_BYTES = 1.5e9  # of a small run, most of it torch
 OWN = ("recipe", "seed", "out", "resume", "overwrite", "chunk_norms")  # set for every run
@@ -62,9 +62,10 @@ class Plan:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `fbopt ladder …`; returns 0, 1 (a run failed), 2 (bad input) or 130 (interrupted)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    wanted, common = parse_once(lambda: parse(arguments))
-    if launched()[1] > 1:
-        if leads():
+    with only_rank_zero_prints(errors=True):
+        wanted, common = parse(arguments)
+    if rank_and_world_size()[1] > 1:
+        if is_rank_zero():
             _say("starts its own processes; start it without torchrun, or `fbopt train` with it")
         return 2
     from fbopt.train.ladder.runner import Stopped, run_all

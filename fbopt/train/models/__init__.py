@@ -1,7 +1,7 @@
 """The networks by name: `build("resnet18", (3, 32, 32), classes=10)`.
 
-A small CNN without BatchNorm; ResNets as in the paper; and its comparisons: He et al.'s ResNets for
-CIFAR, VGGs and DenseNets. All but the CNN are for images of about 32×32.
+A small CNN without BatchNorm, the paper's ResNets, He et al.'s ResNets for CIFAR, VGGs and
+DenseNets. All but the CNN are for images of about 32×32.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fbopt.train.models.cnn import cnn
 from fbopt.train.models.densenet import densenet
@@ -25,7 +25,7 @@ _IMAGES = {
 }
 WIDTHS = {"cnn": 25, **{name: width for name, (_, width) in _IMAGES.items()}}
 NAMES = tuple(WIDTHS)
-_SMALLEST = {"vgg": 32, "densenet": 8}  # the side that pooling leaves one pixel of
+_SMALLEST = {"vgg": 32, "densenet": 8}  # the side of which pooling leaves one pixel
 
 
 def build(
@@ -37,8 +37,8 @@ def build(
 ) -> nn.Module:
     """The network `name` for samples of `shape` (channels, length) or (channels, height, width).
 
-    It maps float32 (n, *shape) to logits (n, classes). `width` is the number of channels that its
-    first layer makes, `dropout` the probability with which an input of the last layer is dropped.
+    It maps float32 (n, *shape) to logits (n, classes). `width` is the number of output channels of
+    its first layer, `dropout` the probability of dropping an input of the last layer.
     Raises ValueError for a shape or width that the network cannot take.
     """
     channels, space = shape[0], tuple(shape[1:])
@@ -59,18 +59,17 @@ def build(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """How many numbers the model learns (shared ones once)."""
-    parameters: list[Tensor] = list(model.parameters())
-    return sum(p.numel() for p in parameters)
+    """The number of elements of all parameters, shared ones counted once."""
+    return sum(p.numel() for p in model.parameters())
 
 
-def decaying(
+def decay_groups(
     model: nn.Module, weight_decay: float, only_weights: bool = False
 ) -> list[dict[str, Any]]:
-    """The parameters as an optimizer takes them, all with weight decay, or `only_weights`.
+    """The parameter groups of an optimizer, all with weight decay, or `only_weights`.
 
     Those are the weights of convolutions and linear layers; biases and BatchNorm's scales and
-    shifts are in a second group without decay.
+    shifts are then in a second group without decay.
     """
     parameters = list(model.parameters())
     if not only_weights:

@@ -1,4 +1,4 @@
-"""A small CNN without BatchNorm, in one or two dimensions."""
+"""A small CNN without BatchNorm, for signals or images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 def cnn(
     channels: int, space: tuple[int, ...], classes: int, width: int = 25, dropout: float = 0.0
 ) -> nn.Module:
-    """Three convolutions of stride 2 and a linear layer, in one or two dimensions, no BatchNorm.
+    """Three convolutions of stride 2 with ReLU, and a linear layer, in one or two dimensions.
 
     In one dimension this is MNIST-1D's own convolutional baseline (Greydanus & Kobak 2020,
     arXiv 2011.14439); the kernels are 5, 3 and 3 wide, the padding 1.

@@ -1,4 +1,4 @@
-"""DenseNets for small images: torchvision's blocks after a stem that does not shrink the image."""
+"""DenseNets for small images: torchvision's blocks after a stem without downsampling."""
 
 from __future__ import annotations
 

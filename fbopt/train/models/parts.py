@@ -1,4 +1,4 @@
-"""What the networks for images share: the layers after the last convolution, and torchvision."""
+"""The classifier that the networks for images end in, and the import of torchvision."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def resnet(
 
     A 3×3 stem without pooling; shortcuts downsample by an average pool, a 1×1 convolution and
     BatchNorm; convolutions start Kaiming-normal (fan-out), the last BatchNorm of a block at zero.
-    From 50 on the blocks are torchvision's bottlenecks, whose 3×3 convolution has the stride.
+    From depth 50 on the blocks are torchvision's bottlenecks, with the stride in the 3×3.
     ResNet-18: 11,173,962 parameters for 3 channels, 10 classes and width 64.
     """
     block, expansion, last = BasicBlock, 1, "bn2"
@@ -82,7 +82,7 @@ def _stem(channels: int, width: int) -> list[tuple[str, nn.Module]]:
 
 
 def _shortcut(inner: int, outer: int, stride: int) -> nn.Module | None:
-    """The paper's downsampling "C"; None where input and output have the same shape."""
+    """The downsampling shortcut; None where input and output have the same shape."""
     if stride == 1 and inner == outer:
         return None
     # ceil_mode: odd sides stay as long as the strided 3×3 convolution leaves them.
@@ -91,7 +91,7 @@ def _shortcut(inner: int, outer: int, stride: int) -> nn.Module | None:
 
 
 class PaddedShortcut(nn.Module):
-    """Every other pixel, and zeros for the channels that are new (option A)."""
+    """Every other pixel, and zeros for the new channels: no parameters (option A)."""
 
     def __init__(self, new: int) -> None:
         super().__init__()

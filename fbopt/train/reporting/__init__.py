@@ -1,1 +1,1 @@
-"""What a run shows: progress, its description, curves."""
+"""What a run shows: its description, progress, curves."""

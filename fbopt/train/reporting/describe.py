@@ -1,46 +1,43 @@
-"""What a run is going to do, in two lines for people."""
+"""A run in two lines for people, printed before its first step."""
 
 from __future__ import annotations
 
 from fbopt.train import models
 from fbopt.train.config.options import Options
-from fbopt.train.data.augment import Augmented, sampling
-from fbopt.train.trainer import Run
+from fbopt.train.data.augment import describe_sampling, unaugmented
+from fbopt.train.trainer import Trainer
 
 
-def describe(run: Run) -> str:
-    """What is trained on what and where, and the hyperparameters."""
-    o, where = run.options, str(run.device)
-    if run.world.size > 1:
-        where = f"{run.device.type}, {run.world.size} processes"
+def describe(trainer: Trainer) -> str:
+    """What is trained, on what data and device, with which hyperparameters."""
+    o, device, chunks = trainer.options, str(trainer.device), trainer.chunks
+    if not trainer.context.is_single:
+        device = f"{trainer.device.type}, {trainer.context.world_size} processes"
     kind, unit = ("mini-batches", "epochs") if o.stochastic else ("chunks", "full-batch steps")
     if o.switch_at:
         unit += f", the first {o.switch_at} of them epochs in mini-batches of {o.batch_size}"
+    precision = "" if o.precision == "fp32" else f", {o.precision}"
     return (
-        f"{o.recipe} on {o.data} ({len(run.chunks.split):,} samples in {kind} of "
-        f"{run.chunks.size}{sampling(o)}): {o.model} with "
-        f"{models.count_parameters(run.model):,} parameters, {o.passes} {unit}, "
-        f"{where}{_speed(o)}\nlr {o.lr:g} ({o.warmup} of warm-up, cosine over {o.cosine}), "
-        f"momentum {o.momentum:g}{' (Nesterov)' if o.nesterov else ''}, weight decay "
-        f"{o.weight_decay:g}, {_clipping(o)}, {_penalty(o)}{_more(o)}{_sorted(run)}"
+        f"{o.recipe} on {o.data} ({len(chunks.split):,} samples in {kind} of "
+        f"{chunks.size}{describe_sampling(o)}): {o.model} with "
+        f"{models.count_parameters(trainer.model):,} parameters, {o.passes} {unit}, "
+        f"{device}{precision}{', compiled' if o.compile else ''}\nlr {o.lr:g} ({o.warmup} of "
+        f"warm-up, cosine over {o.cosine}), momentum {o.momentum:g}"
+        f"{' (Nesterov)' if o.nesterov else ''}, weight decay {o.weight_decay:g}, "
+        f"{_clipping(o)}, {_penalty(o)}{_extras(o)}{_sorted_labels(trainer)}"
     )
 
 
-def _sorted(run: Run) -> str:
+def _sorted_labels(trainer: Trainer) -> str:
     """A warning where chunks hold few classes, which BatchNorm and the penalty feel."""
-    chunks, split = run.chunks, run.chunks.split
-    y = (split.split if isinstance(split, Augmented) else split).y
+    chunks = trainer.chunks
+    y = unaugmented(chunks.split).y
     if chunks.sampling != "fixed" or len(chunks) == 1 or y[0] == y[-1] or (y.diff() < 0).any():
         return ""
     return (
         "\nwarning: the training samples come in the order of their labels, so that a chunk holds "
         "few classes; shuffle them once in the file, or give --chunks shuffled"
     )
-
-
-def _speed(o: Options) -> str:
-    parts = ["" if o.precision == "fp32" else o.precision, "compiled" if o.compile else ""]
-    return "".join(f", {part}" for part in parts if part)
 
 
 def _clipping(o: Options) -> str:
@@ -56,8 +53,8 @@ def _penalty(o: Options) -> str:
     return f"penalty {o.penalty:g} ({o.method} differences, radius {o.radius:g})"
 
 
-def _more(o: Options) -> str:
-    """What is off by default."""
+def _extras(o: Options) -> str:
+    """The options that are off by default."""
     parts = {
         "dropout {}": o.dropout,
         "label smoothing {}": o.label_smoothing,

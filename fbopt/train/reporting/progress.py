@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""The progress of a run: a bar on a terminal, elsewhere a line every few seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINE_SECONDS = 5.0
 
 
 class Progress:
-    """Shows `passes` visits to `samples` training samples, of which `done` were made before."""
+    """Shows how many of `passes` over `samples` training samples are done, beginning at `done`."""
 
     def __init__(self, passes: int, done: int, samples: int, stream: TextIO | None = None) -> None:
         self.passes, self.samples = passes, samples
@@ -37,7 +37,7 @@ class Progress:
         )
 
     def advance(self, samples: int) -> None:
-        """Move the bar by a part of a pass, so that a step of minutes is seen to move too."""
+        """Move the bar within a pass, which may take minutes."""
         if self.bar is not None:
             self.bar.update(samples / self.samples)
 
@@ -62,6 +62,7 @@ class Progress:
             print(*parts, sep="  ", file=self.stream, flush=True)
 
     def _parts(self, record: dict[str, Any]) -> list[str]:
+        """The record in words, the most important first."""
         self.recent.append((time.monotonic(), record["pass"]))
         (begin, first), (end, last) = self.recent[0], self.recent[-1]
         rate = (last - first) / max(end - begin, 1e-9)

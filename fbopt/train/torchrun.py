@@ -1,4 +1,7 @@
-"""What torchrun tells a process about the others; needs no torch, for a typing error should not."""
+"""The rank that torchrun gives a process, and which rank prints. Imports no torch.
+
+Help and typing errors should not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,25 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import TypeVar
-
-T = TypeVar("T")
 
 
-def launched() -> tuple[int, int]:
-    """The rank and number of processes that torchrun has given this one; (0, 1) without it."""
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def leads() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is the one that prints."""
-    return launched()[0] == 0
+    return rank_and_world_size()[0] == 0
 
 
 @contextlib.contextmanager
-def only_lead_prints(errors: bool = False) -> Iterator[None]:
-    """Let what other processes print, on stdout and for `errors` on stderr too, be nowhere seen."""
+def only_rank_zero_prints(errors: bool = False) -> Iterator[None]:
+    """Silence stdout, and with `errors` stderr too, on ranks other than 0."""
     with contextlib.ExitStack() as stack:
-        if not leads():
+        if not is_rank_zero():
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             if errors:
@@ -37,8 +37,8 @@ def only_lead_prints(errors: bool = False) -> Iterator[None]:
 
 
 def exit_with(work: Callable[[], int]) -> int:
-    """The exit status that `work` returns; one of several processes ends with it, here."""
-    if launched()[1] == 1:
+    """Return the exit status of `work`; a process of torchrun's exits with it instead."""
+    if rank_and_world_size()[1] == 1:
         return work()
     try:
         status = work()
@@ -50,9 +50,3 @@ def exit_with(work: Callable[[], int]) -> int:
     # torch aborts now and then when the interpreter ends before a process group does: "terminate
     # called without an active exception" (2.14), in place of the status.
     os._exit(status)
-
-
-def parse_once(parse: Callable[[], T]) -> T:
-    """Let a parser, which all processes call, print its help or its errors on rank 0 alone."""
-    with only_lead_prints(errors=True):
-        return parse()

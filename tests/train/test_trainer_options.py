@@ -1,4 +1,4 @@
-"""Options that are off by default: each does what its equation says, and a resumed run too."""
+"""Options that are off by default: their equations, and resuming a run that has them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
-from tiny_runs import digest, options
+from tiny_runs import digest, interrupt_after, options
 from torch import nn
 
 from fbopt.train import loop
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.resolve import SPEED, resolve
-from fbopt.train.evaluate import MovingAverage
-from fbopt.train.grad_transforms import GradientChange
+from fbopt.train.data.dataset import Split
+from fbopt.train.evaluate import evaluate, moving_average
+from fbopt.train.grad_transforms import GradientTransform
 from fbopt.train.loop import train
 from fbopt.train.signals import Interrupted
-from fbopt.train.trainer import Run
+from fbopt.train.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -33,50 +34,92 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(loop, "draw_curves", lambda folder, options: False)
 
 
-def run_of(tiny: str, recipe: str = "fb-penalty", **changes) -> Run:
+def trainer_of(tiny: str, recipe: str = "fb-penalty", **changes) -> Trainer:
     chosen = resolve(options(tiny, Path("never written"), recipe, **changes))
-    return Run(chosen, loop.load(tiny), torch.device("cpu"))
+    return Trainer(chosen, loop.load(tiny), torch.device("cpu"))
 
 
 def test_moving_average():
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    average = MovingAverage(model, 0.75)
+    average = moving_average(model, 0.75)
     first = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         for p in model.parameters():
             p += 1
     model(torch.randn(5, 2))
-    average.update(model)
-    for name, mean in average.model.state_dict().items():
+    average.update_parameters(model)
+    for name, mean in average.module.state_dict().items():
         now = model.state_dict()[name]
         expected = 0.75 * first[name] + 0.25 * now if now.is_floating_point() else now
         torch.testing.assert_close(mean, expected)
-    assert int(average.model[1].num_batches_tracked) == 1
+    assert int(average.module[1].num_batches_tracked) == 1
 
 
 def test_the_average_is_what_is_evaluated(tiny):
-    run = run_of(tiny, ema=0.9, steps=3)
+    trainer = trainer_of(tiny, ema=0.9, steps=3)
     for _ in range(3):
-        run.take_step()
+        trainer.take_step()
     with torch.no_grad():
-        for p in run.average.model.parameters():
+        for p in trainer.average.module.parameters():
             p.zero_()
-    assert run.record(on_test=True)["test_loss"] == pytest.approx(math.log(3), rel=1e-6)
-    assert run.record(on_test=True)["loss"] != pytest.approx(math.log(3), rel=1e-6)
+    assert trainer.record(with_test=True)["test_loss"] == pytest.approx(math.log(3), rel=1e-6)
+    assert trainer.record(with_test=True)["loss"] != pytest.approx(math.log(3), rel=1e-6)
+
+
+def test_only_weights_decay(tiny):
+    wanted = tiny_runs.with_noise(tiny, Path("never written"), "fb", decay="weights")
+    trainer = Trainer(resolve(wanted), loop.load(tiny), torch.device("cpu"))
+    modules = dict(trainer.model.named_modules())
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    decays = {names[id(p)]: group["weight_decay"]
+              for group in trainer.optimizer.param_groups for p in group["params"]}  # fmt: skip
+    assert decays.keys() == set(names.values())
+    for name, decay in decays.items():
+        layer, kind = name.rsplit(".", 1)
+        norm = isinstance(modules[layer], torch.nn.BatchNorm2d)
+        assert decay == (0 if norm or kind == "bias" else 5e-4), name
+
+
+def test_label_smoothing_is_for_training_only(tiny):
+    wanted = options(tiny, Path("never written"), "fb", label_smoothing=0.2)
+    trainer = Trainer(resolve(wanted), loop.load(tiny), torch.device("cpu"))
+    x, y = trainer.data.train.batch(slice(None))
+    logits = trainer.model(x)
+    target = torch.nn.functional.one_hot(y, 3) * 0.8 + 0.2 / 3
+    expected = -(target * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(trainer.closure(), expected.detach(), rtol=1e-5, atol=1e-6)
+    logits = trainer.model(trainer.data.test.batch(slice(None))[0])
+    plain = torch.nn.functional.cross_entropy(logits, trainer.data.test.y)
+    trainer.gradient_norm = torch.zeros(())
+    assert trainer.record(True)["test_loss"] == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_flips_at_test_time(tiny):
+    wanted = options(tiny, Path("never written"), "fb")
+    trainer = Trainer(resolve(wanted), loop.load(tiny), torch.device("cpu"))
+    test = trainer.data.test
+    with torch.no_grad():
+        mean = (trainer.model(test.x).softmax(1) + trainer.model(test.x.flip(3)).softmax(1)) / 2
+    accuracy, loss = evaluate(trainer.model, test, size=7, flip=True)
+    assert accuracy == (mean.argmax(1) == test.y).double().mean().item()
+    assert loss == pytest.approx(float(-mean.log()[range(30), test.y].mean()), rel=1e-5)
+    mirrored = Split(test.x.flip(3), test.y)
+    assert evaluate(trainer.model, mirrored, flip=True)[1] == pytest.approx(loss, rel=1e-6)
+    assert evaluate(trainer.model, test)[1] != pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("target", [0.5, 4.0])  # both sides of the norm
 def test_norm_bias_is_the_gradient_of_what_it_says(tiny, power, target):
-    run = run_of(tiny, norm_bias=0.3, norm_bias_power=power, norm_bias_target=target)
-    params = list(run.model.parameters())
+    trainer = trainer_of(tiny, norm_bias=0.3, norm_bias_power=power, norm_bias_target=target)
+    params = list(trainer.model.parameters())
     excess = sum(p.square().sum() for p in params) - target**2
     loss = 0.3 * (excess.abs() if power == 1 else excess.square() / 2)
     expected = torch.autograd.grad(loss, params)
     for p in params:
         p.grad = torch.zeros_like(p)
-    free = replace(run.options, max_norm=None)
-    norm = GradientChange(params, free)(0)
+    free = replace(trainer.options, max_norm=None)
+    norm = GradientTransform(params, free)(0)
     for p, g in zip(params, expected, strict=True):
         torch.testing.assert_close(p.grad, g)
     torch.testing.assert_close(norm, torch.cat([g.flatten() for g in expected]).norm())
@@ -84,12 +127,12 @@ def test_norm_bias_is_the_gradient_of_what_it_says(tiny, power, target):
 
 def test_noise_follows_clipping_and_the_step_alone(tiny):
     def grads(step=0, **changes):
-        run = run_of(tiny, **changes)
-        for p in run.model.parameters():
+        trainer = trainer_of(tiny, **changes)
+        for p in trainer.model.parameters():
             p.grad = torch.ones_like(p)
         torch.rand(int(step) + 3)  # other draws in between change nothing
-        GradientChange(list(run.model.parameters()), run.options)(step)
-        return torch.cat([p.grad.flatten() for p in run.model.parameters()])
+        GradientTransform(list(trainer.model.parameters()), trainer.options)(step)
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
     count = len(grads())
     clipped = 0.25 / math.sqrt(count)
@@ -157,18 +200,9 @@ def test_resumed_is_the_same_bit_for_bit(tiny, tmp_path, monkeypatch, case):
     changes, stop = EXTRAS[case]
     whole = train(options(tiny, tmp_path / "whole", **changes))
     plain = train(options(tiny, tmp_path / "plain", **({"model": changes.get("model")})))
-    take_step = Run.take_step
-
-    def interrupted(run):
-        take_step(run)
-        if run.step == stop:
-            signal_self()
-
-    monkeypatch.setattr(Run, "take_step", interrupted)
-    with pytest.raises(Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, stop)
         train(options(tiny, tmp_path / "part", **changes))
-    monkeypatch.undo()
-    monkeypatch.setattr(loop, "draw_curves", lambda folder, options: False)
     resumed = train(Options(resume=tmp_path / "part"))
     assert digest(resumed.model) == digest(whole.model)
     first, second = ({**r.summary, "seconds": 0} for r in (resumed, whole))
@@ -176,21 +210,14 @@ def test_resumed_is_the_same_bit_for_bit(tiny, tmp_path, monkeypatch, case):
     assert whole.summary["test_loss"] != plain.summary["test_loss"]
 
 
-def signal_self() -> None:
-    import os
-    import signal
-
-    os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_precision_and_layout_change_bits_not_results(tiny):
     def losses(**changes):
-        run = run_of(tiny, model="resnet18", **changes)
+        trainer = trainer_of(tiny, model="resnet18", **changes)
         for _ in range(3):
-            run.take_step()
-        assert all(p.dtype == torch.float32 for p in run.model.parameters())
-        assert all(s.dtype == torch.float32 for s in run.closure.sums.views)
-        return run.record(on_test=True)
+            trainer.take_step()
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+        assert all(s.dtype == torch.float32 for s in trainer.closure.sums.views)
+        return trainer.record(with_test=True)
 
     plain = losses()
     for changes in ({"precision": "bf16"}, {"channels_last": False}):
@@ -211,7 +238,7 @@ def test_images_lie_in_memory_as_asked(tiny, last, augment):
     three = replace(data.train, x=data.train.x.repeat(1, 3, 1, 1))
     if last:
         three = three.to("cpu")
-    image = Run(chosen, replace(data, train=three), torch.device("cpu")).chunks[0][0]
+    image = Trainer(chosen, replace(data, train=three), torch.device("cpu")).chunks[0][0]
     assert image.is_contiguous(memory_format=torch.channels_last) == last
     assert image.is_contiguous() != last
 
@@ -263,20 +290,19 @@ def test_a_switch_takes_its_mini_batches_from_the_baseline():
     assert resolve(Options(switch_at=3, batch_size=7)).batch_size == 7
 
 
-def test_compiled(tiny, tmp_path):
-    """Once for the shape of a chunk: what it computes is what is computed without."""
-    if not compiles():
-        pytest.skip("torch.compile does not work here")
-    torch._dynamo.reset()
+def test_compiled(tiny, tmp_path, monkeypatch):
+    """With torch.compile's own tracing and autograd, without its slow code generator."""
+    compile_module = nn.Module.compile
+    compiled = []
+
+    def compile_quickly(module):
+        compiled.append(module)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_quickly)
     changes = {"steps": 2, "chunk_size": 25}
     plain = train(options(tiny, tmp_path / "plain", **changes))
     fast = train(options(tiny, tmp_path / "fast", **changes, compile=True))
+    assert compiled == [fast.model]
     assert fast.summary["loss"] == pytest.approx(plain.summary["loss"], rel=1e-4)
     assert RunFolder(tmp_path / "fast").read_options()["compile"] is True
-
-
-def compiles() -> bool:
-    from benchmarks.devices import CPU
-    from benchmarks.devices import compiles as tried
-
-    return tried(CPU)
