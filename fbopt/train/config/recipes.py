@@ -1,17 +1,14 @@
-"""The recipes as data: the hyperparameters of every row of the paper's ladder, at two scales.
+"""The recipes: the hyperparameters of every row of the paper's ladder, at two scales.
 
 "images" is CIFAR-10's scale, from Geiping et al. (ICLR 2022, arXiv 2109.14119), section 4 and the
 authors' released configurations. "small" is the same ladder scaled down to a few thousand samples
-(MNIST-1D, digits): found by hand on MNIST-1D, and no claim of the paper.
+(MNIST-1D, digits): found by hand on MNIST-1D, not by the paper. `fbopt recipes` lists them.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -20,8 +17,8 @@ class Recipe:
 
     The learning rate rises linearly over `warmup` passes, then follows a cosine that would reach
     zero after `cosine` more; a pass is an epoch of SGD or one full-batch step. The penalty is
-    λ = lr·penalty/4 with the current learning rate (the authors' convention). `decay`, `augment`,
-    `replicas`, `with_clean` and `chunks` are what `fbopt train --help` says of these options.
+    λ = lr·penalty/4 with the current learning rate (the authors' convention). `fbopt train --help`
+    explains every field.
     """
 
     summary: str
@@ -44,7 +41,6 @@ class Recipe:
     label_smoothing: float = 0.0
     augment: str = "none"
     replicas: int | None = None
-    with_clean: bool = False
     chunks: str = "fixed"
 
     @property
@@ -53,14 +49,36 @@ class Recipe:
         return self.batch_size is not None
 
 
+class Table(NamedTuple):
+    """A table of the paper: the suffix of its recipes, what it changes and what is known of it."""
+
+    suffix: str
+    title: str
+    changes: dict[str, Any]
+    note: str = ""
+
+
+TABLES = (
+    Table("", "without augmentation", {}, "full batch reaches over 90 %"),
+    Table("-aug", "new crops and flips in every pass", {"augment": "random"}),
+    Table(
+        "-x10",
+        "10 fixed crops and flips of every image",
+        {"augment": "fixed", "replicas": 10},
+        "full batch reaches over 95 %",
+    ),
+    Table("-x40", "40 fixed crops and flips of every image", {"augment": "fixed", "replicas": 40}),
+)
+
+
 def _ladder(sgd: Recipe, fb: Recipe, long: Recipe) -> dict[str, Recipe]:
-    """The rows of one table, without augmentation."""
+    """All rows of all tables, from the first three."""
     clip = replace(long, summary="fb-long + global gradient clipping", lr=0.4, max_norm=0.25)
     penalty = replace(clip, summary="fb-clip + gradient penalty", lr=0.8, penalty=0.5)
     strong = replace(
         penalty, summary="fb-penalty on chunks of 32: a stronger penalty", chunk_size=32
     )
-    return {
+    steps = {
         "sgd": sgd,
         "fb": fb,
         "fb-long": long,
@@ -68,31 +86,17 @@ def _ladder(sgd: Recipe, fb: Recipe, long: Recipe) -> dict[str, Recipe]:
         "fb-penalty": penalty,
         "fb-strong": strong,
     }
-
-
-def _tables(*rows: Recipe) -> dict[str, Recipe]:
-    """The paper's tables, one after the other: they differ by augmentation alone."""
-    plain = _ladder(*rows)
-    augmented = _changed(plain, "-aug", "new crops and flips in every pass", augment="random")
-    shuffled = replace(
-        augmented["fb-strong-aug"],
-        summary="fb-strong-aug on shuffled chunks: full batch in practice",
-        chunks="shuffled",
-    )
-    ten, forty = (
-        _changed(rows, f"-x{r}", f"{r} fixed crops and flips of each", augment="fixed", replicas=r)
-        for r, rows in ((10, plain), (40, {"fb-penalty": plain["fb-penalty"]}))
-    )
-    return plain | augmented | {"fb-shuffled-aug": shuffled} | ten | forty
-
-
-def _changed(
-    rows: dict[str, Recipe], suffix: str, words: str, **values: str | int
-) -> dict[str, Recipe]:
-    return {
-        name + suffix: replace(row, summary=f"{name}, {words}", **values)
-        for name, row in rows.items()
-    }
+    rows = dict(steps)
+    for suffix, title, changes, _ in TABLES[1:]:
+        for name in ("fb-penalty",) if suffix == "-x40" else steps:
+            rows[name + suffix] = replace(steps[name], summary=f"{name}, {title}", **changes)
+        if suffix == "-aug":
+            rows["fb-shuffled-aug"] = replace(
+                rows["fb-strong-aug"],
+                summary="fb-strong-aug, samples shuffled into new chunks every pass",
+                chunks="shuffled",
+            )
+    return rows
 
 
 def _sgd(model: str, **values: float) -> Recipe:
@@ -101,142 +105,47 @@ def _sgd(model: str, **values: float) -> Recipe:
 
 
 _FB = "full batch, nothing else changed from sgd"
-_LONG = "full batch, many more steps, larger rate, long warm-up"
+_LONG = "more steps, larger learning rate, longer warm-up"
 
 RECIPES: dict[str, dict[str, Recipe]] = {
-    "images": _tables(
+    "images": _ladder(
         _sgd("resnet18", lr=0.1, cosine=300, epochs=300, batch_size=128),
         Recipe(_FB, "resnet18", lr=0.1, warmup=5, cosine=300, steps=300, chunk_size=128),
         Recipe(_LONG, "resnet18", lr=0.4, warmup=400, cosine=4000, steps=3000, chunk_size=128),
     ),
-    "small": _tables(
+    "small": _ladder(
         _sgd("cnn", lr=0.05, cosine=200, epochs=200, batch_size=100),
         Recipe(_FB, "cnn", lr=0.05, warmup=5, cosine=200, steps=200, chunk_size=128),
-        # Without clipping this network, which has no BatchNorm, does not survive lr 0.4.
+        # This network, which has no BatchNorm, diverges at lr 0.4 without clipping.
         Recipe(_LONG, "cnn", lr=0.1, warmup=100, cosine=1300, steps=1000, chunk_size=128),
     ),
 }
 NAMES = tuple(RECIPES["small"])
 
-
-def scale_of(data: str) -> str:
-    """The scale that `--data` has unless `--scale` says otherwise: "images", or "small"."""
-    return "images" if data.startswith(("imagefolder:", "cifar")) else "small"
-
-
-def is_stochastic(name: str) -> bool:
-    """Whether the recipe `name` is mini-batch SGD rather than full-batch gradient descent."""
-    recipe = RECIPES["images"].get(name)
-    return recipe is not None and recipe.stochastic
-
-
-ACCURACY = {
-    "sgd-aug": "95.70 ± 0.11",
-    "fb-aug": "75.42 ± 0.13",
-    "fb-long-aug": "87.36 ± 1.23",
-    "fb-clip-aug": "93.85 ± 0.10",
-    "fb-penalty-aug": "95.36 ± 0.07",
-    "fb-strong-aug": "95.67 ± 0.08",
-    "fb-shuffled-aug": "95.91 ± 0.14",
+# Published test accuracy (%) on CIFAR-10 with augmentation, where known: mean ± deviation.
+_PUBLISHED = {
+    "sgd": "95.70 ± 0.11",
+    "fb": "75.42 ± 0.13",
+    "fb-long": "87.36 ± 1.23",
+    "fb-clip": "93.85 ± 0.10",
+    "fb-penalty": "95.36 ± 0.07",
+    "fb-strong": "95.67 ± 0.08",
+    "fb-shuffled": "95.91 ± 0.14",
 }
 
 
-class Table(NamedTuple):
-    """A table of the paper: its title, the suffix of its recipes, what else is known of it."""
-
-    title: str
-    suffix: str
-    note: str = ""
-
-    @property
-    def names(self) -> list[str]:
-        """The recipes of its rows, in order."""
-        if self.suffix:
-            return [name for name in NAMES if name.endswith(self.suffix)]
-        return [name for name in NAMES if not name.endswith(("-aug", "-x10", "-x40"))]
+def split(name: str) -> tuple[str, str]:
+    """The step of the ladder and the table's suffix: ("fb-clip", "-aug") for "fb-clip-aug"."""
+    suffix = next((t.suffix for t in TABLES[1:] if name.endswith(t.suffix)), "")
+    return name.removesuffix(suffix), suffix
 
 
-TABLES = (
-    Table("Without augmentation", "", "full batch reaches over 90 %"),
-    Table("With augmentation: new crops and flips in every pass", "-aug"),
-    Table("A fixed data set, 10 times enlarged", "-x10", "full batch reaches over 95 %"),
-    Table("A fixed data set, 40 times enlarged", "-x40"),
-)
+def published(name: str, scale: str) -> str:
+    """The published test accuracy (%) of a recipe; "" if unknown.
 
-
-def accuracy(name: str) -> str:
-    """The published test accuracy (%) of a recipe's own row, "" where it is not known here."""
-    return ACCURACY.get(name, "")
-
-
-def step_of_the_ladder(name: str) -> str:
-    """The published figure of the same step of the ladder, with augmentation; "" if unknown.
-
-    For small data, which the paper has no figures for: what each step was worth there.
+    The paper has no figures for small data; there a row without augmentation has those of the same
+    step of the ladder on CIFAR-10, to compare the gains from step to step.
     """
-    return accuracy(name) or ACCURACY.get(f"{name}-aug", "")
-
-
-HEAD = ("recipe", "passes", "chunk", "lr", "warm-up", "cosine", "clip", "penalty", "accuracy (%)")
-MODELS = {"images": "ResNet-18", "small": "the small CNN"}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `fbopt recipes`; returns 0."""
-    parser = argparse.ArgumentParser("fbopt recipes", description=__doc__)
-    parser.add_argument(
-        "--scale",
-        choices=tuple(RECIPES),
-        default="images",
-        help="images: as published (default); small: for a few thousand samples",
-    )
-    print(listing(parser.parse_args(arguments).scale))
-    return 0
-
-
-def listing(scale: str) -> str:
-    """The recipes of a scale, table by table."""
-    first = next(iter(RECIPES[scale].values()))
-    parts = [
-        f"All rows: {MODELS[scale]}, momentum {first.momentum:g} (Nesterov), weight decay "
-        f"{first.weight_decay:g}. A pass is a full-batch\nstep, or an epoch of sgd in mini-batches "
-        "of the size of `chunk`. The learning rate rises over the warm-up,\nthen follows a cosine "
-        "that would end after so many passes more."
-    ]
-    if scale == "images":
-        parts[0] += (
-            " Accuracies: Geiping et al. (ICLR 2022, arXiv\n2109.14119), CIFAR-10; – where none is "
-            "known here."
-        )
-    else:
-        parts[0] += " Found by hand on MNIST-1D; no claim\nof the paper."
-    for table in TABLES:
-        note = f" ({table.note})" if table.note and scale == "images" else ""
-        rows = [_row(name, RECIPES[scale][name], scale) for name in table.names]
-        parts.append(f"{table.title}{note}\n{_aligned([HEAD[: len(rows[0])], *rows])}")
-    return "\n\n".join(parts)
-
-
-def _row(name: str, recipe: Recipe, scale: str) -> tuple[str, ...]:
-    size = recipe.batch_size or recipe.chunk_size
-    return (
-        name,
-        f"{recipe.epochs or recipe.steps:,}",
-        f"{size}, shuffled" if recipe.chunks == "shuffled" else str(size),
-        f"{recipe.lr:g}",
-        str(recipe.warmup),
-        f"{recipe.cosine:,}",
-        "–" if recipe.max_norm is None else f"{recipe.max_norm:g}",
-        "–" if recipe.penalty is None else f"{recipe.penalty:g}",
-        *([accuracy(name) or "–"] if scale == "images" else []),
-    )
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(f"  {line.rstrip()}" for line in lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    step, suffix = split(name)
+    known = suffix == "-aug" or (scale == "small" and not suffix)
+    return _PUBLISHED.get(step, "") if known else ""
