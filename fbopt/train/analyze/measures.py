@@ -16,7 +16,7 @@ from fbopt.analysis.stability import stability_threshold
 from fbopt.analysis.trace import hessian_trace
 from fbopt.train.analyze.options import Analysis
 from fbopt.train.analyze.runs import Subject
-from fbopt.train.config.diff import check_model
+from fbopt.train.checkpoint.resume import check_model
 from fbopt.train.config.options import OptionsError
 
 Values = dict[str, Any]

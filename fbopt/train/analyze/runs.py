@@ -17,8 +17,8 @@ from fbopt.analysis.objective import Objective
 from fbopt.train.analyze.options import Analysis
 from fbopt.train.checkpoint import format
 from fbopt.train.checkpoint.format import CheckpointError
+from fbopt.train.checkpoint.resume import check_data, check_model
 from fbopt.train.checkpoint.run_dir import RunFolder
-from fbopt.train.config import diff
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.data.dataset import Chunks
 from fbopt.train.data.load import load
@@ -100,12 +100,12 @@ def read(path: Path, options: Analysis) -> Subject:
     if trained.threads is not None:
         torch.set_num_threads(trained.threads)
     data = load(trained.data, trained.image_size, trained.data_dir, samples=trained.samples)
-    diff.check_data(str(path), state["data"], data.sha256(), trained.data)
+    check_data(str(path), state["data"], data.sha256(), trained.data)
     device = World().device(options.device)
     data = data.to(device)
     # Products with the Hessian differentiate twice, which torch.compile cannot.
     run = Run(replace(trained, compile=False), data, device)
-    diff.check_model(str(path), state["model"], run.model.state_dict())
+    check_model(str(path), state["model"], run.model.state_dict())
     objective = Objective(
         run.model,
         run.loss_fn,

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.digest import GROUPS, SHORT, groups
-from fbopt.train.checkpoint.provenance import WHY
+from fbopt.train.checkpoint.provenance import WHY, changed
 from fbopt.train.checkpoint.run_dir import RunFolder
-from fbopt.train.config.diff import changed, differences
+from fbopt.train.config.diff import differences
 from fbopt.train.config.options import OptionsError
 
 SHOWN = 5  # tensors named one by one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ def facts(run: Run, data: str) -> dict[str, Any]:
         "chunk_order": "natural" if order is None else list(order),
         "data": data,
     }
+
+
+def changed(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The facts about two runs' surroundings that both know and that differ: name, old, new."""
+    names = [name for name in now if name in made and made[name] != now[name]]
+    return [(name, made[name], now[name]) for name in names]
 
 
 def _device(device: torch.device) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fbopt.train.checkpoint.provenance import WHY
+from torch import Tensor
+
+from fbopt.train.checkpoint.provenance import WHY, changed
 from fbopt.train.checkpoint.run_dir import Lock, RunFolder
 from fbopt.train.config import diff
 from fbopt.train.config.options import Options, OptionsError
@@ -78,8 +80,38 @@ def _continued(options: Options, path: Path, hold: Hold) -> Start:
 def restore(run: Run, start: Start, facts: dict[str, Any]) -> None:
     """Bring a run to where its checkpoint was written. Raises OptionsError for what differs."""
     where, state = f"--resume {start.folder.path}", start.state
-    diff.check_data(where, state["data"], facts["data"], start.options.data)
-    diff.check_model(where, state["model"], run.model.state_dict())
+    check_data(where, state["data"], facts["data"], start.options.data)
+    check_model(where, state["model"], run.model.state_dict())
     run.load_state_dict(state)
-    for name, old, new in diff.changed(state["environment"], facts):
+    for name, old, new in changed(state["environment"], facts):
         print(f"note: {name} {old} before, {new} now: {WHY.get(name, 'bits may differ')}")
+
+
+def check_data(where: str, made: str, now: str, spec: str) -> None:
+    """Refuse other samples or labels than the run began with, by their SHA-256."""
+    if made != now:
+        raise OptionsError(
+            f"{where}: {spec} is not the data that the run began with (SHA-256 {made[:12]}…, now "
+            f"{now[:12]}…); restore it, or start a new run with --out"
+        )
+
+
+def check_model(where: str, made: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
+    """Refuse a model whose parameters or buffers have other names, shapes or types."""
+    found = []
+    for name in dict.fromkeys([*made, *now]):
+        old, new = (_kind(tensors.get(name)) for tensors in (made, now))
+        if old != new:
+            found.append(f"{name} {old}, now {new}")
+    if found:
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        raise OptionsError(
+            f"{where} holds another model than these options build: {'; '.join(found[:3])}{more}. "
+            "Go on with the version of fbopt that made it, or start a new run with --out"
+        )
+
+
+def _kind(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "absent"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

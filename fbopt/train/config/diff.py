@@ -1,12 +1,10 @@
-"""What has to agree before a run goes on: options, data and model; and what should (versions)."""
+"""The options in which two runs differ, and which of them may change when a run is resumed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
-
-from torch import Tensor
 
 from fbopt.train.config.options import Options, OptionsError, flag, implied
 
@@ -54,42 +52,6 @@ def check_options(where: str, made: Mapping[str, Any], now: Options) -> None:
             f"{where} was made with other options: {text}. Give the run's own, or another folder "
             "(--out)"
         )
-
-
-def check_data(where: str, made: str, now: str, spec: str) -> None:
-    """Refuse other samples or labels than the run began with, by their SHA-256."""
-    if made != now:
-        raise OptionsError(
-            f"{where}: {spec} is not the data that the run began with (SHA-256 {made[:12]}…, now "
-            f"{now[:12]}…); restore it, or start a new run with --out"
-        )
-
-
-def check_model(where: str, made: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
-    """Refuse a model whose parameters or buffers have other names, shapes or types."""
-    found = []
-    for name in dict.fromkeys([*made, *now]):
-        old, new = (_kind(tensors.get(name)) for tensors in (made, now))
-        if old != new:
-            found.append(f"{name} {old}, now {new}")
-    if found:
-        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-        raise OptionsError(
-            f"{where} holds another model than these options build: {'; '.join(found[:3])}{more}. "
-            "Go on with the version of fbopt that made it, or start a new run with --out"
-        )
-
-
-def changed(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The facts about two runs' surroundings that both know and that differ: name, old, new."""
-    names = [name for name in now if name in made and made[name] != now[name]]
-    return [(name, made[name], now[name]) for name in names]
-
-
-def _kind(tensor: Tensor | None) -> str:
-    if tensor is None:
-        return "absent"
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _word(value: Any) -> str:
