@@ -39,27 +39,28 @@ def listing(scale: str) -> str:
     """The recipes of a scale, table by table."""
     rows = RECIPES[scale]
     model = {"images": "ResNet-18", "small": "the small CNN"}[scale]
-    about = ABOUT.format(model=model, momentum=rows["fb"].momentum, decay=rows["fb"].weight_decay)
+    about = ABOUT.format(
+        model=model, momentum=rows["fb"]["momentum"], decay=rows["fb"]["weight_decay"]
+    )
     parts = [wrapped(f"{about} {SOURCES[scale]}")]
-    for table in TABLES:
+    for suffix, table in TABLES.items():
         title = table.title[0].upper() + table.title[1:]
         note = f" ({table.note})" if table.note and scale == "images" else ""
-        cells = [_row(n, rows[n], scale) for n in NAMES if split(n)[1] == table.suffix]
+        cells = [_row(n, rows[n], scale) for n in NAMES if split(n)[1] == suffix]
         parts.append(f"{title}{note}\n{_aligned([HEAD[: len(cells[0])], *cells])}")
     return "\n\n".join(parts)
 
 
 def _row(name: str, recipe: Recipe, scale: str) -> tuple[str, ...]:
-    size = recipe.batch_size or recipe.chunk_size
+    size = recipe.get("batch_size") or recipe["chunk_size"]
     return (
         name,
-        f"{recipe.epochs or recipe.steps:,}",
-        f"{size}, shuffled" if recipe.chunks == "shuffled" else str(size),
-        f"{recipe.lr:g}",
-        str(recipe.warmup),
-        f"{recipe.cosine:,}",
-        "–" if recipe.max_norm is None else f"{recipe.max_norm:g}",
-        "–" if recipe.penalty is None else f"{recipe.penalty:g}",
+        f"{recipe.get('epochs') or recipe['steps']:,}",
+        f"{size}, shuffled" if recipe["chunks"] == "shuffled" else str(size),
+        f"{recipe['lr']:g}",
+        str(recipe["warmup"]),
+        f"{recipe['cosine']:,}",
+        *(f"{recipe[key]:g}" if key in recipe else "–" for key in ("max_norm", "penalty")),
         *([published(name, scale) or "–"] if scale == "images" else []),
     )
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from fbopt.train.config.dataspec import parse
-from fbopt.train.config.recipes import RECIPES
 
 RecipeName = Literal[
     "sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong",
@@ -55,21 +54,20 @@ class Options:
     augment: Literal["none", "random", "fixed"] | None = None
     """Random crops (after padding by 4 black pixels) and horizontal flips of the training images:
     none; random, new ones in every pass; fixed, the same few of every image in every pass: an
-    enlarged data set that is never stored. sgd visits one of these replicas per epoch. Default:
-    from the recipe."""
+    enlarged data set that is never stored. sgd visits one of these replicas per epoch."""
     replicas: int | None = None
     """Crops of every image for --augment fixed. Default: from the recipe, else 10."""
     with_clean: bool = False
     """For --augment fixed: make the first replica the images as they are."""
     chunks: Literal["fixed", "shuffled", "replacement"] | None = None
     """Assignment of samples to chunks or mini-batches: fixed, in the order of the data; shuffled,
-    in a new order every pass; replacement, drawn with replacement. Default: from the recipe."""
+    in a new order every pass; replacement, drawn with replacement."""
     tta: Literal["none", "flip"] = "none"
     """Test-time augmentation: flip averages the probabilities of a test image and its mirror
     image."""
     model: ModelName | None = None
-    """Network: a small CNN without BatchNorm; or, for images, the paper's ResNets (18 to 152),
-    He et al.'s for CIFAR (20 to 110), VGGs with BatchNorm, DenseNets. Default: from the recipe."""
+    """Network: a small CNN without BatchNorm; or, for images, the paper's ResNets (18 to 152), He
+    et al.'s for CIFAR (20 to 110), VGGs with BatchNorm, DenseNets."""
     width: int | None = None
     """Channels of the first layer; the widths of all others follow. Default: 25 for cnn, 16 for
     resnet20 to resnet110, else 64."""
@@ -82,35 +80,31 @@ class Options:
     Default: images for imagefolder, cifar10 and cifar100, else small."""
     chunk_size: int | None = None
     """Samples per forward and backward pass of a full-batch step (not for sgd). It defines the
-    penalty and BatchNorm's batch: part of the method, not only a matter of memory. Default: from
-    the recipe."""
+    penalty and BatchNorm's batch: part of the method, not only a matter of memory."""
     batch_size: int | None = None
-    """Samples per mini-batch (only for sgd, and before --switch-at). Default: from the recipe."""
+    """Samples per mini-batch (only for sgd, and before --switch-at)."""
     max_norm: float | None = None
-    """Clip the gradient to this norm; inf for no clipping. Default: from the recipe."""
+    """Clip the gradient to this norm; inf for no clipping."""
     chunk_max_norm: float | None = None
     """Clip the gradient of every chunk, its penalty's included, to this norm too (not for sgd).
     Default: no clipping."""
     penalty: float | None = None
-    """Strength of the gradient penalty, λ = lr·strength/4 (not for sgd); 0 for none. Default: from
-    the recipe."""
+    """Strength of the gradient penalty, λ = lr·strength/4 (not for sgd); 0 for none."""
     radius: float | None = None
-    """Length of the finite-difference step of the penalty. Default: from the recipe."""
+    """Length of the finite-difference step of the penalty."""
     method: Literal["forward", "central", "exact"] | None = None
     """Hessian-vector product of the penalty: by forward or central finite differences, or exact, by
-    a second backward pass. Default: from the recipe."""
+    a second backward pass."""
     momentum: float | None = None
-    """Momentum; 0 for none. Default: from the recipe."""
+    """Momentum; 0 for none."""
     nesterov: bool | None = None
-    """Nesterov's variant of momentum. Default: from the recipe."""
+    """Nesterov's variant of momentum."""
     weight_decay: float | None = None
-    """L2 regularisation, as in torch.optim.SGD. Default: from the recipe."""
+    """L2 regularisation, as in torch.optim.SGD."""
     decay: Literal["all", "weights"] | None = None
-    """Parameters that decay: all, or only the weights of convolutions and linear layers. Default:
-    from the recipe."""
+    """Parameters that decay: all, or only the weights of convolutions and linear layers."""
     label_smoothing: float | None = None
-    """Share of the target that is spread evenly over the classes, in training only. Default: from
-    the recipe."""
+    """Share of the target that is spread evenly over the classes, in training only."""
     ema: float = 0.0
     """Evaluate an exponential moving average of the weights that keeps this share of itself after
     every pass."""
@@ -128,18 +122,15 @@ class Options:
     norm_bias_power: Literal[1, 2] = 1
     """Form of that term: 1, strength·| ‖θ‖² − b² |; 2, half its square."""
     lr: float | None = None
-    """Peak learning rate. Default: from the recipe."""
+    """Peak learning rate."""
     steps: int | None = None
-    """Full-batch steps (not for sgd). Warm-up and cosine scale with it unless given. Default: from
-    the recipe."""
+    """Full-batch steps (not for sgd). Warm-up and cosine scale with it unless given."""
     epochs: int | None = None
-    """Epochs (only for sgd). Warm-up and cosine scale with it unless given. Default: from the
-    recipe."""
+    """Epochs (only for sgd). Warm-up and cosine scale with it unless given."""
     warmup: int | None = None
-    """Passes over which the learning rate rises linearly. Default: from the recipe."""
+    """Passes over which the learning rate rises linearly."""
     cosine: int | None = None
-    """Passes after the warm-up in which a cosine would take the learning rate to zero. Default:
-    from the recipe."""
+    """Passes after the warm-up in which a cosine would take the learning rate to zero."""
     switch_at: int = 0
     """Begin with this many epochs of mini-batch SGD, without a penalty (not for sgd itself)."""
     stop_fitted: int = 0
@@ -200,8 +191,7 @@ class Options:
     @property
     def stochastic(self) -> bool:
         """Whether the recipe is mini-batch SGD rather than full-batch gradient descent."""
-        recipe = RECIPES["images"].get(self.recipe)
-        return recipe is not None and recipe.stochastic
+        return self.recipe.startswith("sgd")
 
     @property
     def passes(self) -> int:

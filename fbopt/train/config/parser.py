@@ -15,11 +15,11 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from fbopt.train.config.options import flag, literals
 
@@ -39,15 +39,12 @@ def parse(
             of the others may be given too. A field that several of them have is one option.
         notes: text below the options.
     """
-    shown = classes[0]
-    usage = "".join(f" {f.name.upper()} ..." for f in fields(shown) if f.default is MISSING)
-    about = wrapped(inspect.getdoc(shown) or "")
+    usage = "".join(f" {f.name.upper()} ..." for f in fields(classes[0]) if f.default is MISSING)
+    about = wrapped(inspect.getdoc(classes[0]) or "")
     parser = _Parser(program, f"{program} [options]{usage}", about, wrapped(notes))
-    hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
-    _add_options(parser, shown, hints)
-    known = {field.name: field for cls in reversed(classes) for field in fields(cls)}
-    for name in known.keys() - {field.name for field in fields(shown)}:
-        _add_option(parser, known[name], hints[name], argparse.SUPPRESS)
+    known: set[str] = set()
+    for cls in classes:
+        _add_options(parser, cls, known)
     words = sys.argv[1:] if arguments is None else arguments
     words = [re.sub("^--[^=]+", lambda found: found[0].replace("_", "-"), word) for word in words]
     values, unknown = parser.parse_known_args(words)
@@ -102,7 +99,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
-        self.exit(2, f"{self.prog}: {message}\n{self.prog} --help lists all options\n")
+        text = message.removeprefix("argument ")
+        self.exit(2, f"{self.prog}: {text}\n{self.prog} --help lists all options\n")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -112,78 +110,61 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
-class _Value(NamedTuple):
-    """What the words after an option may be: one of `choices`, or of `kind`; several if `many`."""
-
-    choices: dict[str, Any]
-    kind: type | None
-    many: bool
-
-    @classmethod
-    def of(cls, hint: Any) -> _Value:
-        """Read a type hint: a type, a Literal, a tuple of one, or a union of those and None."""
-        if many := get_origin(hint) is tuple:
-            hint = get_args(hint)[0]
-        types = [
-            t for t in (get_args(hint) or (hint,)) if isinstance(t, type) and t is not NoneType
-        ]
-        words = (True, False) if bool in types else literals(hint)
-        kind = next((t for t in types if t is not bool), None)
-        return cls({str(word): word for word in words}, kind, many)
-
-    def convert(self, word: str) -> Any:
-        """The value of a word."""
-        if word in self.choices:
-            return self.choices[word]
-        if self.kind is None:
-            hint = nearest(word, self.choices) or f"; choose {', '.join(self.choices)}"
-            raise argparse.ArgumentTypeError(f"unknown value {word}{hint}")
-        try:
-            return self.kind(word)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{word} is no {self.kind.__name__}") from error
-
-    def metavar(self, name: str) -> str:
-        """What stands for the value in the help."""
-        kind = [METAVARS.get(self.kind, name.upper())] if self.kind else []
-        words = "|".join([*self.choices, *kind])
-        return words if len(words) <= LONGEST else "NAME"
-
-
-def _add_options(parser: _Parser, cls: type, hints: dict[str, Any]) -> None:
-    """Add the fields of a dataclass under the titles of its groups."""
+def _add_options(parser: _Parser, cls: type, known: set[str]) -> None:
+    """Add the fields that are not `known` yet; only those of the first class are in the help."""
     titles = {first: title for title, first in getattr(cls, "GROUPS", {}).items()}
-    texts, group = _docstrings(cls), parser
+    hints, texts, hidden = get_type_hints(cls), _docstrings(cls), bool(known)
+    group: Any = parser
     for field in fields(cls):
-        if field.name in titles:
+        if field.name in titles and not hidden:
             group = parser.add_argument_group(titles[field.name])
-        text = _help(texts[field.name], _Value.of(hints[field.name]), field.default)
-        _add_option(group, field, hints[field.name], text)
+        if field.name not in known:
+            _add_option(group, field, hints[field.name], "" if hidden else texts[field.name])
+    known.update(field.name for field in fields(cls))
 
 
 def _add_option(group: Any, field: Field, hint: Any, text: str) -> None:
-    value = _Value.of(hint)
-    words = {"type": value.convert, "metavar": value.metavar(field.name), "help": text}
+    """Add one field; it is left out of the help without a text."""
+    many = get_origin(hint) is tuple
+    hint = get_args(hint)[0] if many else hint
+    types = [t for t in get_args(hint) or (hint,) if isinstance(t, type) and t is not NoneType]
+    choices = {str(v): v for v in ((True, False) if bool in types else literals(hint))}
+    kind = next((t for t in types if t is not bool), None)
+    metavar = "|".join([*choices, *([METAVARS.get(kind, field.name.upper())] if kind else [])])
+    if text and len(metavar) > LONGEST:
+        metavar, text = "NAME", f"{text} One of {', '.join(choices)}."
+    help = _with_default(text, field.default) if text else argparse.SUPPRESS
+    words = {"type": _converter(choices, kind), "metavar": metavar, "help": help}
     if field.default is MISSING:
         group.add_argument(field.name, nargs="*", default=(), **words)
-    elif "True" not in value.choices:
-        group.add_argument(flag(field.name), nargs="*" if value.many else None, **words)
-    else:
-        once = {"action": "store_true", "help": text}
-        often = {"nargs": "?", "const": True, **words}  # --nesterov, or --nesterov False
-        group.add_argument(flag(field.name), **(once if hint is bool else often))
+    elif bool not in types:
+        group.add_argument(flag(field.name), nargs="*" if many else None, **words)
+    else:  # --download, but --nesterov or --nesterov False
+        once = {"action": "store_true", "help": help}
+        maybe = {"nargs": "?", "const": True, **words}
+        group.add_argument(flag(field.name), **(once if hint is bool else maybe))
         off = {"action": "store_false", "dest": field.name, "help": argparse.SUPPRESS}
         group.add_argument(flag(f"no_{field.name}"), **off)
 
 
-def _help(text: str, value: _Value, default: Any) -> str:
-    """A field's docstring, with its choices and default if they stand nowhere else."""
-    if value.metavar("") == "NAME":
-        text += f" One of {', '.join(value.choices)}."
+def _with_default(text: str, default: Any) -> str:
+    """The help text of an option, whose default None means the recipe's unless the text says so."""
     if "Default:" not in text and default not in (MISSING, "") and default is not False:
         values = default if isinstance(default, tuple) else (default,)
-        text += f" Default: {' '.join(f'{v:g}' if v == 0 else str(v) for v in values)}."
+        words = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+        text += f" Default: {'from the recipe' if default is None else words}."
     return text.replace("%", "%%")
+
+
+def _converter(choices: dict[str, Any], kind: type | None) -> Callable[[str], Any]:
+    def convert(word: str) -> Any:
+        if word in choices or kind:
+            return choices[word] if word in choices else kind(word)
+        hint = nearest(word, choices) or f"; choose {', '.join(choices)}"
+        raise argparse.ArgumentTypeError(f"unknown value {word}{hint}")
+
+    convert.__name__ = kind.__name__ if kind else "choice"  # for argparse's "invalid int value"
+    return convert
 
 
 def _docstrings(cls: type) -> dict[str, str]:

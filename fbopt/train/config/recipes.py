@@ -2,128 +2,45 @@
 
 "images" is CIFAR-10's scale, from Geiping et al. (ICLR 2022, arXiv 2109.14119), section 4 and the
 authors' released configurations. "small" is the same ladder scaled down to a few thousand samples
-(MNIST-1D, digits): found by hand on MNIST-1D, not by the paper. `fbopt recipes` lists them.
+(MNIST-1D, digits): found by hand on MNIST-1D, not by the paper.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """One row: `steps` and `chunk_size` for full batch, `epochs` and `batch_size` for SGD.
-
-    The learning rate rises linearly over `warmup` passes, then follows a cosine that would reach
-    zero after `cosine` more; a pass is an epoch of SGD or one full-batch step. The penalty is
-    λ = lr·penalty/4 with the current learning rate (the authors' convention). `fbopt train --help`
-    explains every field.
-    """
-
-    summary: str
-    model: str
-    lr: float
-    warmup: int
-    cosine: int
-    steps: int | None = None
-    epochs: int | None = None
-    chunk_size: int | None = None
-    batch_size: int | None = None
-    max_norm: float | None = None
-    penalty: float | None = None
-    radius: float = 1e-2
-    method: str = "forward"
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    decay: str = "all"
-    label_smoothing: float = 0.0
-    augment: str = "none"
-    replicas: int | None = None
-    chunks: str = "fixed"
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether this is mini-batch SGD rather than full-batch gradient descent."""
-        return self.batch_size is not None
+Recipe = dict[str, Any]  # values of the options of `fbopt train`
 
 
 class Table(NamedTuple):
-    """A table of the paper: the suffix of its recipes, what it changes and what is known of it."""
+    """A table of the paper: title, the options that it changes, and known results."""
 
-    suffix: str
     title: str
-    changes: dict[str, Any]
+    changes: Recipe
     note: str = ""
 
 
-TABLES = (
-    Table("", "without augmentation", {}, "full batch reaches over 90 %"),
-    Table("-aug", "new crops and flips in every pass", {"augment": "random"}),
-    Table(
-        "-x10",
+TABLES = {  # by the suffix of its recipes
+    "": Table("without augmentation", {}, "full batch reaches over 90 %"),
+    "-aug": Table("new crops and flips in every pass", {"augment": "random"}),
+    "-x10": Table(
         "10 fixed crops and flips of every image",
         {"augment": "fixed", "replicas": 10},
         "full batch reaches over 95 %",
     ),
-    Table("-x40", "40 fixed crops and flips of every image", {"augment": "fixed", "replicas": 40}),
-)
-
-
-def _ladder(sgd: Recipe, fb: Recipe, long: Recipe) -> dict[str, Recipe]:
-    """All rows of all tables, from the first three."""
-    clip = replace(long, summary="fb-long + global gradient clipping", lr=0.4, max_norm=0.25)
-    penalty = replace(clip, summary="fb-clip + gradient penalty", lr=0.8, penalty=0.5)
-    strong = replace(
-        penalty, summary="fb-penalty on chunks of 32: a stronger penalty", chunk_size=32
-    )
-    steps = {
-        "sgd": sgd,
-        "fb": fb,
-        "fb-long": long,
-        "fb-clip": clip,
-        "fb-penalty": penalty,
-        "fb-strong": strong,
-    }
-    rows = dict(steps)
-    for suffix, title, changes, _ in TABLES[1:]:
-        for name in ("fb-penalty",) if suffix == "-x40" else steps:
-            rows[name + suffix] = replace(steps[name], summary=f"{name}, {title}", **changes)
-        if suffix == "-aug":
-            rows["fb-shuffled-aug"] = replace(
-                rows["fb-strong-aug"],
-                summary="fb-strong-aug, samples shuffled into new chunks every pass",
-                chunks="shuffled",
-            )
-    return rows
-
-
-def _sgd(model: str, **values: float) -> Recipe:
-    summary = "stochastic baseline: shuffled mini-batches"
-    return Recipe(summary, model, warmup=5, chunks="shuffled", **values)
-
-
-_FB = "full batch, nothing else changed from sgd"
-_LONG = "more steps, larger learning rate, longer warm-up"
-
-RECIPES: dict[str, dict[str, Recipe]] = {
-    "images": _ladder(
-        _sgd("resnet18", lr=0.1, cosine=300, epochs=300, batch_size=128),
-        Recipe(_FB, "resnet18", lr=0.1, warmup=5, cosine=300, steps=300, chunk_size=128),
-        Recipe(_LONG, "resnet18", lr=0.4, warmup=400, cosine=4000, steps=3000, chunk_size=128),
-    ),
-    "small": _ladder(
-        _sgd("cnn", lr=0.05, cosine=200, epochs=200, batch_size=100),
-        Recipe(_FB, "cnn", lr=0.05, warmup=5, cosine=200, steps=200, chunk_size=128),
-        # This network, which has no BatchNorm, diverges at lr 0.4 without clipping.
-        Recipe(_LONG, "cnn", lr=0.1, warmup=100, cosine=1300, steps=1000, chunk_size=128),
-    ),
+    "-x40": Table("40 fixed crops and flips of every image", {"augment": "fixed", "replicas": 40}),
 }
-NAMES = tuple(RECIPES["small"])
-
-# Published test accuracy (%) on CIFAR-10 with augmentation, where known: mean ± deviation.
-_PUBLISHED = {
+SUMMARIES = {
+    "sgd": "stochastic baseline: shuffled mini-batches",
+    "fb": "full batch, nothing else changed from sgd",
+    "fb-long": "more steps, larger learning rate, longer warm-up",
+    "fb-clip": "fb-long + global gradient clipping",
+    "fb-penalty": "fb-clip + gradient penalty",
+    "fb-strong": "fb-penalty on chunks of 32: a stronger penalty",
+    "fb-shuffled": "fb-strong, samples shuffled into new chunks every pass",
+}
+# Test accuracy (%) on CIFAR-10 with augmentation, mean ± deviation, as published.
+_ACCURACIES = {
     "sgd": "95.70 ± 0.11",
     "fb": "75.42 ± 0.13",
     "fb-long": "87.36 ± 1.23",
@@ -132,12 +49,69 @@ _PUBLISHED = {
     "fb-strong": "95.67 ± 0.08",
     "fb-shuffled": "95.91 ± 0.14",
 }
+_COMMON = {
+    "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "decay": "all", "label_smoothing": 0.0,
+    "augment": "none", "chunks": "fixed", "radius": 1e-2, "method": "forward",
+}  # fmt: skip
+
+
+def _ladder(model: str, sgd: Recipe, fb: Recipe, long: Recipe) -> dict[str, Recipe]:
+    """All rows of all tables at one scale. The penalty is λ = lr·penalty/4 at the current lr."""
+    clip = long | {"lr": 0.4, "max_norm": 0.25}
+    penalty = clip | {"lr": 0.8, "penalty": 0.5}
+    strong = penalty | {"chunk_size": 32}
+    shuffled = strong | {"chunks": "shuffled"}
+    steps = dict(zip(SUMMARIES, (sgd, fb, long, clip, penalty, strong, shuffled), strict=True))
+    return {
+        step + suffix: _COMMON | {"model": model} | steps[step] | table.changes
+        for suffix, table in TABLES.items()
+        for step in (["fb-penalty"] if suffix == "-x40" else steps)
+        if step != "fb-shuffled" or suffix == "-aug"
+    }
+
+
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "images": _ladder(
+        "resnet18",
+        {
+            "lr": 0.1,
+            "warmup": 5,
+            "cosine": 300,
+            "epochs": 300,
+            "batch_size": 128,
+            "chunks": "shuffled",
+        },
+        {"lr": 0.1, "warmup": 5, "cosine": 300, "steps": 300, "chunk_size": 128},
+        {"lr": 0.4, "warmup": 400, "cosine": 4000, "steps": 3000, "chunk_size": 128},
+    ),
+    "small": _ladder(
+        "cnn",
+        {
+            "lr": 0.05,
+            "warmup": 5,
+            "cosine": 200,
+            "epochs": 200,
+            "batch_size": 100,
+            "chunks": "shuffled",
+        },
+        {"lr": 0.05, "warmup": 5, "cosine": 200, "steps": 200, "chunk_size": 128},
+        # This network, which has no BatchNorm, diverges at lr 0.4 without clipping.
+        {"lr": 0.1, "warmup": 100, "cosine": 1300, "steps": 1000, "chunk_size": 128},
+    ),
+}
+NAMES = tuple(RECIPES["small"])
 
 
 def split(name: str) -> tuple[str, str]:
     """The step of the ladder and the table's suffix: ("fb-clip", "-aug") for "fb-clip-aug"."""
-    suffix = next((t.suffix for t in TABLES[1:] if name.endswith(t.suffix)), "")
-    return name.removesuffix(suffix), suffix
+    step = next(step for step in sorted(SUMMARIES, key=len, reverse=True) if name.startswith(step))
+    return step, name.removeprefix(step)
+
+
+def summary(name: str) -> str:
+    """What a recipe is, in words."""
+    step, suffix = split(name)
+    return f"{step}, {TABLES[suffix].title}" if suffix else SUMMARIES[step]
 
 
 def published(name: str, scale: str) -> str:
@@ -148,4 +122,11 @@ def published(name: str, scale: str) -> str:
     """
     step, suffix = split(name)
     known = suffix == "-aug" or (scale == "small" and not suffix)
-    return _PUBLISHED.get(step, "") if known else ""
+    return _ACCURACIES[step] if known else ""
+
+
+def overview() -> str:
+    """The steps of the ladder, for the help."""
+    rows = "\n".join(f"  {step:11} {SUMMARIES[step]}" for step in NAMES[:6])
+    return f"""recipes:\n\n{rows}\n\nWith -aug, -x10 or -x40 at the end: on augmented images;
+`fbopt recipes` lists all of them, with their hyperparameters and the accuracies of the paper."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from typing import Any, get_type_hints
 
 from fbopt.train.config.dataspec import DataError, parse, scale_of
@@ -29,32 +29,31 @@ def resolve(options: Options) -> Options:
     device = device_type(options.device)
     check_device(options, device)
     given = {k: v for k, v in asdict(options).items() if v is not None}
-    values = {**asdict(recipe), **SPEED[device], **given}
+    values = dict.fromkeys(asdict(options)) | recipe | SPEED[device] | given
     values |= _passes(options, recipe, values)
-    values.setdefault("every", values["eval_every"] if options.tracked else 0)
+    if values["every"] is None:
+        values["every"] = values["eval_every"] if options.tracked else 0
     if values["augment"] == "fixed":
         values["replicas"] = values["replicas"] or 10
     if options.momentum == 0:
         values["nesterov"] = bool(options.nesterov)
     if (scale, values["model"]) == ("small", "cnn"):
-        values.setdefault("threads", 1)
+        values["threads"] = values["threads"] or 1
     if options.stochastic:
         values["cuda_graph"] = False
     elif options.switch_at:
-        values["batch_size"] = values["batch_size"] or RECIPES[scale]["sgd"].batch_size
+        values["batch_size"] = values["batch_size"] or RECIPES[scale]["sgd"]["batch_size"]
     check_effect(options, values)
-    values |= _without_effect(values)
-    names = {field.name for field in fields(Options)} - {"scale"}
-    return replace(options, scale=scale, **{k: v for k, v in values.items() if k in names})
+    return Options(**values | _without_effect(values) | {"scale": scale})
 
 
 def _passes(options: Options, recipe: Recipe, values: dict[str, Any]) -> dict[str, Any]:
     """The schedule in proportion to the number of passes, and how often to log and save."""
     passes = values["epochs"] if options.stochastic else values["steps"]
-    share = passes / (recipe.epochs or recipe.steps)
+    share = passes / (recipe["epochs"] if options.stochastic else recipe["steps"])
     found = {
-        "warmup": round(recipe.warmup * share),
-        "cosine": max(1, round(recipe.cosine * share)),
+        "warmup": round(recipe["warmup"] * share),
+        "cosine": max(1, round(recipe["cosine"] * share)),
         "eval_every": max(1, passes // 100),
         "log_every": max(1, passes // 400),
         "keep": 2,
@@ -65,7 +64,7 @@ def _passes(options: Options, recipe: Recipe, values: dict[str, Any]) -> dict[st
 
 def _without_effect(values: dict[str, Any]) -> dict[str, Any]:
     """The options that have no effect, as None (or False)."""
-    found = {k: None for k in ("max_norm", "chunk_max_norm") if values.get(k) == math.inf}
+    found = {k: None for k in ("max_norm", "chunk_max_norm") if values[k] == math.inf}
     if not values["penalty"]:
         found |= {"penalty": None, "radius": None, "method": None}
     if values["augment"] != "fixed":
