@@ -75,7 +75,7 @@ class Options:
     """Probability of dropping an input of the last layer."""
     recipe: RecipeName = "fb-penalty"
     """Row of the paper's ladder to follow; `fbopt recipes` lists their hyperparameters."""
-    scale: Literal["small", "images"] | None = None
+    scale: Literal["images", "small"] | None = None
     """Version of the recipe: the paper's for images, or one scaled down for small data sets.
     Default: images for imagefolder, cifar10 and cifar100, else small."""
     chunk_size: int | None = None

@@ -97,6 +97,10 @@ class _Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; unlike argparse's, it fails if stdout is a closed pipe."""
+        print(self.format_help(), end="", file=file)
+
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
         text = message.removeprefix("argument ")
@@ -136,6 +140,7 @@ def _add_option(group: Any, field: Field, hint: Any, text: str) -> None:
     help = _with_default(text, field.default) if text else argparse.SUPPRESS
     words = {"type": _converter(choices, kind), "metavar": metavar, "help": help}
     if field.default is MISSING:
+        words["metavar"] = field.name.upper()
         group.add_argument(field.name, nargs="*", default=(), **words)
     elif bool not in types:
         group.add_argument(flag(field.name), nargs="*" if many else None, **words)

@@ -33,7 +33,7 @@ TABLES = {  # by the suffix of its recipes
 SUMMARIES = {
     "sgd": "stochastic baseline: shuffled mini-batches",
     "fb": "full batch, nothing else changed from sgd",
-    "fb-long": "more steps, larger learning rate, longer warm-up",
+    "fb-long": "more steps, larger lr, longer warm-up",
     "fb-clip": "fb-long + global gradient clipping",
     "fb-penalty": "fb-clip + gradient penalty",
     "fb-strong": "fb-penalty on chunks of 32: a stronger penalty",

@@ -54,9 +54,10 @@ def _row(plan: Plan, name: str) -> dict[str, Any]:
 
 def _spread(values: list[float]) -> dict[str, float | None] | None:
     """The mean and the sample standard deviation (None for one value); None for no value."""
+    if not values:
+        return None
     deviation = statistics.stdev(values) if len(values) > 1 else None
-    found = {"deviation": deviation, "n": len(values)}
-    return {"mean": statistics.mean(values), **found} if values else None
+    return {"mean": statistics.mean(values), "deviation": deviation, "n": len(values)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
