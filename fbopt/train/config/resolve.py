@@ -1,4 +1,4 @@
-"""How a recipe and the device fill in the options that were left out."""
+"""Fill in the options that were left out, from the recipe and the device, and check them all."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def _check_data(options: Options) -> None:
 
 
 def check_effect(given: Options, values: dict[str, Any]) -> None:
-    """Refuse what would have no effect, or cannot go together, once the recipe has filled in."""
+    """Refuse options that have no effect, or exclude each other, given the values of the recipe."""
     if not values["penalty"]:
         _refuse(given, ("radius", "method"), "a penalty; add --penalty 0.5 or use --recipe "
                 "fb-penalty")  # fmt: skip
@@ -207,7 +207,7 @@ def _refuse(given: Options, names: tuple[str, ...], without: str) -> None:
 
 
 def check_device(given: Options, device: str) -> None:
-    """Refuse what the type of device that the run will be on does not have."""
+    """Refuse what a type of device does not support."""
     if device == "cuda":
         return
     if given.precision == "tf32":

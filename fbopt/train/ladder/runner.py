@@ -40,8 +40,6 @@ def run_all(plan: Plan) -> int:
     if left:  # one download, one error for data that cannot be used
         one = left[0]
         load(one.data, one.image_size, one.data_dir, one.download, one.samples)
-    finished = len(runs) - len(left)
-    print(f"{len(runs)} runs, {finished} of them finished; {plan.jobs} at a time", flush=True)
     return Runner(plan, left).run()
 
 
@@ -49,12 +47,15 @@ class Runner:
     """The processes that train the runs of a plan."""
 
     def __init__(self, plan: Plan, left: list[Options]) -> None:
-        self.plan, self.left = plan, list(left)
+        self.plan, self.left, self.total = plan, left, len(plan.longest_first)
+        self.done = self.total - len(left)
         self.running: dict[subprocess.Popen[bytes], Options] = {}
         self.failed = self.stopping = False
 
     def run(self) -> int:
-        """Train them all, several at a time, and print each result; returns as `run_all`."""
+        """Train what is left, several at a time, and print each result; returns as `run_all`."""
+        finished = f"{self.done} of them finished"
+        print(f"{self.total} runs, {finished}; {self.plan.jobs} at a time", flush=True)
         main = threading.current_thread() is threading.main_thread()  # others set no handlers
         handlers = {n: signal.signal(n, self._stop) for n in SIGNALS} if main else {}
         try:
@@ -97,10 +98,11 @@ class Runner:
         """Print how a run ended."""
         name = f"{options.recipe}, seed {options.seed}"
         if _finished(options):
-            result, runs = RunFolder(options.out).read_result(), self.plan.longest_first
+            self.done += 1
+            result = RunFolder(options.out).read_result()
             print(
                 f"{name}: test accuracy {result['test_accuracy']:.2%}, {result['seconds']:.0f} s "
-                f"({sum(map(_finished, runs))} of {len(runs)} runs)",
+                f"({self.done} of {self.total} runs)",
                 flush=True,
             )
         elif not self.stopping:
