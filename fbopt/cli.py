@@ -1,51 +1,74 @@
-"""The command `fbopt`: one sub-command per program, each imported only when it is asked for."""
+"""The command `fbopt`: one subcommand per program, each imported only when it is asked for."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
+from fbopt import __version__
+
 # name: (module with a main, what it does)
 COMMANDS = {
-    "train": ("fbopt.train.__main__", "train a network by full-batch gradient descent, or SGD"),
-    "ladder": (
-        "fbopt.train.ladder.plan",
-        "train several recipes and seeds, write a table and figures",
-    ),
-    "recipes": ("fbopt.train.config.recipes", "list the recipes, with the accuracies of the paper"),
-    "fingerprint": (
-        "fbopt.train.checkpoint.fingerprint",
-        "print a run's SHA-256 by step, compare two runs",
-    ),
+    "train": ("fbopt.train.__main__", "train a network by full-batch gradient descent, or by SGD"),
+    "ladder": ("fbopt.train.ladder.__main__", "train several recipes and seeds, and compare them"),
+    "recipes": ("fbopt.train.config.listing", "list the recipes and the accuracies of the paper"),
+    "fingerprint": ("fbopt.train.checkpoint.fingerprint", "print a run's hashes, compare two runs"),
     "analyze": ("fbopt.train.analyze.__main__", "measure what kind of minimum a run reached"),
-    "doctor": ("fbopt.doctor", "say what this machine has, what fbopt uses, what is missing"),
+    "doctor": ("fbopt.doctor", "show what fbopt finds and uses on this machine"),
 }
+CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports a program that the signal ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `fbopt COMMAND …`; returns the exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name = arguments[0] if arguments else "--help"
-    if name in ("-h", "--help"):
+    """Run `fbopt COMMAND …`; returns the exit status, 141 if stdout is closed before the end."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _run(words)
+        finally:  # also when the help exits
+            print(end="", flush=True)
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+
+
+def _run(words: list[str]) -> int:
+    name, *rest = words or ["--help"]
+    if name in ("-h", "--help", "help"):
         print(usage())
         return 0
+    if name in ("-V", "--version"):
+        print(f"fbopt {__version__}")
+        return 0
     if name not in COMMANDS:
-        print(f"fbopt: no command {name!r}\n\n{usage()}", file=sys.stderr)
+        from fbopt.train.config.parser import nearest
+
+        near = nearest(name, [*COMMANDS, "--help", "--version"])
+        print(f"fbopt: no command {name}{near}\nfbopt --help lists all commands", file=sys.stderr)
         return 2
-    run = importlib.import_module(COMMANDS[name][0]).main
-    if name != "doctor":
-        return run(arguments[1:])
-    if len(arguments) > 1:
-        print(f"usage: fbopt doctor\n\n{COMMANDS[name][1]}")
-        return 0 if arguments[1] in ("-h", "--help") else 2
-    return run()
+    module, about = COMMANDS[name]
+    run = importlib.import_module(module).main
+    if name == "doctor":  # without options
+        argparse.ArgumentParser("fbopt doctor", description=about).parse_args(rest)
+        return run()
+    return run(rest)
 
 
 def usage() -> str:
     """The help of the whole program."""
-    rows = "\n".join(f"  {name:11} {words}" for name, (_, words) in COMMANDS.items())
-    return f"usage: fbopt COMMAND [options]\n\n{rows}\n\nfbopt COMMAND --help says more."
+    rows = "\n".join(f"  {name:11}  {words}" for name, (_, words) in COMMANDS.items())
+    return f"""\
+usage: fbopt COMMAND [options]
+
+Full-batch training in PyTorch.
+
+{rows}
+
+fbopt COMMAND --help lists its options; fbopt --version prints the version."""
 
 
 if __name__ == "__main__":

@@ -53,14 +53,14 @@ def commands():
 @pytest.mark.parametrize("command", commands())
 def test_options_in_commands_are_known(command):
     from fbopt.train.config.options import Options
-    from fbopt.train.ladder import plan
+    from fbopt.train.config.parser import parse
+    from fbopt.train.ladder.plan import Ladder, make_plan
 
-    tyro = pytest.importorskip("tyro")
-    words = shlex.split(command.replace("PATH", "somewhere"))[1:]
-    if words[0] == "ladder":
-        plan.make_plan(*plan.parse(words[1:]))
+    name, *words = shlex.split(command.replace("PATH", "somewhere"))[1:]
+    if name == "ladder":
+        make_plan(*parse("fbopt ladder", words, Ladder, Options))
     else:
-        tyro.cli(Options, args=words[1:])
+        parse("fbopt train", words, Options)
 
 
 def test_doctor_says_what_the_readme_shows(capsys):

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Sequence
 
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import Options, OptionsError
-from fbopt.train.config.recipes import RECIPES
+from fbopt.train.config.parser import parse
+from fbopt.train.config.recipes import overview
 from fbopt.train.torchrun import exit_with, is_rank_zero, only_rank_zero_prints
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; return 0, 1 (diverged, disk full), 2 (bad input) or 130."""
-    try:
-        import tyro
-    except ImportError:
-        return _fail("fbopt train needs the package tyro: pip install tyro", 2)
     with only_rank_zero_prints(errors=True):
-        options = tyro.cli(Options, prog="fbopt train", args=arguments, description=description())
+        (options,) = parse("fbopt train", arguments, Options, notes=overview())
     return exit_with(lambda: run(options))
 
 
@@ -52,12 +48,6 @@ def run(options: Options) -> int:
     return 0
 
 
-def description() -> str:
-    """The text above the options in the help: what the program does, and the recipes."""
-    rows = "\n".join(f"  {name:11} {recipe.summary}" for name, recipe in RECIPES["small"].items())
-    return f"{inspect.getdoc(Options)}\n\nrecipes:\n{rows}"
-
-
 def _fail(message: str, status: int) -> int:
     if message:
         print(message, file=sys.stderr, flush=True)
@@ -65,4 +55,6 @@ def _fail(message: str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fbopt.cli import main as fbopt
+
+    sys.exit(fbopt(["train", *sys.argv[1:]]))

@@ -48,7 +48,6 @@ def folder(tiny, tmp_path_factory) -> Path:
 
 
 def analyze(*arguments) -> int:
-    pytest.importorskip("tyro")
     return cli.main(["analyze", *map(str, arguments)])
 
 

@@ -1,4 +1,4 @@
-"""A ladder of tiny rows: trained in processes of its own, interrupted, resumed, told as a table."""
+"""A ladder of tiny rows: its plan, processes, interruption, table and figures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
-from tiny_runs import digest
 
 from fbopt.train import loop
 from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options, OptionsError
+from fbopt.train.config.parser import command_line, parse
 from fbopt.train.config.recipes import NAMES
 from fbopt.train.ladder import figures, plan, runner, summary
+from fbopt.train.ladder.__main__ import main
 from fbopt.train.ladder.plan import Ladder, make_plan
 
 SMALL = ["--width", "4", "--share", "0.02"]
@@ -33,21 +34,23 @@ def tiny(tmp_path_factory) -> str:
 
 def plan_of(tiny: str, out: Path, *arguments: str) -> plan.Plan:
     words = ["--data", tiny, "--out", str(out), *SMALL, *arguments]
-    return make_plan(*plan.parse(words), "fbopt ladder again")
+    return make_plan(*parse("fbopt ladder", words, Ladder, Options))
+
+
+ROWS = ("--rows", "sgd", "fb-penalty-aug", "--seeds", "2", "--lr", "0.2")
 
 
 @pytest.fixture(scope="module")
 def done(tiny, tmp_path_factory) -> Path:
-    """The folder of a finished ladder with two rows and two seeds."""
+    """The folder of a ladder with two rows and two seeds, whose runs were finished before."""
     out = tmp_path_factory.mktemp("ladder")
-    arguments = ["--data", tiny, "--out", str(out), *SMALL, "--seeds", "2", "--lr", "0.2"]
-    assert plan.main([*arguments, "--rows", "sgd", "fb-penalty-aug", "--jobs", "2"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "draw_curves", lambda folder, options: False)
+        patch.setattr(runner.Runner, "start", lambda *a: pytest.fail("trained again"))
+        for options in plan_of(tiny, out, *ROWS).longest_first:
+            loop.train(options)
+        assert main(["--data", tiny, "--out", str(out), *SMALL, *ROWS]) == 0
     return out
-
-
-def again(tiny: str, done: Path, *arguments: str) -> plan.Plan:
-    rows = ("--rows", "sgd", "fb-penalty-aug", "--lr", "0.2")
-    return plan_of(tiny, done, *rows, *arguments)
 
 
 def test_what_a_ladder_writes(tiny, done):
@@ -67,33 +70,30 @@ def test_what_a_ladder_writes(tiny, done):
     table = (done / "ladder.md").read_text()
     assert "| `fb-penalty-aug` |" in table and "95.36 ± 0.07" in table and " ± " in table
     assert f"{100 * mean:.2f} ± {100 * deviation:.2f} | 2 |" in table
-    for name in figures.DRAWN:
+    for name in figures.FIGURES:
         assert (done / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_run_is_what_fbopt_train_makes_of_its_options(tiny, done, monkeypatch, tmp_path):
-    monkeypatch.setattr(loop, "draw_curves", lambda folder, options: False)
-    options = again(tiny, done, "--seeds", "2").runs["fb-penalty-aug"][1]
-    assert (options.recipe, options.seed, options.steps) == ("fb-penalty-aug", 1, 20)
-    made = loop.train(Options(**{**vars(options), "out": tmp_path / "run", "resume": None}))
-    state = RunFolder(options.out).read_checkpoint(20)
-    assert digest(made.model) == digest(state["model"])
+def test_runs_are_commands_of_fbopt_train(tiny, tmp_path):
+    """Every run is what `fbopt train` makes of the options of its row, its seed and all rows."""
+    runs = plan_of(tiny, tmp_path, *ROWS, "--no-nesterov", "--chunks=shuffled").runs
+    first, second = runs["fb-penalty-aug"]
+    assert (first.recipe, first.steps, first.lr) == ("fb-penalty-aug", 20, 0.2)
+    assert (first.seed, second.seed, second.nesterov) == (0, 1, False)
+    for options in (first, second):
+        assert parse("fbopt train", command_line(options), Options) == [options]
 
 
-def test_finished_runs_are_not_trained_again(tiny, done, monkeypatch, capsys):
-    started = []
-    monkeypatch.setattr(runner.Crew, "start", lambda self, options: started.append(options))
-    assert runner.run_all(again(tiny, done, "--seeds", "2")) == [] and not started
-    assert "4 runs, 4 of them finished" in capsys.readouterr().out
-    with pytest.raises(OptionsError, match="was made with other options: --epochs 4, now 8"):
-        again(tiny, done, "--share", "0.04")
+def test_other_options_than_those_of_a_finished_run_are_refused(tiny, done):
+    with pytest.raises(OptionsError, match="was made with other options: --steps 20, now 40"):
+        runner.run_all(plan_of(tiny, done, *ROWS, "--share", "0.04"))
 
 
-def test_interrupted_and_resumed(tiny, tmp_path):
+def test_interrupted_and_resumed(tiny, tmp_path, monkeypatch, capsys):
     """SIGINT to the ladder alone: its runs save, it says how to go on, and goes on from there."""
     words = ["--data", tiny, "--out", "out", "--rows", "fb-clip", "--seeds", "2", "--width", "4"]
-    words += ["--jobs", "2", "--share", "1", "--log-every", "1"]
-    command = [sys.executable, "-m", "fbopt.train.ladder.plan", *words]
+    words += ["--jobs", "2", "--share", "0.6", "--log-every", "1"]
+    command = [sys.executable, "-m", "fbopt.train.ladder", *words]
     setting = {
         "cwd": tmp_path,
         "stdout": subprocess.PIPE,
@@ -112,22 +112,22 @@ def test_interrupted_and_resumed(tiny, tmp_path):
     assert process.returncode == 130
     assert f"go on with\n  fbopt ladder {' '.join(words)}\n" in out
     saved = [run.checkpoints()[0][0] for run in runs]
-    assert all(5 < step < 1000 for step in saved)
+    assert all(5 < step < 600 for step in saved)
     assert not any(run.result.exists() for run in runs)
-    with subprocess.Popen(command, **setting) as process:
-        out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 0
+    out = capsys.readouterr().out
     assert "2 runs, 0 of them finished" in out and "(2 of 2 runs)" in out
     for seed, step in enumerate(saved):
         log = (tmp_path / "out" / "logs" / f"fb-clip-s{seed}.log").read_text()
         assert f"resumed at step {step}" in log
-        assert [r["pass"] for r in runs[seed].read_metrics()] == list(range(1, 1001))
+        assert [r["pass"] for r in runs[seed].read_metrics()] == list(range(1, 601))
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tiny, tmp_path, capsys):
     words = ["--data", tiny, "--out", str(tmp_path), *SMALL, "--rows", "fb", "fb-clip"]
-    words += ["--seeds", "1", "--lr", "1e30", "--jobs", "1", "--warmup", "0"]
-    assert plan.main(words) == 1
+    words += ["--seeds", "1", "--lr", "1e30", "--jobs", "2", "--warmup", "0"]
+    assert main(words) == 1
     out, err = capsys.readouterr()
     assert "fb, seed 0: failed: the loss became infinite or undefined" in err and "logs" in err
     assert re.search(r"\| `fb` \| – \(1 failed\) \| 0 \| – \|", out)
@@ -142,7 +142,7 @@ def test_a_run_interrupted_by_someone_else_is_told(tiny, tmp_path, monkeypatch, 
         runner.subprocess, "Popen", lambda words, **more: start([words[0], "-c", program], **more)
     )
     words = ["--data", tiny, "--out", str(tmp_path), *SMALL, "--rows", "fb", "--seeds", "1"]
-    assert plan.main(words) == 1
+    assert main(words) == 1
     err = capsys.readouterr().err
     assert "fb, seed 0: interrupted; the same command goes on with it (see " in err
 
@@ -163,9 +163,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_starts_nothing(tiny, tmp_path, capsys, monkeypatch, case):
     arguments, message = BAD[case]
-    monkeypatch.setattr(runner.Crew, "start", lambda *a: pytest.fail("a run was started"))
+    monkeypatch.setattr(runner.Runner, "start", lambda *a: pytest.fail("a run was started"))
     words = ["--data", tiny, "--out", str(tmp_path / "out"), *SMALL, *arguments]
-    assert plan.main(words) == 2
+    assert main(words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -173,7 +173,7 @@ def test_bad_input_starts_nothing(tiny, tmp_path, capsys, monkeypatch, case):
 def test_unknown_options_are_refused(tiny, capsys):
     for words in (["--learning-rate", "1"], ["--rows", "fb-best"]):
         with pytest.raises(SystemExit) as stop:
-            plan.main(["--data", tiny, *words])
+            main(["--data", tiny, *words])
         assert stop.value.code == 2
 
 
@@ -191,31 +191,32 @@ JOBS = [  # cores, free bytes, threads of the runs, device: how many at once
 def test_as_many_at_once_as_the_machine_bears(
     monkeypatch, cores, memory, threads, device, expected
 ):
-    monkeypatch.setattr("fbopt._build.jobs.cores", lambda: cores)
-    monkeypatch.setattr("fbopt._build.jobs.memory", lambda: int(memory))
+    monkeypatch.setattr("fbopt.train.ladder.plan.cores", lambda: cores)
+    monkeypatch.setattr("fbopt.train.ladder.plan.memory", lambda: int(memory))
     common = Options(data="cifar10", threads=threads, device=device)
     plan = make_plan(Ladder(data="cifar10", out=Path("nowhere")), common)
     assert plan.jobs == expected
     asked = make_plan(Ladder(data="cifar10", out=Path("nowhere"), jobs=4), common)
     assert asked.jobs == 4
-    found = {o.threads for o in asked.everything}
+    found = {o.threads for o in asked.longest_first}
     assert found == {threads or max(1, cores // 4)}
 
 
 def test_the_longest_runs_first(tiny, tmp_path):
     plan = plan_of(tiny, tmp_path, "--rows", "fb", "fb-strong", "fb-clip", "--seeds", "2")
-    assert [o.recipe for o in plan.everything] == ["fb-strong"] * 2 + ["fb-clip"] * 2 + ["fb"] * 2
-    assert [o.seed for o in plan.everything] == [0, 1] * 3
+    assert [o.recipe for o in plan.longest_first] == ["fb-strong"] * 2 + ["fb-clip"] * 2 + [
+        "fb"
+    ] * 2
+    assert [o.seed for o in plan.longest_first] == [0, 1] * 3
 
 
 def test_every_recipe_has_a_look_of_its_own():
-    looks = [tuple(figures.Row(name, []).style.values()) for name in NAMES]
-    assert len(set(looks)) == len(NAMES)
+    assert len({tuple(figures.style(name).values()) for name in NAMES}) == len(NAMES)
 
 
 def test_lines_are_where_all_seeds_have_a_value():
     runs = [[{"pass": 1, "loss": 2.0}, {"pass": 2, "loss": 1.0}], [{"pass": 1, "loss": 4.0}]]
-    assert figures.Row("fb", runs).line("pass", lambda r: r["loss"]) == ([1], [[2.0, 4.0]])
+    assert figures.curve("loss", "pass", runs) == {1: [2.0, 4.0]}
 
 
 def test_words_of_the_table():
@@ -226,4 +227,4 @@ def test_words_of_the_table():
         "seconds": {"mean": 3725.0}, "runs": runs,
     }  # fmt: skip
     line = summary.table([row]).splitlines()[-1]
-    assert line == "| `fb` | 50.00 | 2 | 0.5000 | 9 – 1,200 | 18 | 1 h 02 min | – |"
+    assert line == "| `fb` | 50.00 | 2 | 0.5000 | 9 – 1,200 | 18 | 1:02:05 | – |"

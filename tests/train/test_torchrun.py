@@ -417,13 +417,13 @@ def test_an_interrupted_job_is_saved_once(jobs):
 
 
 def test_a_ladder_is_for_one_process(monkeypatch, capsys):
-    from fbopt.train.ladder import plan
+    from fbopt.train.ladder.__main__ import main
 
     said = []
     for rank in (0, 1):
         with as_torchrun(rank, 2, 1):
             assert rank_and_world_size() == (rank, 2)
-            assert plan.main(["--data", "mnist1d"]) == 2
+            assert main(["--data", "mnist1d"]) == 2
         said.append(capsys.readouterr().err)
     assert "without torchrun" in said[0] and said[1] == ""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fbopt.train.analyze.options import Analysis, as_json, check
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import OptionsError
+from fbopt.train.config.parser import parse
 
 if TYPE_CHECKING:
     from fbopt.train.analyze.runs import Subject
@@ -20,17 +20,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `fbopt analyze …`; returns 0, 1 (cannot be measured or written), 2 (bad input) or 130."""
-    try:
-        import tyro
-    except ImportError:
-        return _fail("it needs the package tyro: pip install tyro", 2)
-    options = tyro.cli(
-        Analysis,
-        prog="fbopt analyze",
-        args=arguments,
-        description=inspect.getdoc(Analysis),
-        config=(tyro.conf.PositionalRequiredArgs,),
-    )
+    (options,) = parse("fbopt analyze", arguments, Analysis)
     from fbopt.train.checkpoint.atomic import WriteError
 
     try:

@@ -1,1 +1,1 @@
-"""Options, recipes and their resolution. Nothing here imports torch."""
+"""Options, recipes, and the command lines made from them; nothing here imports torch."""

@@ -1,12 +1,10 @@
-"""The names of data sets: what --data may be, as kind and path."""
+"""The names of data sets: the values of --data, split into a kind and a path."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 NAMED = ("mnist1d", "digits", "cifar10", "cifar100")
-
-
 KINDS = f"{', '.join(NAMED)}, npz:PATH or imagefolder:PATH"
 
 
@@ -15,7 +13,7 @@ class DataError(ValueError):
 
 
 def parse(spec: str) -> tuple[str, Path | None]:
-    """Split a `--data` value into its kind and path; raises DataError where it names nothing."""
+    """Split a `--data` value into its kind and path; raises DataError if it names no data set."""
     kind, colon, path = spec.partition(":")
     if kind in NAMED and not colon:
         return kind, None
@@ -24,3 +22,8 @@ def parse(spec: str) -> tuple[str, Path | None]:
             raise DataError(f"--data {spec}: a path has to follow, as in {kind}:path/to/data")
         return kind, Path(path).expanduser()
     raise DataError(f"--data {spec}: unknown data set; choose {KINDS}")
+
+
+def scale_of(spec: str) -> str:
+    """The scale of the recipes for a data set, unless --scale says otherwise."""
+    return "images" if spec.startswith(("imagefolder:", "cifar")) else "small"

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from fbopt.train.config.options import Options, OptionsError, flag, implied
+from fbopt.train.config.options import Options, OptionsError, flag
 
-# Options that change where a run lies, how fast it goes or what it keeps, but not what it computes.
+# Options for the place, the speed and the records of a run, which do not change its numbers.
 FREE = (
     "out", "resume", "overwrite", "data_dir", "download", "device", "threads", "save_every", "keep",
     "fingerprint_every", "chunk_norms", "cuda_graph", "track", "every",
@@ -20,7 +20,7 @@ _WITH_RESUME = (
 
 
 def check_resume(options: Options) -> None:
-    """Refuse options that a run resumed by its folder would not follow; it has its own."""
+    """Refuse options beside `--resume RUN` that the run, which has its own, would ignore."""
     for field in fields(Options):
         if field.name not in _WITH_RESUME and getattr(options, field.name) != field.default:
             raise OptionsError(
@@ -31,21 +31,20 @@ def check_resume(options: Options) -> None:
 
 
 def given(options: Options) -> dict[str, Any]:
-    """The options that a resumed run takes from the command line rather than from its own."""
+    """The options given beside `--resume RUN` that replace the run's own."""
     values = {name: getattr(options, name) for name in _WITH_RESUME[1:]}
     return {name: value for name, value in values.items() if value not in (None, "auto")}
 
 
 def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The options that differ between two runs' `as_json`: the flag and both values."""
-    defaults = {field.name: field.default for field in fields(Options)} | implied(made)
     names = [name for name in dict.fromkeys([*now, *made]) if name not in FREE]
-    pairs = ((n, made.get(n, defaults.get(n)), now.get(n, defaults.get(n))) for n in names)
+    pairs = ((name, made.get(name), now.get(name)) for name in names)
     return [(flag(name), _word(old), _word(new)) for name, old, new in pairs if old != new]
 
 
 def check_options(where: str, made: Mapping[str, Any], now: Options) -> None:
-    """Refuse to go on with a run that other options made, such as another version of a recipe."""
+    """Refuse to continue a run that was made with other options, or with another recipe's."""
     if found := differences(made, now.as_json()):
         text = "; ".join(f"{name} {old}, now {new}" for name, old, new in found)
         raise OptionsError(

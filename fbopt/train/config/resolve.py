@@ -1,28 +1,16 @@
-"""How a recipe and the device fill in the options that were left out."""
+"""Fill in the options that were left out, from the recipe and the device, and check them all."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, fields, replace
-from typing import Any, get_args
+from dataclasses import asdict
+from typing import Any, get_type_hints
 
-from fbopt.train.config.dataspec import DataError, parse
-from fbopt.train.config.options import (
-    TRACKED,
-    Accumulation,
-    Augment,
-    Method,
-    ModelName,
-    Options,
-    OptionsError,
-    Precision,
-    RecipeName,
-    Sampling,
-    flag,
-)
-from fbopt.train.config.recipes import RECIPES, Recipe, scale_of
+from fbopt.train.config.dataspec import DataError, parse, scale_of
+from fbopt.train.config.options import TRACKED, Options, OptionsError, flag, literals
+from fbopt.train.config.recipes import RECIPES, Recipe
 
-# What is fast on a type of device and costs no accuracy: on the CPU the arithmetic of torch.
+# The fastest settings of a type of device that cost no accuracy.
 SPEED = {
     "cpu": {"precision": "fp32", "channels_last": True, "cuda_graph": False},
     "cuda": {"precision": "tf32", "channels_last": True, "cuda_graph": True},
@@ -30,10 +18,10 @@ SPEED = {
 
 
 def resolve(options: Options) -> Options:
-    """Fill in everything that was left out from the recipe and the device; checks the result too.
+    """Fill in everything that was left out, from the recipe and the device, and check the result.
 
-    Without clipping `max_norm` becomes None; without a penalty `penalty`, `radius` and `method` do,
-    without fixed augmentation `replicas`.
+    An option without effect becomes None (or False): `max_norm` without clipping; `penalty`,
+    `radius` and `method` without a penalty; `replicas` without fixed augmentation.
     """
     check(options)
     scale = options.scale or scale_of(options.data)
@@ -41,34 +29,31 @@ def resolve(options: Options) -> Options:
     device = device_type(options.device)
     check_device(options, device)
     given = {k: v for k, v in asdict(options).items() if v is not None}
-    values = {**asdict(recipe), **SPEED[device], **given}
+    values = dict.fromkeys(asdict(options)) | recipe | SPEED[device] | given
     values |= _passes(options, recipe, values)
-    values.setdefault("every", values["eval_every"] if options.tracked else 0)
-    values |= {k: _unless_infinite(values.get(k)) for k in ("max_norm", "chunk_max_norm")}
+    if values["every"] is None:
+        values["every"] = values["eval_every"] if options.tracked else 0
     if values["augment"] == "fixed":
         values["replicas"] = values["replicas"] or 10
-        values["with_clean"] = options.with_clean or recipe.with_clean
     if options.momentum == 0:
         values["nesterov"] = bool(options.nesterov)
     if (scale, values["model"]) == ("small", "cnn"):
-        values.setdefault("threads", 1)
+        values["threads"] = values["threads"] or 1
     if options.stochastic:
         values["cuda_graph"] = False
     elif options.switch_at:
-        values["batch_size"] = values["batch_size"] or RECIPES[scale]["sgd"].batch_size
+        values["batch_size"] = values["batch_size"] or RECIPES[scale]["sgd"]["batch_size"]
     check_effect(options, values)
-    values |= _without(values)
-    names = {field.name for field in fields(Options)} - {"scale"}
-    return replace(options, scale=scale, **{k: v for k, v in values.items() if k in names})
+    return Options(**values | _without_effect(values) | {"scale": scale})
 
 
 def _passes(options: Options, recipe: Recipe, values: dict[str, Any]) -> dict[str, Any]:
-    """The schedule in proportion to the number of passes, and how often to report and keep."""
+    """The schedule in proportion to the number of passes, and how often to log and save."""
     passes = values["epochs"] if options.stochastic else values["steps"]
-    share = passes / (recipe.epochs or recipe.steps)
+    share = passes / (recipe["epochs"] if options.stochastic else recipe["steps"])
     found = {
-        "warmup": round(recipe.warmup * share),
-        "cosine": max(1, round(recipe.cosine * share)),
+        "warmup": round(recipe["warmup"] * share),
+        "cosine": max(1, round(recipe["cosine"] * share)),
         "eval_every": max(1, passes // 100),
         "log_every": max(1, passes // 400),
         "keep": 2,
@@ -77,13 +62,9 @@ def _passes(options: Options, recipe: Recipe, values: dict[str, Any]) -> dict[st
     return {k: v for k, v in found.items() if getattr(options, k) is None}
 
 
-def _unless_infinite(bound: float | None) -> float | None:
-    return None if bound == math.inf else bound
-
-
-def _without(values: dict[str, Any]) -> dict[str, Any]:
+def _without_effect(values: dict[str, Any]) -> dict[str, Any]:
     """The options that have no effect, as None (or False)."""
-    found: dict[str, Any] = {}
+    found = {k: None for k in ("max_norm", "chunk_max_norm") if values[k] == math.inf}
     if not values["penalty"]:
         found |= {"penalty": None, "radius": None, "method": None}
     if values["augment"] != "fixed":
@@ -92,7 +73,7 @@ def _without(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def device_type(name: str) -> str:
-    """Whether `--device` will be "cuda", or else "cpu"."""
+    """The type of a `--device`: "cuda" or "cpu"."""
     if name == "auto":
         import torch  # here, since help and typing errors should not wait for it
 
@@ -100,7 +81,7 @@ def device_type(name: str) -> str:
     return "cuda" if name.partition(":")[0] == "cuda" else "cpu"
 
 
-_SGD_ONLY = ("epochs",)
+_SGD_ONLY = ("epochs", "batch_size")
 _FULL_BATCH_ONLY = (
     "steps", "chunk_size", "penalty", "radius", "method", "chunk_max_norm", "switch_at",
     "additive_noise", "multiplicative_noise", "norm_bias", "cuda_graph",
@@ -116,32 +97,19 @@ _COUNTS = """width image_size samples replicas threads steps epochs cosine chunk
 eval_every log_every save_every keep"""
 _NOT_NEGATIVE = """seed warmup penalty weight_decay fingerprint_every stop_fitted switch_at
 additive_noise multiplicative_noise norm_bias norm_bias_target every"""
-# lower bound, whether the bound itself is allowed, upper bound (never reached)
-_BOUNDS = {
+_BOUNDS = {  # lower bound, whether the bound itself is allowed, upper bound (never allowed)
     **dict.fromkeys(_COUNTS.split(), (1, True, math.inf)),
     **dict.fromkeys(_NOT_NEGATIVE.split(), (0, True, math.inf)),
     **dict.fromkeys(("lr", "radius"), (0, False, math.inf)),
     **dict.fromkeys(("momentum", "dropout", "label_smoothing", "ema"), (0, True, 1)),
 }
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "recipe": get_args(RecipeName),
-    "scale": tuple(RECIPES),
-    "model": get_args(ModelName),
-    "method": get_args(Method),
-    "accumulation": get_args(Accumulation),
-    "augment": get_args(Augment),
-    "chunks": get_args(Sampling),
-    "precision": get_args(Precision),
-    "norm_bias_power": (1, 2),
-    "decay": ("all", "weights"),
-    "tta": ("none", "flip"),
-}
 
 
 def check(options: Options) -> None:
     """Raise OptionsError for values that cannot work, before anything is read or written."""
-    for name, allowed in _CHOICES.items():
-        if (value := getattr(options, name)) is not None and value not in allowed:
+    for name, hint in get_type_hints(Options).items():
+        allowed, value = literals(hint), getattr(options, name)
+        if allowed and value is not None and value not in allowed and name != "resume":
             words = ", ".join(map(str, allowed))
             raise OptionsError(f"{flag(name)} {value}: choose {words}")
     for name, bounds in _BOUNDS.items():
@@ -173,12 +141,11 @@ def _check_belongs(options: Options) -> None:
             "--accumulation exact is for sums over chunks, and --recipe sgd has none; leave it "
             "out, or choose a full-batch recipe such as --recipe fb-penalty"
         )
-    only, other = (_FULL_BATCH_ONLY, "a full-batch recipe such as --recipe fb-penalty")
-    if not options.stochastic:
-        only, other = (_SGD_ONLY, "--recipe sgd")
-        if not options.switch_at:
-            only, other = (*only, "batch_size"), "--recipe sgd"
-    for name in only:
+    if options.stochastic:
+        refused, other = _FULL_BATCH_ONLY, "a full-batch recipe such as --recipe fb-penalty"
+    else:
+        refused, other = _SGD_ONLY[: 1 if options.switch_at else 2], "--recipe sgd"
+    for name in refused:
         if getattr(options, name):
             raise OptionsError(
                 f"{flag(name)} is only for {other}, not for --recipe "
@@ -210,7 +177,7 @@ def _check_data(options: Options) -> None:
 
 
 def check_effect(given: Options, values: dict[str, Any]) -> None:
-    """Refuse what would have no effect, or cannot go together, once the recipe has filled in."""
+    """Refuse options that have no effect, or exclude each other, given the values of the recipe."""
     if not values["penalty"]:
         _refuse(given, ("radius", "method"), "a penalty; add --penalty 0.5 or use --recipe "
                 "fb-penalty")  # fmt: skip
@@ -240,7 +207,7 @@ def _refuse(given: Options, names: tuple[str, ...], without: str) -> None:
 
 
 def check_device(given: Options, device: str) -> None:
-    """Refuse what the type of device that the run will be on does not have."""
+    """Refuse what a type of device does not support."""
     if device == "cuda":
         return
     if given.precision == "tf32":

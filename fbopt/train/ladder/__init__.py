@@ -1,1 +1,1 @@
-"""`fbopt ladder`: several recipes and seeds, side by side."""
+"""`fbopt ladder`: several recipes and seeds, trained side by side and compared."""

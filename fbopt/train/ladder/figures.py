@@ -1,154 +1,93 @@
-"""The figures of a ladder: what every row measured on its way, mean over the seeds.
+"""The figures of a ladder: every row's metrics against steps or passes, mean over the seeds.
 
-A row has the colour of its step of the ladder and the line of its table (augmentation).
+The colour is the row's step of the ladder, the line style its table (kind of augmentation).
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from fbopt.train.checkpoint.run_dir import RunFolder
-from fbopt.train.config.options import Options
+from fbopt.train.config.recipes import SUMMARIES, TABLES, split
 from fbopt.train.ladder.plan import Plan
 from fbopt.train.reporting import plots
 from fbopt.train.reporting.plots import AMBER, BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY
 
-Record = dict[str, Any]
-COLOURS = {
-    "sgd": BLACK, "fb": ORANGE, "fb-long": AMBER, "fb-clip": SKY, "fb-penalty": BLUE,
-    "fb-strong": GREEN, "fb-shuffled": PURPLE,
+COLOURS = dict(zip(SUMMARIES, (BLACK, ORANGE, AMBER, SKY, BLUE, GREEN, PURPLE), strict=True))
+LINES = dict(zip(TABLES, ("-", "--", "-.", ":"), strict=True))
+FIGURES = {  # panels: metric, title, axis label
+    "accuracy": [
+        ("test_accuracy", "Test accuracy (bands: all seeds)", "correctly classified samples (%)")
+    ],
+    "gradients": [
+        ("gradient_norm", "Gradient norm before clipping (sgd: last mini-batch)", "Euclidean norm"),
+        ("clip", "Clip coefficient", "factor (1: not clipped)"),
+    ],
+    "chunks": [
+        ("mean_squared_chunk_norm", "Gradient norms of chunks (sgd: mini-batches)",
+         "root mean square of the norms"),
+    ],
+    "loss": [("loss", "Training loss", "mean cross-entropy (nats)")],
 }  # fmt: skip
-LINES = {"": "-", "-aug": "--", "-x10": "-.", "-x40": ":"}
-
-
-class Row(NamedTuple):
-    """A row's name and the records of its runs, one list for each seed."""
-
-    name: str
-    runs: list[list[Record]]
-
-    @property
-    def style(self) -> dict[str, Any]:
-        """Colour and line."""
-        table = next((end for end in LINES if end and self.name.endswith(end)), "")
-        return {"color": COLOURS[self.name.removesuffix(table)], "linestyle": LINES[table]}
-
-    def line(
-        self, x: str, value: Callable[[Record], float | None]
-    ) -> tuple[list[float], list[list[float]]]:
-        """The places where all runs have a value, and the values there."""
-        found: dict[float, list[float]] = {}
-        for records in self.runs:
-            for record in records:
-                if (y := value(record)) is not None:
-                    found.setdefault(record[x], []).append(y)
-        places = [place for place, ys in sorted(found.items()) if len(ys) == len(self.runs)]
-        return places, [found[place] for place in places]
+CONVERSIONS = {"test_accuracy": lambda share: 100 * share, "mean_squared_chunk_norm": math.sqrt}
+X_LABELS = {
+    "step": "optimizer steps (of mini-batches for sgd, of all samples for the rest)",
+    "pass": "passes over the training set (steps, or epochs of sgd)",
+}
+Metrics = list[dict[str, Any]]  # the records of one run
 
 
 def draw_all(plan: Plan) -> list[str]:
-    """Draw all figures of the finished runs into the ladder's folder; returns their names."""
-    rows = [Row(name, _records(runs)) for name, runs in plan.runs.items()]
-    rows = [row for row in rows if row.runs]
-    drawn = []
-    for name, draw in DRAWN.items():
-        panels = 2 if draw is _gradients else 1
-        if not rows or (figure := plots.figure(7.5, 4.5 if panels == 1 else 7)) is None:
+    """Draw the figures of the finished runs into the ladder's folder; returns their names."""
+    folders = {row: [RunFolder(o.out) for o in runs] for row, runs in plan.runs.items()}
+    rows = {row: [f.read_metrics() for f in fs if f.result.exists()] for row, fs in folders.items()}
+    data, seeds = plan.runs[plan.wanted.rows[0]][0].data_name, plan.wanted.seeds
+    drawn: list[str] = []
+    for name, panels in FIGURES.items():
+        if not any(rows.values()) or (page := plots.figure(7.5, 2 + 2.5 * len(panels))) is None:
             break
-        axes = figure.subplots(panels, 1, squeeze=False, sharex=True)[:, 0]
-        draw(axes, rows)
-        for one in axes:
-            plots.tidy(one)
-        figure.suptitle(_of(plan))
-        figure.savefig(plan.folder / f"{name}.png")
+        all_axes = page.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+        x = "step" if name == "accuracy" else "pass"
+        for axes, (key, title, label) in zip(all_axes, panels, strict=True):
+            _draw(axes, key, x, rows)
+            axes.set(title=title, ylabel=label)
+        plots.log_steps(all_axes[-1], X_LABELS[x])
+        all_axes[0].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        page.suptitle(f"{data}, one seed" if seeds == 1 else f"{data}, mean of {seeds} seeds")
+        page.savefig(plan.folder / f"{name}.png")
         drawn.append(f"{name}.png")
     return drawn
 
 
-def _of(plan: Plan) -> str:
-    name, seeds = next(iter(plan.runs.values()))[0].data_name, plan.wanted.seeds
-    return f"{name}, one seed" if seeds == 1 else f"{name}, mean of {seeds} seeds"
+def _draw(axes: Any, key: str, x: str, rows: dict[str, list[Metrics]]) -> None:
+    """Draw a metric of each row, the mean over its seeds; of the accuracy their range too."""
+    for row, points in ((row, curve(key, x, runs)) for row, runs in rows.items()):
+        means, look = list(map(statistics.mean, points.values())), style(row)
+        if not points:
+            continue
+        axes.plot(list(points), means, label=row, linewidth=1.5, **look)
+        if key == "test_accuracy" and len(rows[row]) > 1:
+            low, high = list(map(min, points.values())), list(map(max, points.values()))
+            axes.fill_between(list(points), low, high, color=look["color"], alpha=0.15, linewidth=0)
+    if key == "clip":
+        axes.set_ylim(0, 1.05)
+    elif key != "test_accuracy":
+        plots.log_scale(axes)
+    plots.tidy(axes)
 
 
-def _records(runs: list[Options]) -> list[list[Record]]:
-    folders = [RunFolder(options.out) for options in runs]
-    return [folder.read_metrics() for folder in folders if folder.result.exists()]
+def curve(key: str, x: str, runs: list[Metrics]) -> dict[float, list[float]]:
+    """A metric of all runs by its place, where every run has a value."""
+    found: dict[float, list[float]] = {}
+    for record in (record for records in runs for record in records):
+        if (value := record.get(key)) is not None:
+            found.setdefault(record[x], []).append(CONVERSIONS.get(key, float)(value))
+    return {place: found[place] for place in sorted(found) if len(found[place]) == len(runs)}
 
 
-def _accuracy(axes: Any, rows: list[Row]) -> None:
-    ax = axes[0]
-    for row in rows:
-        places, values = row.line("step", lambda r: _percent(r.get("test_accuracy")))
-        _draw(ax, row, places, values, spread=True)
-    plots.log_steps(ax, "optimizer steps (of mini-batches for sgd, of all samples for the rest)")
-    ax.set(ylabel="test samples classified right (%)", title="Test accuracy (bands: all seeds)")
-    _legend(ax)
-
-
-def _gradients(axes: Any, rows: list[Row]) -> None:
-    norm, clip = axes
-    for row in rows:
-        _draw(norm, row, *row.line("pass", lambda r: r["gradient_norm"]))
-        _draw(clip, row, *row.line("pass", lambda r: r["clip"]))
-    norm.set(
-        ylabel="Euclidean norm, before clipping",
-        title="Gradient norm (of sgd: the last mini-batch's)",
-    )
-    plots.log_scale(norm)
-    clip.set(ylabel="factor (1: not clipped)", title="Clip coefficient", ylim=(0, 1.05))
-    plots.log_steps(clip, "passes over the training set (steps, or epochs of sgd)")
-    _legend(norm)
-
-
-def _chunks(axes: Any, rows: list[Row]) -> None:
-    ax = axes[0]
-    for row in rows:
-        places, values = row.line("pass", lambda r: _root(r.get("mean_squared_chunk_norm")))
-        _draw(ax, row, places, values)
-    ax.set(
-        ylabel="root mean square of the norms",
-        title="Gradient norms of chunks (of sgd: mini-batches)",
-    )
-    plots.log_scale(ax)
-    plots.log_steps(ax, "passes over the training set (steps, or epochs of sgd)")
-    _legend(ax)
-
-
-def _loss(axes: Any, rows: list[Row]) -> None:
-    ax = axes[0]
-    for row in rows:
-        _draw(ax, row, *row.line("pass", lambda r: r["loss"]))
-    ax.set(ylabel="mean cross-entropy (nats)", title="Training loss")
-    plots.log_scale(ax)
-    plots.log_steps(ax, "passes over the training set (steps, or epochs of sgd)")
-    _legend(ax)
-
-
-DRAWN = {"accuracy": _accuracy, "gradients": _gradients, "chunks": _chunks, "loss": _loss}
-
-
-def _draw(
-    ax: Any, row: Row, places: list[float], values: list[list[float]], spread: bool = False
-) -> None:
-    """The mean over the seeds; with `spread` the band from the least to the largest."""
-    if not places:
-        return
-    ax.plot(places, list(map(statistics.mean, values)), label=row.name, linewidth=1.5, **row.style)
-    if spread and len(row.runs) > 1:
-        low, high = list(map(min, values)), list(map(max, values))
-        ax.fill_between(places, low, high, color=row.style["color"], alpha=0.15, linewidth=0)
-
-
-def _legend(ax: Any) -> None:
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
-
-
-def _root(square: float | None) -> float | None:
-    return None if square is None else math.sqrt(square)
+def style(row: str) -> dict[str, str]:
+    """A row's colour and line style."""
+    step, suffix = split(row)
+    return {"color": COLOURS[step], "linestyle": LINES[suffix]}

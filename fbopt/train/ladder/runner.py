@@ -1,81 +1,84 @@
-"""The runs of a ladder, each in a process of its own, several at a time; Ctrl-C saves them all.
+"""Train the runs of a ladder, each in its own `fbopt train` process, several at a time.
 
-The processes are in sessions of their own: a terminal's Ctrl-C reaches only this one, which passes
-it on once, so that each of them saves after its step.
+The processes have sessions of their own: a terminal's Ctrl-C reaches only this one, which passes it
+on once, so that each of them saves after its step.
 """
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.run_dir import RunFolder
+from fbopt.train.config.diff import check_options
 from fbopt.train.config.options import Options
+from fbopt.train.config.parser import command_line
+from fbopt.train.config.resolve import resolve
 from fbopt.train.data.load import load
 from fbopt.train.ladder.plan import Plan
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
 NEWS_SECONDS = 60.0
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
-class Stopped(Exception):
-    """A ladder that was interrupted; `str()` says how to go on."""
+def run_all(plan: Plan) -> int:
+    """Train what is not finished yet; returns 0, 1 (a run failed) or 130 (interrupted).
 
-
-def run_all(plan: Plan) -> list[str]:
-    """Run what is not finished yet; returns the names of the runs that failed.
-
-    Raises Stopped, and DataError before anything is started.
+    Raises OptionsError (other options made a run that is there) and DataError, before any start.
     """
-    left = [o for o in plan.everything if not RunFolder(o.out).result.exists()]
+    runs = plan.longest_first
+    for options in runs:
+        if (made := RunFolder(options.out).read_options()) is not None:
+            check_options(f"the run in {options.out}", made, resolve(options))
+    left = [options for options in runs if not _finished(options)]
     if left:  # one download, one error for data that cannot be used
         one = left[0]
         load(one.data, one.image_size, one.data_dir, one.download, one.samples)
-    total = len(plan.everything)
-    print(f"{total} runs, {total - len(left)} of them finished; {plan.jobs} at a time", flush=True)
-    with Crew(plan) as crew:
-        while (left or crew.at_work) and not (crew.stopping and not crew.at_work):
-            while left and len(crew.at_work) < plan.jobs and not crew.stopping:
-                crew.start(left.pop(0))
-            time.sleep(POLL_SECONDS)
-            crew.look_after()
-    if crew.stopping:
-        raise Stopped(f"stopped, what was running is saved; go on with\n  {plan.command}")
-    return crew.failed
+    return Runner(plan, left).run()
 
 
-class Crew:
-    """A context in which runs are at work, and signals are passed on to them."""
+class Runner:
+    """The processes that train the runs of a plan."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.at_work: dict[subprocess.Popen[bytes], Options] = {}
-        self.failed: list[str] = []
-        self.stopping = False
-        self.done = sum(RunFolder(o.out).result.exists() for o in plan.everything)
-        self.news = time.monotonic() + NEWS_SECONDS
-        self._signals = ExitStack()
+    def __init__(self, plan: Plan, left: list[Options]) -> None:
+        self.plan, self.left, self.total = plan, left, len(plan.longest_first)
+        self.done = self.total - len(left)
+        self.running: dict[subprocess.Popen[bytes], Options] = {}
+        self.failed = self.stopping = False
 
-    def __enter__(self) -> Crew:
-        if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            for number in SIGNALS:
-                self._signals.callback(signal.signal, number, signal.signal(number, self._handle))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._signals.close()
-        for process in self.at_work:  # only after an error in this process
-            process.terminate()
-            process.wait()
+    def run(self) -> int:
+        """Train what is left, several at a time, and print each result; returns as `run_all`."""
+        finished = f"{self.done} of them finished"
+        print(f"{self.total} runs, {finished}; {self.plan.jobs} at a time", flush=True)
+        main = threading.current_thread() is threading.main_thread()  # others set no handlers
+        handlers = {n: signal.signal(n, self._stop) for n in SIGNALS} if main else {}
+        try:
+            news = time.monotonic() + NEWS_SECONDS
+            while self.running or (self.left and not self.stopping):
+                while self.left and len(self.running) < self.plan.jobs and not self.stopping:
+                    self.start(self.left.pop(0))
+                time.sleep(POLL_SECONDS)
+                for process in [p for p in self.running if p.poll() is not None]:
+                    self._report(self.running.pop(process), process.returncode)
+                if self.running and time.monotonic() > news:
+                    news = time.monotonic() + NEWS_SECONDS
+                    print(f"  {', '.join(map(_progress, self.running.values()))}", flush=True)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            for process in self.running:  # only after an error in this process
+                process.terminate()
+                process.wait()
+        if self.stopping:
+            print(f"stopped, what was running is saved; go on with\n  {self.plan.command}")
+            return 130
+        return int(self.failed)
 
     def start(self, options: Options) -> None:
         """Start a run; its output goes to a log."""
@@ -83,58 +86,51 @@ class Crew:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "fbopt.train.ladder.worker"],
-                stdin=subprocess.PIPE,
+                [sys.executable, "-m", "fbopt.train", *command_line(options)],
+                stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.at_work[process] = options
-        process.stdin.write(json.dumps(options.as_json()).encode())
-        process.stdin.close()
+        self.running[process] = options
 
-    def look_after(self) -> None:
-        """Say which runs have ended, and now and then how far the others are."""
-        for process in [p for p in self.at_work if p.poll() is not None]:
-            self._ended(self.at_work.pop(process), process.returncode)
-        if self.at_work and time.monotonic() > self.news:
-            self.news = time.monotonic() + NEWS_SECONDS
-            print(f"  {', '.join(map(_progress, self.at_work.values()))}", flush=True)
-
-    def _ended(self, options: Options, status: int) -> None:
-        folder, name = RunFolder(options.out), f"{options.recipe}, seed {options.seed}"
-        if folder.result.exists():
-            result = folder.read_result()
+    def _report(self, options: Options, status: int) -> None:
+        """Print how a run ended."""
+        name = f"{options.recipe}, seed {options.seed}"
+        if _finished(options):
             self.done += 1
+            result = RunFolder(options.out).read_result()
             print(
                 f"{name}: test accuracy {result['test_accuracy']:.2%}, {result['seconds']:.0f} s "
-                f"({self.done} of {len(self.plan.everything)} runs)",
+                f"({self.done} of {self.total} runs)",
                 flush=True,
             )
         elif not self.stopping:
-            self.failed.append(name)
-            print(f"{name}: {self._reason(options, status)}", file=sys.stderr, flush=True)
-
-    def _reason(self, options: Options, status: int) -> str:
-        log = self._log(options)
-        if status == 130:  # a signal that did not come from here
-            return f"interrupted; the same command goes on with it (see {log})"
-        lines = log.read_text(errors="replace").strip().splitlines()
-        words = lines[-1].removeprefix("fbopt train: ") if lines else f"exit status {status}"
-        return f"failed: {words} (see {log})"
+            self.failed = True
+            log = self._log(options)
+            lines = log.read_text(errors="replace").strip().splitlines() or [f"status {status}"]
+            reason = f"failed: {lines[-1].removeprefix('fbopt train: ')}"
+            if status in (130, -signal.SIGINT):  # a signal that did not come from here
+                reason = "interrupted; the same command goes on with it"
+            print(f"{name}: {reason} (see {log})", file=sys.stderr, flush=True)
 
     def _log(self, options: Options) -> Path:
         return self.plan.folder / "logs" / f"{options.out.name}.log"
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _stop(self, number: int, frame: Any) -> None:
+        """Make every run save after its step; the second time, stop at once."""
         again = "" if self.stopping else " (again to stop at once, without it)"
         print(f"\nstopping after the step of every run{again}", flush=True)
         self.stopping = True
-        for process in self.at_work:
+        for process in self.running:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
 
 
+def _finished(options: Options) -> bool:
+    return RunFolder(options.out).result.exists()
+
+
 def _progress(options: Options) -> str:
-    records = atomic.read_lines(RunFolder(options.out).metrics)
+    records = RunFolder(options.out).read_metrics()
     return f"{options.recipe} s{options.seed} at pass {records[-1]['pass'] if records else 0}"

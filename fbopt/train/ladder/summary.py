@@ -1,16 +1,22 @@
-"""What a ladder found: ladder.md (a table), ladder.json (everything) and the figures."""
+"""The results of a ladder: ladder.md (a table), ladder.json (everything) and the figures."""
 
 from __future__ import annotations
 
 import statistics
+from datetime import timedelta
 from typing import Any
 
 from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.run_dir import RunFolder
-from fbopt.train.config.recipes import RECIPES, accuracy, step_of_the_ladder
+from fbopt.train.config.recipes import published, summary
 from fbopt.train.config.resolve import resolve
 from fbopt.train.ladder.figures import draw_all
 from fbopt.train.ladder.plan import Plan
+
+HEAD = """\
+| row | test accuracy (%) | n | train loss | steps | gradients per sample \
+| time per run (h:mm:ss) | paper: CIFAR-10, augmented (%) |
+|---|---|---:|---|---:|---:|---:|---|"""
 
 
 def write(plan: Plan) -> str:
@@ -20,13 +26,12 @@ def write(plan: Plan) -> str:
     atomic.replace(plan.folder / "ladder.md", f"{text}\n\n    {plan.command}\n".encode())
     content = {"command": plan.command, "data": plan.wanted.data, "rows": rows}
     atomic.replace_json(plan.folder / "ladder.json", content)
-    figures = draw_all(plan)
-    names = ", ".join(["ladder.md", "ladder.json", *figures])
+    names = ", ".join(["ladder.md", "ladder.json", *draw_all(plan)])
     return f"{text}\nwritten: {plan.folder}/ ({names})"
 
 
 def _row(plan: Plan, name: str) -> dict[str, Any]:
-    """All that is known of a row: its options, its finished runs, their means and deviations."""
+    """A row's options, its finished runs, and their means and deviations."""
     options = resolve(plan.runs[name][0])
     found = {o.seed: RunFolder(o.out) for o in plan.runs[name]}
     runs = [
@@ -34,16 +39,15 @@ def _row(plan: Plan, name: str) -> dict[str, Any]:
         for seed, folder in found.items()
         if folder.result.exists()
     ]
-    known = accuracy if options.scale == "images" else step_of_the_ladder
     return {
         "row": name,
-        "summary": RECIPES[options.scale][name].summary,
-        "published": known(name) or None,
+        "summary": summary(name),
+        "published": published(name, options.scale) or None,
         "options": options.as_json(),
         "seeds": len(plan.runs[name]),
-        "test_accuracy": _spread([run["test_accuracy"] for run in runs]),
-        "loss": _spread([run["loss"] for run in runs]),
-        "seconds": _spread([run["seconds"] for run in runs]),
+        **{
+            key: _spread([run[key] for run in runs]) for key in ("test_accuracy", "loss", "seconds")
+        },
         "runs": runs,
     }
 
@@ -58,11 +62,7 @@ def _spread(values: list[float]) -> dict[str, float | None] | None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    lines = [
-        "| row | test accuracy (%) | n | train loss | steps | gradients per sample | time per run "
-        "| paper: CIFAR-10, augmented (%) |",
-        "|---|---|---:|---|---:|---:|---:|---|",
-    ]
+    lines = [HEAD]
     for row in rows:
         failed = row["seeds"] - len(row["runs"])
         cells = (
@@ -72,7 +72,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             _words(row["loss"], 4),
             _range([run["step"] for run in row["runs"]]),
             _range([run["gradient_evaluations"] for run in row["runs"]]),
-            _clock(row["seconds"]["mean"]) if row["runs"] else "",
+            str(timedelta(seconds=round(row["seconds"]["mean"]))) if row["runs"] else "",
             row["published"] or "–",
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -80,21 +80,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _words(spread: dict[str, float | None] | None, digits: int, times: float = 1) -> str:
+    """Mean ± deviation."""
     if spread is None:
         return "–"
-    text = f"{times * spread['mean']:.{digits}f}"
-    if spread["deviation"] is not None:
-        text += f" ± {times * spread['deviation']:.{digits}f}"
-    return text
+    found = (spread["mean"], spread["deviation"])
+    return " ± ".join(f"{times * value:.{digits}f}" for value in found if value is not None)
 
 
 def _range(counts: list[int]) -> str:
-    """One number where all runs have the same."""
+    """Smallest and largest, or the one that all runs have."""
     return " – ".join(f"{n:,}" for n in sorted({min(counts), max(counts)})) if counts else ""
-
-
-def _clock(seconds: float) -> str:
-    """A mean time per run."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
