@@ -8,10 +8,14 @@ import numpy as np
 import torch
 
 
-def mix(seed: int, *key: int) -> int:
-    """Return a seed for a generator from a base seed and a key, below 2**63."""
-    mixed = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0]
-    return int(mixed >> np.uint64(1))
+def mix(seed: int, first: int, *rest: int) -> int:
+    """Return a seed for a generator from a base seed and a key of one or more numbers, below 2**63.
+
+    Keys that differ only by trailing zeros give different seeds.
+    """
+    # As entropy alone, [seed, 1] and [seed, 1, 0] would be the same to NumPy.
+    sequence = np.random.SeedSequence([seed, first], spawn_key=rest)
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def seed_generators(devices: Iterable[torch.device], seed: int, *key: int) -> None:
