@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 from fbopt import __version__
+from fbopt.train.config.parser import nearest, until_closed
 
 # name: (module with a main, what it does)
 COMMANDS = {
@@ -19,21 +19,12 @@ COMMANDS = {
     "analyze": ("fbopt.train.analyze.__main__", "measure what kind of minimum a run reached"),
     "doctor": ("fbopt.doctor", "show what fbopt finds and uses on this machine"),
 }
-CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports a program that the signal ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `fbopt COMMAND …`; returns the exit status, 141 if stdout is closed before the end."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        try:
-            return _run(words)
-        finally:  # also when the help exits
-            print(end="", flush=True)
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED_PIPE
+    return until_closed(lambda: _run(words))
 
 
 def _run(words: list[str]) -> int:
@@ -45,8 +36,6 @@ def _run(words: list[str]) -> int:
         print(f"fbopt {__version__}")
         return 0
     if name not in COMMANDS:
-        from fbopt.train.config.parser import nearest
-
         near = nearest(name, [*COMMANDS, "--help", "--version"])
         print(f"fbopt: no command {name}{near}\nfbopt --help lists all commands", file=sys.stderr)
         return 2

@@ -14,10 +14,10 @@ from typing import Literal
 import pytest
 
 import fbopt
-from fbopt.cli import CLOSED_PIPE, COMMANDS, main
+from fbopt.cli import COMMANDS, main
 from fbopt.train import config
 from fbopt.train.config.options import Options, flag
-from fbopt.train.config.parser import command_line, parse
+from fbopt.train.config.parser import CLOSED_PIPE, command_line, parse
 from fbopt.train.config.recipes import NAMES
 
 

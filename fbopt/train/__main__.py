@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import Options, OptionsError
-from fbopt.train.config.parser import parse
+from fbopt.train.config.parser import parse, until_closed
 from fbopt.train.config.recipes import overview
 from fbopt.train.torchrun import exit_with, is_rank_zero, only_rank_zero_prints
 
@@ -55,6 +55,4 @@ def _fail(message: str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    from fbopt.cli import main as fbopt
-
-    sys.exit(fbopt(["train", *sys.argv[1:]]))
+    sys.exit(until_closed(main))

@@ -11,6 +11,7 @@ import ast
 import difflib
 import inspect
 import itertools
+import os
 import re
 import shutil
 import sys
@@ -24,6 +25,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 from fbopt.train.config.options import flag, literals
 
 METAVARS = {int: "INT", float: "FLOAT", Path: "PATH"}
+CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports a program that the signal ended
 LONGEST = 40  # characters; longer lists of choices stand in the text instead of the metavar
 
 
@@ -84,6 +86,19 @@ def wrapped(text: str) -> str:
         part if part.startswith(" ") else textwrap.fill(" ".join(part.split()), width)
         for part in text.split("\n\n")
     )
+
+
+def until_closed(work: Callable[[], int]) -> int:
+    """Return the exit status of `work`, or 141 as soon as stdout turns out to be a closed pipe."""
+    try:
+        try:
+            return work()
+        finally:  # also when the help exits
+            print(end="", flush=True)
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
 
 
 class _Parser(argparse.ArgumentParser):
