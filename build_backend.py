@@ -1,6 +1,6 @@
-"""The build backend: setuptools', which asks for torch as well where kernels are to be compiled.
+"""Setuptools' build backend, which also requires torch where a wheel's kernels are compiled.
 
-They are for wheels alone: an editable install compiles nothing and needs no torch.
+An editable install compiles nothing and needs no torch.
 """
 
 import os
@@ -14,7 +14,7 @@ FOR_KERNELS = ["torch>=2.10", "ninja", "pybind11>=2.12"]
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    """Return what the build needs beside setuptools, before any of it is there."""
+    """Return the requirements of a wheel's build, before any of them is installed."""
     needed = build_meta.get_requires_for_build_wheel(config_settings)
     try:
         require_compiler()

@@ -1,5 +1,5 @@
-"""Wheels with compiled kernels, one library per instruction set, and the sources beside them; with
-the sources alone where nothing can be compiled. What an editable install needs is in the checkout.
+"""Build wheels with compiled kernels, one library per instruction set, and the sources beside them;
+with the sources alone where nothing can be compiled. An editable install uses the checkout.
 """
 
 import json
@@ -16,10 +16,10 @@ from setuptools.command.build_py import build_py
 
 
 class BuildPackage(build_py):
-    """Add csrc/, from which an installed copy compiles at first use, and what is compiled."""
+    """Add csrc/, from which an installed copy compiles at first use, and the compiled kernels."""
 
     def run(self):
-        """Build the package of this very tree, with nothing of an older one."""
+        """Copy the package, with nothing left of an older build."""
         package = Path(self.build_lib, "fbopt")
         if self.editable_mode:
             return super().run()
@@ -31,10 +31,10 @@ class BuildPackage(build_py):
 
 
 class BuildWheel(bdist_wheel):
-    """Compile before the wheel is packed: what comes of it decides the wheel's tag."""
+    """Compile before the wheel is packed, as its tag depends on the result."""
 
     def run(self):
-        """Build a binary wheel, or else a pure one."""
+        """Build a binary wheel, or else a wheel of sources."""
         with tempfile.TemporaryDirectory() as folder:
             if compile_kernels(Path(folder)):
                 self.distribution.prebuilt = folder
@@ -43,13 +43,13 @@ class BuildWheel(bdist_wheel):
             super().run()
 
     def get_tag(self):
-        """Return the tag; a Python for both kinds of Mac compiles for one of them."""
+        """Return the tag; on macOS that of the one architecture compiled for."""
         *python, system = super().get_tag()
         return (*python, system.replace("universal2", platform.machine()))
 
 
 def compile_kernels(folder):
-    """Compile what the wheel brings into the folder; False if the wheel has to do without."""
+    """Compile the wheel's kernels into the folder; return False if none can be compiled."""
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     from build_backend import require_compiler
     from fbopt._build.compiler import BuildError
@@ -73,34 +73,27 @@ def compile_kernels(folder):
 
 def compile_for_cpu(folder):
     """Compile the CPU kernels once for each instruction set."""
-    from fbopt._build import compiler as _toolchain
-    from fbopt._build import library as _library
-    from fbopt._build import load as _build
-    from fbopt._build import wheel as _prebuilt
+    from fbopt._build import compiler, load, ninja, wheel
 
-    for target in _toolchain.targets():
-        library = _library.build(_build.cpu_recipe(target, stripped=True))
-        shutil.copy(library, folder / _prebuilt.cpu_library(target))
+    for target in compiler.TARGETS:
+        library = ninja.build(load.cpu_recipe(target))
+        shutil.copy(library, folder / wheel.CPU_LIBRARY.format(target))
 
 
 def compile_for_cuda(folder):
     """Compile the CUDA kernels where they are asked for or a GPU is visible."""
-    from fbopt._build import library as _library
-    from fbopt._build import load as _build
-    from fbopt._build import toolkit as _toolkit
-    from fbopt._build import wheel as _prebuilt
+    from fbopt._build import cuda, load, ninja, wheel
 
-    if not _toolkit.wanted():
+    if not cuda.wanted():
         return
-    recipe = _build.cuda_recipe(stripped=True)
-    shutil.copy(_library.build(recipe), folder / _prebuilt.CUDA_LIBRARY)
-    cuda = recipe.cuda
-    facts = {"version": cuda.toolkit.release, "architectures": cuda.architectures}
-    (folder / _prebuilt.CUDA_FACTS).write_text(json.dumps(facts))
+    recipe = load.cuda_recipe()
+    shutil.copy(ninja.build(recipe), folder / wheel.CUDA_LIBRARY)
+    facts = {"version": recipe.toolkit.release, "architectures": recipe.architectures}
+    (folder / wheel.CUDA_FACTS).write_text(json.dumps(facts))
 
 
 def say(message):
-    """Tell it where pip shows it: with -v, or when the build fails."""
+    """Print a message, which pip shows with -v or when the build fails."""
     print(f"fbopt: {message}", file=sys.stderr, flush=True)
 
 

@@ -1,1 +1,1 @@
-"""Find the compiled kernels, or compile them: compilers, CUDA toolkits, ninja, the cache, wheels."""
+"""Find the compiled kernels, or compile them: compilers, CUDA toolkits, ninja, cache, wheels."""

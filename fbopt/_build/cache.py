@@ -1,8 +1,8 @@
-"""Where compiled libraries are kept, under which names, and how several processes share the place.
+"""Where compiled libraries are kept, under which names, and how processes share the place.
 
-A library's file name carries a hash of all that goes into it and a hash of its own bytes. It is
-built under a lock that the system releases when its holder dies, and moved into place as the last
-act: a build killed at any moment leaves nothing that stops the next one.
+A library's file name has a hash of all that goes into it and a hash of its own bytes. It is built
+under a lock that the system releases when its holder dies, and moved into place as the last act:
+a build killed at any moment leaves nothing that stops the next one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def cache_folder() -> Path:
 
 
 def cached(folder: Path, stem: str) -> Path | None:
-    """Return the library if the folder has it and its bytes are those that were written."""
+    """Return the library if the folder has it with the bytes that were written."""
     for path in folder.glob(f"{stem}.*.so"):
         # Another process may be replacing it just now.
         with contextlib.suppress(OSError):
@@ -39,12 +39,12 @@ def cached(folder: Path, stem: str) -> Path | None:
 
 
 def keep(built: Path, folder: Path, stem: str) -> Path:
-    """Move a library that was just built to where ``cached`` finds it."""
+    """Move a new library to where ``cached`` finds it."""
     return built.replace(folder / f"{stem}.{digest(built)}.so")
 
 
 def writable(folder: Path) -> Path:
-    """Return the folder, or one of the user's own among the temporary files if it is read-only."""
+    """Return the folder, or a private one among the temporary files if it is read-only."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -56,7 +56,7 @@ def writable(folder: Path) -> Path:
 def _temporary_cache() -> Path:
     folder = Path(tempfile.gettempdir(), f"fbopt-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
-    # What another user could have written is not to be loaded.
+    # Never load what another user could have written.
     if folder.lstat().st_uid != os.getuid():
         raise BuildError(f"{folder} belongs to another user", "set FBOPT_CACHE_DIR")
     return folder
@@ -64,10 +64,7 @@ def _temporary_cache() -> Path:
 
 @contextlib.contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock on the file: unlike a file's mere existence, it ends with its holder.
-
-    The standard library's: filelock falls back to that existence where flock is missing.
-    """
+    """Hold the system's lock on a file; it ends with its holder, however that dies."""
     import fcntl
 
     with path.open("w") as file:
@@ -84,7 +81,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path, stem: str) -> None:
-    """Remove what killed builds and broken libraries of this key left; the lock is held."""
+    """Remove what killed builds of this key left, and broken libraries; the lock is held."""
     for path in (p for end in ("build-*", "*.so", "log") for p in folder.glob(f"{stem}.{end}")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
@@ -92,9 +89,3 @@ def remove_leftovers(folder: Path, stem: str) -> None:
 def digest(path: Path) -> str:
     """Return a hash of the file's bytes, short enough for a name."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def tilde(path: Path) -> str:
-    """Return the path for people to read, their home folder shortened."""
-    home = os.path.expanduser("~")
-    return f"~{str(path)[len(home) :]}" if str(path).startswith(home + os.sep) else str(path)

@@ -1,13 +1,15 @@
-"""What there is to build with: the compiler and what it targets, ninja, pybind11, Python's headers.
+"""The C++ compiler and its flags, ninja, pybind11, Python's headers, and parallel jobs.
 
-Whatever is missing is a ``BuildError`` that names the cause and the cure. Nothing is compiled here.
+Whatever is missing is a ``BuildError`` with cause and cure. Nothing is compiled here, and torch is
+not imported.
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,46 +20,26 @@ from pathlib import Path
 from types import ModuleType
 
 COMPILERS = ("c++", "g++", "clang++")
+INSTALL_COMPILER = "install one (apt install g++, dnf install gcc-c++, xcode-select --install, …)"
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 FLAGS = (
     "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra "
-    # No vector is handed from one library to another.
+    # No vector is passed between libraries.
     "-Wno-psabi "
-    # Every sum and product is rounded as it is written, so that the result is the reference's.
+    # Every sum and product is rounded as written, so that the bits are the reference's.
     "-ffp-contract=off -fno-math-errno -fno-trapping-math " + TORCH_TARGET
 )
-NATIVE = {
-    "x86_64": "-march=native",
-    "AMD64": "-march=native",
-    "aarch64": "-mcpu=native",
-    "arm64": "-mcpu=native",
-}
-# What a wheel is compiled for, each a library of its own, the widest first. The names are those of
-# torch.backends.cpu.get_cpu_capability(), and so is what they ask of a processor.
+# What a wheel is compiled for, one library each, widest first, under the names of
+# torch.backends.cpu.get_cpu_capability().
 _AVX2 = "-march=x86-64 -mavx2 -mfma -mf16c"
-TARGETS = {
-    "x86_64": {
-        "avx512": f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq",
-        "avx2": _AVX2,
-        "default": "-march=x86-64",
-    },
-}
-# Widest first: the macro by which the compiler tells what "native" came to, and its name.
-INSTRUCTION_SETS = {
-    "__AVX512F__": "avx512",
-    "__AVX2__": "avx2",
-    "__AVX__": "avx",
-    "__SSE2__": "sse2",
-    "__ARM_FEATURE_SVE": "sve",
-    "__ARM_NEON": "neon",
-}
-INSTALL_COMPILER = (
-    "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
-    "macOS: xcode-select --install; conda: conda install cxx-compiler)"
-)
-INSTALL_HEADERS = (
-    "install them (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)"
-)
+_AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+TARGETS = {"default": ""}
+NATIVE = {"aarch64": "-mcpu=native", "arm64": "-mcpu=native"}.get(platform.machine(), "")
+if platform.machine() == "x86_64":
+    TARGETS = {"avx512": _AVX512, "avx2": _AVX2, "default": "-march=x86-64"}
+    NATIVE = "-march=native"
+# One compilation takes half of it at its peak, g++'s and nvcc's alike.
+BYTES_PER_JOB = 10**9
 
 
 class BuildError(RuntimeError):
@@ -73,9 +55,9 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Toolchain:
-    """A compiler, the flags it is given, and all the macros it defines under them.
+    """A compiler, its flags, and all the macros it defines under them.
 
-    The macros say which version it is and what ``native`` means on this processor.
+    The macros tell the compiler's version and what ``native`` means on this processor.
     """
 
     compiler: tuple[str, ...]
@@ -85,44 +67,31 @@ class Toolchain:
     @property
     def name(self) -> str:
         """The compiler and its version, such as ``g++ 12.2.0``."""
-        value = dict(line.split(" ", 2)[1:] for line in self.macros.splitlines())
-        name, parts = "g++", ("__GNUC__", "__GNUC_MINOR__", "__GNUC_PATCHLEVEL__")
-        if "__clang__" in value:
-            name, parts = "clang", ("__clang_major__", "__clang_minor__", "__clang_patchlevel__")
-        return f"{name} {'.'.join(value.get(part, '?') for part in parts)}"
+        family = "clang" if "__clang__" in self.macros else "g++"
+        version = re.search(r'__VERSION__ ".*?(\d[\d.]*)', self.macros)
+        return f"{family} {version[1] if version else '?'}"
 
     @property
-    def bare(self) -> str:
-        """The compiler's path, without a launcher such as ccache before it and options after."""
+    def program(self) -> str:
+        """The compiler's path, without options or a launcher such as ccache."""
         word = [word for word in self.compiler if not word.startswith("-")][-1]
         return shutil.which(word) or word
 
-    @property
-    def instruction_set(self) -> str:
-        """The widest instruction set that the flags turn on, such as ``avx2``."""
-        words = set(self.macros.split())
-        return next((name for macro, name in INSTRUCTION_SETS.items() if macro in words), "generic")
-
-
-def targets() -> dict[str, str]:
-    """Return what a wheel for this kind of processor is compiled for, widest first, and how."""
-    return TARGETS.get(platform.machine(), {"default": ""})
-
 
 def toolchain(target: str = "native") -> Toolchain:
-    """Find the compiler, named by CXX or usual, and ask it what it is and what it builds for.
+    """Find the compiler and ask for its version and instruction set.
 
-    CXXFLAGS are added to the flags; FBOPT_WERROR=1 turns warnings into errors.
+    CXX names the compiler; CXXFLAGS are added to the flags; FBOPT_WERROR=1 turns warnings into
+    errors.
 
     Args:
-        target: one of ``targets()``, or ``"native"`` for the processor at hand.
+        target: one of TARGETS, or ``"native"`` for this machine's processor.
 
     Raises:
         BuildError: there is no compiler, or it does not know C++20 or a flag.
     """
     compiler = find_compiler()
-    chosen = NATIVE.get(platform.machine(), "") if target == "native" else targets()[target]
-    flags = [*FLAGS.split(), *chosen.split()]
+    flags = [*FLAGS.split(), *(NATIVE if target == "native" else TARGETS[target]).split()]
     flags += ["-Werror"] if os.environ.get("FBOPT_WERROR", "0") not in ("", "0") else []
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
     probe = run([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
@@ -135,7 +104,7 @@ def toolchain(target: str = "native") -> Toolchain:
 def find_compiler() -> list[str]:
     """Return the compiler's command, its path first."""
     if os.name != "posix":
-        raise BuildError("the kernels are built on Linux and macOS alone", "on Windows, use WSL")
+        raise BuildError("the kernels are built on Linux and macOS only", "on Windows, use WSL")
     chosen = shlex.split(os.environ.get("CXX", ""))
     for command in [chosen] if chosen else [[name] for name in COMPILERS]:
         if path := shutil.which(command[0]):
@@ -145,44 +114,44 @@ def find_compiler() -> list[str]:
     raise BuildError(f"no C++ compiler (tried {', '.join(COMPILERS)})", INSTALL_COMPILER)
 
 
-def find_ninja() -> str:
-    """Return the path of ninja: the Python package's, or else the one on the PATH."""
-    folders = [None]
-    with contextlib.suppress(ImportError):
-        import ninja
-
-        folders.insert(0, ninja.BIN_DIR)
-    for folder in folders:
-        if path := shutil.which("ninja", path=folder):
-            return path
-    raise BuildError("no ninja", "pip install ninja")
-
-
-def find_pybind11() -> ModuleType:
-    """Import pybind11, which brings its headers and its version."""
+def require(package: str) -> ModuleType:
+    """Import a Python package that brings a tool or headers: ninja or pybind11."""
     try:
-        import pybind11
+        return importlib.import_module(package)
     except ImportError as error:
-        raise BuildError("no pybind11", "pip install pybind11") from error
-    return pybind11
+        raise BuildError(f"no {package}", f"pip install {package}") from error
 
 
 def find_headers() -> str:
     """Return the folder of Python's own headers."""
     folder = sysconfig.get_path("include")
     if not Path(folder, "Python.h").exists():
-        raise BuildError(f"no Python headers ({folder}/Python.h)", INSTALL_HEADERS)
+        cure = "install them (Debian, Ubuntu: apt install python3-dev; Fedora: python3-devel)"
+        raise BuildError(f"no Python headers ({folder}/Python.h)", cure)
     return folder
 
 
+def jobs() -> int:
+    """Return how many files to compile at a time: MAX_JOBS or the cores, as memory allows."""
+    words = os.environ.get("MAX_JOBS", "").strip()
+    if words and not (words.isdecimal() and int(words) > 0):
+        raise BuildError(f"MAX_JOBS is {words!r}", "set MAX_JOBS to a positive number, or unset it")
+    affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(int(words or cores), memory // BYTES_PER_JOB))
+
+
 def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a tool with no input and its messages in English, and capture what it says."""
-    environment = {**os.environ, "LC_ALL": "C"}
-    return subprocess.run(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    """Run a tool with no input and messages in English, and capture its output."""
+    try:
+        return subprocess.run(
+            command,
+            env={**os.environ, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run ({error.strerror})", "reinstall it") from error

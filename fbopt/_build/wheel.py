@@ -1,7 +1,5 @@
-"""The libraries that a binary wheel brings, and which of them this machine takes.
-
-The CPU kernels come once per instruction set, each a library of its own: what the compiler makes of
-an inline function for AVX-512 can then never be called on a processor without it.
+"""The prebuilt libraries of a binary wheel, and which of them this machine takes: one library of
+CPU kernels per instruction set, so that no code for AVX-512 runs on a processor without it.
 """
 
 from __future__ import annotations
@@ -11,29 +9,23 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from fbopt._build.compiler import targets
+from fbopt._build.compiler import TARGETS
 
 FOLDER = Path(__file__).resolve().parents[1] / "prebuilt"
+CPU_LIBRARY = "_C.{}.so"  # of one of TARGETS
 CUDA_LIBRARY = "_cuda.so"
 # Beside it: its CUDA version and architectures, known before it is loaded.
 CUDA_FACTS = "cuda.json"
 
 
-def cpu_library(target: str) -> str:
-    """Return the name of the file with the CPU kernels for one of ``targets()``."""
-    return f"_C.{target}.so"
-
-
 def kernels() -> Path | None:
     """Return the widest CPU library that torch's own choice allows (see ATEN_CPU_CAPABILITY)."""
-    if not FOLDER.is_dir():
-        return None
     import torch
 
-    names = list(targets())
+    names = list(TARGETS)
     allowed = torch.backends.cpu.get_cpu_capability().lower()
-    narrower = names[names.index(allowed) :] if allowed in names else names[-1:]
-    files = (FOLDER / cpu_library(name) for name in narrower)
+    narrower = names[names.index(allowed) if allowed in names else -1 :]
+    files = (FOLDER / CPU_LIBRARY.format(name) for name in narrower)
     return next((file for file in files if file.exists()), None)
 
 
@@ -45,29 +37,21 @@ def cuda() -> Path | None:
 
     facts = json.loads((FOLDER / CUDA_FACTS).read_text())
     gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    fits = _major(torch.version.cuda or "") == _major(facts["version"])
+    fits = (torch.version.cuda or "").split(".")[0] == facts["version"].split(".")[0]
     fits = fits and all(covers(facts["architectures"], gpu) for gpu in gpus)
     return FOLDER / CUDA_LIBRARY if fits else None
 
 
-def covers(architectures: Iterable[str], capability: tuple[int, int]) -> bool:
-    """Whether code for these architectures runs on a GPU of that compute capability.
+def covers(architectures: Iterable[str], gpu: tuple[int, int]) -> bool:
+    """Return whether code for these architectures runs on a GPU of that compute capability.
 
-    Binaries run on their own major version from their minor version on, PTX on everything later;
-    architecture-specific code (``9.0a``) on that one alone, family-specific code (``10.0f``) as
-    binaries do.
+    Binaries run on later minors of their major version, PTX on everything later; of the specific
+    kinds ``9.0a`` runs on that capability alone, and ``10.0f`` where a binary would.
     """
-    return any(_runs(architecture, capability) for architecture in architectures)
-
-
-def _runs(architecture: str, capability: tuple[int, int]) -> bool:
-    major, minor, kind, ptx = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", architecture).groups()
-    built_for = (int(major), int(minor))
-    if kind == "a":
-        return built_for == capability
-    same_major = built_for[0] == capability[0]
-    return built_for <= capability and (same_major or (ptx is not None and kind == ""))
-
-
-def _major(version: str) -> str:
-    return version.split(".")[0]
+    for architecture in architectures:
+        number, kind, ptx = re.fullmatch(r"([\d.]+)([af]?)(\+PTX)?", architecture).groups()
+        built_for = tuple(map(int, number.split(".")))
+        later = built_for <= gpu and (built_for[0] == gpu[0] or (ptx and not kind))
+        if built_for == gpu or (later and kind != "a"):
+            return True
+    return False

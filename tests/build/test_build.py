@@ -1,4 +1,4 @@
-"""The build: what it compiles, when it does not, what it survives. Mostly on a one-line library."""
+"""Building and caching a library, loading it, and the choice of back end; on tiny libraries."""
 
 import ctypes
 import dataclasses
@@ -17,16 +17,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from fbopt._build import (
-    cache as _cache,
-    compiler as _toolchain,
-    library as _library,
-    load as _build,
-    toolkit as _toolkit,
-)
+from fbopt._build import cache, compiler, cuda, load, wheel
 from fbopt._build.compiler import BuildError
 
-ROOT = Path(_build.__file__).resolve().parents[2]
+ROOT = Path(load.__file__).resolve().parents[2]
 VARIABLES = ("FBOPT_BACKEND", "FBOPT_CUDA", "FBOPT_WERROR", "CXX", "CXXFLAGS", "MAX_JOBS")
 ANSWER = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
 MODULE = """#include <Python.h>
@@ -36,7 +30,6 @@ PyMODINIT_FUNC PyInit_tiny() { return PyModule_Create(&tiny); }
 """
 BUILD = """import sys
 from pathlib import Path
-from types import ModuleType
 from fbopt._build.load import build
 print(build("tiny", [Path(sys.argv[1])], "a tiny library"))
 """
@@ -50,28 +43,27 @@ exec "{compiler}" "$@"
 """
 
 needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in _toolchain.COMPILERS), reason="no C++ compiler"
+    not any(shutil.which(name) for name in compiler.COMPILERS), reason="no C++ compiler"
 )
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path):
-    """An empty cache, no wishes, and no kernels loaded so far; afterwards all is as it was."""
+    """An empty cache, no variables, no kernels loaded; afterwards all is as it was."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FBOPT_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("_C", "_cuda"):
-        monkeypatch.delitem(sys.modules, f"fbopt.{name}", raising=False)
+    for name in ("_C", "_cuda", "tiny"):
+        monkeypatch.setitem(sys.modules, f"fbopt._build.{name}", None)
+        del sys.modules[f"fbopt._build.{name}"]
     forget()
     yield
-    for name in ("_C", "_cuda", "tiny"):
-        sys.modules.pop(f"fbopt.{name}", None)
     forget()
 
 
 def forget():
-    _build.kernels.cache_clear()
-    _build.cuda_kernels.cache_clear()
+    for function in (load.kernels, load.cuda_kernels):
+        function.cache_clear()
 
 
 @pytest.fixture
@@ -84,19 +76,19 @@ def source(tmp_path):
 
 @pytest.fixture
 def gate(tmp_path):
-    """A compiler that waits at a gate: CXX, a count of compilations, and the file that opens it."""
+    """A compiler that waits at a gate: CXX, a log of compilations, and the file that opens it."""
     folder = tmp_path / "gate"
     folder.mkdir()
-    compiler = folder / "compiler"
-    text = GATED_COMPILER.format(folder=folder, compiler=_toolchain.find_compiler()[0])
-    _toolchain.write_text(text)
-    _toolchain.chmod(0o755)
+    program = folder / "compiler"
+    program.write_text(GATED_COMPILER.format(folder=folder, compiler=compiler.find_compiler()[0]))
+    program.chmod(0o755)
     yield folder
     (folder / "go").touch()  # lets go of whatever still waits, also when a test fails
 
 
-def tiny(source):
-    return _build.recipe("tiny", [source], "a tiny library")
+def find(source):
+    """Return the cached library of a source, if there is one."""
+    return cache.cached(cache.cache_folder(), load.recipe("tiny", [source]).stem())
 
 
 def start(program, argument="", stderr=subprocess.PIPE, **environment):
@@ -130,30 +122,21 @@ def leftovers(folder):
     return [path.name for path in folder.iterdir() if ".build-" in path.name]
 
 
-def no_tools(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-
-
-# --- importing ---------------------------------------------------------------------------------
-
-
 def test_import_compiles_nothing_and_is_light(tmp_path):
     program = """
-import sys, time
-start = time.perf_counter()
-import torch
-torch_seconds, before = time.perf_counter() - start, set(sys.modules)
-start = time.perf_counter()
+import sys
 import fbopt
+assert "torch" not in sys.modules
+import torch
+before = set(sys.modules)
 fbopt.FullBatchGD, fbopt.FullBatchClosure
-print(torch_seconds, time.perf_counter() - start, *sorted(set(sys.modules) - before))
+print(*sorted(set(sys.modules) - before))
 """
     out, err = finish(start(program))
-    torch_seconds, seconds, *modules = out.split()
-    print(f"import torch {torch_seconds} s, import fbopt {seconds} s more: {modules}")
+    modules = out.split()
     assert {name.split(".")[0] for name in modules} <= {"fbopt", "torch", *sys.stdlib_module_names}
     assert not {"torch._dynamo", "torch._inductor", "torch.utils.cpp_extension"} & set(modules)
-    assert not any(name.startswith(("fbopt.train", "fbopt._C")) for name in modules)
+    assert not any(name.startswith(("fbopt.train", "fbopt._build._C")) for name in modules)
     assert err == "" and not (tmp_path / "cache").exists()
 
 
@@ -161,15 +144,19 @@ print(torch_seconds, time.perf_counter() - start, *sorted(set(sys.modules) - bef
 
 
 @needs_compiler
-def test_a_second_build_finds_the_first_and_is_silent(source, tmp_path, capfd):
-    library = _build.build("tiny", [source], "a tiny library")
+def test_a_library_is_built_once_in_one_line_and_rebuilt_if_truncated(source, tmp_path, capfd):
+    library = load.build("tiny", [source], "a tiny library")
     said = capfd.readouterr().err
     assert said.startswith("fbopt: compiling a tiny library for this machine (")
     assert said.count("\n") == 1 and " done in " in said and str(tmp_path / "cache") in said
-    assert ctypes.CDLL(str(library)).answer() == 42
-    assert _build.build("tiny", [source]) == library == _library.find(tiny(source))
+    assert load.build("tiny", [source]) == library == find(source)
     assert capfd.readouterr() == ("", "")
-    assert not leftovers(_library.parent)
+
+    os.truncate(library, 1000)
+    assert find(source) is None
+    again = load.build("tiny", [source])
+    assert ctypes.CDLL(str(again)).answer() == 42
+    assert [*again.parent.glob("*.so")] == [again] and not leftovers(again.parent)
 
 
 @needs_compiler
@@ -182,23 +169,22 @@ def test_odd_paths(tmp_path, monkeypatch):
     sources[0].write_text('#include "common.h"\n' + ANSWER.replace("42", "value"))
     sources[1].write_text("int value = 41;\n")
     monkeypatch.setenv("FBOPT_CACHE_DIR", str(folder / "cache"))
-    assert ctypes.CDLL(str(_build.build("tiny", sources))).answer() == 41
+    assert ctypes.CDLL(str(load.build("tiny", sources))).answer() == 41
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "change",
-    ["source", "header", "CXXFLAGS", "FBOPT_WERROR", "torch", "CUDA", "pybind11", "CPU", "CXX"],
+    "change", ["source", "header", "CXXFLAGS", "FBOPT_WERROR", "torch", "CUDA", "processor", "CXX"]
 )
 def test_the_key_follows(change, source, monkeypatch):
     header = source.with_name("tiny.h")
     header.write_text("")
-    tools = _toolchain.toolchain()
-    before = tiny(source).stem()
-    assert before == tiny(source).stem()
+    recipe = load.recipe("tiny", [source])
+    tools, before = recipe.tools, recipe.stem()
+    assert before == load.recipe("tiny", [source]).stem()
     if change in ("CXXFLAGS", "FBOPT_WERROR"):
         monkeypatch.setenv(change, {"CXXFLAGS": "-O1", "FBOPT_WERROR": "1"}[change])
-        tools = _toolchain.toolchain()
+        tools = compiler.toolchain()
     elif change == "source":
         source.write_text(ANSWER + "\n")
     elif change == "header":
@@ -207,52 +193,57 @@ def test_the_key_follows(change, source, monkeypatch):
         monkeypatch.setattr(torch, "__version__", "3.0")
     elif change == "CUDA":
         monkeypatch.setattr(torch.version, "cuda", "99.0")
-    elif change == "pybind11":
-        monkeypatch.setattr(_toolchain.find_pybind11(), "__version__", "0")
-    elif change == "CPU":
+    elif change == "processor":
         tools = dataclasses.replace(tools, macros=tools.macros + "#define __AVX9999__ 1\n")
     elif change == "CXX":
         tools = dataclasses.replace(tools, compiler=("/elsewhere/c++",))
-    assert dataclasses.replace(tiny(source), tools=tools).stem() != before
+    assert dataclasses.replace(recipe, tools=tools).stem() != before
 
 
 @needs_compiler
-def test_a_truncated_library_is_rebuilt(source):
-    library = _build.build("tiny", [source])
-    os.truncate(library, 1000)
-    assert _library.find(tiny(source)) is None
-    again = _build.build("tiny", [source])
-    assert ctypes.CDLL(str(again)).answer() == 42
-    assert [*again.parent.glob("*.so")] == [again]
-
-
-@needs_compiler
-def test_a_library_that_does_not_load_is_rebuilt_once(source):
+def test_a_library_that_does_not_load_is_rebuilt(source):
     source.write_text(MODULE)
-    folder = _cache.cache_folder()
+    folder = cache.cache_folder()
     folder.mkdir()
     (folder / "garbage").write_bytes(b"garbage")
-    garbage = _cache.keep(folder / "garbage", folder, tiny(source).stem())
-    assert _library.find(tiny(source)) == garbage
-    assert _build.load("tiny", [source]).__name__ == "fbopt.tiny"
+    garbage = cache.keep(folder / "garbage", folder, load.recipe("tiny", [source]).stem())
+    assert find(source) == garbage
+    with pytest.warns(RuntimeWarning, match="does not load"):
+        assert load.load("tiny", [source]).__name__ == "fbopt._build.tiny"
     assert not garbage.exists()
+
+
+def test_a_wheels_library_that_does_not_load_is_replaced(source, monkeypatch, tmp_path):
+    source.write_text(MODULE.replace("tiny", "_C"))
+    monkeypatch.setattr(wheel, "FOLDER", tmp_path)
+    broken = tmp_path / "_C.default.so"
+    broken.touch()
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(load, "cpu_recipe", lambda: load.recipe("_C", [source]))
+    assert load.find_kernels() == broken
+    with pytest.warns(RuntimeWarning, match=re.escape(f"{broken} does not load")) as caught:
+        assert Path(load.kernels().__file__).parent == tmp_path / "cache"
+    assert len(caught) == 1 and caught[0].filename == __file__ and broken.exists()
 
 
 @needs_compiler
 def test_a_library_that_never_loads_is_an_error(source):
-    with pytest.raises(BuildError, match="does not load"):
-        _build.load("tiny", [source])
+    with (
+        pytest.warns(RuntimeWarning, match="does not load"),
+        pytest.raises(BuildError, match="does not load"),
+    ):
+        load.load("tiny", [source])
 
 
 @needs_compiler
 def test_a_compile_error_is_summed_up_and_logged(source, capfd):
     source.write_text("int answer() { return forty_two; }\n")
     with pytest.raises(BuildError, match="forty_two") as raised:
-        _build.build("tiny", [source])
-    (log,) = _cache.cache_folder().glob("*.log")
+        load.build("tiny", [source])
+    (log,) = cache.cache_folder().glob("*.log")
     assert str(log) in str(raised.value) and "forty_two" in log.read_text()
     assert capfd.readouterr().err.endswith("failed\n")
-    assert not leftovers(_cache.cache_folder())
+    assert not leftovers(cache.cache_folder())
 
 
 @needs_compiler
@@ -262,13 +253,24 @@ def test_a_read_only_cache_gives_way_to_a_private_temporary_one(
     (tmp_path / "file").touch()
     monkeypatch.setenv("FBOPT_CACHE_DIR", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    library = _build.build("tiny", [source])
-    assert _library.parent == tmp_path / f"fbopt-{os.getuid()}"
-    assert _library.parent.stat().st_mode & 0o777 == 0o700
+    library = load.build("tiny", [source])
+    assert library.parent == tmp_path / f"fbopt-{os.getuid()}"
+    assert library.parent.stat().st_mode & 0o777 == 0o700
     assert f"({tmp_path}/file/cache is not writable)" in capfd.readouterr().err
     monkeypatch.setattr("os.getuid", lambda: -1)
-    with pytest.raises(BuildError, match="another user"):
-        _build.build("tiny", [source])
+    with pytest.raises(BuildError, match="another user; set FBOPT_CACHE_DIR"):
+        load.build("tiny", [source])
+
+
+def test_jobs_follow_the_cores_the_memory_and_max_jobs(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(16)), raising=False)
+    pages = {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": compiler.BYTES_PER_JOB}
+    monkeypatch.setattr("os.sysconf", pages.__getitem__)
+    for words, expected in {"": 10, " 3 ": 3, "99": 10}.items():
+        monkeypatch.setenv("MAX_JOBS", words)
+        assert compiler.jobs() == expected
+    pages["SC_PHYS_PAGES"] = 0
+    assert compiler.jobs() == 1
 
 
 # --- several processes, and dead ones ------------------------------------------------------------
@@ -305,81 +307,78 @@ def test_a_build_killed_in_the_middle_stops_nobody(source, gate, tmp_path):
 # --- which back end ------------------------------------------------------------------------------
 
 
-def test_no_sources_is_an_error():
-    with pytest.raises(BuildError, match="no C\\+\\+ sources"):
-        _build.build("tiny", [])
+def hide(module):
+    return lambda patch, path: patch.setitem(sys.modules, module, None)
 
 
-def broken_sources(tmp_path):
-    path = tmp_path / "broken.cpp"
-    path.write_text("broken\n")
-    return [path]
+def set_variable(name, value):
+    return lambda patch, path: patch.setenv(name, value.format(path=path))
+
+
+def break_sources(patch, path):
+    (path / "broken.cpp").write_text("broken\n")
+    patch.setattr(load, "CSRC", path)
 
 
 CAUSES = {
-    "compiler": ("no C\\+\\+ compiler.*apt install g\\+\\+", no_tools),
+    "compiler": (r"no C\+\+ compiler.*apt install g\+\+", set_variable("PATH", "{path}")),
     "CXX": (
         "CXX names 'nonesuch', not found on the PATH; correct or unset CXX",
-        lambda patch, path: patch.setenv("CXX", "nonesuch -x"),
+        set_variable("CXX", "nonesuch -x"),
     ),
-    "flags": (
-        "does not compile C\\+\\+20.*nonesuch",
-        lambda patch, path: patch.setenv("CXXFLAGS", "--nonesuch"),
+    "old compiler": (
+        r"does not compile C\+\+20.*nonesuch.*; update it",
+        set_variable("CXXFLAGS", "--nonesuch"),
     ),
-    "ninja": (
-        "no ninja; pip install ninja",
-        lambda patch, path: patch.setattr("shutil.which", only_compilers),
-    ),
+    "broken compiler": (r"does not run \(.*\)", set_variable("CXX", "{path}/broken")),
     "headers": (
         "no Python headers.*apt install python3-dev",
         lambda patch, path: patch.setattr("sysconfig.get_path", lambda name: "/nonesuch"),
     ),
-    "pybind11": (
-        "no pybind11; pip install pybind11",
-        lambda patch, path: patch.setitem(sys.modules, "pybind11", None),
+    "ninja": ("no ninja; pip install ninja", hide("ninja")),
+    "pybind11": ("no pybind11; pip install pybind11", hide("pybind11")),
+    "MAX_JOBS": (
+        "MAX_JOBS is 'many'; set MAX_JOBS to a positive",
+        set_variable("MAX_JOBS", "many"),
     ),
-    "jobs": ("MAX_JOBS is 'many'", lambda patch, path: patch.setenv("MAX_JOBS", "many")),
-    "sources": (
-        "failed:.*broken",
-        lambda patch, path: patch.setattr(_build, "sources", lambda: broken_sources(path)),
+    "no sources": (
+        r"no C\+\+ sources",
+        lambda patch, path: patch.setattr(load, "CSRC", Path("/nonesuch")),
     ),
+    "sources": ("failed:.*broken", break_sources),
 }
-
-
-def only_compilers(name, path=None, which=shutil.which):
-    return None if "ninja" in name else which(name, path=path)
 
 
 @needs_compiler
 @pytest.mark.parametrize("cause", CAUSES)
-def test_what_stands_in_the_way_is_one_warning_or_an_error(cause, monkeypatch, tmp_path):
+def test_what_prevents_a_build_is_one_warning_or_an_error(cause, monkeypatch, tmp_path):
     message, spoil = CAUSES[cause]
+    (tmp_path / "broken").write_bytes(b"\0\1\2")
+    (tmp_path / "broken").chmod(0o755)
     spoil(monkeypatch, tmp_path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert _build.kernels() is None
-        assert _build.kernels() is None and _build.backend() == "reference"
+        assert load.kernels() is None
+        assert load.kernels() is None and load.backend() == "reference"
     (warning,) = caught
-    assert warning.category is RuntimeWarning
-    assert re.search("(?s)" + message, str(warning.message))
+    assert warning.category is RuntimeWarning and warning.filename == __file__
+    assert re.search(f"(?s)falls back to plain torch, .*{message}", str(warning.message))
 
-    _build.kernels.cache_clear()
+    load.kernels.cache_clear()
     monkeypatch.setenv("FBOPT_BACKEND", "kernels")
     with pytest.raises(RuntimeError, match="(?s)FBOPT_BACKEND asks for the kernels.*" + message):
-        _build.kernels()
+        load.kernels()
 
 
 def test_reference_on_request_looks_for_nothing(monkeypatch, tmp_path, recwarn):
-    no_tools(monkeypatch, tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("FBOPT_BACKEND", "reference")
-    assert _build.kernels() is None and _build.backend() == "reference"
+    assert load.kernels() is None and load.backend() == "reference"
     assert not recwarn and not (tmp_path / "cache").exists()
-
-
-def test_an_unknown_back_end_is_an_error(monkeypatch):
     monkeypatch.setenv("FBOPT_BACKEND", "cuda")
+    load.kernels.cache_clear()
     with pytest.raises(ValueError, match="'cuda'; set it to kernels or reference"):
-        _build.backend()
+        load.backend()
 
 
 @needs_compiler
@@ -387,87 +386,49 @@ def test_an_unknown_back_end_is_an_error(monkeypatch):
 def test_the_kernels_of_this_very_tree(monkeypatch):
     monkeypatch.delenv("FBOPT_CACHE_DIR")
     program = """
-from fbopt._build import load as _build
-module = _build.kernels()
-assert module is _build.kernels() and _build.backend() == "kernels"
-print(module.compiler, module.cxx_standard, module.instruction_set, *module.torch_target)
+from fbopt._build import load
+module = load.kernels()
+assert module is load.kernels() and load.backend() == "kernels"
+assert str(load.find_kernels()) == module.__file__
+print(module.compiler, module.cxx_standard, *module.torch_target)
 """
     out, _ = finish(start(program, FBOPT_BACKEND="kernels"))
-    tools = _toolchain.toolchain()
-    assert out == f"{tools.name} 202002 {tools.instruction_set} 2 10"
-
-
-# --- the CUDA kernels ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def loads(monkeypatch):
-    """What is loaded, by name, in place of being loaded."""
-    names = []
-
-    def load(name, *args):
-        names.append(name)
-        return ModuleType(name)
-
-    monkeypatch.setattr(_build, "_load", load)
-    return names
+    assert out == f"{compiler.toolchain().name} 202002 2 10"
 
 
 @pytest.mark.parametrize(
-    ("cuda", "backend", "gpu", "loaded"),
+    ("variables", "gpu", "loaded"),
     [
-        (None, None, False, []),
-        (None, None, True, ["_C", "_cuda"]),
-        ("0", "kernels", True, []),
-        ("1", None, False, ["_C", "_cuda"]),
-        ("1", "reference", True, []),
+        ({}, False, []),
+        ({}, True, ["_C", "_cuda"]),
+        ({"FBOPT_CUDA": "0", "FBOPT_BACKEND": "kernels"}, True, []),
+        ({"FBOPT_CUDA": "1"}, False, ["_C", "_cuda"]),
+        ({"FBOPT_CUDA": "1", "FBOPT_BACKEND": "reference"}, True, []),
     ],
 )
-def test_cuda_kernels_are_loaded_where_they_are_wanted(
-    cuda, backend, gpu, loaded, loads, monkeypatch
-):
+def test_cuda_kernels_are_loaded_where_they_are_wanted(variables, gpu, loaded, monkeypatch):
+    names = []
+    monkeypatch.setattr(load, "_load", lambda name, *args: names.append(name) or ModuleType(name))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    for name, value in (("FBOPT_CUDA", cuda), ("FBOPT_BACKEND", backend)):
-        monkeypatch.setenv(name, value) if value else None
-    assert (_build.cuda_kernels() is not None) == bool(loaded)
-    assert loads == loaded
-
-
-def no_toolkit():
-    raise BuildError("no CUDA toolkit", "install one")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (load.cuda_kernels() is not None) == bool(loaded)
+    assert names == loaded
 
 
 def test_without_a_toolkit_cuda_tensors_get_plain_torch(monkeypatch):
+    def no_toolkit():
+        raise BuildError("no CUDA toolkit", "install one")
+
     monkeypatch.setenv("FBOPT_CUDA", "1")
-    monkeypatch.setattr(_toolkit, "toolkit", no_toolkit)
-    monkeypatch.setattr(_build, "kernels", functools.cache(lambda: ModuleType("_C")))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert _build.cuda_kernels() is None and _build.cuda_kernels() is None
-    (warning,) = caught
-    assert str(warning.message) == (
-        "fbopt falls back to plain torch on CUDA tensors: no CUDA toolkit; install one"
-    )
-    assert warning.filename == __file__
-    forget()
+    monkeypatch.setattr(cuda, "toolkit", no_toolkit)
+    monkeypatch.setattr(load, "kernels", functools.cache(lambda: ModuleType("_C")))
+    message = "fbopt falls back to plain torch on CUDA tensors: no CUDA toolkit; install one"
+    with pytest.warns(RuntimeWarning, match=message) as caught:
+        assert load.cuda_kernels() is None and load.cuda_kernels() is None
+    assert len(caught) == 1 and caught[0].filename == __file__
+    load.cuda_kernels.cache_clear()
     monkeypatch.setenv("FBOPT_BACKEND", "kernels")
     with pytest.raises(BuildError, match="FBOPT_BACKEND asks for the kernels, but: no CUDA"):
-        _build.cuda_kernels()
-
-
-@needs_compiler
-def test_the_cpu_kernels_ask_nothing_about_cuda(source, monkeypatch):
-    for name in ("wanted", "toolkit"):
-        monkeypatch.setattr(_toolkit, name, lambda: pytest.fail("this concerns CUDA"))
-    source.write_text(MODULE.replace("tiny", "_C"))
-    monkeypatch.setattr(_build, "sources", lambda: [source])
-    assert _build.find_kernels() is None
-    library = Path(_build.kernels().__file__)
-    assert library == _build.find_kernels()
-
-
-def test_sources_belong_to_one_library():
-    cpu, cuda = set(_build.sources()), set(_build.cuda_sources())
-    assert cpu and cuda and not cpu & cuda
-    assert cpu | cuda == {*_build.CSRC.rglob("*.cpp"), *_build.CSRC.rglob("*.cu")}
+        load.cuda_kernels()
