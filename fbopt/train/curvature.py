@@ -37,7 +37,9 @@ class Tracker:
             plain = getattr(run.data.train, "split", run.data.train)
             chunks = Chunks(plain, run.chunks.size)
             # The copy shares all but torch.compile, which cannot be differentiated twice.
-            self.objective = Objective(copy.copy(run.model), run.loss_fn, chunks)
+            self.objective = Objective(
+                copy.copy(run.model), run.loss_fn, chunks, autocast=run.autocast
+            )
         found: dict[str, Any] = {}
         if "noise" in self.names:
             found |= self._noise()
