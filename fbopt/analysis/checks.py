@@ -67,7 +67,7 @@ def check_deterministic(objective: Objective) -> None:
 
 def _chunk_loss(objective: Objective, index: int, chunk: object) -> float:
     with torch.enable_grad():
-        loss = objective.differentiable_loss(index, chunk)
+        loss = objective.chunk_loss(index, chunk)
     if not torch.isfinite(loss):
         raise ValueError(
             f"the loss of chunk {index} is {float(loss)}: the weights are finite, so check this "
@@ -81,35 +81,38 @@ def _random_model(objective: Objective, index: int, losses: list[float]) -> str:
         f"the loss is not deterministic: chunk {index} gave {losses[0]!r}, then {losses[1]!r} with "
         "the same weights and samples"
     )
-    active = [
+    seeded = [
         name
         for name, module in objective.model.named_modules()
         if isinstance(module, _DropoutNd) and module.training and module.p > 0
     ]
-    if objective.dropout == "off" or not active:
-        return (
-            f"{text}. Likely causes: dropout or noise that is drawn in a forward() or in the loss "
-            "rather than by a Dropout module (pass dropout='seeded' if torch's generators draw "
-            "it, else fix its seed), or operations that add in no fixed order (try "
-            "torch.use_deterministic_algorithms(True))"
-        )
-    return f"{text}, though dropout ({active[0]}) is seeded: something else is random as well"
+    if objective.dropout == "seeded" and seeded:
+        return f"{text}, though dropout ({seeded[0]}) is seeded: something else is random as well"
+    return (
+        f"{text}. Likely causes: dropout or noise that is drawn in a forward() or in the loss "
+        "rather than by a Dropout module (pass dropout='seeded' if torch's generators draw it, "
+        "else fix its seed), or operations that add in no fixed order (try "
+        "torch.use_deterministic_algorithms(True))"
+    )
 
 
 def _other_chunks(first: list[float], again: list[float]) -> str:
-    text = "the loss is not deterministic: every chunk gives the same loss twice, but "
     if len(first) != len(again):
-        return (
-            f"{text}the second pass had {len(again)} chunks and the first {len(first)}: chunks "
-            "must be the same each time they are iterated over"
+        found = (
+            f"had {len(again)} chunks and the first {len(first)}: chunks must be the same each "
+            "time they are iterated over"
         )
-    if sorted(first) == sorted(again):
-        return (
-            f"{text}the second pass visited them in another order. Likely cause: chunks are "
-            "shuffled; pass a list of them, or a DataLoader with shuffle=False"
+    elif sorted(first) == sorted(again):
+        found = (
+            "visited them in another order. Likely cause: chunks are shuffled; pass a list of "
+            "them, or a DataLoader with shuffle=False"
+        )
+    else:
+        found = (
+            "had other samples in them. Likely causes: a DataLoader with shuffle=True (pass "
+            "shuffle=False), or random augmentation (leave it out, or pass a list of chunks)"
         )
     return (
-        f"{text}the second pass had other samples in them. Likely causes: a DataLoader with "
-        "shuffle=True (pass shuffle=False), or random augmentation (leave it out, or pass a list "
-        "of chunks)"
+        "the loss is not deterministic: every chunk gives the same loss twice, but the second pass "
+        f"{found}"
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fbopt._checks import check_grads
 from fbopt._ops import dispatch
 from fbopt.analysis.checks import check
 from fbopt.analysis.objective import Objective
@@ -100,10 +101,12 @@ def gradient_statistics(
         momentum: momentum buffers, one for each of ``objective.params`` (None: no buffer).
 
     Raises:
-        ValueError: momentum does not match the parameters; weights or the loss are not finite.
+        TypeError, ValueError: momentum does not match the parameters; weights or the loss are not
+            finite.
         RuntimeError: the loss is not deterministic.
     """
-    _check_momentum(objective, momentum)
+    if momentum is not None:
+        check_grads(momentum, objective.params, "momentum")
     check(objective)
     weights: list[float] = []
     squares: list[Tensor] = []
@@ -135,21 +138,6 @@ def gradient_statistics(
         noise_trace=(mean_sqnorm - sqnorm) * sum(weights) / (count - 1) if several else None,
         momentum_angle=_angle(objective, mean, momentum),
     )
-
-
-def _check_momentum(objective: Objective, momentum: Sequence[Tensor | None] | None) -> None:
-    if momentum is None:
-        return
-    if len(momentum) != len(objective.params):
-        raise ValueError(
-            f"momentum has {len(momentum)} entries for {len(objective.params)} parameters: pass "
-            "one each"
-        )
-    for i, (m, p) in enumerate(zip(momentum, objective.params, strict=True)):
-        if m is not None and m.shape != p.shape:
-            raise ValueError(
-                f"momentum[{i}] has shape {tuple(m.shape)}, its parameter {tuple(p.shape)}"
-            )
 
 
 def _angle(

@@ -149,7 +149,7 @@ class Objective(ParameterSpace):
         self.accumulator.reset()
         with self.evaluating(shift), torch.enable_grad():
             for index, chunk, weight in self.visit():
-                loss = self.differentiable_loss(index, chunk)
+                loss = self.chunk_loss(index, chunk)
                 grads: list[Tensor | None] = []
                 grads += torch.autograd.grad(loss, self.params, allow_unused=True)
                 self.accumulator.add(grads, weight)
@@ -167,7 +167,7 @@ class Objective(ParameterSpace):
         self.accumulator.reset()
         with self.evaluating(), torch.enable_grad():
             for index, chunk, weight in self.visit():
-                loss = self.differentiable_loss(index, chunk)
+                loss = self.chunk_loss(index, chunk)
                 self.accumulator.add(self._second_backward(loss, parts), weight)
                 del loss
         self.count(gradients=1, second_backwards=1)
@@ -209,31 +209,18 @@ class Objective(ParameterSpace):
         self._buffers.restore()
 
     def chunk_loss(self, index: int, chunk: Any) -> Tensor:
-        """The mean loss of a chunk."""
-        self._seed(index)
-        return self._forward()(index, chunk)[0]
-
-    def differentiable_loss(self, index: int, chunk: Any) -> Tensor:
-        """The mean loss of a chunk, checked to be a 0-dim tensor with an autograd graph."""
-        self._seed(index)
-        return self._forward().differentiable(index, chunk)[0]
-
-    def _forward(self) -> ChunkLoss:
-        return ChunkLoss(self.model, self.loss_fn, self.evaluate, self.autocast, self.device)
-
-    def _seed(self, index: int) -> None:
+        """The mean loss of a chunk; with gradients enabled, checked to have an autograd graph."""
         if self.dropout == "seeded":
-            seed_generators(self._devices, self.seed, index)
-
-    @property
-    def _devices(self) -> set[torch.device]:
-        return {p.device for p in self.params}
+            seed_generators(self.devices, self.seed, index)
+        forward = ChunkLoss(self.model, self.loss_fn, self.evaluate, self.autocast, self.device)
+        compute = forward.differentiable if torch.is_grad_enabled() else forward
+        return compute(index, chunk)[0]
 
     @contextlib.contextmanager
     def evaluating(self, shift: Tensor | None = None) -> Iterator[None]:
         """Set the modules' modes, move the parameters to theta + shift, and restore all after."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(GeneratorSnapshot(self._devices).repeated())
+            stack.enter_context(GeneratorSnapshot(self.devices).repeated())
             stack.enter_context(modes(self.model, self.batchnorm, self.dropout))
             self._buffers.save()
             stack.callback(self.restore_buffers)

@@ -32,6 +32,11 @@ class ParameterSpace:
         return self.params[0].device
 
     @property
+    def devices(self) -> set[torch.device]:
+        """The devices of the parameters."""
+        return {p.device for p in self.params}
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of a vector."""
         wide = any(p.dtype == torch.float64 for p in self.params)

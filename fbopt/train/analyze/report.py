@@ -28,7 +28,7 @@ class Report:
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         self.folder = folder
-        self.written: list[str] = []
+        self.written: dict[str, None] = {}  # an ordered set
         self.results: dict[str, Any] = {
             "options": options, "environment": _environment(), "runs": {}, "measures": {},
         }  # fmt: skip
@@ -75,17 +75,13 @@ class Report:
             if name in figures.DRAWINGS:
                 try:
                     figures.draw(name, found, self.folder / f"{name}.png")
-                    self._note(f"{name}.png")
+                    self.written[f"{name}.png"] = None
                 except ImportError:
                     print(f"no {name}.png: pip install matplotlib", flush=True)
 
     def _write(self) -> None:
         atomic.replace_json(self.folder / "results.json", self.results)
-        self._note("results.json")
-
-    def _note(self, name: str) -> None:
-        if name not in self.written:
-            self.written.append(name)
+        self.written["results.json"] = None
 
 
 def _environment() -> dict[str, Any]:
