@@ -45,7 +45,7 @@ def convolutional(dtype: torch.dtype = torch.float64) -> Case:
 
 
 def trained(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype, size: int) -> Case:
-    """The case after some steps, for a Hessian with large eigenvalues apart from each other."""
+    """The case after 20 steps: the Hessian's largest eigenvalues are then well separated."""
     model, x = model.to(dtype), x.to(dtype)
     case = Case(
         model, nn.functional.cross_entropy, list(zip(x.split(size), y.split(size), strict=True))
@@ -59,7 +59,7 @@ def trained(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype, size: in
 
 
 def dense_hessian(case: Case, batchnorm: str = "chunk") -> Tensor:
-    """The Hessian of the weighted mean loss, all rows at once; dropout off, buffers put back."""
+    """The Hessian of the weighted mean loss, dropout off; buffers and modes are restored."""
     model, params = case.model, list(case.model.parameters())
     buffers = [b.clone() for b in model.buffers()]
     flags = [m.training for m in model.modules()]
@@ -82,7 +82,7 @@ def dense_hessian(case: Case, batchnorm: str = "chunk") -> Tensor:
 
 
 def quadratic(eigenvalues: Tensor, samples: int = 7) -> tuple[Objective, Tensor]:
-    """An objective whose Hessian has these eigenvalues, and the orthogonal matrix of its vectors.
+    """An objective whose Hessian has these eigenvalues, and its matrix of eigenvectors.
 
     Chunk c has ``L_c = theta.(A + B_c) theta/2``, with B_c of weighted mean zero.
     """

@@ -1,5 +1,5 @@
-"""What kind of minimum was reached: gradient noise, curvature, flatness and loss landscapes of any
-model, loss and chunks. `fbopt analyze` is the same for a run of `fbopt train`.
+"""Gradient noise, curvature, flatness and loss landscapes of any model, loss and chunks: what kind
+of minimum was reached. `fbopt analyze` does the same for a run of `fbopt train`.
 """
 
 from fbopt.analysis.directions import difference, random_direction

@@ -1,4 +1,4 @@
-"""Directions in parameter space: random ones scaled by filter, and those between checkpoints.
+"""Directions in parameter space: random and filter-normalised, or between two checkpoints.
 
 Li, Xu, Taylor, Studer, Goldstein, "Visualizing the Loss Landscape of Neural Nets" (NeurIPS 2018,
 arXiv 1712.09913), section 4.
@@ -21,34 +21,31 @@ VECTORS = ("zero", "scaled")
 def random_direction(
     objective: Objective, seed: int = 0, index: int = 0, *, vectors: str = "zero"
 ) -> Tensor:
-    """A Gaussian direction with every filter scaled to the norm of the weights' filter.
+    """A random Gaussian direction, each of its filters scaled to the norm of the weights' filter.
 
-    ``d_ij <- d_ij |theta_ij| / |d_ij|`` for filter j of layer i: an entry of the first dimension of
-    a parameter of two or more dimensions. The draws depend on seed, index and the parameters'
-    shapes alone, so that two networks alike are seen along the same directions, each at the scale
-    of its own weights.
+    ``d_ij <- d_ij |theta_ij| / |d_ij|`` for filter j of layer i: slice j along the first dimension
+    of a parameter of two or more dimensions. The draws depend on seed, index and the parameters'
+    shapes alone, so two networks of one architecture share their directions, each scaled to its own
+    weights.
 
     Args:
-        objective: whose parameters it is for.
+        objective: the loss, and the parameters theta.
         seed: of the draws.
-        index: tells several directions of one seed apart.
-        vectors: what becomes of parameters of one dimension, biases and BatchNorm's: ``"zero"`` as
-            in the paper, or ``"scaled"``, each parameter as one filter.
+        index: numbers the directions of one seed.
+        vectors: the entries for parameters of one dimension (biases, BatchNorm's): ``"zero"`` as in
+            the paper, or ``"scaled"``, each parameter as one filter.
 
     Returns:
-        A vector, see :class:`Objective`; of length 1 the parameters change by their own size.
+        A vector, see :class:`Objective`; theta + d changes every filter by its own norm.
 
     Raises:
-        ValueError: the direction is zero, since all weights are or there are only vectors.
+        ValueError: `vectors` is unknown, or the direction is zero: all weights are zero, or there
+            are only one-dimensional parameters.
     """
     if vectors not in VECTORS:
         raise ValueError(f"vectors must be one of {VECTORS}, got {vectors!r}")
     generator = torch.Generator().manual_seed(mix(seed, index))
-    parts = []
-    for p in objective.params:
-        draw = torch.randn(p.shape, dtype=torch.float64, generator=generator)
-        parts.append(_scaled(draw, p.detach().to("cpu", torch.float64), vectors))
-    direction = objective.flatten(parts)
+    direction = objective.flatten([_scaled_draw(p, generator, vectors) for p in objective.params])
     check_direction(
         direction,
         "the filters of all weights are zero, or the model has biases and BatchNorm alone (then "
@@ -57,22 +54,31 @@ def random_direction(
     return direction
 
 
-def _scaled(draw: Tensor, weights: Tensor, vectors: str) -> Tensor:
-    if draw.dim() < 2:
-        if vectors == "zero":
-            return torch.zeros_like(draw)
-        return draw * (weights.norm() / draw.norm().clamp_min(1e-300))
-    rows = draw.flatten(1).norm(dim=1).clamp_min(1e-300)
-    factor = weights.flatten(1).norm(dim=1) / rows
-    return draw * factor.view(-1, *[1] * (draw.dim() - 1))
+def _scaled_draw(param: Tensor, generator: torch.Generator, vectors: str) -> Tensor:
+    """One parameter's part of the direction, in float64 on the CPU."""
+    draw = torch.randn(param.shape, dtype=torch.float64, generator=generator)
+    weights = param.detach().to("cpu", torch.float64)
+    if draw.dim() > 1:
+        factor = weights.flatten(1).norm(dim=1) / draw.flatten(1).norm(dim=1).clamp_min(1e-300)
+        factor = factor.view(-1, *[1] * (draw.dim() - 1))
+    elif vectors == "scaled":
+        factor = weights.norm() / draw.norm().clamp_min(1e-300)
+    else:
+        return torch.zeros_like(draw)
+    return draw.mul_(factor)
 
 
 def difference(objective: Objective, state: Mapping[str, Tensor], name: str = "state") -> Tensor:
     """The vector from the model's parameters to those in a state_dict.
 
+    Args:
+        objective: the loss of the model.
+        state: the other model's state_dict.
+        name: what error messages call it.
+
     Raises:
-        ValueError: a parameter is missing, has another shape, or is not finite; or the two are the
-            same.
+        ValueError: a parameter is missing, has another shape, or is not finite; or all parameters
+            are the model's own.
     """
     names = {id(p): n for n, p in objective.model.named_parameters()}
     others = []
@@ -93,7 +99,7 @@ def difference(objective: Objective, state: Mapping[str, Tensor], name: str = "s
 
 
 def check_direction(direction: Tensor, why: str = "give another") -> None:
-    """Refuse a direction of norm zero, or with entries that are not finite."""
+    """Raise ValueError for a direction of norm zero or with entries that are not finite."""
     norm = float(direction.double().norm())
     if not math.isfinite(norm):
         raise ValueError("the direction has infinite or undefined entries")

@@ -1,4 +1,4 @@
-"""Norms of the full-batch and of the chunks' gradients, and the gradient noise scale tr(S)/|G|^2.
+"""Gradient norms of the full batch and of chunks, and the gradient noise scale tr(S)/|G|^2.
 
 McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training" (arXiv 1812.06162),
 appendix A.1.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fbopt._checks import check_grads
 from fbopt._ops import dispatch
 from fbopt.analysis.checks import check
 from fbopt.analysis.objective import Objective
@@ -20,34 +21,35 @@ from fbopt.analysis.objective import Objective
 
 @dataclass(frozen=True)
 class GradientStatistics:
-    """What one pass over the chunks says about the gradient.
+    """Norms of the gradients of one pass over the chunks, and estimates of signal and noise.
 
-    Samples are taken as independent draws; one sample's gradient has the mean G and the covariance
-    S, so that chunk c, of n_c samples, has ``E |g_c|^2 = |G|^2 + tr(S)/n_c``, and the full-batch
-    gradient g, of N, ``E |g|^2 = |G|^2 + tr(S)/N``. The mean over the C chunks, weighted by n_c/N,
+    Samples are assumed independent. If one sample's gradient has mean G and covariance S, that of
+    chunk c, of n_c samples, has ``E |g_c|^2 = |G|^2 + tr(S)/n_c``, and the full-batch gradient g,
+    of N samples, ``E |g|^2 = |G|^2 + tr(S)/N``. The mean over the C chunks, weighted by n_c/N,
 
         M = sum_c (n_c/N) |g_c|^2   has   E M = |G|^2 + tr(S) C/N,
 
-    also if chunks are ragged: it is the mean square of a batch of N/C samples. These are the two
-    batch sizes of the paper's estimates, each unbiased:
+    for ragged chunks too: the expectation for one batch of N/C samples. N/C and N are the two batch
+    sizes of the paper's estimates, each unbiased:
 
         tr(S) ~ (M - |g|^2) N / (C - 1)          |G|^2 ~ (C |g|^2 - M) / (C - 1)
 
     Their ratio is the noise scale, in samples: the batch size at which noise and signal are equal.
-    It is not unbiased itself, and near a minimum, where |G|^2 is smaller than its own error, the
-    estimate of |G|^2 can be negative: there is no ratio then (None). With BatchNorm by chunk the
-    samples of a chunk depend on each other, and S is what its gradients vary by all the same.
+    The ratio is not unbiased. Near a minimum, where |G|^2 is smaller than its own error, the
+    estimate of |G|^2 can be negative, and the ratio is None. With BatchNorm by chunk the samples of
+    a chunk are not independent; S then describes how the chunks' gradients vary.
 
     Attributes:
         loss: the full-batch loss.
         chunks, samples: C and N.
         gradient_norm: |g|.
-        chunk_norm_mean, chunk_norm_deviation: of |g_c|, weighted by n_c/N.
+        chunk_norm_mean, chunk_norm_deviation: mean and standard deviation of |g_c|, weighted by
+            n_c/N.
         mean_squared_chunk_norm: M.
         squared_signal: the estimate of |G|^2; None for a single chunk.
         noise_trace: the estimate of tr(S); None for a single chunk.
-        momentum_angle: between g and the momentum buffers, in degrees; 0 if they are parallel, None
-            without momentum or where either is zero.
+        momentum_angle: angle between g and the momentum buffers in degrees, 0 if they are parallel;
+            None without momentum or if either is zero.
     """
 
     loss: float
@@ -63,14 +65,14 @@ class GradientStatistics:
 
     @property
     def noise_scale(self) -> float | None:
-        """tr(S)/|G|^2, in samples; None where the estimate of |G|^2 is not positive."""
-        if self.squared_signal is None or self.squared_signal <= 0:
+        """tr(S)/|G|^2, in samples; None if the estimate of |G|^2 is not positive."""
+        if self.squared_signal is None or self.noise_trace is None or self.squared_signal <= 0:
             return None
         return self.noise_trace / self.squared_signal
 
     @property
     def chunk_signal_to_noise(self) -> float | None:
-        """|G|^2/(tr(S) C/N), of a chunk of the mean size; negative where that of |G|^2 is."""
+        """|G|^2/(tr(S) C/N), of a chunk of the mean size; negative if the estimate of |G|^2 is."""
         return self._signal_to_noise(self.samples / self.chunks)
 
     @property
@@ -79,12 +81,12 @@ class GradientStatistics:
         return self._signal_to_noise(self.samples)
 
     def _signal_to_noise(self, batch: float) -> float | None:
-        if not self.noise_trace:  # a single chunk, or no noise at all
+        if self.squared_signal is None or not self.noise_trace:  # a single chunk, or no noise
             return None
         return self.squared_signal * batch / self.noise_trace
 
     def as_json(self) -> dict[str, float | int | None]:
-        """All of it as plain numbers."""
+        """All attributes and properties as plain numbers."""
         names = ("noise_scale", "chunk_signal_to_noise", "full_signal_to_noise")
         return vars(self) | {name: getattr(self, name) for name in names}
 
@@ -92,17 +94,19 @@ class GradientStatistics:
 def gradient_statistics(
     objective: Objective, momentum: Sequence[Tensor | None] | None = None
 ) -> GradientStatistics:
-    """Measure the gradient in one pass over the chunks, of whose gradients only one is held.
+    """Measure the gradient's norms and noise in one pass, holding one chunk's gradient at a time.
 
     Args:
         objective: the loss.
         momentum: momentum buffers, one for each of ``objective.params`` (None: no buffer).
 
     Raises:
-        ValueError: momentum does not fit the parameters; weights or the loss are not finite.
+        TypeError, ValueError: momentum does not match the parameters; weights or the loss are not
+            finite.
         RuntimeError: the loss is not deterministic.
     """
-    _check_momentum(objective, momentum)
+    if momentum is not None:
+        check_grads(momentum, objective.params, "momentum")
     check(objective)
     weights: list[float] = []
     squares: list[Tensor] = []
@@ -116,39 +120,24 @@ def gradient_statistics(
     objective.accumulate(observe)
     mean = objective.accumulator.mean()
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    squared_chunks = torch.stack(squares).cpu()
-    norms = squared_chunks.sqrt()
-    average = float(shares @ norms)
-    squared = float(dispatch.squared_norm([g for g in mean if g is not None]))
-    mean_squared, count = float(shares @ squared_chunks), len(weights)
+    chunk_sqnorms = torch.stack(squares).cpu()
+    norms = chunk_sqnorms.sqrt()
+    norm_mean = float(shares @ norms)
+    sqnorm = float(dispatch.squared_norm([g for g in mean if g is not None]))
+    mean_sqnorm, count = float(shares @ chunk_sqnorms), len(weights)
     several = count > 1
     return GradientStatistics(
         loss=float(shares @ torch.stack(losses).cpu()),
         chunks=count,
         samples=sum(weights),
-        gradient_norm=math.sqrt(squared),
-        chunk_norm_mean=average,
-        chunk_norm_deviation=math.sqrt(float(shares @ (norms - average).square())),
-        mean_squared_chunk_norm=mean_squared,
-        squared_signal=(count * squared - mean_squared) / (count - 1) if several else None,
-        noise_trace=(mean_squared - squared) * sum(weights) / (count - 1) if several else None,
+        gradient_norm=math.sqrt(sqnorm),
+        chunk_norm_mean=norm_mean,
+        chunk_norm_deviation=math.sqrt(float(shares @ (norms - norm_mean).square())),
+        mean_squared_chunk_norm=mean_sqnorm,
+        squared_signal=(count * sqnorm - mean_sqnorm) / (count - 1) if several else None,
+        noise_trace=(mean_sqnorm - sqnorm) * sum(weights) / (count - 1) if several else None,
         momentum_angle=_angle(objective, mean, momentum),
     )
-
-
-def _check_momentum(objective: Objective, momentum: Sequence[Tensor | None] | None) -> None:
-    if momentum is None:
-        return
-    if len(momentum) != len(objective.params):
-        raise ValueError(
-            f"momentum has {len(momentum)} entries for {len(objective.params)} parameters: pass "
-            "one each"
-        )
-    for i, (m, p) in enumerate(zip(momentum, objective.params, strict=True)):
-        if m is not None and m.shape != p.shape:
-            raise ValueError(
-                f"momentum[{i}] has shape {tuple(m.shape)}, its parameter {tuple(p.shape)}"
-            )
 
 
 def _angle(
@@ -156,7 +145,7 @@ def _angle(
     gradient: Sequence[Tensor | None],
     momentum: Sequence[Tensor | None] | None,
 ) -> float | None:
-    """The angle in degrees; by the difference of unit vectors, exact also if it is tiny."""
+    """The angle in degrees, from sum and difference of the unit vectors: accurate at 0 too."""
     if momentum is None:
         return None
     one, other = (objective.flatten(side).double() for side in (gradient, momentum))

@@ -1,4 +1,4 @@
-"""Products with the Hessian H of the full-batch loss, exact or by finite differences."""
+"""Hessian-vector products H v of the full-batch loss, exact or by finite differences."""
 
 from __future__ import annotations
 
@@ -16,31 +16,30 @@ METHODS = ("exact", "central", "forward")
 class Hessian:
     """The Hessian of L at the model's parameters, as a linear operator: ``hessian(v)`` is H v.
 
-    - ``exact``: a second backward pass per chunk. (A custom autograd function that is marked
-      ``once_differentiable`` passes for a linear one: torch does not tell.)
+    - ``exact``: a second backward pass per chunk. (A custom autograd function marked
+      ``once_differentiable`` is taken for a linear one: torch does not report it.)
     - ``central``: ``(grad L(theta + r u) - grad L(theta - r u)) |v|/2r`` with ``u = v/|v|``, two
       gradients per product, error of second order in r.
     - ``forward``: ``(grad L(theta + r u) - grad L(theta)) |v|/r``, one gradient per product and
       one at the beginning, error of first order.
 
-    Where the gradient jumps (ReLU, max pooling) differences count the jumps within the radius and
-    do not converge as it shrinks; the exact product leaves them out. docs/analysis.md has numbers.
-
-    The shifted parameters are written by the kernel of the gradient penalty, to a second buffer.
+    Where the gradient jumps (ReLU, max pooling) finite differences count the jumps within the
+    radius and do not converge as it shrinks; the exact product leaves them out. docs/analysis.md
+    has numbers.
 
     Args:
         objective: the loss.
         method: one of the above.
         radius: r, a length in parameter space. Default: for central differences
             ``eps**(1/3) max(1, |theta|)/4``, for forward ones ``eps**(1/2) max(1, |theta|)/4``,
-            with eps the parameters' unit roundoff: there the errors of rounding and of the
-            differences themselves are about equal.
+            with eps the machine epsilon of the parameters or, if it is larger, of autocast's dtype:
+            rounding and truncation errors are then about equal.
 
     Attributes:
         products: the number of products so far.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, weights or a loss that are not finite.
+        TypeError, ValueError: an invalid argument; weights or a loss that are not finite.
         RuntimeError: a loss that is not deterministic; ``exact`` and a compiled model.
     """
 
@@ -62,7 +61,7 @@ class Hessian:
         self._gradient = objective.gradient() if method == "forward" else None
 
     def __call__(self, vector: Tensor) -> Tensor:
-        """H v for a vector as :class:`Objective` describes it; zeros for zeros."""
+        """Return H v for a vector of the parameter space (see :class:`Objective`)."""
         self.products += 1
         if self.method == "exact":
             try:
@@ -78,6 +77,6 @@ class Hessian:
             return torch.zeros_like(vector)
         shift = vector * (self.radius / norm)
         up = self.objective.gradient(shift)
-        if self.method == "forward":
+        if self._gradient is not None:  # forward
             return (up - self._gradient) * (norm / self.radius)
         return (up - self.objective.gradient(-shift)) * (norm / (2 * self.radius))

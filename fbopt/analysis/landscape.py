@@ -1,4 +1,4 @@
-"""The loss along a line or in a plane of parameter space, L(theta + a d + b e) on a grid."""
+"""The loss L(theta + a d + b e) along a line or in a plane, and the flatness of a minimum."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fbopt._checks import check_number
@@ -23,9 +24,8 @@ class Landscape:
 
     Attributes:
         axes: the coordinates along each direction, float64, one or two arrays.
-        losses: (len(axes[0]),) or (len(axes[0]), len(axes[1])), float64; infinite or NaN where the
-            loss is.
-        norms: the length of each direction in parameter space.
+        losses: (len(axes[0]),) or (len(axes[0]), len(axes[1])), float64; may be infinite or NaN.
+        norms: the Euclidean norm of each direction.
     """
 
     axes: tuple[np.ndarray, ...]
@@ -33,8 +33,9 @@ class Landscape:
     norms: tuple[float, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as plain numbers; None for a loss that is not finite."""
-        plain = np.where(np.isfinite(self.losses), self.losses, None)
+        """All attributes as plain numbers; None for a loss that is not finite."""
+        plain = self.losses.astype(object)
+        plain[~np.isfinite(self.losses)] = None
         return {
             "axes": [axis.tolist() for axis in self.axes],
             "losses": plain.tolist(),
@@ -47,15 +48,15 @@ def loss_landscape(
 ) -> Landscape:
     """The loss at ``theta + sum_i a_i d_i`` for all combinations of coordinates a_i.
 
-    One pass over the chunks, without gradients, for each point.
+    Each point takes one pass over the chunks, without gradients.
 
     Args:
-        objective: the loss, and theta.
-        directions: one or two vectors; not orthogonalised.
-        axes: the coordinates along each, at least one.
+        objective: the loss, and the parameters theta.
+        directions: one or two vectors d_i; they are not orthogonalised.
+        axes: the coordinates a_i along each direction, at least one.
 
     Raises:
-        ValueError: a direction of norm zero; two that are parallel; axes that do not fit.
+        ValueError: a direction of norm zero; parallel directions; invalid axes.
         RuntimeError: the loss is not deterministic.
     """
     if len(directions) not in (1, 2) or len(axes) != len(directions):
@@ -76,25 +77,25 @@ def loss_landscape(
     losses = np.empty([len(axis) for axis in arrays])
     for place in np.ndindex(losses.shape):
         terms = zip(arrays, place, directions, strict=True)
-        shift = sum(float(axis[i]) * direction for axis, i, direction in terms)
-        losses[place] = objective.loss(shift)
+        parts = (float(axis[i]) * direction for axis, i, direction in terms)
+        losses[place] = objective.loss(sum(parts, torch.zeros_like(directions[0])))
     return Landscape(arrays, losses, norms)
 
 
-FIRST, GROWTH = 2.0**-6, math.sqrt(2.0)  # of the search outwards
+FIRST, GROWTH = 2.0**-6, math.sqrt(2.0)  # distances that the outward search tries
 
 
 @dataclass(frozen=True)
 class Flatness:
-    """Distances along random filter-normalised directions.
+    """Distances along random filter-normalised directions at which the loss has risen.
 
     Attributes:
-        threshold: how far the loss rose, in units of the loss.
-        distances: one for each direction, in units of the direction (1: every filter changes by its
-            own norm); `limit` where the loss had not risen so far by then.
-        lengths: the same as lengths in parameter space.
-        limit: how far was looked.
-        reached: in how many directions the loss rose by the threshold.
+        threshold: the rise of the loss, in units of the loss.
+        distances: one for each direction, in filter norms (1: every filter changes by its own
+            norm); `limit` where the rise was not reached.
+        lengths: the same distances as Euclidean lengths in parameter space.
+        limit: the largest distance that was tried.
+        reached: the number of directions in which the loss rose by the threshold.
     """
 
     threshold: float
@@ -105,7 +106,7 @@ class Flatness:
 
     @property
     def mean(self) -> float:
-        """Of the distances; a bound from below where not all were reached."""
+        """The mean distance; a lower bound if not all directions reached the threshold."""
         return statistics.mean(self.distances)
 
     @property
@@ -114,7 +115,7 @@ class Flatness:
         return statistics.stdev(self.distances) / math.sqrt(len(self.distances))
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as plain numbers."""
+        """All attributes and properties as plain numbers."""
         return vars(self) | {"mean": self.mean, "error": self.error}
 
 
@@ -130,21 +131,21 @@ def measure_flatness(
 ) -> Flatness:
     """The distance at which ``L(theta + t d) - L(theta)`` first reaches a threshold.
 
-    For each direction t grows by sqrt(2) from 1/64 until the threshold is passed, and the interval
-    is then halved: about 20 losses. (Between two points of the search outwards the loss may rise
-    and fall again unseen.)
+    For each direction t grows from 1/64 by factors of sqrt(2) until the threshold is passed;
+    bisection then refines it: about 20 losses. (A rise and fall between two points of the outward
+    search goes unnoticed.)
 
     Args:
-        objective: the loss, and theta.
+        objective: the loss, and the parameters theta.
         threshold: the rise, in units of the loss.
-        directions: their number, at least two; see :func:`random_direction` for `seed`, `vectors`.
+        directions: the number of random directions, at least two.
         seed: of the directions.
-        limit: where to give up.
+        limit: the largest distance to try, in filter norms.
         precision: relative precision of a distance.
-        vectors: what becomes of biases and BatchNorm's parameters.
+        vectors: the entries for one-dimensional parameters, see :func:`random_direction`.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit.
+        TypeError, ValueError: an invalid argument.
         RuntimeError: the loss is not deterministic.
     """
     check_number("threshold", threshold, above=0)
@@ -166,11 +167,11 @@ def measure_flatness(
 def _distance(
     objective: Objective, direction: Tensor, bound: float, limit: float, precision: float
 ) -> float | None:
-    """Where the loss first reaches the bound, to a relative precision; None: not by the limit."""
+    """The distance at which the loss first reaches the bound; None if it does not by the limit."""
 
     def reaches(distance: float) -> bool:
         loss = objective.loss(distance * direction)
-        return not loss < bound  # NaN has risen too
+        return not loss < bound  # NaN counts as risen
 
     low, high = 0.0, min(FIRST, limit)
     while not reaches(high):

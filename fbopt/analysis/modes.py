@@ -1,4 +1,4 @@
-"""How a model is evaluated: BatchNorm by chunk or frozen, dropout off or with draws of its own."""
+"""Evaluation modes: BatchNorm by chunk or frozen, dropout off or seeded."""
 
 from __future__ import annotations
 
@@ -15,25 +15,21 @@ DROPOUT = ("off", "seeded")
 
 @contextlib.contextmanager
 def modes(model: nn.Module, batchnorm: str, dropout: str) -> Iterator[None]:
-    """Switch the layers of a model, and put their modes back.
+    """Set the modes of a model's BatchNorm and dropout layers, and restore them.
 
     Args:
-        model: whose other modules stay in the mode that they are in.
+        model: whose other modules keep their modes.
         batchnorm: "chunk": BatchNorm layers in training mode, "frozen": in evaluation mode.
-        dropout: "off": dropout layers in evaluation mode, "seeded": as they are.
+        dropout: "off": dropout layers in evaluation mode, "seeded": in the mode that they have.
     """
-    changed: list[tuple[nn.Module, bool]] = []
-    for module in model.modules():
-        wanted = module.training
-        if isinstance(module, _BatchNorm):
-            wanted = batchnorm == "chunk"
-        elif isinstance(module, _DropoutNd) and dropout == "off":
-            wanted = False
-        if wanted != module.training:
-            changed.append((module, module.training))
-            module.training = wanted
+    before = [(module, module.training) for module in model.modules()]
     try:
+        for module, _ in before:
+            if isinstance(module, _BatchNorm):
+                module.training = batchnorm == "chunk"
+            elif isinstance(module, _DropoutNd) and dropout == "off":
+                module.training = False
         yield
     finally:
-        for module, training in changed:
+        for module, training in before:
             module.training = training

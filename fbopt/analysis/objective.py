@@ -1,11 +1,11 @@
-"""The full-batch loss as a function of the parameters, L(theta) = sum_c (n_c/N) L_c(theta), and its
-gradient: streamed over the chunks, leaving model, buffers and random generators as they were.
+"""The full-batch loss L(theta) = sum_c (n_c/N) L_c(theta) as a function of the parameters, with its
+gradient and Hessian-vector products, accumulated chunk by chunk.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,79 +15,21 @@ from torch import Tensor, nn
 from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.inputs import weigh
 from fbopt._engine.perturb import Perturbation
-from fbopt._engine.snapshot import BufferSnapshot
+from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._ops.buckets import FlatBuckets
 from fbopt._random import seed_generators
 from fbopt.accumulate import GradientAccumulator
 from fbopt.analysis.modes import BATCHNORM, DROPOUT, modes
+from fbopt.analysis.parameter_space import ParameterSpace
 from fbopt.closure import FullBatchClosure
-
-
-class ParameterSpace:
-    """The space of a list of parameters.
-
-    A vector is a 1-D tensor, the parameters one after the other in row-major order, float32
-    (float64 if any parameter is), on the device of the first parameter.
-
-    Args:
-        params: the parameters.
-    """
-
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self.params = list(params)
-
-    @property
-    def size(self) -> int:
-        """The number of parameters, the length of a vector."""
-        return sum(p.numel() for p in self.params)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of a vector."""
-        wide = any(p.dtype == torch.float64 for p in self.params)
-        return torch.float64 if wide else torch.float32
-
-    @property
-    def epsilon(self) -> float:
-        """The unit roundoff of the model's arithmetic, that of its coarsest parameters."""
-        return max(torch.finfo(p.dtype).eps for p in self.params)
-
-    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """The vector of one tensor for each parameter, None counting as zeros."""
-        device, dtype = self.params[0].device, self.dtype
-        parts = [
-            torch.zeros(p.numel(), dtype=dtype, device=device)
-            if t is None
-            else t.detach().to(device, dtype).reshape(-1)
-            for t, p in zip(tensors, self.params, strict=True)
-        ]
-        return torch.cat(parts)
-
-    def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """A vector as one tensor for each parameter, with its shape, strides, dtype and device."""
-        parts = vector.split([p.numel() for p in self.params])
-        return [
-            torch.empty_like(p).copy_(part.view(p.shape)).detach()
-            for part, p in zip(parts, self.params, strict=True)
-        ]
-
-    def theta(self) -> Tensor:
-        """The parameters as a vector."""
-        return self.flatten(self.params)
-
-    @property
-    def cuda_indices(self) -> list[int]:
-        """The CUDA devices that parameters are on."""
-        devices = {p.device for p in self.params if p.device.type == "cuda"}
-        return sorted(torch.cuda.current_device() if d.index is None else d.index for d in devices)
 
 
 @dataclass
 class Cost:
-    """Passes over all chunks: losses alone, losses with gradients, and second backward passes.
+    """Numbers of passes over all chunks: losses alone, gradients, and second backward passes.
 
-    An exact Hessian-vector product is one of `gradients` and one of `second_backwards`; one by
-    central differences is two of `gradients`.
+    An exact Hessian-vector product counts as one of `gradients` and one of `second_backwards`; one
+    by central differences as two of `gradients`.
     """
 
     losses: int = 0
@@ -95,12 +37,11 @@ class Cost:
     second_backwards: int = 0
 
     def since(self, start: Cost) -> Cost:
-        """What was added after `start`, a copy of this that was made earlier."""
-        names = vars(self)
-        return Cost(**{name: getattr(self, name) - getattr(start, name) for name in names})
+        """The passes made after `start`, an earlier :meth:`copy`."""
+        return Cost(**{name: value - getattr(start, name) for name, value in vars(self).items()})
 
     def copy(self) -> Cost:
-        """The counts as they are now."""
+        """A copy that later passes do not change."""
         return replace(self)
 
 
@@ -108,27 +49,29 @@ class Objective(ParameterSpace):
     """The full-batch loss L of a model over chunks, without penalty and weight decay.
 
     ``L(theta) = sum_c (n_c/N) L_c(theta)``, with n_c the samples in chunk c and N their sum. Every
-    chunk begins with the buffers (BatchNorm statistics) and parameters that the model has; after
-    each pass over the chunks these, the modules' modes and torch's random generators are what they
-    were. Memory does not depend on the number of chunks. Vectors in parameter space are 1-D
-    tensors, see :class:`ParameterSpace`.
+    chunk starts from the model's current buffers (BatchNorm statistics); after each pass over the
+    chunks parameters, buffers, module modes and torch's random generators are restored. Memory does
+    not depend on the number of chunks. Vectors in parameter space are 1-D tensors, see
+    :class:`ParameterSpace`.
 
     Args:
-        model, loss_fn, chunks, evaluate, weight, params, autocast: as for
-            :class:`fbopt.FullBatchClosure`.
+        model, loss_fn, chunks, evaluate, weight, params: as for :class:`fbopt.FullBatchClosure`.
+        autocast: ``torch.bfloat16`` or ``torch.float16`` for a model that is trained under
+            ``torch.autocast``: losses, gradients and Hessian-vector products are then those of the
+            autocast forward pass. None: the precision of the parameters.
         batchnorm: ``"chunk"``: BatchNorm layers normalise by the chunk's own statistics, as in
-            training. ``"frozen"``: by the running statistics that the model has.
-        dropout: ``"off"``, or ``"seeded"``: with the modules' modes as they are and draws that
-            depend on `seed` and the chunk's index alone.
+            training. ``"frozen"``: by the model's running statistics.
+        dropout: ``"off"``, or ``"seeded"``: modules keep their modes, and random draws depend on
+            `seed` and the chunk's index alone.
         seed: of the dropout draws.
 
     Attributes:
-        params: the parameters, those that require grad.
+        params: the parameters that L is a function of, by default all that require grad.
         cost: the passes made so far, a :class:`Cost`.
         on_pass: called without arguments after every pass over the chunks.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, as for FullBatchClosure.
+        TypeError, ValueError: an invalid argument, as for FullBatchClosure.
     """
 
     def __init__(
@@ -151,7 +94,7 @@ class Objective(ParameterSpace):
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
-        closure = FullBatchClosure(
+        closure = FullBatchClosure(  # checks the arguments
             model,
             loss_fn,
             chunks,
@@ -160,28 +103,36 @@ class Objective(ParameterSpace):
             params=params,
             autocast=autocast,
         )
+        assert chunks is not None  # the closure refuses it
         self.model, self.loss_fn, self.chunks = model, loss_fn, chunks
         self.evaluate, self.weight, self.autocast = evaluate, weight, autocast
         self.batchnorm, self.dropout, self.seed = batchnorm, dropout, seed
-        self.accumulator = GradientAccumulator(closure.sums.params)  # arguments are checked there
+        self.accumulator = GradientAccumulator(closure.sums.params)
         super().__init__(self.accumulator.params)
         self.cost = Cost()
-        self.on_pass: Callable[[], None] = lambda: None
+        self.on_pass: Callable[[], object] = lambda: None
+        self.is_deterministic = False  # set by checks.check
         self._buffers = BufferSnapshot(model)
         self._perturbation: Perturbation | None = None
-        self.is_deterministic: bool | None = None
+
+    @property
+    def epsilon(self) -> float:
+        """The machine epsilon of the passes: of autocast's or the parameters' coarsest dtype."""
+        dtypes = {p.dtype for p in self.params}
+        if self.autocast is not None:
+            dtypes.add(self.autocast)
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
 
     @torch.no_grad()
     def loss(self, shift: Tensor | None = None) -> float:
         """L(theta + shift), in nats for a cross-entropy; may be infinite or NaN."""
-        total = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         samples = 0.0
         with self.evaluating(shift):
             for index, chunk, weight in self.visit():
                 total += weight * self.chunk_loss(index, chunk).to(total)
                 samples += weight
-        self.cost.losses += 1
-        self.on_pass()
+        self.count(losses=1)
         return float(total) / samples
 
     def gradient(self, shift: Tensor | None = None) -> Tensor:
@@ -194,17 +145,17 @@ class Objective(ParameterSpace):
         observe: Callable[[float, Tensor, list[Tensor | None]], None],
         shift: Tensor | None = None,
     ) -> None:
-        """Leave the gradient of L in ``accumulator``; hand n_c, L_c and g_c to `observe`."""
+        """Leave the gradient of L in ``accumulator``; pass n_c, L_c and g_c to `observe`."""
         self.accumulator.reset()
         with self.evaluating(shift), torch.enable_grad():
             for index, chunk, weight in self.visit():
-                loss = self.differentiable_loss(index, chunk)
-                grads = list(torch.autograd.grad(loss, self.params, allow_unused=True))
+                loss = self.chunk_loss(index, chunk)
+                grads: list[Tensor | None] = []
+                grads += torch.autograd.grad(loss, self.params, allow_unused=True)
                 self.accumulator.add(grads, weight)
                 observe(weight, loss.detach(), grads)
-                del loss, grads  # before the next chunk's are made
-        self.cost.gradients += 1
-        self.on_pass()
+                del loss, grads  # freed before the next chunk's are made
+        self.count(gradients=1)
 
     def product(self, vector: Tensor) -> Tensor:
         """H v, with H the Hessian of L at theta, by a second backward pass per chunk.
@@ -216,12 +167,10 @@ class Objective(ParameterSpace):
         self.accumulator.reset()
         with self.evaluating(), torch.enable_grad():
             for index, chunk, weight in self.visit():
-                loss = self.differentiable_loss(index, chunk)
+                loss = self.chunk_loss(index, chunk)
                 self.accumulator.add(self._second_backward(loss, parts), weight)
                 del loss
-        self.cost.gradients += 1
-        self.cost.second_backwards += 1
-        self.on_pass()
+        self.count(gradients=1, second_backwards=1)
         return self.flatten(self.accumulator.mean())
 
     def _second_backward(self, loss: Tensor, vector: list[Tensor]) -> list[Tensor | None]:
@@ -236,58 +185,55 @@ class Objective(ParameterSpace):
         outputs, along = (list(side) for side in zip(*pairs, strict=True))
         return list(torch.autograd.grad(outputs, self.params, along, allow_unused=True))
 
+    def count(self, losses: int = 0, gradients: int = 0, second_backwards: int = 0) -> None:
+        """Add one pass over the chunks to ``cost``, and report it to ``on_pass``."""
+        self.cost.losses += losses
+        self.cost.gradients += gradients
+        self.cost.second_backwards += second_backwards
+        self.on_pass()
+
     def visit(self) -> Iterator[tuple[int, Any, float]]:
-        """Iterate over (index, chunk, n_c), each with the model's own buffers. Within
+        """Iterate over (index, chunk, n_c), restoring the buffers before each; only within
         :meth:`evaluating`.
         """
         seen = False
         for index, chunk in enumerate(self.chunks):
             seen = True
-            self.put_back()
+            self.restore_buffers()
             yield index, chunk, weigh(index, chunk, self.weight)
         if not seen:
             raise ValueError("chunks is empty: there is no sample to average over")
 
-    def put_back(self) -> None:
-        """Give the model the buffers that it had when :meth:`evaluating` began."""
+    def restore_buffers(self) -> None:
+        """Restore the buffers that the model had when :meth:`evaluating` began."""
         self._buffers.restore()
 
     def chunk_loss(self, index: int, chunk: Any) -> Tensor:
-        """A chunk's mean loss."""
-        self._seed(index)
-        return self._forward()(index, chunk)[0]
-
-    def differentiable_loss(self, index: int, chunk: Any) -> Tensor:
-        """A chunk's mean loss, a 0-dim tensor with a graph behind it."""
-        self._seed(index)
-        return self._forward().differentiable(index, chunk)[0]
-
-    def _forward(self) -> ChunkLoss:
-        device = self.params[0].device
-        return ChunkLoss(self.model, self.loss_fn, self.evaluate, self.autocast, device)
-
-    def _seed(self, index: int) -> None:
+        """The mean loss of a chunk; with gradients enabled, checked to have an autograd graph."""
         if self.dropout == "seeded":
-            seed_generators({p.device for p in self.params}, self.seed, index)
+            seed_generators(self.devices, self.seed, index)
+        forward = ChunkLoss(self.model, self.loss_fn, self.evaluate, self.autocast, self.device)
+        compute = forward.differentiable if torch.is_grad_enabled() else forward
+        return compute(index, chunk)[0]
 
     @contextlib.contextmanager
     def evaluating(self, shift: Tensor | None = None) -> Iterator[None]:
-        """Modes as the arguments say and the parameters at theta + shift; all put back after."""
+        """Set the modules' modes, move the parameters to theta + shift, and restore all after."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(self.cuda_indices))
+            stack.enter_context(GeneratorSnapshot(self.devices).repeated())
             stack.enter_context(modes(self.model, self.batchnorm, self.dropout))
             self._buffers.save()
-            stack.callback(self.put_back)
+            stack.callback(self.restore_buffers)
             if shift is not None:
-                stack.enter_context(self._moved(shift))
+                stack.enter_context(self._shifted(shift))
             yield
 
-    def _moved(self, shift: Tensor) -> contextlib.AbstractContextManager[None]:
-        """Let the parameters point to a second buffer with theta + shift."""
+    def _shifted(self, shift: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Let the parameters point to a second buffer that holds theta + shift."""
         known = self._perturbation
         if known is None or not known.fits(known.buckets):
-            self._perturbation = Perturbation(FlatBuckets(self.params))
-        self._perturbation.begin()
-        parts = self._perturbation.buckets.gather(self.unflatten(shift), "grads")
-        self._perturbation.fill(parts, float(shift.double().norm()))
-        return self._perturbation.applied()
+            known = self._perturbation = Perturbation(FlatBuckets(self.params))
+        known.begin()
+        parts = known.buckets.gather(self.unflatten(shift), "grads")
+        known.fill(parts, float(shift.double().norm()))
+        return known.applied()

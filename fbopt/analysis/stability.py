@@ -1,4 +1,4 @@
-"""How sharp the loss may be before gradient descent is unstable: 2/lr, and with momentum more.
+"""The largest curvature at which gradient descent is stable: 2/lr, and more with momentum.
 
 Cohen, Kaur, Li, Kolter, Talwalkar, "Gradient Descent on Neural Networks Typically Occurs at the
 Edge of Stability" (ICLR 2021, arXiv 2103.00065), section 2 and appendix B.
@@ -13,11 +13,11 @@ from fbopt._checks import check_number
 
 @dataclass(frozen=True)
 class Threshold:
-    """The largest eigenvalue of the loss's Hessian at which steps on its quadratic do not diverge.
+    """The largest Hessian eigenvalue at which steps on the quadratic model do not diverge.
 
     Attributes:
-        value: the threshold; an infinite one for a learning rate of zero.
-        formula: how it was had, such as ``(2 + 2 momentum) / lr``.
+        value: the threshold; infinite for a learning rate of zero.
+        formula: its formula in words, such as ``(2 + 2 momentum)/lr``.
     """
 
     value: float
@@ -33,30 +33,31 @@ def stability_threshold(
     weight_decay: float = 0.0,
     clip: float = 1.0,
 ) -> Threshold:
-    """The threshold on the sharpness of L for torch.optim.SGD's steps on the full batch.
+    """The stability threshold on the sharpness of L for full-batch steps of torch.optim.SGD.
 
-    An eigendirection of curvature a is a recursion whose largest root leaves the unit circle at -1,
-    where the learning rate times a is
+    Along an eigenvector of curvature a the steps are a linear recursion. Its largest root leaves
+    the unit circle at -1, where lr times a is
 
         2                                 plain
         (2 + 2 m) / (1 - dampening)       heavy-ball momentum m
         (2 + 2 m) / (1 + 2 m)             Nesterov momentum, without dampening
 
-    The steps see ``a = clip lambda + weight_decay``, with the gradient scaled by `clip` before the
-    decay is added, so the threshold on lambda is ``(that/lr - weight_decay)/clip``. The clip
-    coefficient is one step's: while the gradient's norm stays above max_norm, it changes from step
-    to step, and the threshold with it. A gradient penalty adds curvature that is not counted here.
+    For an eigenvalue lambda of L's Hessian the steps see ``a = clip lambda + weight_decay``: the
+    gradient is scaled by `clip` before the decay is added. The threshold on lambda is therefore
+    ``(that/lr - weight_decay)/clip``. The clip coefficient is that of one step: while the gradient
+    norm exceeds max_norm, it changes from step to step, and the threshold with it. The curvature
+    of a gradient penalty is not included.
 
     Args:
         lr: the learning rate.
         momentum: as in torch.optim.SGD, like the next three.
-        nesterov: Nesterov's momentum.
+        nesterov: Nesterov momentum.
         dampening: of the momentum.
         weight_decay: the L2 coefficient.
-        clip: the coefficient that the gradient is scaled by, above 0 and at most 1.
+        clip: the clip coefficient that scales the gradient, above 0 and at most 1.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit.
+        TypeError, ValueError: an invalid argument.
     """
     check_number("lr", lr, least=0)
     check_number("momentum", momentum, least=0)

@@ -1,4 +1,4 @@
-"""The trace of the Hessian by Hutchinson's estimator, tr(H) = E z.(H z) for random signs z."""
+"""The trace of the Hessian by Hutchinson's estimator: tr(H) = E z.(H z) for random signs z."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from fbopt.analysis.hessian import Hessian
 
 @dataclass(frozen=True)
 class Trace:
-    """An estimate with its standard error.
+    """An estimate of the trace with its standard error.
 
     Attributes:
         value: the mean of ``z.(H z)`` over the samples.
-        error: its standard error, the samples' deviation divided by the root of their number.
-        samples: their number, and that of products.
+        error: its standard error, the samples' standard deviation divided by the square root of
+            their number.
+        samples: the number of samples, of one product each.
     """
 
     value: float
@@ -34,20 +35,19 @@ def hessian_trace(hessian: Hessian, samples: int = 32, seed: int = 0) -> Trace:
 
     Args:
         hessian: the operator.
-        samples: random vectors, one product each; at least two, for an error.
+        samples: the number of random vectors, with one product each; at least 2.
         seed: of the vectors; sample i is the same however many there are.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit.
+        TypeError, ValueError: `samples` is not a number or too small.
     """
     check_number("samples", samples, least=2)
     objective = hessian.objective
-    device = objective.params[0].device
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(samples):
         signs = torch.randint(2, (objective.size,), generator=generator, dtype=torch.int8)
-        vector = (2 * signs - 1).to(device, objective.dtype)
+        vector = (2 * signs - 1).to(objective.device, objective.dtype)
         values.append(float(vector.double() @ hessian(vector).double()))
     found = torch.tensor(values, dtype=torch.float64)
     return Trace(float(found.mean()), float(found.std()) / math.sqrt(samples), samples)

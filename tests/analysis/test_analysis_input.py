@@ -111,7 +111,7 @@ ROWS = {
     ),
     "momentum's shape": (
         lambda c: gradient_statistics(c.objective(), [torch.ones(2)] * 6),
-        "momentum[0] has shape (2,), its parameter (40, 20)",
+        "momentum[0] has shape torch.Size([2]), its parameter torch.Size([40, 20])",
     ),
     "lr": (lambda c: stability_threshold(-1), "lr must be at least 0"),
     "clip": (lambda c: stability_threshold(1, clip=2), "clip must be at most 1"),

@@ -87,10 +87,6 @@ def test_three_runs_side_by_side(folder, tmp_path, capsys):
         assert middle == pytest.approx(gradient[label]["loss"], rel=1e-6)
     for name in ("sharpness", "flatness", "line", "plane", "between"):
         assert min(size(out / f"{name}.png")) > 600
-        text = (out / f"{name}.svg").read_text()
-        assert "<svg" in text
-        if name in ("line", "plane", "between"):
-            assert "nats" in text or "<path" in text
     printed = capsys.readouterr().out
     assert "passes of training" in printed and "written:" in printed
 
@@ -143,7 +139,7 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
         kept.append(found)
     assert kept[0] == kept[1] != kept[2]
     assert kept[0]["line"]["noisy, step 3"]["batchnorm"] == "chunk"
-    for path in (tmp_path / "a").glob("*.[ps][nv]g"):
+    for path in (tmp_path / "a").glob("*.png"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
@@ -185,7 +181,7 @@ def test_a_bar_counts_passes(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tqdm, "tqdm", Bar)
     names = ["gradient", "trace", "line", "plane"]
     assert analyze(folder / "first", "--out", tmp_path, "--measures", *names, *QUICK) == 0
-    assert [bar.desc for bar in bars] == [f"{name}, first, step 12" for name in names]
+    assert [bar.desc for bar in bars] == [f"first, step 12: {name}" for name in names]
     assert [bar.n for bar in bars] == [bar.total for bar in bars] == [1 + 3, 2, 5, 9]
 
 
@@ -297,6 +293,25 @@ def test_compiled_runs_are_measured_as_others(tiny, tmp_path, monkeypatch):
     assert runs[1].model._compiled_call_impl is not None
     found = results(tmp_path / "compiled" / "analysis")["measures"]["sharpness"]
     assert found["compiled, step 2"]["eigenvalues"][0] == pytest.approx(plain, rel=1e-3)
+
+
+def test_a_bf16_run_is_measured_as_it_was_trained(tiny, tmp_path):
+    """Its own next step logs the loss and the gradient norm at a checkpoint's weights."""
+    saved = {"save_every": 1, "keep": 5, "track": "noise", "every": 1}
+    options = tiny_runs.options(
+        tiny, tmp_path / "run", steps=3, precision="bf16", penalty=0, **saved
+    )
+    records = train(options).folder.read_metrics()
+    file = tmp_path / "run" / "checkpoint-2.pt"
+    assert analyze(file, "--measures", "gradient", "--out", tmp_path, *QUICK) == 0
+    found = results(tmp_path)["measures"]["gradient"]["run, step 2"]
+    for name in ("loss", "gradient_norm"):
+        assert found[name] == pytest.approx(records[2][name], rel=1e-6)
+    assert found["noise_trace"] == pytest.approx(records[1]["noise_trace"], rel=1e-6)
+    subject = runs.read(file, Analysis(runs=(file,)))
+    assert subject.objective.autocast == torch.bfloat16
+    subject.objective.autocast = None
+    assert subject.objective.loss() != pytest.approx(found["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
-"""`fbopt analyze RUN …`: measure, print a line, write results.json and figures, one by one."""
+"""`fbopt analyze RUN …`: take each measure, print it, and write results.json and figures."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from fbopt.train.config.options import OptionsError
 from fbopt.train.config.parser import parse
 
 if TYPE_CHECKING:
+    from fbopt.train.analyze.report import Report
     from fbopt.train.analyze.runs import Subject
 
 
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def folder_of(options: Analysis) -> Path:
-    """Where results go: `out`, RUN/analysis, or analysis-NAME-NAME beside the first of several."""
+    """The output folder: `out`, RUN/analysis, or analysis-NAME-NAME beside the first of several."""
     if options.out is not None:
         return options.out
     folders = [path if path.is_dir() else path.parent for path in options.runs]
@@ -46,15 +49,15 @@ def folder_of(options: Analysis) -> Path:
 
 
 def analyze(options: Analysis) -> dict[str, Any]:
-    """Measure as `options` say; write and return what is in results.json.
+    """Measure as `options` say; write and return the content of results.json.
 
     Raises:
-        OptionsError, DataError: something cannot work; nothing is written.
-        ValueError, RuntimeError: weights or a loss that cannot be measured; what was finished is
+        OptionsError, DataError: an invalid option, run or data set; nothing is measured.
+        ValueError, RuntimeError: weights or a loss that cannot be measured; finished measures are
             kept.
     """
     check(options)
-    from fbopt.train.analyze.measures import MEASURES, between, passes
+    from fbopt.train.analyze import measures
     from fbopt.train.analyze.report import Report
     from fbopt.train.analyze.runs import read
 
@@ -64,75 +67,67 @@ def analyze(options: Analysis) -> dict[str, Any]:
         report.add_run(subject, subject.pass_seconds(options.train_steps))
     for name in options.measures:
         for subject in subjects:
-            measure = MEASURES[name]
-            work = _call(measure, subject, options)
-            values, text = _measured(report, subject, name, passes(name, [subject], options), work)
-            report.add(subject.name, name, values)
-            print(f"{subject.name}: {name}: {text}\n    {_cost(values['cost'])}", flush=True)
+            work = partial(measures.MEASURES[name], subject, options)
+            values = _measure(report, f"{subject.name}: {name}", subject, name, options, work)
+            report.add(name, values, subject.name)
         report.draw(name)
     if options.between:
-        work = _call(between, subjects, options)
-        total = passes("between", subjects, options)
-        values, text = _measured(report, subjects[0], "between", total, work)
-        report.add_between(values)
-        print(f"between the runs: {text}\n    {_cost(values['cost'])}", flush=True)
+        name = "line" if len(subjects) == 2 else "plane"
+        work = partial(measures.between, subjects, options)
+        values = _measure(report, "between the runs", subjects[0], name, options, work)
+        report.add("between", values)
         report.draw("between")
     print(f"written: {report.folder}/ ({', '.join(report.written)})", flush=True)
     return report.results
 
 
-Work = Callable[[], tuple[dict[str, Any], str]]
+def _measure(
+    report: Report,
+    title: str,
+    subject: Subject,
+    name: str,
+    options: Analysis,
+    work: Callable[[], tuple[dict[str, Any], str]],
+) -> dict[str, Any]:
+    """Do the work under a progress bar, print its text, and return its values with their cost."""
+    from fbopt.train.analyze.measures import passes
 
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Work:
-    return lambda: function(*arguments)
-
-
-def _measured(
-    report: Any, subject: Subject, name: str, total: int | None, work: Work
-) -> tuple[dict[str, Any], str]:
-    """The values and text of a measure, with its cost, under a progress bar."""
     objective = subject.objective
     before, start = objective.cost.copy(), time.perf_counter()
-    with _bar(f"{name}, {subject.name}", total) as bar:
-        objective.on_pass = bar.update
+    subject.set_precision()
+    with _progress_bar(title, passes(name, subject, options)) as advance:
+        objective.on_pass = advance
         try:
             values, text = work()
         finally:
             objective.on_pass = lambda: None
     seconds = time.perf_counter() - start
-    cost = vars(objective.cost.since(before)) | {
-        "seconds": round(seconds, 3),
-        "training_passes": round(seconds / report.pass_seconds(subject.name), 2),
-    }
-    return values | {"cost": cost}, text
+    training_passes = round(seconds / report.pass_seconds(subject.name), 2)
+    cost = vars(objective.cost.since(before))
+    print(
+        f"{title}: {text}\n    {cost['gradients']} gradients, {cost['second_backwards']} second "
+        f"backward passes, {cost['losses']} losses; {seconds:.1f} s, as long as "
+        f"{training_passes:.1f} passes of training",
+        flush=True,
+    )
+    timing = {"seconds": round(seconds, 3), "training_passes": training_passes}
+    return values | {"cost": cost | timing}
 
 
-def _bar(description: str, total: int | None) -> Any:
-    """A bar on a terminal that counts passes over the training set; nothing elsewhere."""
+@contextlib.contextmanager
+def _progress_bar(title: str, total: int | None) -> Iterator[Callable[[], object]]:
+    """Show a bar on a terminal, where tqdm is installed; yields what advances it by one pass."""
     try:
         from tqdm import tqdm
     except ImportError:
-        from fbopt.train.analyze.report import NoBar
-
-        return NoBar()
-    return tqdm(
-        total=total,
-        desc=description,
-        unit="pass",
-        leave=False,
-        disable=None,
-        ncols=shutil.get_terminal_size().columns,
-        nrows=20,  # tqdm shows nothing where a pseudo-terminal claims to have no rows
-    )
-
-
-def _cost(cost: dict[str, Any]) -> str:
-    return (
-        f"{cost['gradients']} gradients, {cost['second_backwards']} second backward passes, "
-        f"{cost['losses']} losses; {cost['seconds']:.1f} s, as long as "
-        f"{cost['training_passes']:.1f} passes of training"
-    )
+        yield lambda: None
+        return
+    width = shutil.get_terminal_size().columns
+    # Without nrows tqdm shows nothing where a pseudo-terminal claims to have no rows.
+    with tqdm(
+        total=total, desc=title, unit="pass", leave=False, disable=None, ncols=width, nrows=20
+    ) as bar:
+        yield bar.update
 
 
 def _fail(message: str, status: int) -> int:

@@ -1,19 +1,24 @@
-"""The measures of `fbopt analyze`, each from a checkpoint to plain numbers and a line of text."""
+"""The measures of `fbopt analyze`: each returns plain numbers and a line of text."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fbopt.analysis.directions import difference, random_direction
-from fbopt.analysis.gradient_noise import gradient_statistics
-from fbopt.analysis.hessian import Hessian
-from fbopt.analysis.lanczos import eigenpairs
-from fbopt.analysis.landscape import loss_landscape, measure_flatness
-from fbopt.analysis.stability import stability_threshold
-from fbopt.analysis.trace import hessian_trace
+from fbopt.analysis import (
+    Hessian,
+    difference,
+    eigenpairs,
+    gradient_statistics,
+    hessian_trace,
+    loss_landscape,
+    measure_flatness,
+    random_direction,
+    stability_threshold,
+)
 from fbopt.train.analyze.options import Analysis
 from fbopt.train.analyze.runs import Subject
 from fbopt.train.checkpoint.resume import check_model
@@ -23,7 +28,7 @@ Values = dict[str, Any]
 
 
 def gradient(subject: Subject, options: Analysis) -> tuple[Values, str]:
-    """Norms, noise scale, signal-to-noise, and the angle to the momentum."""
+    """Gradient norms, noise scale, signal-to-noise, and the angle to the momentum."""
     found = gradient_statistics(subject.objective, subject.momentum)
     scale, angle = found.noise_scale, found.momentum_angle
     text = (
@@ -36,7 +41,7 @@ def gradient(subject: Subject, options: Analysis) -> tuple[Values, str]:
 
 
 def sharpness(subject: Subject, options: Analysis) -> tuple[Values, str]:
-    """Extreme eigenvalues of the Hessian beside the threshold of stability."""
+    """Extreme eigenvalues of the Hessian, and the threshold of stability."""
     found = eigenpairs(
         _hessian(subject, options),
         options.eigenvalues,
@@ -73,7 +78,7 @@ def trace(subject: Subject, options: Analysis) -> tuple[Values, str]:
 
 
 def flatness(subject: Subject, options: Analysis) -> tuple[Values, str]:
-    """The distance to a rise of the loss."""
+    """The distance at which the loss has risen by the threshold."""
     found = measure_flatness(
         subject.objective,
         options.threshold,
@@ -83,7 +88,7 @@ def flatness(subject: Subject, options: Analysis) -> tuple[Values, str]:
     )
     text = f"{found.mean:.4g} ± {found.error:.2g} filter norms to a loss {found.threshold:g} higher"
     if found.reached < options.directions:
-        text += f"; a bound from below, {found.reached} of {options.directions} directions reach it"
+        text += f"; a lower bound, {found.reached} of {options.directions} directions reach it"
     return found.as_json(), text
 
 
@@ -101,10 +106,10 @@ MEASURES = {f.__name__: f for f in (gradient, sharpness, trace, flatness, line, 
 
 
 def between(subjects: list[Subject], options: Analysis) -> tuple[Values, str]:
-    """The loss of the first run's model on the line to the second, or in the plane with a third.
+    """The loss on the line through two runs, or in the plane through three, of the first's model.
 
-    Coordinates are shares of the differences: the runs lie at 0 and 1, and at (0, 0), (1, 0),
-    (0, 1).
+    Coordinates are shares of the way to the second and to the third run: two runs are at 0 and 1,
+    three at (0, 0), (1, 0) and (0, 1).
     """
     first, *others = subjects
     directions = []
@@ -116,24 +121,20 @@ def between(subjects: list[Subject], options: Analysis) -> tuple[Values, str]:
         directions.append(difference(first.objective, state, str(other.folder)))
     count = options.points if len(directions) == 1 else options.grid
     axis = np.union1d(np.linspace(-0.25, 1.25, count), [0.0, 1.0])
-    found = loss_landscape(first.objective, directions, [axis] * len(directions))
-    values = found.as_json() | {"names": [s.name for s in subjects]}
-    return values | _conditions(first, options), _range(found.losses)
+    values, text = _losses(first, options, directions, axis)
+    return values | {"names": [s.name for s in subjects]}, text
 
 
-def passes(name: str, subjects: list[Subject], options: Analysis) -> int | None:
-    """How many passes over the chunks a measure takes, where that is known beforehand."""
-    if name == "between":
-        name = "line" if len(subjects) == 2 else "plane"
+def passes(name: str, subject: Subject, options: Analysis) -> int | None:
+    """The number of passes over the chunks that a measure takes, None if unknown beforehand."""
+    products = {"exact": options.samples, "central": 2 * options.samples}
     known = {
         "gradient": 1,
-        "trace": {"central": 2}.get(options.products, 1) * options.samples,
+        "trace": products.get(options.products, options.samples + 1),
         "line": options.points,
         "plane": options.grid**2,
     }
-    if name == "trace" and options.products == "forward":
-        known[name] += 1  # the gradient where the differences begin
-    checks = 0 if subjects[0].objective.is_deterministic else 3
+    checks = 0 if subject.objective.is_deterministic else 3
     return known[name] + checks if name in known else None
 
 
@@ -142,7 +143,7 @@ def _hessian(subject: Subject, options: Analysis) -> Hessian:
 
 
 def _clip(subject: Subject) -> float:
-    """The coefficient that the next step would scale the full-batch gradient of L by."""
+    """The clip coefficient that the next step would apply to the full-batch gradient of L."""
     limit = subject.run.options.max_norm
     if limit is None:
         return 1.0
@@ -157,18 +158,18 @@ def _landscape(subject: Subject, options: Analysis, dimensions: int) -> tuple[Va
     ]
     count = options.points if dimensions == 1 else options.grid
     axis = np.linspace(-options.span, options.span, count)
-    found = loss_landscape(subject.objective, directions, [axis] * dimensions)
-    return found.as_json() | _conditions(subject, options), _range(found.losses)
+    return _losses(subject, options, directions, axis)
 
 
-def _conditions(subject: Subject, options: Analysis) -> Values:
-    normalises = any(isinstance(m, _BatchNorm) for m in subject.run.model.modules())
-    return {
-        "batchnorm": options.batchnorm if normalises else "none",
+def _losses(
+    subject: Subject, options: Analysis, directions: list[Tensor], axis: np.ndarray
+) -> tuple[Values, str]:
+    found = loss_landscape(subject.objective, directions, [axis] * len(directions))
+    has_batchnorm = any(isinstance(m, _BatchNorm) for m in subject.run.model.modules())
+    conditions = {
+        "batchnorm": options.batchnorm if has_batchnorm else "none",
         "vectors": options.vectors,
         "seed": options.seed,
     }
-
-
-def _range(losses: np.ndarray) -> str:
-    return f"loss from {np.nanmin(losses):.4g} to {np.nanmax(losses):.4g}"
+    text = f"loss from {np.nanmin(found.losses):.4g} to {np.nanmax(found.losses):.4g}"
+    return found.as_json() | conditions, text

@@ -1,4 +1,4 @@
-"""The options of `fbopt analyze`, and their checks."""
+"""The options of `fbopt analyze` and their checks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MEASURES = get_args(Measure)
 
 @dataclass(frozen=True)
 class Analysis:
-    """Say what kind of minimum a run of `fbopt train` reached.
+    """Measure what kind of minimum a run of `fbopt train` reached.
 
-    RUNS are one to three run folders (of which the newest checkpoint is taken) or checkpoint files
-    (RUN/checkpoint-STEP.pt). Several are measured alike and drawn beside each other. What is
-    measured is the mean loss over the training set, without penalty and weight decay, in chunks of
-    the run's size (for sgd: of its mini-batches), in the order of the data.
+    RUNS are one to three run folders (their newest checkpoint is used) or checkpoint files
+    (RUN/checkpoint-STEP.pt); several are drawn side by side. The measures are of the mean loss over
+    the training set, without penalty and weight decay, in chunks of the run's size (sgd: of its
+    mini-batch size), in the order of the data and in the precision that the run trained in.
     """
 
     runs: tuple[Path, ...]
@@ -28,47 +28,47 @@ class Analysis:
     """What to measure. gradient: norms, noise scale, angle to the momentum. sharpness: the largest
     eigenvalues of the Hessian. flatness, line, plane: along random filter-normalised directions."""
     between: bool = False
-    """Also draw the loss on the line between two runs, or in the plane of three, of one model."""
+    """Also measure the loss on the line through two runs of one model, or in the plane of three."""
     out: Path | None = None
-    """Folder for results.json and figures. Default: RUN/analysis; for several runs
+    """Folder for results.json and the figures. Default: RUN/analysis; for several runs
     analysis-NAME-NAME beside the first."""
     seed: int = 0
     """Seed of all random vectors and directions, and of dropout draws."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, …"""
     batchnorm: Literal["chunk", "frozen"] = "chunk"
-    """BatchNorm normalises by each chunk's own statistics, as in training, or by the checkpoint's
-    running statistics."""
+    """Whether BatchNorm normalises by each chunk's own statistics, as in training, or by the
+    checkpoint's running statistics (frozen)."""
     dropout: Literal["off", "seeded"] = "off"
-    """seeded keeps dropout, with masks that depend on seed, step and chunk."""
+    """Whether dropout is off, or on with masks that depend on the seed and the chunk (seeded)."""
     products: Literal["exact", "central", "forward"] = "exact"
     """Hessian-vector products: by double backward, or by finite differences."""
     radius: float | None = None
-    """Length of the shift in finite differences. Default: by the precision of the weights."""
+    """Length of the shift in finite differences. Default: from the precision of the passes."""
     eigenvalues: int = 5
-    """How many, at each end that is asked for."""
+    """Number of eigenvalues at each end."""
     ends: Literal["largest", "smallest", "both"] = "largest"
     """Which end of the spectrum; the smallest are the most negative."""
     tolerance: float = 1e-3
-    """An eigenvalue's residual at convergence, as a share of it."""
+    """An eigenvalue has converged when its residual is below this fraction of it."""
     max_products: int = 200
-    """Products with the Hessian after which the search for eigenvalues ends."""
+    """Largest number of Hessian-vector products for the eigenvalues."""
     samples: int = 32
-    """Random vectors for the trace."""
+    """Number of random vectors for the trace."""
     threshold: float = 0.1
-    """Rise of the loss that flatness is the distance to, in its units (nats)."""
+    """Flatness is the distance at which the loss has risen by so much (nats)."""
     directions: int = 10
-    """Random directions for flatness."""
+    """Number of random directions for flatness."""
     span: float = 0.5
     """Lines and planes reach from -span to span; 1 changes every filter by its own norm."""
     points: int = 61
-    """Points of a line."""
+    """Number of points of a line."""
     grid: int = 25
-    """Points of a plane along each side."""
+    """Number of points along each side of a plane."""
     vectors: Literal["zero", "scaled"] = "zero"
-    """Whether directions leave out biases and BatchNorm's parameters, or scale them as a filter."""
+    """Whether directions leave out biases and BatchNorm's parameters or scale each as a filter."""
     train_steps: int = 3
-    """Training steps that are timed, to compare with; they change nothing."""
+    """Passes of training to time for comparison; the run is not changed."""
 
 
 _LEAST = {
@@ -79,7 +79,7 @@ _ABOVE_ZERO = ("radius", "tolerance", "threshold", "span")
 
 
 def check(options: Analysis) -> None:
-    """Raise OptionsError for values that cannot work, before anything is read."""
+    """Raise OptionsError for an invalid option, before anything is read."""
     if not 1 <= len(options.runs) <= 3:
         raise OptionsError(f"give one to three runs, not {len(options.runs)}")
     if options.between and len(options.runs) == 1:

@@ -1,5 +1,5 @@
-"""results.json and the figures, brought up to date after every measure, so that what is finished
-is kept.
+"""results.json and the figures, rewritten after every measure, so that Ctrl-C loses only the one in
+progress.
 """
 
 from __future__ import annotations
@@ -17,45 +17,32 @@ from fbopt.train.checkpoint import atomic
 from fbopt.train.config.options import OptionsError
 
 
-class NoBar:
-    """What stands for a progress bar where tqdm is not installed."""
-
-    def __enter__(self) -> NoBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-    def update(self) -> None:
-        """Show nothing."""
-
-
 class Report:
-    """The results in a folder, which is made at once.
+    """The results in a folder, which is created at once.
 
     Attributes:
-        folder: where files go.
-        results: what results.json holds.
+        folder: where the files are.
+        results: the content of results.json.
         written: the names of the files written so far.
     """
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         self.folder = folder
-        self.written: list[str] = []
-        self.results: dict[str, Any] = {"options": options, "environment": _environment()}
-        self.results |= {"runs": {}, "measures": {}}
+        self.written: dict[str, None] = {}  # an ordered set
+        self.results: dict[str, Any] = {
+            "options": options, "environment": _environment(), "runs": {}, "measures": {},
+        }  # fmt: skip
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._write()
         except OSError as error:
             raise OptionsError(
                 f"--out {folder}: cannot be written ({atomic.reason(error)}); "
-                f"{atomic.cure(error)}, "
-                "or give another --out"
+                f"{atomic.cure(error)}, or give another --out"
             ) from error
 
     def add_run(self, subject: Subject, pass_seconds: float) -> None:
-        """Note what is measured, and how long a pass of its training takes."""
+        """Add a run and the time that a pass of its training takes."""
         if subject.name in self.results["runs"]:
             raise OptionsError(f"{subject.name} is given twice")
         training = subject.run.options.as_json()
@@ -68,48 +55,33 @@ class Report:
         }
         self._write()
 
-    def pass_seconds(self, name: str) -> float:
-        """How long a pass of a run's training takes."""
-        return self.results["runs"][name]["training_pass_seconds"]
+    def pass_seconds(self, run: str) -> float:
+        """The time that a pass of a run's training takes."""
+        return self.results["runs"][run]["training_pass_seconds"]
 
-    def add(self, run: str, measure: str, values: dict[str, Any]) -> None:
-        """Keep what was measured of a run."""
-        self.results["measures"].setdefault(measure, {})[run] = values
+    def add(self, measure: str, values: dict[str, Any], run: str | None = None) -> None:
+        """Add what was measured of a run; without `run`, of all together."""
+        measures = self.results["measures"]
+        if run is None:
+            measures[measure] = values
+        else:
+            measures.setdefault(measure, {})[run] = values
         self._write()
 
-    def add_between(self, values: dict[str, Any]) -> None:
-        """Keep the loss between the runs."""
-        self.results["measures"]["between"] = values
-        self._write()
-
-    def draw(self, changed: str) -> None:
-        """Draw the figures that show a measure, where all that they need is there."""
+    def draw(self, measure: str) -> None:
+        """Draw the figures that show a measure."""
         found = self.results["measures"]
-        drawings = {
-            "sharpness": lambda: figures.sharpness(found["sharpness"]),
-            "flatness": lambda: figures.flatness(found["flatness"]),
-            "line": lambda: figures.line(found["line"]),
-            "plane": lambda: figures.plane(found["plane"], found.get("flatness", {})),
-            "between": lambda: figures.between(found["between"]),
-        }
-        wanted = [changed] + (["plane"] if changed == "flatness" and "plane" in found else [])
-        for name in wanted:
-            if name not in drawings:
-                continue
-            try:
-                figure, note = drawings[name]()
-            except ImportError:
-                print(f"no {name}.png: pip install matplotlib", flush=True)
-                continue
-            figures.save(figure, self.folder / name, note)
-            self._note(f"{name}.png", f"{name}.svg")
+        for name in (measure, *(["plane"] if measure == "flatness" and "plane" in found else [])):
+            if name in figures.DRAWINGS:
+                try:
+                    figures.draw(name, found, self.folder / f"{name}.png")
+                    self.written[f"{name}.png"] = None
+                except ImportError:
+                    print(f"no {name}.png: pip install matplotlib", flush=True)
 
     def _write(self) -> None:
         atomic.replace_json(self.folder / "results.json", self.results)
-        self._note("results.json")
-
-    def _note(self, *names: str) -> None:
-        self.written += [name for name in names if name not in self.written]
+        self.written["results.json"] = None
 
 
 def _environment() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A checkpoint of a run of `fbopt train` as something to measure: model, loss, chunks, momentum."""
+"""Checkpoints of `fbopt train` as objectives to measure: model, loss, chunks, momentum."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbopt.analysis.objective import Objective
+from fbopt.analysis import Objective
 from fbopt.train.analyze.options import Analysis
 from fbopt.train.checkpoint import format
 from fbopt.train.checkpoint.format import CheckpointError
@@ -23,20 +23,21 @@ from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.data.dataset import Chunks
 from fbopt.train.data.load import load
 from fbopt.train.distributed import select_device
+from fbopt.train.precision import autocast_dtype, settle
 from fbopt.train.trainer import Trainer
 
 
 @dataclass
 class Subject:
-    """A checkpoint that was read.
+    """A checkpoint to measure.
 
     Attributes:
-        name: what it is called in results and figures.
-        folder: the run's.
-        step: of the checkpoint.
+        name: its name in results and figures.
+        folder: the run's folder.
+        step: the number of steps done.
         run: the run at that step.
         objective: its loss.
-        state: what the checkpoint holds.
+        state: the content of the checkpoint.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Subject:
 
     @property
     def rule(self) -> dict[str, float | bool]:
-        """Learning rate, momentum and weight decay of the next step."""
+        """Learning rate, momentum and weight decay of the next step, as for torch.optim.SGD."""
         group = self.run.optimizer.param_groups[0]
         names = ("lr", "momentum", "nesterov", "dampening", "weight_decay")
         return {
@@ -58,37 +59,39 @@ class Subject:
 
     @property
     def momentum(self) -> list[Tensor | None] | None:
-        """The momentum buffers by parameter; None where there are none."""
+        """The momentum buffer of each parameter; None if there are none."""
         states = self.run.optimizer.state
         buffers = [states.get(p, {}).get("momentum_buffer") for p in self.objective.params]
         return None if all(b is None for b in buffers) else buffers
 
     def pass_seconds(self, steps: int) -> float:
-        """The median time of a pass of training over all samples; the run is then put back."""
+        """The median time of a pass of training; restores the run afterwards."""
+        self.set_precision()
         times = []
-        for _ in range(steps + 1):  # the first finds cold caches
+        for _ in range(steps + 1):  # the first warms up
             start = time.perf_counter()
             for _ in range(self.run.steps_per_pass):
                 self.run.take_step()
-            self._wait()
+            if self.run.device.type == "cuda":
+                torch.cuda.synchronize(self.run.device)
             times.append(time.perf_counter() - start)
         self.load()
         return statistics.median(times[1:])
 
     def load(self) -> None:
-        """Bring the run to what the checkpoint holds, of which its steps change nothing."""
-        self.run.load_state_dict(copy.deepcopy(self.state))  # torch's optimizers keep the tensors
+        """Restore the run to the checkpoint."""
+        self.run.load_state_dict(copy.deepcopy(self.state))  # optimizers keep and change tensors
 
-    def _wait(self) -> None:
-        if self.run.device.type == "cuda":
-            torch.cuda.synchronize(self.run.device)
+    def set_precision(self) -> None:
+        """Let CUDA multiply float32 numbers as this run did; the setting is one per process."""
+        settle(self.run.options.precision, self.run.device)
 
 
 def read(path: Path, options: Analysis) -> Subject:
-    """Read a run folder's newest sound checkpoint, or one checkpoint file.
+    """Read the newest readable checkpoint of a run folder, or one checkpoint file.
 
     Raises:
-        OptionsError: no run, no sound checkpoint, other data or another model than it was made of.
+        OptionsError: no run, no readable checkpoint, or other data or another model than the run's.
     """
     folder, state = _state(path)
     try:
@@ -110,6 +113,7 @@ def read(path: Path, options: Analysis) -> Subject:
         run.model,
         run.loss_fn,
         Chunks(data.train, run.chunks.size),
+        autocast=autocast_dtype(trained.precision),
         batchnorm=options.batchnorm,
         dropout=options.dropout,
         seed=options.seed,
@@ -125,8 +129,8 @@ def _state(path: Path) -> tuple[Path, dict[str, Any]]:
         folder = RunFolder(path)
         if folder.read_options() is None:
             raise OptionsError(
-                f"{path}: is no run's folder, as it has no readable options.json; give one that "
-                "`fbopt train` made, or a checkpoint file"
+                f"{path}: is no run's folder, as it has no readable options.json; give a folder "
+                "that `fbopt train` made, or a checkpoint file"
             )
         if not folder.checkpoints():
             raise OptionsError(f"{path}: there is no checkpoint in it yet; wait for the first")
