@@ -144,9 +144,7 @@ def measure(
     return Table(title, [Timing(*row) for row in zip(contenders, first, walls, strict=True)])
 
 
-def wall_time(
-    run: Run, prepare: Run, calls: int, device: torch.device, wait: bool = True
-) -> float:
+def wall_time(run: Run, prepare: Run, calls: int, device: torch.device, wait: bool = True) -> float:
     """Return the host's median seconds of a call, from an idle device to an idle device.
 
     Without `wait` until the call returns.
