@@ -7,17 +7,14 @@ Finishing step: norm, clip, weight decay, momentum, update.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Chunk, Finish, WrongResult, point_to, scalar
 from fbopt import FullBatchGD
+from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.perturb import Perturbation
-from fbopt._ops import dispatch
-from fbopt._ops.buckets import FlatBuckets
-from fbopt._ops.fixed_point import FixedPoint
 
 SecondPass = Callable[[], object]
 Tensors = list[Tensor]
@@ -47,32 +44,24 @@ class ChunkUpdate:
 class FboptUpdate(ChunkUpdate):
     """What FullBatchClosure calls between and after the passes."""
 
-    name, words = "fbopt", 8
+    name, words, accumulation = "fbopt", 8, "float32"
 
     def __init__(self, chunk: Chunk) -> None:
         self.chunk, self.params = chunk, chunk.parameters()
-        self.buckets = FlatBuckets(self.params)
-        flats = self.buckets.buffers(wide=True)
-        self.sums = self.buckets.views(flats)
-        self.operands = self.buckets.operands(flats, self.sums)
-        self.perturbation = Perturbation(self.buckets)
+        self.gradients = GradientSums(self.params, self.accumulation)
+        self.sums = self.gradients.views
+        self.perturbation = Perturbation(self.gradients.buckets)
         self.perturbation.begin()
-        self.coefficient = scalar(chunk.coefficient, chunk.device)
-        self.weight = scalar(chunk.weight, chunk.device)
+        self.coefficient, self.weight = scalar(chunk.coefficient, chunk.device), chunk.weight
 
-    @torch.no_grad()
     def update(self, second_pass: SecondPass) -> None:
-        c = self.chunk
-        grads = self.buckets.gather(c.grads, "grads")
+        c, gradients = self.chunk, self.gradients
+        grads = gradients.gather(c.grads)
         square = self.perturbation.fill(grads, c.radius)
         with self.perturbation.applied():
             second_pass()
-        plus = self.buckets.gather(c.plus, "plus")
-        for k in range(len(grads)):
-            self.add(k, grads[k], plus[k], [], self.weight, self.coefficient, square, c.radius)
-
-    def add(self, k: int, *contribution: Any) -> None:
-        dispatch.accumulate_penalty_(self.operands[k], *contribution)
+        plus = gradients.gather(c.plus, "plus")
+        gradients.add_penalised(grads, plus, [], self.weight, self.coefficient, square, c.radius)
 
 
 class FboptExactUpdate(FboptUpdate):
@@ -82,30 +71,26 @@ class FboptExactUpdate(FboptUpdate):
     hundred times over would wrap far more often than the sums of a pass.
     """
 
-    name, words = "fbopt, exact sums", 10
+    name, words, accumulation = "fbopt, exact sums", 10, "exact"
     chunks, checked = 391, False
 
     def __init__(self, chunk: Chunk) -> None:
         super().__init__(chunk)
-        self.opposite = -self.weight
-        self.fixed = FixedPoint(self.operands)
         self.update(lambda: None)
-        self.fixed.fit(self.fixed.maxima(), self.chunks)
-        self.fixed.reset()
+        self.gradients.store.fit(self.gradients.store.maxima(), self.chunks)
+        self.gradients.reset()
 
     def update(self, second_pass: SecondPass) -> None:
         super().update(second_pass)
         if self.checked:
-            self.weight, self.opposite = self.opposite, self.weight
-
-    def add(self, k: int, *contribution: Any) -> None:
-        self.fixed.add_penalised(k, *contribution)
+            self.weight = -self.weight
 
     def total(self, chunks: int) -> Tensors:
         self.checked = True
-        if not self.fixed.fit(self.fixed.maxima(), self.chunks):
+        if not self.gradients.store.fit(self.gradients.store.maxima(), self.chunks):
             raise WrongResult(f"{self.name}: the units do not fit")
-        self.fixed.means_(self.operands, 1.0)
+        self.gradients.total_weight = 1.0
+        self.gradients.finish()
         return self.sums
 
 

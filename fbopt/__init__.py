@@ -34,7 +34,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name at its first use: `fbopt doctor` has to run where torch does not."""
+    """Import a public name at its first use: `fbopt doctor` has to run without torch, too."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"fbopt.{_HOMES[name]}"), name)

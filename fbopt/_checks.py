@@ -1,4 +1,4 @@
-"""Checks of arguments, written once; an error names the argument and the cure."""
+"""Checks of arguments; an error names the argument and the cure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fbopt._ops.flat import DTYPES, is_dense, overlaps_itself
 
 
 def check_params(params: Iterable[Tensor], name: str = "params") -> list[Tensor]:
-    """Return the parameters as a list, each once, or raise an error that names the one at fault."""
+    """Return the parameters as a list, each once, or raise an error that names the bad one."""
     if isinstance(params, Tensor):
         raise TypeError(f"{name} must be an iterable of tensors, not one tensor: pass [{name}]")
     found = list(params)
@@ -31,7 +31,7 @@ def check_params(params: Iterable[Tensor], name: str = "params") -> list[Tensor]
 
 
 def check_storage(tensor: Tensor, name: str) -> None:
-    """Refuse what the kernels cannot work on: lazy, meta, sparse, complex, integer, overlapping."""
+    """Raise for what kernels cannot work on: lazy, meta, sparse, complex, integer, overlapping."""
     if torch.nn.parameter.is_lazy(tensor):
         raise ValueError(
             f"{name} is uninitialized (of a lazy module): run the model on one input first"
@@ -55,9 +55,9 @@ def check_storage(tensor: Tensor, name: str) -> None:
 
 
 def check_disjoint(tensors: Sequence[Tensor], name: str) -> None:
-    """Refuse different tensors that share memory: an update in place would count twice there.
+    """Raise for different tensors that share memory, where an update in place would count twice.
 
-    Strided views may lie between each other's elements: of those only the first is compared.
+    Strided views may interleave without overlap: of those only the first element is compared.
     """
     spans = sorted(
         (t.data_ptr(), t.nbytes if is_dense(t) else 1, i)
@@ -75,7 +75,7 @@ def check_disjoint(tensors: Sequence[Tensor], name: str) -> None:
 def check_grads(
     grads: Sequence[Tensor | None], params: Sequence[Tensor], name: str = "grads"
 ) -> None:
-    """Refuse gradients that do not fit their parameters, one for one (None: no gradient)."""
+    """Raise for gradients (or None) that do not fit their parameters, one for one."""
     if isinstance(grads, Tensor):
         raise TypeError(f"{name} must be a list of tensors, one for each parameter, not one tensor")
     if len(grads) != len(params):

@@ -1,4 +1,4 @@
-"""What several processes need of torch.distributed: to agree, sum and gather. Alone: nothing."""
+"""Process-group collectives; no-ops in a single process."""
 
 from __future__ import annotations
 
@@ -26,8 +26,24 @@ class PeerError(RuntimeError):
         self.rank, self.kind = rank, kind
 
 
+class Failure(NamedTuple):
+    """An exception as it is sent to other processes: the name of its type, and its message."""
+
+    kind: str
+    text: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """Return what to send for an exception."""
+        return cls(type(error).__name__, str(error))
+
+    def as_error(self, rank: int) -> PeerError:
+        """Return the error to raise on a process that did not fail itself."""
+        return PeerError(f"process {rank} failed: {self.kind}: {self.text}", rank, self.kind)
+
+
 class Agreement(NamedTuple):
-    """What :meth:`Collectives.agree` found: the same on every process.
+    """The result of :meth:`Collectives.agree`, the same on every process.
 
     Attributes:
         flags: for each flag, whether any process set it.
@@ -41,9 +57,9 @@ class Agreement(NamedTuple):
 
 
 class Collectives:
-    """The processes that share a step; with None, or in a group of one, nothing is sent.
+    """The collectives of a process group; with None, or a group of one, nothing is sent.
 
-    Every method is to be called by all processes of the group, in the same order.
+    All processes of the group have to call the same methods in the same order.
 
     Args:
         group: a ``torch.distributed.ProcessGroup`` or None.
@@ -89,17 +105,17 @@ class Collectives:
         maxima: Tensor | None = None,
         error: BaseException | None = None,
     ) -> Agreement:
-        """Settle in one all-reduce whether any process failed, and what each has counted.
+        """Exchange flags, numbers and maxima, and whether a process failed, in one all-reduce.
 
-        Sends ``(1 + len(numbers)) * size + len(flags) + len(maxima)`` float64 values, through the
-        CPU's back end if the group has one: only ``maxima`` is then read from the device.
+        Sends ``(1 + len(numbers)) * world_size + len(flags) + len(maxima)`` float64 values, through
+        the CPU's back end if the group has one: only ``maxima`` is then read from the device.
 
         Args:
             flags: to be joined by "or".
             numbers: finite and not negative; exact up to 2**53.
             device: where the parameters are.
             maxima: a vector of numbers that are not negative, infinity in place of NaN.
-            error: what went wrong on this process, if anything did.
+            error: the exception that this process failed with, if it did.
 
         Raises:
             PeerError: another process failed, and this one did not.
@@ -109,8 +125,7 @@ class Collectives:
         table = torch.zeros(self.world_size, 1 + len(numbers), dtype=torch.float64)
         table[self.rank] = torch.tensor([error is not None, *numbers], dtype=torch.float64)
         own = torch.cat([table.flatten(), torch.tensor(flags, dtype=torch.float64)])
-        device = self._control(device)
-        found = own.to(device)
+        found = own.to("cpu" if "cpu" in self._served() else device)
         if maxima is not None:
             found = torch.cat([found, maxima.to(found)])
         with self._sending("agree on a step"):
@@ -118,7 +133,7 @@ class Collectives:
             host = found[: len(own)].cpu()
         rows = host[: table.numel()].view_as(table).tolist()
         if any(row[0] for row in rows):
-            self._report(error)
+            self._raise_failure(error)
         return Agreement(
             host[table.numel() :].bool().tolist(),
             [row[1:] for row in rows],
@@ -133,9 +148,9 @@ class Collectives:
         device: torch.device,
         maxima: Tensor | None = None,
     ) -> None:
-        """Take part in the others' :meth:`agree`, of the same lengths, with nothing but an error.
+        """Answer the other processes' :meth:`agree`, of the same lengths, with an error.
 
-        Returns quietly if that fails too: the error is what counts.
+        Returns quietly if that fails too, so that the caller raises the error itself.
         """
         with contextlib.suppress(Exception):
             self.agree([False] * flags, [0.0] * numbers, device, maxima=maxima, error=error)
@@ -148,13 +163,18 @@ class Collectives:
             for tensor in tensors:
                 dist.all_reduce(tensor, group=self.group)
 
-    def all_gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Put the columns of all processes side by side.
+    def all_reduce_coalesced_(self, tensors: Sequence[Tensor]) -> None:
+        """Do the same in one all-reduce of float64 values, on the device of the first tensor."""
+        if self.is_single or not tensors:
+            return
+        device = tensors[0].device
+        flat = torch.cat([t.reshape(-1).to(device, torch.float64) for t in tensors])
+        self.all_reduce_([flat])
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view_as(t))
 
-        Args:
-            rows: (k, n) with the same k, and n = ``counts[rank]``, on every process.
-            counts: the n of every process.
-        """
+    def all_gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Concatenate the processes' (k, n) tensors by columns; n is ``counts[rank]``."""
         if self.is_single:
             return rows
         padded = rows.new_zeros(rows.shape[0], max(counts))
@@ -165,7 +185,7 @@ class Collectives:
         return torch.cat([part[:, :n] for part, n in zip(found, counts, strict=True)], dim=1)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """What every process gave; small plain values. For what is not done at every step."""
+        """Return every process's value, picklable and small; too slow for every step."""
         if self.is_single:
             return [value]
         found: list[Any] = [None] * self.world_size
@@ -174,7 +194,7 @@ class Collectives:
         return found
 
     def broadcast(self, value: Any) -> Any:
-        """What process 0 gave, picklable; tensors in it have to be on the CPU."""
+        """Return rank 0's value, picklable; tensors in it have to be on the CPU."""
         if self.is_single:
             return value
         found = [value]
@@ -183,7 +203,7 @@ class Collectives:
         return found[0]
 
     def check_same(self, facts: Mapping[str, Any], cure: str) -> None:
-        """Raise the same ValueError on every process where a fact is not the same on all."""
+        """Raise the same ValueError on every process if a fact differs between them."""
         everyone = self.all_gather_object(dict(facts))
         for rank, theirs in enumerate(everyone):
             for name in {**everyone[0], **theirs}:
@@ -194,22 +214,18 @@ class Collectives:
                         f"process {rank}: {cure}"
                     )
 
-    def _report(self, error: BaseException | None) -> None:
+    def _raise_failure(self, error: BaseException | None) -> None:
+        """Raise the first failure of another process, unless this one failed itself."""
         everyone = self.all_gather_object(None if error is None else Failure.of(error))
-        failures = [(rank, what) for rank, what in enumerate(everyone) if what is not None]
         if error is None:
-            rank, what = failures[0]
-            raise what.as_error(rank)
+            raise next(f.as_error(rank) for rank, f in enumerate(everyone) if f is not None)
 
     def _served(self) -> set[str]:
         return {p.partition(":")[0] for p in dist.get_backend_config(self.group).split(",")}
 
-    def _control(self, device: torch.device) -> torch.device:
-        return torch.device("cpu") if "cpu" in self._served() else device
-
     @contextlib.contextmanager
     def _sending(self, what: str) -> Iterator[None]:
-        """Say which process could not do what when a connection breaks."""
+        """Turn a broken connection into a PeerError that says what could not be done."""
         try:
             yield
         except RuntimeError as error:
@@ -220,23 +236,7 @@ class Collectives:
             ) from error
 
 
-class Failure(NamedTuple):
-    """An exception as it is sent to other processes."""
-
-    kind: str
-    text: str
-
-    @classmethod
-    def of(cls, error: BaseException) -> Failure:
-        """The type and message of `error`."""
-        return cls(type(error).__name__, str(error))
-
-    def as_error(self, rank: int) -> PeerError:
-        """What to raise on a process that did not fail itself."""
-        return PeerError(f"process {rank} failed: {self.kind}: {self.text}", rank, self.kind)
-
-
 def checksum(tensors: Sequence[Tensor]) -> list[int]:
-    """For each tensor the sum of its bits, read as integers: the same in any order of summation."""
+    """Return for each tensor the sum of its bits, read as integers: exact in any order."""
     words = [t.detach().view(_INTEGERS[t.element_size()]) for t in tensors]
     return torch.stack([w.sum(dtype=torch.int64).to(words[0].device) for w in words]).tolist()

@@ -1,4 +1,4 @@
-"""Seeds that depend on what a draw is for, not on the process or on what was drawn before."""
+"""Seeds derived from a base seed and a key, so that draws do not depend on those before them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ import torch
 
 
 def mix(seed: int, *key: int) -> int:
-    """Return a seed for a generator from a base seed and a key, below 2**63."""
+    """Return a generator's seed, below 2**63, from a base seed and a key."""
     mixed = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0]
     return int(mixed >> np.uint64(1))
 
 
 def seed_generators(devices: Iterable[torch.device], seed: int, *key: int) -> None:
-    """Seed torch's default generators by ``mix(seed, *key)``, on the CPU and on CUDA devices.
+    """Seed torch's default generators of the CPU and of CUDA devices with ``mix(seed, *key)``.
 
-    Nothing waits for a device: its generator is a number on the host.
+    Does not wait for a device: the state of its generator is on the host.
     """
     number = mix(seed, *key)
-    torch.default_generator.manual_seed(number)
+    for generator in default_generators(devices):
+        generator.manual_seed(number)
+
+
+def default_generators(devices: Iterable[torch.device]) -> list[torch.Generator]:
+    """Return torch's default generators: the CPU's, then those of the CUDA devices."""
+    found = [torch.default_generator]
     for device in devices:
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
-            torch.cuda.default_generators[index].manual_seed(number)
+            found.append(torch.cuda.default_generators[index])
+    return found

@@ -1,7 +1,6 @@
-"""clip_grad_norm_: torch.nn.utils.clip_grad_norm_ in two passes over memory, or one where nothing
-is clipped.
+"""clip_grad_norm_: torch's, in two passes over memory, or in one if nothing is clipped.
 
-Clipping is the second ingredient of Geiping et al. (ICLR 2022), section 4.
+Clipping is part of the training in Geiping et al., ICLR 2022, section 4.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ def clip_grad_norm_(
     """Scale the gradients in place so that their joint norm is at most ``max_norm``.
 
     ``g <- g min(1, max_norm / (||g|| + 1e-6))`` over all parameters' gradients taken as one vector;
-    those without a gradient are passed over. A drop-in for ``torch.nn.utils.clip_grad_norm_``: 1
-    word read per parameter for the norm and, only where it exceeds ``max_norm``, 1 read and 1
-    written.
+    parameters without a gradient are skipped. A drop-in for ``torch.nn.utils.clip_grad_norm_``
+    that reads 1 word per parameter for the norm and, only if it exceeds ``max_norm``, reads 1 and
+    writes 1 more.
 
     Args:
         parameters: tensors with ``.grad`` of float32, float64, bfloat16 or float16, on any devices.
@@ -78,14 +77,14 @@ def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     dtype = torch.float64 if wide else torch.float32
     if norm_type != 2:
         exact = [g.to(accumulator_dtype(g.dtype)).reshape(-1) for g in grads]
-        # Blocks that torch reduces on one thread each: how many there are must not change a bit.
-        blocks = [b for g in exact for b in g.split(BLOCK) if b.numel()]
+        # Torch reduces a block on one thread, so that the bits do not depend on their number.
+        blocks = [b for g in exact for b in torch.split(g, BLOCK) if b.numel()]
         return torch.nn.utils.get_total_norm(blocks, norm_type).to(dtype)
     return dispatch.squared_norm(grads).sqrt().to(dtype)
 
 
 def check_norm_type(norm_type: float) -> None:
-    """Refuse a p that does not make a norm."""
+    """Raise for a p that does not make a norm."""
     if norm_type != math.inf:
         check_number("norm_type", norm_type, above=0)
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from fbopt._checks import check_params
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.chunk import ChunkGradient
+from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.cuda_graphs import ChunkGraphs, graph_device, refuse_nested
+from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
 from fbopt._engine.inputs import check_arguments, refuse_compiled, weigh
 from fbopt._engine.perturb import Perturbation
-from fbopt._engine.reduce import ChunkTotals, Reduction
+from fbopt._engine.reduce import Reduction
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._ops.flat import scalar_on
-from fbopt.accumulate import MOST_PASSES, GradientAccumulator
 from fbopt.penalty import GradientPenalty
 
 
@@ -27,23 +28,25 @@ class FullBatchClosure:
     With chunks c of n_c samples, mean losses L_c with gradients g_c, and ``N = sum_c n_c``::
 
         loss    L = sum_c (n_c / N) L_c
-        p.grad    = sum_c (n_c / N) (g_c + lambda H_c g_c)
+        g'_c      = g_c + lambda H_c g_c
+        p.grad    = sum_c (n_c / N) g'_c min(1, chunk_max_norm / (||g'_c|| + 1e-6))
 
-    A ragged last chunk counts by its samples. Follows torch's closure convention, so it serves
-    ``FullBatchGD``, ``torch.optim.LBFGS``, Adam or SGD alike. Gradients replace whatever ``p.grad``
-    held and live in a buffer that the next call overwrites: clone what you keep.
+    without penalty or ``chunk_max_norm`` less their parts. A ragged last chunk counts by its
+    samples. Follows torch's closure convention, so it serves ``FullBatchGD``,
+    ``torch.optim.LBFGS``, Adam or SGD alike. Gradients replace what ``p.grad`` held and live in a
+    buffer that the next call overwrites: clone what you keep.
 
-    BatchNorm's running statistics are afterwards the n_c-weighted mean over all chunks of what the
-    passes at theta recorded; the passes at shifted points leave parameters, buffers and random
-    generators as if they had not been, dropout masks are the same in both, and an exception puts
-    all buffers back.
+    Afterwards BatchNorm's running statistics are the n_c-weighted mean over all chunks of what the
+    passes at theta recorded. The passes at perturbed parameters change nothing but the gradient:
+    not the parameters, buffers or random generators; dropout masks are the same in all passes of a
+    chunk. An exception puts all buffers back.
 
     Args:
         model: the module to train.
         loss_fn: ``loss_fn(model(input), target)`` is the chunk's mean loss, 0-dim.
-        chunks: an iterable over (input, target) that can be iterated once per call: a list, a
-            DataLoader. The size of a chunk is part of the model where there is a penalty or
-            BatchNorm.
+        chunks: an iterable over (input, target) that every call iterates anew: a list, a
+            DataLoader. The size of a chunk is part of the model where there is a penalty, a chunk
+            clip or BatchNorm.
         penalty: a :class:`GradientPenalty`, or None.
         optimizer: whose learning rate the penalty's coefficient follows.
         accumulation: how the sum over chunks is kept, see :class:`GradientAccumulator`.
@@ -53,54 +56,47 @@ class FullBatchClosure:
         params: the tensors to differentiate by; by default the model's parameters that require
             grad.
         autocast: dtype to autocast the forward passes to, e.g. ``torch.bfloat16``.
+        chunk_max_norm: bound of the norm of each chunk's gradient g'_c; None does not clip.
+        chunk_norms: set ``mean_sqnorm`` also where neither penalty nor chunk clip needs it.
         observe: ``observe(output, target)`` is called after every chunk's first pass, without
-            gradients. With exact sums all chunks may be visited again: what it counts has to begin
-            anew where ``chunks`` is iterated.
+            gradients.
+        on_pass_start: called without arguments before all chunks are visited, again where exact
+            sums visit them once more: the place to reset what ``observe`` counts.
         cuda_graph: capture the work on a chunk in a CUDA graph and replay it, see below.
         process_group: the processes that share the step, a ``torch.distributed.ProcessGroup``; see
             below.
 
-    **CUDA graphs.** Launching kernels one by one can take longer than the kernels. With
-    ``cuda_graph=True`` chunks alike in shape share a graph: the first two are worked on as usual,
-    at the third all device work is captured (both passes, penalty, accumulation), and from then on
-    it is replayed on copies of the chunk's tensors, which may come from the CPU. The bits are those
-    without graphs (for a chunk cut from a larger tensor libraries may choose by its alignment);
-    dropout draws what it would have drawn, learning rate, coefficient and weights may change.
-    Python does not run in a replay: forward hooks, prints and counters of the model, ``loss_fn``
-    and ``evaluate`` take effect at visits without a graph and at captures only, while ``chunks``,
-    ``weight``, ``observe`` (with copies, after the whole chunk) and the penalty's ``coefficient``
-    run as ever. A number or flag in a chunk or in a module (dropout's ``p``, ``training``) makes
-    another kind of chunk; 8 kinds have a graph, the rest run without after one RuntimeWarning.
-    Graphs are captured anew when parameters or buffers have moved. Other tensors that the model
-    reaches have to stay where they are, and settings of torch as they were at the capture.
-    Each capture waits for the device; graphs keep the memory of one chunk's work, activations
-    included, which the rest of the program cannot use, and a copy of a chunk for each kind.
-
     **Exact sums.** With ``accumulation="exact"`` gradients, BatchNorm statistics and loss have the
-    same bits in any order of the chunks and on any number of processes. Where the sizes of the
-    gradients did not fit the units of the sums, which happens at the first call and seldom later,
-    the call visits all chunks once more, with buffers and random generators put back before; one
-    small read from the device per call tells.
+    same bits in any order of the chunks and on any number of processes. Where the units of the sums
+    do not fit the gradients, at the first call and seldom later, the call visits all chunks once
+    more, with buffers and random generators as before. Each call reads once from the device.
 
-    **Several processes.** With ``process_group`` every process visits the chunks that its own
-    ``chunks`` yields, such as ``chunks[rank::world_size]``; shares may be uneven, or empty. Every
-    process of the group has to call. After the call all have the same gradients, loss,
-    ``mean_sqnorm`` and BatchNorm statistics, bit for bit: those of all chunks of all processes.
-    Everything is summed once per call, after the visits: one small all-reduce to agree, one of the
-    sums of gradients (a flat buffer for each dtype), one of BatchNorm's statistics, a gathering of
-    the losses. Loss and ``mean_sqnorm`` do not depend on how chunks are spread; gradients do not
-    but for rounding, and exact sums not at all. The back end has to fit the model: gloo on the CPU,
-    nccl on CUDA (where one small read from the device is made per call, none with the back ends
-    ``"cpu:gloo,cuda:nccl"``). Where a process fails in its chunks, all put their buffers back, it
-    raises its own error, and the others raise one that names it. Parameters have to be the same to
-    begin with, which the first call checks. Other buffers than those of normalisation layers are
-    each process's own.
+    **Several processes.** Every process of ``process_group`` has to call, and visits the chunks
+    that its own ``chunks`` yields, such as ``chunks[rank::world_size]``: uneven shares, or none.
+    Afterwards all have the same gradients, loss, ``mean_sqnorm`` and BatchNorm statistics, bit for
+    bit: those of all chunks, summed once per call. How chunks are spread changes gradients by
+    rounding (exact sums not at all), loss and ``mean_sqnorm`` not. The back end has to fit the
+    model: gloo on the CPU, nccl on CUDA (then one read from the device per call; none with
+    ``"cpu:gloo,cuda:nccl"``). Where a process fails, all put their buffers back; it raises its own
+    error, the others one that names it. The first call checks that parameters are the same on all.
+    Buffers of other than normalisation layers stay each process's own.
+
+    **CUDA graphs.** With ``cuda_graph=True`` all device work on a chunk is captured at the third
+    visit of its kind and then replayed on copies of the chunk's tensors, which may come from the
+    CPU. The bits are those without graphs, random draws included; learning rate, coefficient and
+    weights may change. Python does not run in a replay: hooks, prints and counters of the model,
+    ``loss_fn`` and ``evaluate`` take effect without a graph and in captures only; ``chunks``,
+    ``weight``, ``observe`` (with copies, after the whole chunk) and ``coefficient`` run as ever. A
+    kind is the shapes of a chunk and all numbers and flags in it and in the modules (``training``,
+    dropout's ``p``): 8 kinds get a graph, the rest run without, after one RuntimeWarning. Graphs
+    are captured anew when parameters or buffers have moved; other tensors that the model uses must
+    not move. A capture waits for the device; graphs keep the memory of one chunk's work.
 
     Attributes:
         step: number of completed calls; the argument of a penalty's ``coefficient`` function.
-        mean_sqnorm: with a penalty, ``sum_c (n_c/N) ||g_c||^2`` of the last call (0-dim float64),
-            else None.
-        accumulator: the :class:`GradientAccumulator` at work.
+        mean_sqnorm: with a penalty, ``chunk_max_norm`` or ``chunk_norms``, the last call's
+            ``sum_c (n_c/N) ||g_c||^2``, of gradients without penalty and clip (0-dim float64); else
+            None.
         cuda_graph: whether chunks are captured. Set to False, the next call frees all graphs; set
             to True, captures begin again.
 
@@ -126,41 +122,38 @@ class FullBatchClosure:
         weight: Callable[[Any], float] | None = None,
         params: Iterable[Tensor] | None = None,
         autocast: torch.dtype | None = None,
+        chunk_max_norm: float | None = None,
+        chunk_norms: bool = False,
         observe: Callable[[Any, Any], None] | None = None,
+        on_pass_start: Callable[[], object] | None = None,
         cuda_graph: bool = False,
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        check_arguments(
-            model,
-            loss_fn,
-            chunks,
-            evaluate=evaluate,
-            observe=observe,
-            weight=weight,
-            autocast=autocast,
-            cuda_graph=cuda_graph,
-            penalty=penalty,
-            optimizer=optimizer,
-        )
-        self.model, self.loss_fn, self.chunks = model, loss_fn, chunks
+        self.model, self.loss_fn = model, loss_fn
+        self.chunks: Iterable[Any] = () if chunks is None else chunks
         self.penalty, self.optimizer = penalty, optimizer
-        self.evaluate, self.weight, self.observe = evaluate, weight, observe
-        self.autocast = autocast
-        self._given = None if params is None else check_params(params)
-        self.accumulator = GradientAccumulator(self._trainable(), accumulation)
-        devices = {p.device for p in self.accumulator.params}
-        self._reduction = Reduction(model, devices, process_group)
-        if penalty is not None:
-            self._coefficient()
+        self.evaluate, self.weight, self.autocast = evaluate, weight, autocast
+        self.chunk_max_norm, self.chunk_norms = chunk_max_norm, chunk_norms
+        self.observe, self.on_pass_start = observe, on_pass_start
         self.cuda_graph = cuda_graph
+        check_arguments(vars(self) | {"chunks": chunks})
+        self._given = None if params is None else check_params(params)
+        self.sums = GradientSums(self._trainable(), accumulation)
+        self._statistics = RunningStatistics(model, accumulation)
+        self._reduction = Reduction(model, self.sums, self._statistics, process_group)
         self._graphs: ChunkGraphs | None = None
         self._follow_cuda_graph()
         self._perturbation: Perturbation | None = None
-        self._random: GeneratorSnapshot | None = None
+        self._clip: ChunkClip | None = None
         self._before, self._between = BufferSnapshot(model), BufferSnapshot(model)
-        self._statistics = RunningStatistics(model, accumulation == "exact")
         self.step = self._step_before = 0
         self.mean_sqnorm: Tensor | None = None
+        self._coefficient()
+
+    @property
+    def accumulation(self) -> str:
+        """How the sum over chunks is kept."""
+        return self.sums.accumulation
 
     def __call__(self) -> Tensor:
         """Fill ``p.grad`` and return the mean loss: 0-dim, float32 (float64 for a float64 loss)."""
@@ -169,42 +162,42 @@ class FullBatchClosure:
         return loss
 
     def accumulate(self) -> Tensor:
-        """Visit every chunk once, leave the weighted sum in ``accumulator``, return the mean loss.
+        """Visit every chunk, keep the weighted sum for :meth:`assign`, return the mean loss.
 
         ``p.grad`` is None afterwards; :meth:`assign` fills it. An exception leaves parameters and
         buffers as they were.
         """
-        reduction = self._reduction
-        with reduction.preparing():
+        with self._reduction.preparing():
             coefficient = self._begin()
-        reduction.begin(
-            self.accumulator,
-            accumulation=self.accumulator.accumulation,
+        self._reduction.begin(
+            accumulation=self.accumulation,
             penalty=self.penalty and self.penalty.method,
+            chunk_max_norm=self.chunk_max_norm,
+            chunk_norms=self.chunk_norms,
         )
         try:
             loss, square = self._complete(coefficient)
         except BaseException:
             self.rollback()
             raise
-        self.mean_sqnorm = None if coefficient is None else square
+        noted = coefficient is not None or self.chunk_norms or self.chunk_max_norm is not None
+        self.mean_sqnorm = square if noted else None
         self.step += 1
         return loss
 
     def _complete(self, coefficient: float | Tensor | None) -> tuple[Tensor, Tensor]:
         """Visit all chunks, again where the units of exact sums did not fit; return the means."""
-        draws = GeneratorSnapshot({p.device for p in self.accumulator.params})
-        if self.accumulator.fixed is not None:
-            draws.begin()
+        start = GeneratorSnapshot({p.device for p in self.sums.params})
+        start.begin()
         for attempt in range(MOST_PASSES):
             if attempt:
                 self._before.restore()
-                self.accumulator.reset()
-                draws.rewind()
+                self.sums.reset()
+                start.rewind()
             with torch.no_grad(), self._statistics.averaging():
-                with self._reduction.visiting(self.accumulator, self._statistics):
-                    totals = self._visit(coefficient)
-                found = self._reduction.combine(self.accumulator, self._statistics, totals)
+                with self._reduction.visiting():
+                    self._visit(coefficient)
+                found = self._reduction.combine()
             if found is not None:
                 return found
         raise RuntimeError(
@@ -216,7 +209,9 @@ class FullBatchClosure:
 
     def assign(self) -> None:
         """Set ``p.grad`` to the mean over all chunks, None for parameters that no chunk used."""
-        for p, g in zip(self.accumulator.params, self.accumulator.mean(), strict=True):
+        if self.sums.total_weight == 0:
+            raise RuntimeError("assign(): nothing was accumulated; call accumulate() first")
+        for p, g in zip(self.sums.params, self.sums.means(), strict=True):
             p.grad = g
 
     def rollback(self) -> None:
@@ -226,18 +221,21 @@ class FullBatchClosure:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has to be saved to go on: the number of calls, the units of exact sums."""
-        units = {"sums": self.accumulator.state_dict(), "statistics": self._statistics.state_dict()}
-        return {"step": self.step} | ({} if self.accumulator.fixed is None else units)
+        return {
+            "step": self.step,
+            "sums": self.sums.store.state_dict(),
+            "statistics": self._statistics.store.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved :meth:`state_dict`."""
         self.step = int(state["step"])
-        self.accumulator.load_state_dict(state.get("sums", {}))
-        self._statistics.load_state_dict(state.get("statistics", ()))
+        self.sums.store.load_state_dict(state["sums"])
+        self._statistics.store.load_state_dict(state["statistics"])
 
     def _trainable(self) -> list[Tensor]:
         params = self.model.parameters() if self._given is None else self._given
-        found = [p for p in params if p.requires_grad]
+        found: list[Tensor] = [p for p in params if p.requires_grad]
         if not found:
             raise ValueError("model has no parameters that require grad: there is nothing to train")
         return found
@@ -248,7 +246,7 @@ class FullBatchClosure:
             return None
         if self.penalty.method == "exact":
             refuse_compiled(self.model)
-        value = self.penalty.coefficient_at(getattr(self, "step", 0), self.optimizer)
+        value = self.penalty.coefficient_at(self.step, self.optimizer)
         return None if isinstance(value, (int, float)) and value == 0 else value
 
     def _follow_cuda_graph(self) -> None:
@@ -269,51 +267,50 @@ class FullBatchClosure:
             )
         self._follow_cuda_graph()
         coefficient = self._coefficient()
-        self._prepare(coefficient)
+        self.sums.reset(self._trainable())
+        for p in self.sums.params:
+            p.grad = None
+        if coefficient is not None and self.penalty and self.penalty.method != "exact":
+            if self._perturbation is None or not self._perturbation.fits(self.sums.buckets):
+                self._perturbation = Perturbation(self.sums.buckets)
+            self._perturbation.begin()
+        if self.chunk_max_norm is None:
+            self._clip = None
+        else:
+            if self._clip is None or not self._clip.fits(self.sums):
+                self._clip = ChunkClip(self.sums)
+            self._clip.max_norm = self.chunk_max_norm
         self._before.save()
         self._step_before = self.step
         return coefficient
 
-    def _prepare(self, coefficient: float | Tensor | None) -> None:
-        params = self._trainable()
-        if [id(p) for p in params] != [id(p) for p in self.accumulator.params]:
-            self.accumulator = self.accumulator.successor(params)
-        else:
-            self.accumulator.reset()
-        for p in params:
-            p.grad = None
-        shifts = coefficient is not None and self.penalty.method != "exact"
-        if shifts:
-            buckets = self.accumulator.buckets
-            if self._perturbation is None or not self._perturbation.fits(buckets):
-                self._perturbation = Perturbation(buckets)
-            self._perturbation.begin()
-            self._random = GeneratorSnapshot({p.device for p in params})
-
-    def _visit(self, coefficient: float | Tensor | None) -> ChunkTotals:
+    def _visit(self, coefficient: float | Tensor | None) -> None:
         """Add up this process's chunks."""
-        totals = ChunkTotals()
-        if coefficient is not None:
-            coefficient = scalar_on(self.accumulator.params[0].device, coefficient)
+        if self.on_pass_start is not None:
+            self.on_pass_start()
+        device = self.sums.params[0].device
+        scale = None if coefficient is None else scalar_on(device, coefficient)
+        draws = GeneratorSnapshot({p.device for p in self.sums.params})
         work = ChunkGradient(
             self.model,
             self.loss_fn,
             self.evaluate,
             self.autocast,
             None if coefficient is None else self.penalty,
-            self.accumulator,
+            self.sums,
             self._statistics,
             self._between,
             self._perturbation,
+            self._clip,
+            self.chunk_norms,
         )
         if self._graphs is not None:
-            self._graphs.begin(work, coefficient, self.observe)
+            self._graphs.begin(work, scale, self.observe)
         for index, chunk in enumerate(self.chunks):
             weight = weigh(index, chunk, self.weight)
-            self.accumulator.check_weight(weight)
+            self.sums.check_weight(weight)
             if self._graphs is None:
-                loss, square = work(index, chunk, weight, coefficient, self._random, self.observe)
+                loss, square = work(index, chunk, weight, scale, draws, self.observe)
             else:
-                loss, square = self._graphs.visit(work, index, chunk, weight, self._random)
-            totals.add(loss, square, weight)
-        return totals
+                loss, square = self._graphs.visit(work, index, chunk, weight, draws)
+            self._reduction.add(loss, square, weight)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fbopt._checks import check_disjoint, check_number, check_storage
+from fbopt._engine.gradient_sums import GradientSums
 from fbopt._ops import dispatch
 from fbopt._ops.flat import accumulator_dtype, scalar_on
-from fbopt.accumulate import GradientAccumulator
 from fbopt.clip import check_finite, check_norm_type, total_norm
 from fbopt.closure import FullBatchClosure
 
 # The clip is of the whole gradient: one value for all groups.
 GLOBAL = ("max_norm", "norm_type", "error_if_nonfinite")
+RULE = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
 
 class FullBatchGD(torch.optim.Optimizer):
@@ -31,11 +33,11 @@ class FullBatchGD(torch.optim.Optimizer):
         g <- g + momentum v (nesterov), or v
         p <- p - lr g
 
-    One read for the norm, then one pass: 6 words per parameter with momentum. Without a closure it
-    steps on ``p.grad`` like SGD. With a :class:`FullBatchClosure` it reads the sums over chunks
-    directly (half-precision parameters get their gradient in float32), divides by N in the same
-    pass (1 word more) and leaves the mean, not clipped, in ``p.grad``. State dicts move to and from
-    ``torch.optim.SGD``.
+    The norm reads the gradient once, the update makes one pass: 6 words per parameter with
+    momentum. Without a closure, or with any other, it steps on ``p.grad`` like SGD. With a
+    :class:`FullBatchClosure` it reads the sums over chunks directly (half-precision parameters get
+    their gradient in float32), divides by N in the same pass (1 word more) and leaves the mean, not
+    clipped, in ``p.grad``. State dicts load into ``torch.optim.SGD``, and its load here.
 
     Args:
         params: parameters or parameter groups, named or not, as for any torch optimizer.
@@ -43,18 +45,18 @@ class FullBatchGD(torch.optim.Optimizer):
         momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
         max_norm: bound of the global gradient norm; None does not clip.
         norm_type: the p of that norm, ``inf`` for the maximum.
-        error_if_nonfinite: raise, before anything is changed, when the norm is NaN or infinite.
-            Reads the norm on the host.
+        error_if_nonfinite: raise before anything is changed if the norm is NaN or infinite. Reads
+            the norm on the host.
 
     Attributes:
-        last_grad_norm: norm of the last step's gradient before clipping, 0-dim, on the device; None
-            before the first step.
+        last_grad_norm: the norm of the last step's gradient before clipping, 0-dim, on the device;
+            None before the first step.
 
     Source: Geiping et al., "Stochastic Training is Not Necessary for Generalization", ICLR 2022,
     section 3-4.
     """
 
-    # Makes torch.amp.GradScaler announce itself, so that it can be refused with a reason.
+    # GradScaler then announces itself by attributes, so that it can be refused with a reason.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -104,7 +106,7 @@ class FullBatchGD(torch.optim.Optimizer):
             raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Fill in what state dicts of torch.optim.SGD or of earlier versions lack."""
+        """Fill in options that a state dict of torch.optim.SGD lacks."""
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -120,9 +122,11 @@ class FullBatchGD(torch.optim.Optimizer):
                 other.
 
         Raises:
-            RuntimeError: a GradScaler is at work, or the gradient is not finite and
-                ``error_if_nonfinite`` is set; parameters, state and buffers are as they were.
-            TypeError, ValueError: gradients or options that do not fit; likewise.
+            RuntimeError: a GradScaler calls this, or the gradient is not finite and
+                ``error_if_nonfinite`` is set.
+            TypeError, ValueError: gradients or options that do not fit.
+
+            After an error parameters, state and buffers are as they were.
         """
         self._refuse_grad_scaler()
         if closure is not None and not callable(closure):
@@ -139,7 +143,7 @@ class FullBatchGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure() if whole is None else whole.accumulate()
         try:
-            self._update(None if whole is None else whole.accumulator, **clipping)
+            self._update(None if whole is None else whole.sums, **clipping)
         except (RuntimeError, TypeError, ValueError):
             if whole is not None:
                 whole.assign()
@@ -151,47 +155,30 @@ class FullBatchGD(torch.optim.Optimizer):
 
     def _update(
         self,
-        accumulator: GradientAccumulator | None,
+        sums: GradientSums | None,
         max_norm: float | None,
         norm_type: float,
         error_if_nonfinite: bool,
     ) -> None:
-        batches = list(self._batches(accumulator))
-        norm = self._norm(batches, norm_type)
+        batches = list(self._batches(sums))
+        norm = _mean_norm(batches, norm_type)
         if error_if_nonfinite:
             check_finite(norm)
-        done = set()
         for batch in batches:
-            batch.step(norm, max_norm)
-            done.update(batch.sums)
-        if accumulator is not None:
-            accumulator.settle(done)
+            self._step(batch, norm, max_norm)
+        if sums is not None:
+            sums.settle({i for batch in batches for i in batch.indices})
         self.last_grad_norm = norm
 
-    def _norm(self, batches: list[_Batch], norm_type: float) -> Tensor:
-        """The norm of the mean gradient: the sums' is divided by N, not each element."""
-        norms = []
-        for sums in (True, False):
-            chosen = [b for b in batches if (b.divisor is not None) == sums]
-            grads = [g for b in chosen for g in b.grads]
-            if grads:
-                norm = total_norm(grads, norm_type)
-                norms.append(norm / chosen[0].divisor.to(norm) if sums else norm)
-        if len(norms) == 2:
-            return torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), norm_type)
-        return norms[0] if norms else torch.zeros(())
-
-    def _batches(self, accumulator: GradientAccumulator | None) -> Iterable[_Batch]:
-        """What one call can update: tensors that agree in group, device, dtypes and first step."""
-        index = {} if accumulator is None else {id(p): i for i, p in enumerate(accumulator.params)}
+    def _batches(self, sums: GradientSums | None) -> Iterator[_Batch]:
+        """Group what one call can update: the same group, device, dtypes and first step."""
+        index = {} if sums is None else {id(p): i for i, p in enumerate(sums.params)}
         for group in self.param_groups:
-            kinds: dict[tuple, list[tuple[Tensor, Tensor, int | None]]] = {}
+            batches: dict[tuple[Any, ...], _Batch] = {}
             for p in group["params"]:
-                i = index.get(id(p))
-                if i is not None:
-                    grad = accumulator.sums[i] if accumulator.has_grad(i) else None
-                else:
-                    grad = p.grad
+                i, grad = index.get(id(p)), p.grad
+                if sums is not None and i is not None:
+                    grad = None if i in sums.unseen else sums.views[i]
                 if grad is None:
                     continue
                 buffer = self.state.get(p, {}).get("momentum_buffer")
@@ -201,13 +188,40 @@ class FullBatchGD(torch.optim.Optimizer):
                 if buffer is not None and group["momentum"] != 0:
                     _check_fit(buffer, p, "momentum_buffer", p.dtype)
                 first = group["momentum"] != 0 and buffer is None
-                kinds.setdefault((p.device, p.dtype, grad.dtype, first, i is None), []).append(
-                    (p, grad, i)
-                )
-            for (device, _, _, first, own), members in kinds.items():
-                params, grads, sums = map(list, zip(*members, strict=True))
-                divisor = None if own else accumulator.divisor(device)
-                yield _Batch(self, group, params, grads, [] if own else sums, divisor, first)
+                key = (p.device, p.dtype, grad.dtype, first, i is None)
+                if key not in batches:
+                    divisor = None if sums is None or i is None else sums.divisor(p.device)
+                    batches[key] = _Batch(group, divisor, first)
+                batch = batches[key]
+                batch.params.append(p)
+                batch.grads.append(grad)
+                if i is not None:
+                    batch.indices.append(i)
+            yield from batches.values()
+
+    def _step(self, batch: _Batch, norm: Tensor, max_norm: float | None) -> None:
+        group, params, device = batch.group, batch.params, batch.params[0].device
+        buffers = []
+        if group["momentum"] != 0 and batch.first:
+            buffers = [torch.empty_like(p, requires_grad=False) for p in params]
+        elif group["momentum"] != 0:
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+        rule = {name: group[name] for name in RULE}
+        dispatch.sgd_step_(
+            params,
+            batch.grads,
+            buffers,
+            scalar_on(device, group["lr"]),
+            batch.divisor,
+            None if max_norm is None else norm.to(device),
+            max_norm,
+            first=batch.first,
+            **rule,
+        )
+        torch.autograd.graph.increment_version([*params, *buffers])
+        if batch.first:
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer
 
     def _clipping(self) -> dict[str, Any]:
         values = {name: self.param_groups[0][name] for name in GLOBAL}
@@ -232,44 +246,36 @@ class FullBatchGD(torch.optim.Optimizer):
         )
 
 
-class _Batch(NamedTuple):
-    """Tensors that one kernel call updates."""
+@dataclass
+class _Batch:
+    """Tensors that one kernel call updates.
 
-    optimizer: FullBatchGD
+    Where gradients are sums, `indices` are their places in these and `divisor` is their weight.
+    """
+
     group: dict[str, Any]
-    params: list[Tensor]
-    grads: list[Tensor]
-    sums: list[int]
     divisor: Tensor | None
     first: bool
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
 
-    def step(self, norm: Tensor, max_norm: float | None) -> None:
-        group, device = self.group, self.params[0].device
-        buffers = self._momentum_buffers() if group["momentum"] != 0 else []
-        dispatch.sgd_step_(
-            self.params,
-            self.grads,
-            buffers,
-            scalar_on(device, group["lr"]),
-            self.divisor,
-            None if max_norm is None else norm.to(device),
-            max_norm,
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            first=self.first,
+
+def _mean_norm(batches: list[_Batch], norm_type: float) -> Tensor:
+    """The norm of the mean gradient: that of the sums is divided by N, not each element."""
+    norms: list[Tensor] = []
+    divisors = [batch.divisor for batch in batches if batch.divisor is not None]
+    for of_sums in (True, False):
+        grads = [g for b in batches if (b.divisor is not None) == of_sums for g in b.grads]
+        if grads:
+            norm = total_norm(grads, norm_type)
+            norms.append(norm / divisors[0].to(norm) if of_sums else norm)
+    if len(norms) == 2:
+        both: Tensor = torch.linalg.vector_norm(
+            torch.stack([n.to(norms[0]) for n in norms]), norm_type
         )
-        torch.autograd.graph.increment_version([*self.params, *buffers])
-        if self.first:
-            for p, buffer in zip(self.params, buffers, strict=True):
-                self.optimizer.state[p]["momentum_buffer"] = buffer
-
-    def _momentum_buffers(self) -> list[Tensor]:
-        if self.first:
-            return [torch.empty_like(p, requires_grad=False) for p in self.params]
-        return [self.optimizer.state[p]["momentum_buffer"] for p in self.params]
+        return both
+    return norms[0] if norms else torch.zeros(())
 
 
 def _check_fit(tensor: Tensor, param: Tensor, name: str, wide: torch.dtype) -> None:

@@ -30,7 +30,7 @@ class GradientPenalty:
         strength: the published strength; ``lambda = lr * strength / 4`` with lr the optimizer's
             current learning rate, as in the code released with the paper. (Its autograd-penalty
             variant adds twice that.)
-        radius: length of the shift in parameter space, ``||s g|| = radius``.
+        radius: length of the perturbation in parameter space, ``||s g|| = radius``.
         method: ``"forward"``, ``"central"`` or ``"exact"``.
         coefficient: lambda itself, in place of ``lr * strength / 4``: a number, or a function of
             the step (the number of closure calls so far) that returns one.
@@ -53,9 +53,8 @@ class GradientPenalty:
         """Return lambda at a step: a number, or a 0-dim tensor where the learning rate is one.
 
         Raises:
-            ValueError: the parameter groups have different learning rates, there is no optimizer to
-                follow, or the function ``coefficient`` returned something that is not a number of
-                at least zero.
+            TypeError, ValueError: the parameter groups have different learning rates, there is no
+                optimizer to follow, or ``coefficient`` returned no number of at least zero.
         """
         if callable(self.coefficient):
             value = self.coefficient(step)
@@ -73,7 +72,7 @@ class GradientPenalty:
 
 
 def _common_lr(optimizer: torch.optim.Optimizer) -> float | Tensor:
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates: list[float | Tensor] = [group["lr"] for group in optimizer.param_groups]
     if any(lr is not rates[0] and _differ(lr, rates[0]) for lr in rates):
         raise ValueError(
             "the optimizer's parameter groups have different learning rates, so strength gives no "
@@ -83,7 +82,7 @@ def _common_lr(optimizer: torch.optim.Optimizer) -> float | Tensor:
 
 
 def _differ(a: float | Tensor, b: float | Tensor) -> bool:
-    """Whether two rates differ; tensors on a GPU count as different, unread."""
+    """Whether two rates differ; tensors on a GPU are not read and count as different."""
     if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in (a, b)):
         return True
     return float(a) != float(b)

@@ -56,7 +56,7 @@ def test_mixed_dtypes_keep_their_own():
         # A thousand additions round in float32; the float64 ones far less.
         rounding = max(torch.finfo(dtype).eps, 1e-12 if dtype == torch.float64 else 2e-5)
         assert mean.double().sub(exact).abs().max() <= rounding * exact
-    assert [s.dtype for s in accumulator.sums].count(torch.float32) == 3
+    assert [s.dtype for s in accumulator._sums.views].count(torch.float32) == 3
 
 
 def test_gradients_in_any_memory_layout():

@@ -121,7 +121,7 @@ class World:
         """All that training has to lose, as bytes."""
         held = (self.model, self.optimizer, self.loose, [p.grad for p in self.loose])
         counts = (self.accumulator.total_weight, self.closure.step, torch.is_grad_enabled())
-        return bits(*held, self.accumulator.sums, *counts)
+        return bits(*held, self.accumulator._sums.views, *counts)
 
     def addresses(self) -> list[int]:
         held = [*self.model.parameters(), *self.model.buffers(), *self.loose]

@@ -303,7 +303,7 @@ def test_half_precision_model_sums_in_float32():
     model = mlp(dtype=torch.bfloat16)
     closure = FullBatchClosure(model, lambda o, t: F.cross_entropy(o.float(), t), chunked(x, y, 4))
     closure()
-    summed = [s.clone() for s in closure.accumulator.sums]
+    summed = [s.clone() for s in closure.sums.views]
     assert all(s.dtype == torch.float32 for s in summed)
     wide = mlp(dtype=torch.bfloat16)
     exact = [torch.zeros(p.shape, dtype=torch.float64) for p in wide.parameters()]

@@ -1,20 +1,19 @@
-"""Running statistics of normalisation layers: means over a step's chunks, for each layer over those
-that ran it.
+"""Running statistics of normalisation layers: after a step the mean sum_c w_c s_c / sum_c w_c, for
+each layer over the chunks c that ran it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from fbopt._ops import dispatch
-from fbopt._ops.fixed_point import FixedPoint
-from fbopt._ops.flat import accumulator_dtype, by_device_and_dtype
+from fbopt._ops.flat import by_device_and_dtype, flat_size, flat_views
+from fbopt._ops.sums import make_sums
 
 if TYPE_CHECKING:
     from fbopt._distributed import Collectives
@@ -30,34 +29,28 @@ class RunningStatistics:
 
     Args:
         model: whose layers these are.
-        exact: keep the sums in fixed point.
+        accumulation: how the sums are kept, ``"float32"`` (here in float64) or ``"exact"``.
 
     Attributes:
-        sums: the sums of all layers, in float64; none if they are kept in fixed point.
-        fixed: the sums in fixed point of the layers in training mode, None without.
-        weights: for each device the weights of the chunks that ran its layers, 1-D, float64.
+        store: the strategy that keeps the sums.
+        means: the sums' own memory; another list once they have moved.
     """
 
-    def __init__(self, model: torch.nn.Module, exact: bool = False) -> None:
+    def __init__(self, model: torch.nn.Module, accumulation: str = "float32") -> None:
         self._layers = [m for m in model.modules() if isinstance(m, _NormBase)]
-        self._exact = exact
+        self.store = make_sums(accumulation)
         self._running: list[Tensor] = []
-        self.sums: list[Tensor] = []
-        self.fixed: FixedPoint | None = None
-        self._wide: list[Tensor] = []
-        self._active: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
-        self._exponents: Sequence[int] = ()
+        self._lists: list[list[Tensor]] = []  # the running statistics by device and dtype
+        self._wide: list[list[Tensor]] = []  # their copies in float64
+        self.means: list[list[Tensor]] = []
+        self._active: list[tuple[list[Tensor], list[Tensor]]] = []
         self._counters: list[_Counter] = []
+        self._passes: list[Tensor] = []
 
     @property
-    def weights(self) -> list[Tensor]:
-        """See above."""
-        return [counter.weights for counter in self._counters]
-
-    @property
-    def kept(self) -> object:
-        """Another object when the sums have moved to another place in memory."""
-        return self.fixed if self._exact else self.sums
+    def modes(self) -> str:
+        """E for each layer in eval mode, T for each one in training mode."""
+        return "".join("ET"[m.training] for m in self._layers)
 
     @contextlib.contextmanager
     def averaging(self) -> Iterator[None]:
@@ -66,8 +59,8 @@ class RunningStatistics:
         active = [m for m in layers if m.training]
         momenta = [m.momentum for m in active]
         self._begin([t for m in layers for t in (m.running_mean, m.running_var)])
+        self._choose({id(t) for m in active for t in (m.running_mean, m.running_var)})
         self._count(active)
-        self._choose([i for k, m in enumerate(layers) if m.training for i in (2 * k, 2 * k + 1)])
         try:
             for m in active:
                 m.momentum = 1.0
@@ -79,13 +72,24 @@ class RunningStatistics:
     def _begin(self, running: list[Tensor]) -> None:
         if [id(t) for t in running] != [id(t) for t in self._running]:
             self._running = running
-            self._wide = [torch.empty_like(t, dtype=self._wide_dtype(t)) for t in running]
-            self.sums = [] if self._exact else [torch.zeros_like(t) for t in self._wide]
-        elif self.sums:
-            torch._foreach_zero_(self.sums)
+            self._lists = [[running[i] for i in group] for group in by_device_and_dtype(running)]
+            self._wide = [
+                [torch.empty_like(t, dtype=torch.float64) for t in part] for part in self._lists
+            ]
+            flats = [wide[0].new_zeros(flat_size(wide)) for wide in self._wide]
+            self.means = [
+                flat_views(flat, wide) for flat, wide in zip(flats, self._wide, strict=True)
+            ]
+            self.store.allocate(self.means, flats)
+        self.store.zero_()
 
-    def _wide_dtype(self, tensor: Tensor) -> torch.dtype:
-        return accumulator_dtype(tensor.dtype) if self._exact else torch.float64
+    def _choose(self, wanted: set[int]) -> None:
+        """Note which statistics are to be written: those of layers in training mode."""
+        self._active = []
+        for running, means in zip(self._lists, self.means, strict=True):
+            chosen = [i for i, t in enumerate(running) if id(t) in wanted]
+            if chosen:
+                self._active.append(([running[i] for i in chosen], [means[i] for i in chosen]))
 
     def _count(self, active: list[_NormBase]) -> None:
         """Note what the layers in training mode hold, and which runs they have counted."""
@@ -97,28 +101,13 @@ class RunningStatistics:
         for counter in self._counters:
             counter.begin()
 
-    def _choose(self, indices: list[int]) -> None:
-        """Keep sums and statistics of the layers in training mode, by device and dtype."""
-        before = [[id(t) for t in running] for _, _, running in self._active]
-        self._active = []
-        for group in by_device_and_dtype([self._running[i] for i in indices]):
-            chosen = [indices[k] for k in group]
-            lists = (self.sums or self._running, self._wide, self._running)
-            self._active.append(tuple([x[i] for i in chosen] for x in lists))
-        if not self._exact or not indices:
-            return
-        if self.fixed is None or before != [[id(t) for t in now] for _, _, now in self._active]:
-            self._exponents = self.state_dict()
-            self.fixed = FixedPoint([running for _, _, running in self._active])
-            self.fixed.load_state_dict(self._exponents)
-        self.fixed.reset()
-
+    @torch.no_grad()
     def clear(self) -> None:
-        """Make ready for a chunk: a layer that it does not run has nothing to add.
+        """Zero the running statistics before a pass that is recorded.
 
         With momentum 1 the old value enters times zero, which NaN would survive.
         """
-        for _, _, running in self._active:
+        for running, _ in self._active:
             torch._foreach_zero_(running)
 
     def record(self, weight: Callable[[torch.device], Tensor]) -> None:
@@ -127,55 +116,39 @@ class RunningStatistics:
         Args:
             weight: returns the chunk's weight on a device, 0-dim.
         """
-        for k, (sums, wide, running) in enumerate(self._active):
-            scale = weight(running[0].device)
-            if self._exact:
-                self.fixed.add(k, running, scale)
-            else:
+        if self._active:
+            for k, (running, wide) in enumerate(zip(self._lists, self._wide, strict=True)):
                 torch._foreach_copy_(wide, running)
-                dispatch.accumulate_(sums, wide, scale)
+                self.store.add(k, wide, weight(wide[0].device))
         for counter in self._counters:
             counter.record(weight(counter.weights.device))
 
-    @property
-    def width(self) -> int:
-        """The length of :meth:`maxima`, the same whichever layers are in training mode."""
-        return 2 * sum(m.running_mean is not None for m in self._layers) if self._exact else 0
-
-    def maxima(self) -> Tensor:
-        """Return the largest contributions (:meth:`FixedPoint.maxima`) and zeros: 1-D, float64."""
-        found = self.fixed.maxima() if self._active else torch.zeros(0, dtype=torch.float64)
-        return torch.nn.functional.pad(found, (0, self.width - len(found)))
-
-    def fit(self, maxima: Tensor, additions: int) -> bool:
-        """See :meth:`FixedPoint.fit`."""
-        return not self._active or self.fixed.fit(maxima[: len(self.fixed)], additions)
+    def count_passes(self) -> None:
+        """Note how many passes the layers have counted, for :meth:`all_reduce_`."""
+        self._passes = [count.clone() for count in self._counts()]
 
     def all_reduce_(self, collectives: Collectives) -> None:
-        """Replace exact sums by those of all processes."""
-        if self._exact and self._active:
-            self.fixed.all_reduce_(collectives)
+        """Replace sums, weights and the layers' counts of passes by those of all processes."""
+        if collectives.is_single or not self._layers:
+            return
+        counts = self._counts()
+        new = [now - before for now, before in zip(counts, self._passes, strict=True)]
+        self.store.all_reduce_(collectives, [*(c.weights for c in self._counters), *new])
+        for count, before, passes in zip(counts, self._passes, new, strict=True):
+            count.copy_(before + passes)
+
+    def _counts(self) -> list[Tensor]:
+        found = (m.num_batches_tracked for m in self._layers)
+        return [count for count in found if count is not None]
 
     def commit(self, total_weight: float) -> None:
         """Write the means over all passes recorded."""
-        if self._exact and self._active:
-            self.fixed.means_([wide for _, wide, _ in self._active], total_weight)
-        for sums, wide, running in self._active:
-            if not self._exact:
-                torch._foreach_div_(sums, total_weight)
-            torch._foreach_copy_(running, wide if self._exact else sums)
+        if self._active:
+            self.store.mean_(total_weight)
+        for running, means in self._active:
+            torch._foreach_copy_(running, means)
         for counter in self._counters:
             counter.commit(total_weight)
-
-    def state_dict(self) -> list[int]:
-        """See :meth:`FixedPoint.state_dict`."""
-        return list(self._exponents) if self.fixed is None else self.fixed.state_dict()
-
-    def load_state_dict(self, exponents: Sequence[int]) -> None:
-        """See :meth:`FixedPoint.load_state_dict`; kept until there are sums."""
-        self._exponents = exponents
-        if self.fixed is not None:
-            self.fixed.load_state_dict(exponents)
 
 
 class _Counter:

@@ -1,5 +1,5 @@
-"""The work on one chunk: g_c, with a penalty g_c + lambda H_c g_c, added to the accumulator. All of
-it is work on the device, which a graph can capture.
+"""The gradient of one chunk, g_c or with a penalty g_c + lambda H_c g_c, and its addition to the
+sums. All of it is work on the device, which a CUDA graph can capture.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fbopt._engine.batchnorm import RunningStatistics
+from fbopt._engine.chunk_clip import ChunkClip, squared_norm
 from fbopt._engine.forward import ChunkLoss
+from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.perturb import Perturbation, hessian_gradient_product
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
-from fbopt._ops import dispatch
-from fbopt.accumulate import GradientAccumulator
 from fbopt.penalty import GradientPenalty
 
 Observe = Callable[[Any, Any], None] | None
@@ -24,15 +24,15 @@ Observe = Callable[[Any, Any], None] | None
 
 @dataclass(frozen=True)
 class ChunkGradient:
-    """What a call of the closure does with each of its chunks.
+    """The work of a closure's call on each of its chunks.
 
     Args:
-        model, loss_fn, evaluate, autocast: as for the closure.
+        model, loss_fn, evaluate, autocast, chunk_norms: as for the closure.
         penalty: the penalty, or None where its coefficient is zero.
-        accumulator: where the gradients are added.
-        statistics: where BatchNorm's statistics are added.
-        buffers: keeps the model's buffers during the shifted passes.
-        perturbation: the second buffer of the parameters, for a penalty that needs it.
+        sums, statistics: where gradients and BatchNorm's statistics are added.
+        buffers: keeps the model's buffers during passes at perturbed parameters.
+        perturbation: for a penalty by finite differences.
+        clip: None where chunks are not clipped.
     """
 
     model: nn.Module
@@ -40,14 +40,16 @@ class ChunkGradient:
     evaluate: Callable[[nn.Module, Any], Tensor] | None
     autocast: torch.dtype | None
     penalty: GradientPenalty | None
-    accumulator: GradientAccumulator
+    sums: GradientSums
     statistics: RunningStatistics
     buffers: BufferSnapshot
     perturbation: Perturbation | None
+    clip: ChunkClip | None
+    chunk_norms: bool
 
     @property
     def repetitions(self) -> int:
-        """How often the random draws of a chunk are repeated."""
+        """How often a chunk's random draws are repeated."""
         return {"forward": 1, "central": 2}.get(self.penalty and self.penalty.method, 0)
 
     def __call__(
@@ -59,34 +61,42 @@ class ChunkGradient:
         draws: GeneratorSnapshot | None,
         observe: Observe,
     ) -> tuple[Tensor, Tensor | None]:
-        """Add one chunk's gradient; return its loss and, with a penalty, ||g||^2 (float64)."""
+        """Add one chunk's gradient; return its loss and ||g||^2 (float64; None if not wanted)."""
         exact = self.penalty is not None and self.penalty.method == "exact"
         if self.repetitions:
             draws.begin()
         self.statistics.clear()
         loss = self._forward(index, chunk, observe)
         grads = self._gradient(loss, create_graph=exact)
-        self.statistics.record(lambda device: self.accumulator.scalar(weight, device))
-        loss = loss.detach()  # its graph holds the activations that the next pass needs room for
+        self.statistics.record(lambda device: self.sums.scalar(weight, device))
+        loss = loss.detach()  # frees the activations, whose memory the next pass needs
         if self.penalty is None:
-            self.accumulator.add_parts(self.accumulator.gather(grads), weight)
-            return loss, None
+            return loss, self._add_plain(grads, weight)
         if exact:
             return loss, self._add_exact(grads, weight, coefficient)
-        return loss, self._add_shifted(index, chunk, grads, weight, coefficient, draws)
+        return loss, self._add_finite_difference(index, chunk, grads, weight, coefficient, draws)
+
+    def _add_plain(self, grads: Sequence[Tensor | None], weight: float | Tensor) -> Tensor | None:
+        parts = self.sums.gather(grads)
+        square = squared_norm(parts) if self.chunk_norms or self.clip is not None else None
+        if self.clip is not None:
+            weight = self.clip.weight(weight, square)
+        self.sums.add(parts, weight)
+        return square
 
     def _add_exact(
         self, grads: Sequence[Tensor | None], weight: float | Tensor, coefficient: Tensor
     ) -> Tensor:
-        accumulator = self.accumulator
-        products = hessian_gradient_product([g for g in grads if g is not None], accumulator.params)
-        parts = accumulator.gather([None if g is None else g.detach() for g in grads])
-        square = dispatch.squared_norm([g for part in parts for g in part])
-        products = accumulator.buckets.gather(products, "plus")
-        accumulator.add_products(parts, products, weight, coefficient)
+        products = hessian_gradient_product([g for g in grads if g is not None], self.sums.params)
+        parts = self.sums.gather([None if g is None else g.detach() for g in grads])
+        square = squared_norm(parts)
+        # H g is a central difference from zero where ||g|| / (2 radius) is one.
+        plus = self.sums.buckets.gather(products, "plus")
+        minus, one = [[torch.zeros_like(h) for h in part] for part in plus], torch.ones_like(square)
+        (self.clip or self.sums).add_penalised(parts, plus, minus, weight, coefficient, one, 0.5)
         return square
 
-    def _add_shifted(
+    def _add_finite_difference(
         self,
         index: int,
         chunk: Any,
@@ -95,32 +105,33 @@ class ChunkGradient:
         coefficient: Tensor,
         draws: GeneratorSnapshot,
     ) -> Tensor:
-        radius, gather = self.penalty.radius, self.accumulator.gather
+        radius, gather = self.penalty.radius, self.sums.gather
         parts = gather(grads)
         square = self.perturbation.fill(parts, radius)
         with draws.repeated() as rewind:
             self.buffers.save()
             try:
                 rewind()
-                plus = gather(self._shifted_gradient(index, chunk), "plus")
+                plus = gather(self._perturbed_gradient(index, chunk), "plus")
                 minus = []
                 if self.penalty.method == "central":
                     self.buffers.restore()
                     self.perturbation.fill(parts, -radius, square)
                     rewind()
-                    minus = gather(self._shifted_gradient(index, chunk), "minus")
+                    minus = gather(self._perturbed_gradient(index, chunk), "minus")
             finally:
                 torch.clear_autocast_cache()
                 self.buffers.restore()
-        self.accumulator.add_penalised(parts, plus, minus, weight, coefficient, square, radius)
+        difference = parts, plus, minus
+        (self.clip or self.sums).add_penalised(*difference, weight, coefficient, square, radius)
         return square
 
-    def _shifted_gradient(self, index: int, chunk: Any) -> Sequence[Tensor | None]:
+    def _perturbed_gradient(self, index: int, chunk: Any) -> Sequence[Tensor | None]:
         with self.perturbation.applied():
             return self._gradient(self._forward(index, chunk, observe=None))
 
     def _forward(self, index: int, chunk: Any, observe: Observe) -> Tensor:
-        device = self.accumulator.params[0].device
+        device = self.sums.params[0].device
         forward = ChunkLoss(self.model, self.loss_fn, self.evaluate, self.autocast, device)
         loss, output, target = forward.differentiable(index, chunk)
         if observe is not None:
@@ -128,7 +139,7 @@ class ChunkGradient:
         return loss
 
     def _gradient(self, loss: Tensor, create_graph: bool = False) -> Sequence[Tensor | None]:
-        params = self.accumulator.params
+        params = self.sums.params
         grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
         for i, g in enumerate(grads):
             if g is not None and g.layout != torch.strided:
@@ -139,5 +150,5 @@ class ChunkGradient:
         return grads
 
     def _name(self, index: int) -> str:
-        wanted = self.accumulator.params[index]
+        wanted = self.sums.params[index]
         return next((n for n, p in self.model.named_parameters() if p is wanted), "unnamed")

@@ -1,6 +1,4 @@
-"""How the work on a chunk becomes a CUDA graph: torch's capture, made safe for random draws and for
-captures that fail.
-"""
+"""Capture of work in a CUDA graph: torch's own, made safe for repeated draws and for failures."""
 
 from __future__ import annotations
 
@@ -13,26 +11,26 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-# Before torch 2.14 the allocators go on asking a graph whose capture failed: it may not be freed.
+# Before torch 2.14 the allocator still uses a graph whose capture failed: it may not be freed.
 _FAILED: list[torch.cuda.CUDAGraph] = []
-# As many as central differences repeat a chunk's draws.
+# Central differences repeat a chunk's draws twice.
 REPETITIONS = 2
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-# From here on a graph finds by itself the generators that are drawn from while it is captured.
+# From this version on a graph registers the generators that are drawn from in its capture.
 FINDS_GENERATORS = (2, 14)
 
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream of all captures on a device: libraries keep memory for each they meet."""
+    """Return the one stream of all captures on a device: libraries keep workspaces per stream."""
     return torch.cuda.Stream(device)
 
 
 class CudaRecorder:
-    """Captures work on one device in CUDA graphs that share one pool of memory.
+    """Captures work on one device in CUDA graphs that share one memory pool.
 
-    They may share it because they are replayed one after the other and leave their results in
-    tensors that are still referred to when the next one is captured.
+    They may share it: they are replayed one after the other, and the tensors of their results are
+    still referenced when the next one is captured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,10 +42,7 @@ class CudaRecorder:
 
     @contextlib.contextmanager
     def warming(self) -> Iterator[None]:
-        """Run work on the stream of the captures, so that what libraries keep by stream is made.
-
-        The host waits for nothing.
-        """
+        """Run work on the stream of the captures, for which libraries then allocate workspaces."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:
@@ -57,17 +52,16 @@ class CudaRecorder:
             current.wait_stream(self._stream)
 
     def capture(self, work: Callable[[Draws], T], repetitions: int) -> tuple[T, Callable[[], None]]:
-        """Record ``work(draws)``, which executes none of it; return its result and the replay.
+        """Capture ``work(draws)`` without executing it; return its result and the replay.
 
         Args:
-            work: launches work on the device; ``draws`` repeats random draws as
-                :class:`fbopt._engine.snapshot.GeneratorSnapshot` does, which a capture does not
-                allow.
-            repetitions: how often it repeats them.
+            work: launches work on the device; ``draws`` stands for a GeneratorSnapshot, which a
+                capture does not allow.
+            repetitions: how often the work repeats its draws.
 
         Raises:
-            RuntimeError: from torch, whose message speaks of capturing, where the work cannot be
-                captured. The stream, the generators and the allocator are then as before.
+            RuntimeError: torch's own, which mentions capturing, where the work cannot be captured.
+                Stream, generators and allocator are then as before.
         """
         graph, draws = torch.cuda.CUDAGraph(), Draws(self._generator, self._states[:repetitions])
         on_host = torch.default_generator.get_state()
@@ -92,10 +86,10 @@ class CudaRecorder:
 
     @contextlib.contextmanager
     def _capturing(self, graph: torch.cuda.CUDAGraph, draws: Draws) -> Iterator[None]:
-        """Capture in a graph, undisturbed by the garbage collector.
+        """Capture in a graph with the garbage collector off.
 
-        A collected graph would free memory, which can end a capture. The stream is set twice since
-        torch.cuda.graph leaves its own one current when a capture ends badly.
+        Collecting an old graph would free memory, which can end a capture. The current stream is
+        restored here since torch.cuda.graph does not do so when a capture fails.
         """
         gc.collect()
         collects = gc.isenabled()
@@ -117,12 +111,12 @@ class CudaRecorder:
     def _clean_up(self, graph: torch.cuda.CUDAGraph) -> None:
         """Undo what a failed capture leaves behind in torch before 2.14.
 
-        The allocator would direct memory to the pool for ever, and generators would refuse to draw
-        outside of captures; one that succeeds puts them right.
+        The allocator would go on allocating from the pool, and generators would refuse to draw
+        outside of captures until one succeeds.
         """
         graph.reset()
         _FAILED.append(graph)
-        with contextlib.suppress(RuntimeError):  # where torch has done it
+        with contextlib.suppress(RuntimeError):  # torch has done it already
             torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
             torch._C._cuda_releasePool(self._device.index, self._pool)
         self._pool = torch.cuda.graph_pool_handle()
@@ -135,22 +129,22 @@ class CudaRecorder:
 class Draws:
     """Repeats random draws within a capture, where no generator's state can be read or set.
 
-    Each repetition draws from a state of its own. Before every replay these are set to where the
-    chunk's draws begin, which the generator itself goes on from.
+    Each repetition draws from a state of its own; before every replay these are set to the
+    generator's, from which the chunk's draws begin.
     """
 
     def __init__(self, generator: torch.Generator, states: list[torch.Generator]) -> None:
         self._generator, self._states = generator, states
 
     def register(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Tell a graph of the states."""
-        if TORCH >= FINDS_GENERATORS:  # need not be told, and says so at every call
+        """Register the states with a graph."""
+        if TORCH >= FINDS_GENERATORS:  # which would warn at every call
             return
         for state in self._states:
             graph.register_generator_state(state)
 
     def align(self) -> None:
-        """Set the states to where the generator is."""
+        """Set the states to the generator's."""
         now = self._generator.get_state() if self._states else None
         for state in self._states:
             state.set_state(now)

@@ -20,11 +20,11 @@ from fbopt._engine.cuda_capture import CudaRecorder
 from fbopt._engine.snapshot import GeneratorSnapshot
 from fbopt._ops.flat import overlaps_itself
 
-# Kinds of chunks that get a graph, and visits without one before: libraries choose algorithms,
-# compile and allocate in the first, and what that changes has settled in the second.
+# How many kinds of chunks get a graph, and how many visits come before a capture: in the first,
+# libraries choose algorithms, compile and allocate; the second runs as the capture will.
 LIMIT, WARM_UP = 8, 2
 RECORDERS = {"cuda": CudaRecorder}
-# What a chunk may hold beside tensors: values that a graph can bake in.
+# What a chunk may hold besides tensors: a graph keeps their values.
 VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -57,10 +57,9 @@ def refuse_nested(model: nn.Module) -> None:
 class ChunkGraphs:
     """The graphs of a closure, on one device.
 
-    A graph writes to the addresses that it was captured with: when parameters, buffers or what the
-    closure keeps lie elsewhere, all graphs are dropped. Weight and coefficient are read on the
-    device, so they can change; numbers and flags in chunks and modules cannot, and tell kinds of
-    chunks apart.
+    A graph works on the addresses it was captured with: when parameters, buffers or sums have
+    moved, all graphs are dropped. Weight and coefficient are read on the device, so they can
+    change; numbers and flags in chunks and modules cannot: other ones make another kind of chunk.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,17 +76,11 @@ class ChunkGraphs:
         self._warned = False
 
     def begin(self, work: ChunkGradient, coefficient: Tensor | None, observe: Observe) -> None:
-        """Make ready for a call of the closure.
-
-        Args:
-            work: what it does with its chunks.
-            coefficient: the penalty's, on the device; None without.
-            observe: as for the closure.
-        """
-        kept = (work.accumulator.buckets, work.statistics.kept, work.perturbation)
+        """Begin a call of the closure; drop the graphs if memory that they use has moved."""
+        kept = (work.sums.buckets, work.statistics.means, work.perturbation, work.clip)
         held = [work.model, work.loss_fn, work.evaluate, *kept]
         self._buffers = dict(work.model.named_buffers(remove_duplicate=False))
-        tensors = [*work.accumulator.params, *work.model.parameters(), *self._buffers.values()]
+        tensors = [*work.sums.params, *work.model.parameters(), *self._buffers.values()]
         addresses = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
         same = [id(x) for x in held] == [id(x) for x in self._held]
         if self._kinds and not (same and addresses == self._addresses):
@@ -112,7 +105,7 @@ class ChunkGraphs:
         weight: float,
         draws: GeneratorSnapshot | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Do the work on a chunk, by a replay where there is a graph for its kind."""
+        """Do the work on a chunk, by a replay if there is a graph for its kind."""
         leaves, structure = tree_flatten(chunk)
         kind = (structure, *(_describe(index, leaf) for leaf in leaves), self._setting)
         state = self._kinds.get(kind)
@@ -120,7 +113,7 @@ class ChunkGraphs:
         if state == WARM_UP:
             state = self._kinds[kind] = self._capture(work, index, leaves, structure)
         if isinstance(state, _Graph):
-            work.accumulator.unseen &= state.unseen
+            work.sums.unseen &= state.unseen
             return state.run([x for x in leaves if isinstance(x, Tensor)], self._observe)
         if state is None and self._admits():
             state = 0
@@ -133,17 +126,17 @@ class ChunkGraphs:
         return result
 
     def _admits(self) -> bool:
-        """Whether there is room for another kind; says once when there is none."""
+        """Whether there is room for another kind; warns once if there is none."""
         known = self._setting is not None
         room = known and len(self._kinds) < LIMIT and self._moves <= LIMIT
         if not room and not self._warned:
             self._warned = True
             warnings.warn(
                 f"cuda_graph=True keeps graphs for at most {LIMIT} kinds of chunks, and this "
-                "closure has met more, or a model that lies elsewhere in memory again and again: "
-                "the rest runs without graphs. A kind is the shapes of a chunk with its numbers "
-                "and those of the model's modules: make the chunks equal in size, and turn "
-                "numbers that change into tensors",
+                "closure has met more, or the model's memory has moved again and again: the rest "
+                "runs without graphs. A kind is the shapes of a chunk with its numbers and those "
+                "of the model's modules: make the chunks equal in size, and turn numbers that "
+                "change into tensors",
                 RuntimeWarning,
                 stacklevel=6,
             )
@@ -156,26 +149,26 @@ class ChunkGraphs:
         chunk = tree_unflatten(static, structure)
         seen: list[tuple[Any, Any]] = []
         keep = None if self._observe is None else lambda *shown: seen.append(shown)
-        accumulator = work.accumulator
-        before, accumulator.unseen = accumulator.unseen, set(range(len(accumulator.params)))
+        sums = work.sums
+        before, sums.unseen = sums.unseen, set(range(len(sums.params)))
         try:
             (loss, square), launch = self._recorder.capture(
                 lambda draws: work(index, chunk, self._weight, self._given, draws, keep),
                 work.repetitions,
             )
-            unseen = accumulator.unseen
+            unseen = sums.unseen
         except RuntimeError as error:
             _explain(error, index)
             raise
         finally:
-            accumulator.unseen = before
-            torch.clear_autocast_cache()  # what it holds was captured, not computed
+            sums.unseen = before
+            torch.clear_autocast_cache()  # its tensors were captured, not computed
         self._check_buffers(work.model, captured=True)
         inputs = [x for x in static if isinstance(x, Tensor)]
         return _Graph(inputs, loss, square, seen, unseen, launch)
 
     def _check_buffers(self, model: nn.Module, captured: bool) -> None:
-        """Drop the graphs when other tensors stand in place of buffers; refuse it as a habit."""
+        """Drop the graphs if the model has replaced buffers; raise if it does so repeatedly."""
         now = dict(model.named_buffers(remove_duplicate=False))
         replaced = [name for name, b in now.items() if self._buffers.get(name) is not b]
         self._replaced.update(replaced)
@@ -191,7 +184,7 @@ class ChunkGraphs:
         self._buffers = now
 
     def _drop(self) -> None:
-        """Free all graphs, and with them the recorder's pool: torch uses none twice."""
+        """Free all graphs, and with them the recorder's pool, which torch cannot use again."""
         for kind, state in self._kinds.items():
             self._kinds[kind] = WARM_UP if isinstance(state, _Graph) else state
         self._recorder = RECORDERS[self.device.type](self.device)
@@ -199,7 +192,7 @@ class ChunkGraphs:
 
 @dataclass(eq=False)
 class _Graph:
-    """A captured chunk: its inputs and results, which stay where they are, and the replay."""
+    """A captured chunk: its input and result tensors, which each replay overwrites."""
 
     inputs: list[Tensor]
     loss: Tensor
@@ -209,7 +202,7 @@ class _Graph:
     launch: Callable[[], None]
 
     def run(self, tensors: list[Tensor], observe: Observe) -> tuple[Tensor, Tensor | None]:
-        """Replay on the tensors of a chunk; the next replay overwrites none of what is returned."""
+        """Replay on the tensors of a chunk and return copies of the results."""
         for mine, given in zip(self.inputs, tensors, strict=True):
             mine.copy_(given, non_blocking=True)
         self.launch()
@@ -220,7 +213,7 @@ class _Graph:
 
 
 def _explain(error: RuntimeError, index: int) -> None:
-    """Raise an error that says in words why a capture failed, if that is what happened."""
+    """Raise an error that says what made a capture fail and how to cure it, if one did."""
     first: BaseException | None = None
     cause: BaseException | None = error
     while cause is not None:
@@ -238,9 +231,11 @@ def _explain(error: RuntimeError, index: int) -> None:
 
 
 def _baked(work: ChunkGradient, device: torch.device) -> tuple:
-    """What a capture takes over from its surroundings, besides addresses."""
+    """The settings that a capture keeps, besides addresses."""
     return (
         None if work.penalty is None else (work.penalty.method, work.penalty.radius),
+        None if work.clip is None else work.clip.max_norm,
+        work.chunk_norms,
         work.autocast,
         torch.is_autocast_enabled(device.type),
         torch.get_autocast_dtype(device.type),
@@ -255,7 +250,7 @@ def _baked(work: ChunkGradient, device: torch.device) -> tuple:
 
 
 def _describe(index: int, leaf: Any) -> tuple:
-    """What tells a chunk's tensor or value from another kind."""
+    """The part of a chunk's kind that a tensor or value in it makes."""
     if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
     if isinstance(leaf, VALUES):
@@ -268,10 +263,10 @@ def _describe(index: int, leaf: Any) -> tuple:
 
 
 def _copied(leaf: Any, device: torch.device) -> Any:
-    """A tensor of a chunk in memory of its own, laid out like the given one.
+    """A copy of a chunk's tensor with the same strides.
 
-    Visits without a graph have it, too: libraries choose algorithms by alignment, and a chunk cut
-    from a larger tensor would then give other bits before its capture than after.
+    Visits without a graph work on a copy, too: libraries choose algorithms by alignment, so that a
+    view into a larger tensor could give other bits before the capture than after.
     """
     if not isinstance(leaf, Tensor):
         return leaf

@@ -15,12 +15,7 @@ from fbopt._engine.inputs import check_loss, pair
 
 @dataclass(frozen=True)
 class ChunkLoss:
-    """The mean loss of a chunk, under autocast if asked for.
-
-    Args:
-        model, loss_fn, evaluate, autocast: as for the closure.
-        device: where the parameters are; its type chooses the autocast.
-    """
+    """The mean loss of a chunk. Fields as for FullBatchClosure; `device` is the parameters'."""
 
     model: nn.Module
     loss_fn: Callable[[Any, Any], Tensor] | None
@@ -30,7 +25,7 @@ class ChunkLoss:
 
     def __call__(self, index: int, chunk: Any) -> tuple[Tensor, Any, Any]:
         """Return (mean loss, output, target); the last two are None where ``evaluate`` is given."""
-        # Autocast keeps the weights it has cast, by parameter: those know nothing of a shift.
+        # Autocast caches cast weights by parameter; a perturbation would not change them.
         torch.clear_autocast_cache()
         with self._autocast():
             if self.evaluate is not None:
@@ -40,11 +35,7 @@ class ChunkLoss:
             return self.loss_fn(output, target), output, target
 
     def differentiable(self, index: int, chunk: Any) -> tuple[Tensor, Any, Any]:
-        """The same with a graph behind the loss.
-
-        Raises:
-            TypeError, ValueError: the loss is no 0-dim tensor that depends on a parameter.
-        """
+        """Return the same with a graph behind the loss, which has to depend on a parameter."""
         with torch.enable_grad():
             found = self(index, chunk)
         check_loss(index, found[0], "evaluate" if self.evaluate else "loss_fn")

@@ -1,4 +1,4 @@
-"""What FullBatchClosure accepts: its arguments, the chunks and their weights, the losses."""
+"""Checks of what FullBatchClosure is given: arguments, chunks and their weights, losses."""
 
 from __future__ import annotations
 
@@ -11,37 +11,43 @@ from torch import Tensor, nn
 from fbopt._checks import check_number
 from fbopt.penalty import GradientPenalty
 
+FUNCTIONS = ("loss_fn", "evaluate", "observe", "on_pass_start", "weight")
 
-def check_arguments(
-    model: Any,
-    loss_fn: Any,
-    chunks: Any,
-    *,
-    evaluate: Any,
-    observe: Any,
-    weight: Any,
-    autocast: Any,
-    cuda_graph: Any,
-    **typed: Any,
-) -> None:
-    """Check what FullBatchClosure is made from; its docstring says what each argument is."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Check the arguments of FullBatchClosure; its docstring says what each one is."""
+    if not isinstance(given["model"], nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {_kind(given['model'])}")
+    loss_fn, evaluate = given["loss_fn"], given["evaluate"]
     if (loss_fn is None) == (evaluate is None):
         raise ValueError(
             "pass either loss_fn, for chunks of (input, target), or evaluate=, for any others"
         )
-    functions = {"loss_fn": loss_fn, "evaluate": evaluate, "observe": observe, "weight": weight}
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+    for name in FUNCTIONS:
+        if given[name] is not None and not callable(given[name]):
+            raise TypeError(f"{name} must be callable, got {_kind(given[name])}")
     if getattr(loss_fn, "reduction", "mean") != "mean":
         raise ValueError(
             f"loss_fn has reduction={loss_fn.reduction!r}: a chunk's loss must be its mean, use "
             "reduction='mean'"
         )
-    if evaluate is not None and observe is not None:
+    if evaluate is not None and given["observe"] is not None:
         raise ValueError("observe goes with loss_fn; with evaluate=, look at the outputs there")
+    _check_iterable(given["chunks"])
+    for name, wanted in (("penalty", GradientPenalty), ("optimizer", torch.optim.Optimizer)):
+        if given[name] is not None and not isinstance(given[name], wanted):
+            raise TypeError(f"{name} must be a {wanted.__name__} or None, got {_kind(given[name])}")
+    autocast = given["autocast"]
+    if autocast is not None and autocast not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be torch.bfloat16 or torch.float16, got {autocast}")
+    if given["chunk_max_norm"] is not None:
+        check_number("chunk_max_norm", given["chunk_max_norm"], above=0)
+    for name in ("chunk_norms", "cuda_graph"):
+        if not isinstance(given[name], bool):
+            raise TypeError(f"{name} must be True or False, got {_kind(given[name])}")
+
+
+def _check_iterable(chunks: Any) -> None:
     if chunks is None or not hasattr(chunks, "__iter__"):
         raise TypeError("chunks must be an iterable of chunks, such as a list or a DataLoader")
     if iter(chunks) is chunks:
@@ -49,25 +55,16 @@ def check_arguments(
             "chunks can be iterated only once (a generator or iterator), but every call visits all "
             "of it: pass a list, a DataLoader, or an object whose __iter__ starts anew"
         )
-    for name, wanted in (("penalty", GradientPenalty), ("optimizer", torch.optim.Optimizer)):
-        value = typed[name]
-        if value is not None and not isinstance(value, wanted):
-            raise TypeError(
-                f"{name} must be a {wanted.__name__} or None, got {type(value).__name__}"
-            )
-    if autocast is not None and autocast not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"autocast must be torch.bfloat16 or torch.float16, got {autocast}")
-    if not isinstance(cuda_graph, bool):
-        raise TypeError(f"cuda_graph must be True or False, got {type(cuda_graph).__name__}")
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
 
 
 def refuse_compiled(model: nn.Module) -> None:
     """Refuse double backward through torch.compile, which would fail with an obscure error."""
     for name, module in model.named_modules():
-        compiled = (
-            type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
-        )
-        if compiled:
+        if _kind(module) == "OptimizedModule" or module._compiled_call_impl is not None:
             raise RuntimeError(
                 f"method='exact' differentiates twice, which a compiled model ({name or 'model'}) "
                 "cannot: use method='forward' or 'central', or the model before torch.compile"
@@ -75,7 +72,7 @@ def refuse_compiled(model: nn.Module) -> None:
 
 
 def weigh(index: int, chunk: Any, weight: Callable[[Any], float] | None) -> float:
-    """Return n_c: what the user's function says, or else the length of the chunk's first tensor."""
+    """Return n_c: what `weight` returns, or without it the length of the chunk's first tensor."""
     if weight is not None:
         value = weight(chunk)
         value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
@@ -93,9 +90,7 @@ def weigh(index: int, chunk: Any, weight: Callable[[Any], float] | None) -> floa
 def check_loss(index: int, loss: Any, source: str) -> None:
     """Check that a chunk's loss is a 0-dim tensor with a graph behind it."""
     if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"{source} returned {type(loss).__name__} for chunk {index}: return a 0-dim tensor"
-        )
+        raise TypeError(f"{source} returned {_kind(loss)} for chunk {index}: return a 0-dim tensor")
     if loss.dim() != 0:
         raise ValueError(
             f"{source} returned shape {tuple(loss.shape)} for chunk {index}: return the mean loss, "
@@ -112,7 +107,7 @@ def pair(index: int, chunk: Any) -> tuple[Any, Any]:
     """Return a chunk's (input, target)."""
     if not isinstance(chunk, Sequence) or len(chunk) != 2:
         raise TypeError(
-            f"chunk {index} is no (input, target) pair but {type(chunk).__name__}: for other "
+            f"chunk {index} is no (input, target) pair but {_kind(chunk)}: for other "
             "chunks pass evaluate=lambda model, chunk: mean_loss"
         )
     return chunk[0], chunk[1]

@@ -1,4 +1,6 @@
-"""Gradients at a second point: theta + s v in a second buffer, and products with the Hessian."""
+"""Perturbed parameters theta + s v, ||s v|| = radius, in a second buffer; Hessian-gradient products
+by double backward.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,10 @@ from fbopt._ops.flat import accumulator_dtype
 
 
 class Perturbation:
-    """A second buffer for the parameters, which point to it while they are shifted.
+    """A second buffer for the parameters, which point to it while they are perturbed.
 
-    The parameters' own memory is never written, so they are bit for bit what they were when the
-    shift ends, also if the pass in between raises.
+    The parameters' own memory is never written: afterwards they are bit for bit what they were,
+    also if the pass in between raises.
     """
 
     def __init__(self, buckets: FlatBuckets) -> None:
@@ -35,7 +37,7 @@ class Perturbation:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Take note of theta, for all shifts until the next call."""
+        """Read theta, for all perturbations until the next call."""
         self._theta = self.buckets.gather(self._originals, "params")
 
     @torch.no_grad()
@@ -44,7 +46,7 @@ class Perturbation:
     ) -> Tensor:
         """Write ``theta + radius g / ||g||`` to the buffer and return ``||g||^2`` (0-dim, float64).
 
-        The gradients are gathered. A negative radius shifts the other way.
+        The gradients are gathered (:meth:`FlatBuckets.gather`); the radius may be negative.
         """
         if squared_norm is None and len(grads) > 1:
             squared_norm = dispatch.squared_norm([g for part in grads for g in part])
@@ -55,7 +57,7 @@ class Perturbation:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the parameters point to the buffer."""
+        """Let the parameters point to the buffer meanwhile."""
         try:
             self._point_to(self._views)
             yield
@@ -68,13 +70,7 @@ class Perturbation:
 
 
 def hessian_gradient_product(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-    """Return ``H g``, the gradient of ``||g||^2 / 2``, by a backward pass through g (double
-    backward).
-
-    Args:
-        grads: gradients made with ``create_graph=True``.
-        params: the parameters they belong to.
-    """
+    """Return ``H g``, the gradient of ``||g||^2 / 2``, from gradients with a graph behind them."""
     with torch.enable_grad():
         squares = [g.to(accumulator_dtype(g.dtype)).square() for g in grads if g.requires_grad]
         half = sum(square.sum() for square in squares) / 2

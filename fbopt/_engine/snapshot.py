@@ -1,5 +1,5 @@
-"""What a pass over a chunk leaves in the model besides the gradient, and how the closure keeps it
-right: buffers and random draws.
+"""Snapshots of what a pass over a chunk changes besides the gradient: the model's buffers and the
+states of random generators.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fbopt._ops.flat import by_device_and_dtype, overlaps_itself
+from fbopt._random import default_generators
 
 
 class BufferSnapshot:
-    """The buffers of a model, to be saved and put back: by value, and which tensor stands where."""
+    """A copy of a model's buffers; restores their values, and tensors that were replaced."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._modules = [
@@ -25,7 +26,7 @@ class BufferSnapshot:
         self._groups: list[list[int]] = []
 
     def save(self) -> None:
-        """Remember all buffers as they are now."""
+        """Copy all buffers."""
         if self._modules:
             self._save()
 
@@ -35,7 +36,7 @@ class BufferSnapshot:
             (m._buffers, name, b)
             for m in self._modules
             for name, b in m._buffers.items()
-            if b is not None and not overlaps_itself(b)  # nothing can write to those
+            if b is not None and not overlaps_itself(b)  # which nothing can write to
         ]
         now = [b for _, _, b in self._places]
         fits = len(now) == len(self._copies) and all(
@@ -48,7 +49,7 @@ class BufferSnapshot:
         self._copy(self._copies, now)
 
     def restore(self) -> None:
-        """Put back what :meth:`save` remembered."""
+        """Put back what :meth:`save` copied."""
         for table, name, b in self._places:
             table[name] = b
         if self._places:
@@ -56,32 +57,28 @@ class BufferSnapshot:
                 self._copy([b for _, _, b in self._places], self._copies)
 
     def _copy(self, to: list[Tensor], source: list[Tensor]) -> None:
-        # By dtype: a mixed list would be copied one by one.
+        # By device and dtype: a mixed list would be copied one by one.
         for group in self._groups:
             torch._foreach_copy_([to[i] for i in group], [source[i] for i in group])
 
 
 class GeneratorSnapshot:
-    """The draws of torch's random generators, on the CPU and on the devices of a model."""
+    """The states of torch's default generators, of the CPU and of the devices of a model."""
 
     def __init__(self, devices: set[torch.device]) -> None:
-        self._generators = [torch.default_generator]
-        for device in devices:
-            if device.type == "cuda":
-                index = torch.cuda.current_device() if device.index is None else device.index
-                self._generators.append(torch.cuda.default_generators[index])
+        self._generators = default_generators(devices)
 
     def begin(self) -> None:
-        """Note where the draws of a chunk begin."""
+        """Save the states from which :meth:`rewind` repeats the draws."""
         self._start = self._get()
 
     def rewind(self) -> None:
-        """Go back to where :meth:`begin` was."""
+        """Go back to the states that :meth:`begin` saved."""
         self._set(self._start)
 
     @contextlib.contextmanager
     def repeated(self) -> Iterator[Callable[[], None]]:
-        """Give a function that goes back to where :meth:`begin` was; go on from here in the end."""
+        """Yield :meth:`rewind`; afterwards restore the states of now."""
         after = self._get()
         try:
             yield self.rewind

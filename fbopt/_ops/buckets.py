@@ -1,7 +1,7 @@
-"""Lists of tensors as the kernels take them: by device and dtype, and packed where they are small.
+"""Flat buckets: lists of tensors by device and dtype, many small ones packed into one tensor.
 
-A call with a list pays for every tensor in it, some 0.2 µs each, before it computes anything. Many
-small tensors are therefore copied into one flat buffer first, once, and every kernel then sees one.
+A kernel call pays about 0.2 µs for every tensor in its list before it computes anything. Many small
+tensors are therefore copied into one flat buffer first, and the kernels then see one tensor.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from fbopt._ops import dispatch
 from fbopt._ops.flat import ALIGN, accumulator_dtype, by_device_and_dtype, flat_size, flat_views
 
-# Copying a tensor of this size costs about what it saves; fewer tensors are not worth a call.
+# Copying a tensor of this mean size costs about what it saves; fewer tensors are not worth a call.
 PACK_NUMEL, PACK_COUNT = 512, 16
 
 
 class FlatBuckets:
-    """How a list of parameters, and every list that goes with it, is handed to the kernels."""
+    """Hands parameters, and lists of tensors of their shapes, to the kernels."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.params = list(params)
@@ -29,9 +29,9 @@ class FlatBuckets:
         self._buffers: dict[str, list[Tensor | None]] = {}
 
     def gather(self, tensors: Sequence[Tensor], slot: str) -> list[list[Tensor]]:
-        """Return the tensors of each group, packed ones as one flat tensor.
+        """Return the tensors of each bucket; those of a packed one as one flat tensor.
 
-        That one is a buffer which the next call with the same slot overwrites.
+        The next call with the same slot overwrites that tensor.
         """
         if len(self.indices) == 1:
             parts = [list(tensors)]
@@ -49,14 +49,14 @@ class FlatBuckets:
         return parts
 
     def buffers(self, *, wide: bool = False) -> list[Tensor]:
-        """Return a flat buffer of zeros for each group, of its dtype or of that of its sums."""
+        """Return flat zeros for each bucket, in its dtype or (wide) in that of its sums."""
         return [
             self._flat(k, accumulator_dtype(members[0].dtype) if wide else members[0].dtype)
             for k, members in enumerate(self._members)
         ]
 
     def views(self, flats: Sequence[Tensor]) -> list[Tensor]:
-        """Return a view for each parameter into the flat buffers of the groups."""
+        """Return for each parameter its view into the flat buffers of the buckets."""
         found: list[Tensor] = list(self.params)
         for k, (group, flat) in enumerate(zip(self.indices, flats, strict=True)):
             for i, view in zip(
@@ -66,7 +66,7 @@ class FlatBuckets:
         return found
 
     def operands(self, flats: Sequence[Tensor], views: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Return for each group what the kernels take: the flat buffer itself, or its views."""
+        """Return for each bucket what the kernels take: its flat buffer if packed, or views."""
         return [
             [flat] if packed else [views[i] for i in group]
             for group, packed, flat in zip(self.indices, self._packed, flats, strict=True)

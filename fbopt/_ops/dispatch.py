@@ -5,8 +5,9 @@ device, fbopt.reference elsewhere. The only file that says torch.ops.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from fbopt._build import load as _build
 from fbopt._ops import reference
 from fbopt._ops.flat import by_device_and_dtype
 
+P, R = ParamSpec("P"), TypeVar("R")
 NAMES = (
     "pack_",
     "squared_norm",
@@ -56,9 +58,26 @@ def _fake_none(*args: object) -> None:
     return None
 
 
-def pack_(out: Tensor, tensors: list[Tensor]) -> None:
-    """See :func:`fbopt.reference.pack_`."""
-    table(out.device.type).pack_(out, tensors)
+def _on_device_of(position: int, op: Callable[P, R]) -> Callable[P, R]:
+    """The op of the reference's name, signature and docstring, on the device of one argument."""
+    name = op.__name__
+
+    @functools.wraps(op)
+    def run(*args: P.args, **rule: P.kwargs) -> R:
+        return getattr(table(args[position].device.type), name)(*args, **rule)
+
+    return run
+
+
+pack_ = _on_device_of(0, reference.pack_)
+perturb_ = _on_device_of(0, reference.perturb_)
+accumulate_ = _on_device_of(2, reference.accumulate_)
+accumulate_penalty_ = _on_device_of(4, reference.accumulate_penalty_)
+accumulate_exact_ = _on_device_of(4, reference.accumulate_exact_)
+accumulate_exact_penalty_ = _on_device_of(6, reference.accumulate_exact_penalty_)
+exact_mean_ = _on_device_of(5, reference.exact_mean_)
+clip_ = _on_device_of(1, reference.clip_)
+sgd_step_ = _on_device_of(3, reference.sgd_step_)
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -71,109 +90,3 @@ def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
     if len(squares) == 1:
         return squares[0]
     return torch.stack([s.to(tensors[0].device) for s in squares]).sum()
-
-
-def perturb_(
-    out: Tensor,
-    params: list[Tensor],
-    grads: list[Tensor],
-    radius: float,
-    squared_norm: Tensor | None = None,
-) -> Tensor:
-    """See :func:`fbopt.reference.perturb_`."""
-    return table(out.device.type).perturb_(out, params, grads, radius, squared_norm)
-
-
-def accumulate_(sums: list[Tensor], grads: list[Tensor], weight: Tensor) -> None:
-    """See :func:`fbopt.reference.accumulate_`."""
-    table(weight.device.type).accumulate_(sums, grads, weight)
-
-
-def accumulate_penalty_(
-    sums: list[Tensor],
-    grads: list[Tensor],
-    plus: list[Tensor],
-    minus: list[Tensor],
-    weight: Tensor,
-    coefficient: Tensor,
-    squared_norm: Tensor,
-    radius: float,
-) -> None:
-    """See :func:`fbopt.reference.accumulate_penalty_`."""
-    table(weight.device.type).accumulate_penalty_(
-        sums, grads, plus, minus, weight, coefficient, squared_norm, radius
-    )
-
-
-def accumulate_exact_(
-    sums: list[Tensor],
-    carries: list[Tensor],
-    maxima: Tensor,
-    grads: list[Tensor],
-    weight: Tensor,
-    scales: Tensor,
-) -> None:
-    """See :func:`fbopt.reference.accumulate_exact_`."""
-    table(weight.device.type).accumulate_exact_(sums, carries, maxima, grads, weight, scales)
-
-
-def accumulate_exact_penalty_(
-    sums: list[Tensor],
-    carries: list[Tensor],
-    maxima: Tensor,
-    grads: list[Tensor],
-    plus: list[Tensor],
-    minus: list[Tensor],
-    weight: Tensor,
-    scales: Tensor,
-    coefficient: Tensor,
-    squared_norm: Tensor,
-    radius: float,
-) -> None:
-    """See :func:`fbopt.reference.accumulate_exact_penalty_`."""
-    table(weight.device.type).accumulate_exact_penalty_(
-        sums,
-        carries,
-        maxima,
-        grads,
-        plus,
-        minus,
-        weight,
-        scales,
-        coefficient,
-        squared_norm,
-        radius,
-    )
-
-
-def exact_mean_(
-    means: list[Tensor],
-    sums: list[Tensor],
-    carries: list[Tensor],
-    maxima: Tensor,
-    scales: Tensor,
-    divisor: Tensor,
-) -> None:
-    """See :func:`fbopt.reference.exact_mean_`."""
-    table(divisor.device.type).exact_mean_(means, sums, carries, maxima, scales, divisor)
-
-
-def clip_(grads: list[Tensor], total_norm: Tensor, max_norm: float) -> None:
-    """See :func:`fbopt.reference.clip_`."""
-    table(total_norm.device.type).clip_(grads, total_norm, max_norm)
-
-
-def sgd_step_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    lr: Tensor,
-    divisor: Tensor | None,
-    total_norm: Tensor | None,
-    max_norm: float | None,
-    **rule: float | bool,
-) -> None:
-    """See :func:`fbopt.reference.sgd_step_`."""
-    table(lr.device.type).sgd_step_(
-        params, grads, momentum_buffers, lr, divisor, total_norm, max_norm, **rule
-    )

@@ -5,8 +5,8 @@ two, for each tensor. Integers add up to the same in any order and on any number
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,43 +17,56 @@ from fbopt._ops.flat import flat_size, flat_views, scalar_on
 if TYPE_CHECKING:
     from fbopt._distributed import Collectives
 
-# Every sum is right to PRECISION bits of the largest contribution; units are chosen finer by a few,
-# MARGIN, so that contributions may shrink from pass to pass.
+# Every sum is right to PRECISION bits of the largest contribution. Units are chosen MARGIN bits
+# finer, so that contributions may shrink from pass to pass.
 PRECISION, MARGIN, LEAST_BITS = 49, 2, 58
-# Those bits and twice the additions', for carries, fit below REACH.
+# PRECISION bits and twice the bits of this number, for carries, fit below REACH.
 MOST_ADDITIONS = 2**21
 # A sum reaches to 2^94 units, see csrc/rules/exact.h.
 REACH = 94
 # The unit until a first pass has shown how large contributions are.
 FIRST_EXPONENT = -72
-# The least exponent of a unit, so that a weight over it is a float64; for float64 gradients only.
+# The smallest exponent of a unit, so that a weight over the unit is a float64. Only float64
+# gradients come near it.
 LEAST_EXPONENT = -900
-# Significant bits of a weight, with which its product with a float32 is exact in float64, and the
-# least power of two in it, with which sums of weights are.
+# Significant bits of a weight: its product with a float32 is then exact in float64. The exponent of
+# the smallest power of two in it: sums of weights are then exact.
 WEIGHT_BITS, WEIGHT_GRID = 29, -24
 
 
-class FixedPoint:
-    """Integer sums of lists of tensors.
+class FixedPointSums:
+    """Sums of lists of tensors as integers; the same interface as :class:`FloatSums`.
 
     A sum is an int64 that wraps and an int32 that counts how often, 96 bits together. The units
-    follow from the largest contributions M of a tensor in the last pass, which depend on no order:
-    u is some 2^-58 M, and less from 128 additions on. A pass for which a unit does not fit has to
+    follow from the largest contribution M to a tensor in the last pass, which depends on no order:
+    u is about 2^-58 M, and less from 128 additions on. A pass for which a unit does not fit has to
     be repeated: one in which n additions could exceed 2^94 u, or be wrong by ``n u / 2 > 2^-49 M``.
     For the sums that are kept therefore ``|S u - sum_c w_c v_c| <= 2^-49 M``. (For float64 values
     w v is rounded to float64 first, and no unit is below 2^-900.)
-
-    Args:
-        parts: lists of tensors, each list of one device and dtype; the sums are of their shapes.
     """
 
-    def __init__(self, parts: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self) -> None:
+        self._exponents: list[int] = []
+        self._next: list[int] = []
+        self._loaded: list[int] = []
+        self.allocate([], [])
+
+    @torch.no_grad()
+    def allocate(self, means: Sequence[list[Tensor]], flats: Sequence[Tensor]) -> None:
+        """Make the sums of other tensors; units are kept where their number is the same.
+
+        Args:
+            means: lists of float32 or float64 tensors, each list on one device and of one dtype.
+                Sums have their shapes, and :meth:`mean_` writes to them.
+            flats: for each list the flat buffer that it lies in.
+        """
+        self._means = means
         self._flats: list[tuple[Tensor, Tensor]] = []
         self._sums: list[list[Tensor]] = []
         self._carries: list[list[Tensor]] = []
         self._maxima: list[Tensor] = []
         self._scales: list[Tensor] = []
-        for part in parts:
+        for part in means:
             size, device = flat_size(part), part[0].device
             sums = torch.zeros(size, dtype=torch.int64, device=device)
             carries = torch.zeros(size, dtype=torch.int32, device=device)
@@ -63,13 +76,20 @@ class FixedPoint:
             numbers = torch.zeros(2, len(part), dtype=torch.float64, device=device)
             self._maxima.append(numbers[0])
             self._scales.append(numbers[1])
-        self._set_exponents([FIRST_EXPONENT] * sum(map(len, parts)))
+        self._set_exponents(self._chosen(sum(map(len, means))))
 
-    def __len__(self) -> int:
-        """Return the number of tensors."""
+    def _chosen(self, count: int) -> list[int]:
+        """The units for a number of tensors: those of the last pass, those loaded, or the first."""
+        known = (self._next, self._loaded, [FIRST_EXPONENT] * count)
+        return next(exponents for exponents in known if len(exponents) == count)
+
+    @property
+    def width(self) -> int:
+        """The length of :meth:`maxima`: the number of tensors."""
         return len(self._exponents)
 
-    def reset(self) -> None:
+    @torch.no_grad()
+    def zero_(self) -> None:
         """Start over, with the units that :meth:`fit` has chosen."""
         for tensors in (*self._flats, self._maxima):
             for tensor in tensors:
@@ -102,6 +122,8 @@ class FixedPoint:
 
     def maxima(self) -> Tensor:
         """M of each tensor, infinite where one was not finite: 1-D, float64."""
+        if not self._maxima:
+            return torch.zeros(0, dtype=torch.float64)
         device = self._maxima[0].device
         joined = torch.cat([m.to(device) for m in self._maxima])
         return joined.nan_to_num(nan=math.inf, posinf=math.inf)
@@ -131,19 +153,22 @@ class FixedPoint:
             chosen.append(exponent)
         for own, part in zip(self._maxima, maxima.split(list(map(len, self._maxima))), strict=True):
             own.copy_(part)
-        self._next = chosen
+        self._next, self._loaded = chosen, []
         return fits
 
-    def means_(self, means: Sequence[list[Tensor]], weight: float) -> None:
-        """Write S u / weight to tensors of float32 or float64, see
-        :func:`fbopt.reference.exact_mean_`.
-        """
-        for part, out in enumerate(means):
+    def finish(self, weight: float) -> bool:
+        """Write the means and return True: integers are not left for an optimizer to divide."""
+        self.mean_(weight)
+        return True
+
+    def mean_(self, weight: float) -> None:
+        """Write S u / weight to the means, see :func:`fbopt.reference.exact_mean_`."""
+        for part, out in enumerate(self._means):
             divisor = scalar_on(out[0].device, weight)
             dispatch.exact_mean_(out, *self._kept(part), self._scales[part], divisor)
 
-    def all_reduce_(self, collectives: Collectives) -> None:
-        """Replace the sums by those of all processes: one all-reduce of int64 for each list."""
+    def all_reduce_(self, collectives: Collectives, extra: Sequence[Tensor] = ()) -> None:
+        """Replace sums, and `extra`, by those of all processes; an all-reduce of int64 per list."""
         if collectives.is_single:
             return
         for sums, carries in self._flats:
@@ -154,15 +179,16 @@ class FixedPoint:
             high += low >> 32
             sums.copy_((high << 32) | (low & 0xFFFFFFFF))
             carries.copy_((high - (sums >> 32)) >> 32)
+        collectives.all_reduce_coalesced_(extra)
 
-    def state_dict(self) -> list[int]:
-        """Return the exponents of the next pass's units: its bits depend on them."""
-        return list(self._next)
+    def state_dict(self) -> dict[str, Any]:
+        """Return the exponents of the next pass's units: the bits of its sums depend on them."""
+        return {"exponents": list(self._loaded or self._next)}
 
-    def load_state_dict(self, exponents: Sequence[int]) -> None:
-        """Go on with saved units; where they are of another number of tensors, with the first."""
-        fits = len(exponents) == len(self._exponents)
-        self._next = list(exponents) if fits else [FIRST_EXPONENT] * len(self._exponents)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with saved units, at once or when there are as many tensors as they are for."""
+        self._loaded, self._next = list(state.get("exponents", ())), []
+        self._next = self._chosen(self.width)
 
     def _set_exponents(self, exponents: Sequence[int]) -> None:
         self._exponents = self._next = list(exponents)
@@ -170,13 +196,14 @@ class FixedPoint:
         for own, part in zip(self._scales, scales.split(list(map(len, self._scales))), strict=True):
             own.copy_(part)
 
-
-def check_weight(weight: float) -> None:
-    """Refuse a weight whose products or sums could be rounded."""
-    bits, grid = math.frexp(weight)[0] * 2**WEIGHT_BITS, weight * 2.0**-WEIGHT_GRID
-    if bits != int(bits) or grid != int(grid) or weight > 2**WEIGHT_BITS:
-        raise ValueError(
-            f'weight is {weight!r}: accumulation="exact" takes integers up to {2**WEIGHT_BITS:,} '
-            f"and multiples of 2^{WEIGHT_GRID} of at most {WEIGHT_BITS} significant bits, so that "
-            'nothing is rounded: pass the number of samples, or accumulation="float32"'
-        )
+    @staticmethod
+    def check_weight(weight: float) -> None:
+        """Refuse a weight whose products or sums could be rounded."""
+        bits, grid = math.frexp(weight)[0] * 2**WEIGHT_BITS, weight * 2.0**-WEIGHT_GRID
+        if bits != int(bits) or grid != int(grid) or weight > 2**WEIGHT_BITS:
+            raise ValueError(
+                f'weight is {weight!r}: accumulation="exact" takes integers up to '
+                f"{2**WEIGHT_BITS:,} and multiples of 2^{WEIGHT_GRID} of at most {WEIGHT_BITS} "
+                "significant bits, so that nothing is rounded: pass the number of samples, or "
+                'accumulation="float32"'
+            )

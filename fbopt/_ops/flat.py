@@ -1,4 +1,4 @@
-"""Flat buffers over lists of tensors, and how tensors lie in memory."""
+"""Views of tensors into flat buffers, and checks of memory layout."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Where tensors of a flat buffer begin, in elements: kAlign of csrc/compat.h.
+# Tensors in a flat buffer begin at multiples of this many elements: kAlign of csrc/stable_abi.h.
 ALIGN = 16
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums are kept in: float64 for float64, float32 for the rest."""
+    """The dtype of sums: float64 for float64, float32 for the rest."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def flat_views(flat: Tensor, like: Sequence[Tensor], align: int = ALIGN) -> list[Tensor]:
-    """Views into a 1-D tensor, one after the other, with the tensors' shapes and dense strides.
+    """Views into a 1-D tensor with the shapes and dense strides of `like`, one after the other.
 
     Each begins at a multiple of `align` elements.
     """
@@ -45,7 +45,7 @@ def _starts(like: Sequence[Tensor], align: int) -> list[int]:
 def scalar_on(device: torch.device, value: float | Tensor) -> Tensor:
     """Return a number or a tensor of one element as a 0-dim float64 tensor on a device.
 
-    What the host knows is filled in there: a copy would wait for the device.
+    A number is filled in on the device: a copy from the host would wait for it.
     """
     if isinstance(value, Tensor):
         value = value.detach().reshape(())
@@ -64,10 +64,10 @@ def by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether several elements are one place in memory, as in an expanded tensor."""
+    """Whether several elements share memory, as in an expanded tensor."""
     if tensor.is_contiguous():
         return False
-    reach = 0  # of all smaller strides together; a stride within it may meet one of their elements
+    reach = 0  # how far the dimensions of smaller stride extend; a stride within it may overlap
     for stride, n in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if n > 1:
             if stride <= reach:
@@ -77,5 +77,5 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their stretch of memory, in any order of the dimensions."""
+    """Whether the elements fill a contiguous range of memory, in any order of dimensions."""
     return tensor.stride() == torch.empty_like(tensor, device="meta").stride()

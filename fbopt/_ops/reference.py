@@ -1,8 +1,6 @@
-"""Every op again in plain torch: the oracle of the tests, the documentation of the kernels, and the
-back end where there is no compiler. Same names, arguments and mutations as csrc/schema.cpp; any
-device.
-
-Half-precision tensors are computed in float32 and rounded once, as in the kernels.
+"""Every op in plain torch, on any device: the tests' reference, the kernels' documentation and the
+back end where there is no compiler. Names, arguments and mutations are those of csrc/schema.cpp.
+Half precision is computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from fbopt._ops.flat import flat_views
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """The tensor in the type of the arithmetic: float64 for float64, float32 for the rest."""
+    """The tensor in the dtype of the arithmetic: float64 for float64, float32 for the rest."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -38,12 +36,11 @@ def perturb_(
     radius: float,
     squared_norm: Tensor | None = None,
 ) -> Tensor:
-    """Set out <- p + s g with s = radius / ||g|| (0 where g = 0) and return ||g||^2 (0-dim,
-    float64).
+    """Set out <- p + s g, s = radius / ||g|| (0 where g = 0); return ||g||^2 (0-dim, float64).
 
     `out` is one flat buffer: params one after the other, each in its own memory order and from a
-    multiple of 16 elements on; what lies between them is left alone.
-    `squared_norm` replaces that of `grads` where these are a part of the gradient.
+    multiple of 16 elements on; the gaps are not written.
+    `squared_norm` is given where `grads` are only a part of the gradient.
     """
     squared = _squared_norm(grads) if squared_norm is None else squared_norm.double().clone()
     norm = squared.sqrt()
@@ -74,8 +71,7 @@ def accumulate_penalty_(
 ) -> None:
     """Add a <- a + w (g + k (g+ - g-)): the chunk's gradient with lambda H g by finite differences.
 
-    Forward differences (`minus` empty): g- = g and k = lambda ||g|| / radius; central ones: half of
-    that.
+    Forward differences (`minus` empty): g- = g, k = lambda ||g|| / radius; central: half that k.
     """
     values = _penalised(grads, plus, minus, coefficient, squared_norm, radius)
     for a, v in zip(sums, values, strict=True):
@@ -109,9 +105,9 @@ def accumulate_exact_(
     """Add S <- S + rint(w g s) in integers, S = 2^64 carry + sum, s = `scales` of each tensor.
 
     `sums` (int64) wrap, and `carries` (int32) count how often; `maxima` <- max(maxima, w |g|).
-    Scales are powers of two, so for half precision and float32, with a weight of up to 29
-    significant bits, w g s has one rounding: to the integer, ties to even. For float64, w g has
-    one, too. What is infinite, NaN or at least 2^94 is not added; maxima tell of it.
+    Scales are powers of two: for half precision and float32, with a weight of up to 29 significant
+    bits, w g s is rounded once, to the integer, ties to even; for float64, w g is rounded as well.
+    Values that are infinite, NaN or at least 2^94 are not added; maxima show them.
     """
     for i, g in enumerate(grads):
         _add_exact(sums[i], carries[i], maxima[i], _wide(g).double(), weight.double(), scales[i])
@@ -130,9 +126,9 @@ def accumulate_exact_penalty_(
     squared_norm: Tensor,
     radius: float,
 ) -> None:
-    """Add v = g + k (g+ - g-) of :func:`accumulate_penalty_`, as :func:`accumulate_exact_` adds g.
+    """Add v = g + k (g+ - g-) of :func:`accumulate_penalty_` as :func:`accumulate_exact_` adds g.
 
-    v is rounded as there: in float32, or in float64 for float64.
+    v is computed in float32, or in float64 for float64.
     """
     values = _penalised(grads, plus, minus, coefficient, squared_norm, radius)
     for i, v in enumerate(values):
@@ -167,20 +163,21 @@ def exact_mean_(
 ) -> None:
     """Set means (float32 or float64) <- (2^64 carry + sum) / s / divisor, computed in float64.
 
-    All elements of a tensor are NaN where its maximum is: some contribution was not finite.
+    All elements of a tensor are NaN if its maximum is not finite: some contribution was not.
     """
     for i, (m, a, c) in enumerate(zip(means, sums, carries, strict=True)):
         scale = torch.where(maxima[i].isfinite(), scales[i], float("nan"))
         m.copy_((c.double() * 2.0**64 + a.double()) / divisor.double() / scale)
 
 
-def _clip_coefficient(max_norm: float, total_norm: Tensor) -> Tensor:
+def clip_coefficient(max_norm: float, total_norm: Tensor) -> Tensor:
+    """Return min(1, max_norm / (total_norm + 1e-6)), a 0-dim float64 tensor."""
     return (max_norm / (total_norm.double() + 1e-6)).clamp(max=1.0)
 
 
 def clip_(grads: list[Tensor], total_norm: Tensor, max_norm: float) -> None:
     """Scale g <- min(1, max_norm / (total_norm + 1e-6)) g."""
-    coefficient = _clip_coefficient(max_norm, total_norm)
+    coefficient = clip_coefficient(max_norm, total_norm)
     for g in grads:
         g.copy_(_wide(g) * coefficient.to(_wide(g).dtype))
 
@@ -202,9 +199,9 @@ def sgd_step_(
 ) -> None:
     """Take one step of clipped SGD, in torch.optim.SGD's own order.
 
-    With `divisor`, grads are sums: their mean is used, and left in them. `total_norm` is the norm
-    of the mean; with `max_norm` the gradient is scaled as by :func:`clip_`. `first`: the buffers
-    are not read.
+    With `divisor`, grads are sums: they are replaced by their mean, which is used. `total_norm` is
+    the norm of the mean; with `max_norm` the gradient is scaled as by :func:`clip_`. With `first`
+    the momentum buffers are written but not read.
     """
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         if divisor is not None:
@@ -212,7 +209,7 @@ def sgd_step_(
         wide = _wide(p)
         d = -g.to(wide.dtype) if maximize else g.to(wide.dtype)
         if max_norm is not None:
-            d = d * _clip_coefficient(max_norm, total_norm).to(wide.dtype)
+            d = d * clip_coefficient(max_norm, total_norm).to(wide.dtype)
         if weight_decay != 0:
             d = d + weight_decay * wide
         if momentum != 0:

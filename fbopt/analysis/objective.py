@@ -16,7 +16,9 @@ from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.inputs import weigh
 from fbopt._engine.perturb import Perturbation
 from fbopt._engine.snapshot import BufferSnapshot
+from fbopt._ops.buckets import FlatBuckets
 from fbopt._random import seed_generators
+from fbopt.accumulate import GradientAccumulator
 from fbopt.analysis.modes import BATCHNORM, DROPOUT, modes
 from fbopt.closure import FullBatchClosure
 
@@ -161,7 +163,7 @@ class Objective(ParameterSpace):
         self.model, self.loss_fn, self.chunks = model, loss_fn, chunks
         self.evaluate, self.weight, self.autocast = evaluate, weight, autocast
         self.batchnorm, self.dropout, self.seed = batchnorm, dropout, seed
-        self.accumulator = closure.accumulator  # whose arguments are checked there
+        self.accumulator = GradientAccumulator(closure.sums.params)  # arguments are checked there
         super().__init__(self.accumulator.params)
         self.cost = Cost()
         self.on_pass: Callable[[], None] = lambda: None
@@ -282,10 +284,10 @@ class Objective(ParameterSpace):
 
     def _moved(self, shift: Tensor) -> contextlib.AbstractContextManager[None]:
         """Let the parameters point to a second buffer with theta + shift."""
-        buckets = self.accumulator.buckets
-        if self._perturbation is None or not self._perturbation.fits(buckets):
-            self._perturbation = Perturbation(buckets)
+        known = self._perturbation
+        if known is None or not known.fits(known.buckets):
+            self._perturbation = Perturbation(FlatBuckets(self.params))
         self._perturbation.begin()
-        parts = buckets.gather(self.unflatten(shift), "grads")
+        parts = self._perturbation.buckets.gather(self.unflatten(shift), "grads")
         self._perturbation.fill(parts, float(shift.double().norm()))
         return self._perturbation.applied()

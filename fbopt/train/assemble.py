@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
 from fbopt.train import models
-from fbopt.train.chunk_sums import ChunkSums
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.data.augment import augmented
 from fbopt.train.data.dataset import Chunks, Data
@@ -19,17 +17,6 @@ from fbopt.train.grad_transforms import GradientChange
 
 if TYPE_CHECKING:
     from fbopt.train.trainer import Run
-
-
-class Visits:
-    """The chunks of a full-batch step; accuracy is counted anew where they are visited again."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.run.correct.zero_()
-        return iter(self.run.chunks)
 
 
 def model(options: Options, data: Data, device: torch.device) -> nn.Module:
@@ -84,22 +71,21 @@ def closure(run: Run) -> FullBatchClosure:
     o, penalty = run.options, None
     if o.penalty is not None:
         penalty = GradientPenalty(strength=o.penalty, radius=o.radius, method=o.method)
-    built = FullBatchClosure(
+    return FullBatchClosure(
         run.model,
         run.loss_fn,
-        Visits(run),
+        run.chunks,
         penalty=penalty,
         optimizer=run.optimizer,
         accumulation=o.accumulation,
+        chunk_max_norm=o.chunk_max_norm,
+        chunk_norms=o.chunk_norms,
         observe=run.observe,
+        on_pass_start=run.correct.zero_,  # exact sums may visit the chunks again
         autocast=run.autocast,
         cuda_graph=o.cuda_graph and run.device.type == "cuda",
         process_group=run.world.group,
     )
-    if o.chunk_max_norm or o.chunk_norms:
-        params = built.accumulator.params
-        built.accumulator = ChunkSums(params, o.accumulation, o.chunk_max_norm)
-    return built
 
 
 def rate_factor(done: int, warmup: int, cosine: int) -> float:

@@ -108,12 +108,12 @@ class Run:
         if number < self.epochs:
             self._sgd_step(index, samples)
         else:
-            self._full_step(samples)
+            self._full_step()
         self.step += 1
         if self.place[1] == 0:
             self._end_pass(samples)
 
-    def _full_step(self, samples: int) -> None:
+    def _full_step(self) -> None:
         if self.change is None:
             self.loss += self.optimizer.step(self.closure)
             self.gradient_norm = self.optimizer.last_grad_norm
@@ -124,9 +124,6 @@ class Run:
         self.world.sum_(self.correct)
         if self.closure.mean_sqnorm is not None:
             self.squares += self.closure.mean_sqnorm
-        elif self.options.chunk_norms:
-            self.squares += self.closure.accumulator.squares / samples
-            self.world.sum_(self.squares)
 
     def _sgd_step(self, index: int, samples: int) -> None:
         input, target = self.batches[index]

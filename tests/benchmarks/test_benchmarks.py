@@ -131,7 +131,7 @@ def test_wrong_chunk_update_is_caught(kind, what):
         def update(self, second_pass):
             super().update(lambda: self.spoil(second_pass))
             if what == "sum" and kind is FboptExactUpdate:
-                self.fixed._sums[0][3].view(-1)[-1] += 2**57
+                self.gradients.store._sums[0][3].view(-1)[-1] += 2**57
             elif what == "sum":
                 self.sums[3].view(-1)[-1] *= 1.01
             elif what == "parameter":

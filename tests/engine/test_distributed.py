@@ -29,11 +29,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORLD = 4
 SIZES = (5, 4, 7, 4, 3, 6, 4)  # samples in the chunks
-PENALTIES = {
-    "none": None,
-    "forward": GradientPenalty(coefficient=0.3),
-    "central": GradientPenalty(coefficient=0.3, method="central"),
-    "exact": GradientPenalty(coefficient=0.3, method="exact"),
+# Arguments of the closure.
+GRADIENTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "forward": {"penalty": GradientPenalty(coefficient=0.3)},
+    "central": {"penalty": GradientPenalty(coefficient=0.3, method="central")},
+    "exact": {"penalty": GradientPenalty(coefficient=0.3, method="exact")},
+    "clipped": {"penalty": GradientPenalty(coefficient=0.3), "chunk_max_norm": 0.5},
+    "norms": {"chunk_norms": True},
 }
 # Which chunks each rank visits; a world has as many entries of a row as it has ranks.
 SHARES = {
@@ -86,7 +89,7 @@ class Share:
 def build(
     indices: Any,
     group: Any,
-    penalty: str = "forward",
+    gradient: str = "forward",
     dtype: torch.dtype = torch.float64,
     before: Callable[[int], None] | None = None,
     **options: Any,
@@ -97,7 +100,7 @@ def build(
         model,
         nn.functional.cross_entropy,
         Share(indices, dtype, before),
-        penalty=PENALTIES[penalty],
+        **GRADIENTS[gradient],
         optimizer=optimizer,
         weight=lambda chunk: len(chunk[1]),
         process_group=group,
@@ -113,25 +116,25 @@ def outcome(model: Model, closure: FullBatchClosure, loss: torch.Tensor) -> dict
     return {name: t if t is None else t.detach().clone() for name, t in found.items()}
 
 
-def steps(indices: Any, group: Any, penalty: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def steps(indices: Any, group: Any, gradient: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Two steps with clipping."""
-    model, optimizer, closure = build(indices, group, penalty, dtype)
+    model, optimizer, closure = build(indices, group, gradient, dtype)
     return [outcome(model, closure, optimizer.step(closure)) for _ in range(2)]
 
 
 def lbfgs(indices: Any, group: Any) -> list[dict[str, Any]]:
     """Two steps of L-BFGS, whose line search calls the closure as often as it likes."""
-    model, _, closure = build(indices, group, "none")
+    model, _, closure = build(indices, group, "plain")
     optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", max_iter=4)
     return [outcome(model, closure, optimizer.step(closure)) for _ in range(2)]
 
 
 TABLE = [
-    (shares, penalty, dtype)
-    for shares, penalty, dtype in itertools.product(
-        SHARES, PENALTIES, (torch.float64, torch.float32)
+    (shares, gradient, dtype)
+    for shares, gradient, dtype in itertools.product(
+        SHARES, GRADIENTS, (torch.float64, torch.float32)
     )
-    if dtype == torch.float64 or penalty == "forward"
+    if dtype == torch.float64 or gradient == "forward"
 ]
 
 
@@ -198,6 +201,8 @@ def refused(rank: int, group: Any) -> dict[str, tuple[str, str]]:
     found["parameters"] = caught(closure)
     closure = build([rank], group, "forward" if rank else "central")[2]
     found["penalty"] = caught(closure)
+    closure = build([rank], group, "forward" if rank else "clipped")[2]
+    found["clip"] = caught(closure)
     frozen, _, closure = build([rank], group)
     frozen.never.requires_grad_(rank != 0)
     found["count"] = caught(closure)
@@ -251,11 +256,11 @@ def work(rank: int, folder: Path) -> None:
     groups = [dist.new_group(list(range(size))) for size in range(1, WORLD + 1)]
     found: dict[str, Any] = {}
     try:
-        for shares, penalty, dtype in TABLE:
+        for shares, gradient, dtype in TABLE:
             share = SHARES[shares]
             if rank < len(share):
                 group = groups[len(share) - 1]
-                found[f"{shares} {penalty} {dtype}"] = steps(share[rank], group, penalty, dtype)
+                found[f"{shares} {gradient} {dtype}"] = steps(share[rank], group, gradient, dtype)
         found["lbfgs"] = lbfgs(SHARES["backwards"][rank], groups[-1])
         for where in ("first chunk", "second chunk", "first begin", "second begin"):
             found[f"failing {where}"] = failing(rank, groups[-1], where)
@@ -319,10 +324,10 @@ def compare(mine: list[dict], theirs: list[dict], tolerance: float) -> None:
             )
 
 
-@pytest.mark.parametrize(("shares", "penalty", "dtype"), TABLE)
-def test_processes_find_what_one_finds(found, shares, penalty, dtype):
-    expected = reference(shares, steps, penalty, dtype)
-    ranks = [one[f"{shares} {penalty} {dtype}"] for one in found[: len(SHARES[shares])]]
+@pytest.mark.parametrize(("shares", "gradient", "dtype"), TABLE)
+def test_processes_find_what_one_finds(found, shares, gradient, dtype):
+    expected = reference(shares, steps, gradient, dtype)
+    ranks = [one[f"{shares} {gradient} {dtype}"] for one in found[: len(SHARES[shares])]]
     assert all(bits(one) == bits(ranks[0]) for one in ranks)
     compare(ranks[0], expected, 1e-12 if dtype == torch.float64 else 1e-4)
     for name in ("loss", "square"):  # whatever the shares, to the last bit
@@ -386,6 +391,7 @@ REFUSED = {
     "empty": ("ValueError", "chunks is empty"),
     "parameters": ("ValueError", r"parameter 7 \(layers.4.bias\) is float64 \[3\], checksum"),
     "penalty": ("ValueError", "penalty is central on process 0 and forward on process 1"),
+    "clip": ("ValueError", "chunk_max_norm is 0.5 on process 0 and None on process 1"),
     "count": ("ValueError", "the number of parameters is"),
     "count, later": ("ValueError", "the number of parameters is"),
     "modes, later": ("ValueError", r"the modes of normalisation layers .* is E.* and T"),

@@ -44,7 +44,7 @@ def run(method, mixed, monkeypatch, count):
         model, chunks=chunks, evaluate=lambda m, x: m(x).square(), penalty=penalty
     )
     losses = [optimizer.step(closure) for _ in range(3)]
-    packed = [len(part) == 1 for part in closure.accumulator.buckets.gather(list(model.parts), "x")]
+    packed = [len(part) == 1 for part in closure.sums.buckets.gather(list(model.parts), "x")]
     return losses, [p.detach() for p in model.parts], [p.grad for p in model.parts], packed
 
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fbopt import GradientAccumulator
-from fbopt._ops.fixed_point import FixedPoint
+from fbopt import FullBatchClosure, GradientAccumulator
+from fbopt._ops.fixed_point import FixedPointSums
 
 CHUNKS = {"kernels": 10_000, "reference": 300}
 pytestmark = pytest.mark.usefixtures("backend")
@@ -154,8 +154,8 @@ def test_whatever_the_size_sums_are_right(jumps, count, dtype):
         assert attempts <= 2
         columns = values.float().numpy()
         sums, largest = rational(columns, [3] * count)
-        accumulator.mean()
-        assert faults(accumulator.sums[0], sums, largest, 3 * count) == 0
+        accumulator.mean()  # for bfloat16 a rounded copy of the float32 that is judged
+        assert faults(accumulator._sums.views[0], sums, largest, 3 * count) == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -191,11 +191,14 @@ def test_sums_beyond_float32_are_no_overflow():
 class Thread:
     """Stands for one of several processes, which sum where they meet."""
 
-    alone = False
+    is_single = False
     meeting: threading.Barrier
     brought: list[torch.Tensor]
 
-    def sum_(self, tensors):
+    def all_reduce_coalesced_(self, tensors):
+        assert not tensors
+
+    def all_reduce_(self, tensors):
         for tensor in tensors:
             self.brought.append(tensor.clone())
             self.meeting.wait()
@@ -209,7 +212,9 @@ def test_sums_of_processes_carry(processes):
     """Sums near to wrapping, on either side, give the integers that Python gets."""
     rng = np.random.default_rng(processes)
     parts = [[torch.zeros(40), torch.zeros(2, 3)]]
-    fixed = [FixedPoint(parts) for _ in range(processes)]
+    fixed = [FixedPointSums() for _ in range(processes)]
+    for part in fixed:
+        part.allocate(parts, [])
     expected = np.zeros(fixed[0]._flats[0][0].numel(), dtype=object)
     for part in fixed:
         sums, carries = part._flats[0]
@@ -269,18 +274,27 @@ def test_saved_units_give_the_same_bits():
 
 
 def test_saved_units_wait_for_parameters_that_they_fit():
-    saved = GradientAccumulator([torch.zeros(3)], "exact")
-    for _ in saved.passes():
-        saved.add([torch.full((3,), 2.0**40)])
+    """A closure is made with all parameters, then loads what was saved when some were frozen."""
+
+    def closure(frozen):
+        model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+        model[0].requires_grad_(not frozen)
+        chunks = [torch.randn(4, 2) * 2.0**-40]
+        return FullBatchClosure(
+            model,
+            chunks=chunks,
+            evaluate=lambda model, chunk: model(chunk).mean(),
+            accumulation="exact",
+        )
+
+    saved, loaded = closure(frozen=True), closure(frozen=False)
+    saved()
     state = saved.state_dict()
-    accumulator = GradientAccumulator([torch.zeros(3), torch.zeros(2)], "exact")
-    accumulator.load_state_dict(state)
-    assert accumulator.state_dict() != state
-    successor = accumulator.successor([torch.zeros(3)])
-    assert successor.state_dict() == state
-    successor.params[0].data = torch.zeros(3, dtype=torch.float64)
-    successor.reset()
-    assert successor.state_dict() == state
+    loaded.load_state_dict(state)
+    assert loaded.state_dict() == state
+    loaded.model[0].requires_grad_(False)
+    loaded.sums.reset(list(loaded.model[1].parameters()))
+    assert loaded.sums.store._exponents == state["sums"]["exponents"]
 
 
 @pytest.mark.parametrize("largest", [1e-290, 1e290])
@@ -316,7 +330,8 @@ def test_weights_that_would_round(weight, message):
 
 
 def test_too_many_additions_are_refused():
-    fixed = FixedPoint([[torch.zeros(2)]])
+    fixed = FixedPointSums()
+    fixed.allocate([[torch.zeros(2)]], [])
     with pytest.raises(RuntimeError, match="at most 2,097,152 gradients"):
         fixed.fit(fixed.maxima(), 2**21 + 1)
 

@@ -211,7 +211,7 @@ def test_half_precision_parameters_are_summed_in_float32(dtype, device):
     accumulator = GradientAccumulator(params)
     for _ in range(1000):
         accumulator.add(grads, weight=3)
-    assert all(s.dtype == torch.float32 for s in accumulator.sums)
+    assert all(s.dtype == torch.float32 for s in accumulator._sums.views)
     for mean, g in zip(accumulator.mean(), grads, strict=True):
         assert mean.dtype == dtype and torch.equal(mean, g)
 

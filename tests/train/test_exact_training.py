@@ -41,7 +41,7 @@ def trained(tiny, out, order, monkeypatch, **changes):
 
     def reordered(self, *args, **kwargs):
         prepare(self, *args, **kwargs)
-        self.chunks = dataclasses.replace(self.chunks, order=order)
+        self.chunks = self.closure.chunks = dataclasses.replace(self.chunks, order=order)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "__init__", reordered)
@@ -196,7 +196,8 @@ def test_saved_units_go_on_to_the_same_bits():
 
     whole = stepped(steps=6)
     half = stepped()
-    assert all(isinstance(e, int) for e in half[2]["sums"]["exponents"] + half[2]["statistics"])
+    exponents = [half[2][name]["exponents"] for name in ("sums", "statistics")]
+    assert all(isinstance(e, int) for e in [*exponents[0], *exponents[1]])
     resumed = stepped(half)
     assert bits(*whole[0].values()) == bits(*resumed[0].values())
     assert whole[2] == resumed[2]

@@ -43,7 +43,7 @@ def facts(run: Run, data: str) -> dict[str, Any]:
         "precision": _precision(run.device),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "kernels": _kernels(run),
-        "accumulation": None if closure is None else closure.accumulator.accumulation,
+        "accumulation": None if closure is None else closure.accumulation,
         "chunk_order": "natural" if order is None else list(order),
         "data": data,
     }

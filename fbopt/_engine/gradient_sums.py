@@ -1,0 +1,156 @@
+"""The sum of a step's gradients, sum_c w_c g_c over chunks, that closure, optimizer and
+GradientAccumulator share: in flat buffers by device and dtype, in floating point or as integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fbopt._checks import check_number, check_params
+from fbopt._ops.buckets import FlatBuckets
+from fbopt._ops.sums import make_sums
+
+# The most passes until the units of exact sums must fit: the second does, unless gradients change.
+MOST_PASSES = 4
+Parts = list[list[Tensor]]
+
+
+class GradientSums:
+    """Weighted sums of gradients, and their means.
+
+    Gradients are added as :meth:`gather` returns them. Whoever adds them counts their weight in
+    ``total_weight``: a weight on the device is not read.
+
+    Args:
+        params: the parameters, each once.
+        accumulation: ``"float32"`` or ``"exact"``.
+
+    Attributes:
+        params: the parameters.
+        accumulation: as given.
+        store: the strategy that keeps the sums.
+        buckets: how the parameters are handed to kernels; another object once they have changed.
+        views: for each parameter its sum and later its mean: of its shape, in the sums' dtype.
+        unseen: the indices of parameters for which no gradient was added.
+        total_weight: the sum of the weights.
+        is_mean: whether ``views`` are means already.
+    """
+
+    def __init__(self, params: Iterable[Tensor], accumulation: str = "float32") -> None:
+        self.store = make_sums(accumulation)
+        self.params, self.accumulation = check_params(params), accumulation
+        self._layout: list[tuple[Any, ...]] | None = None
+        self._scalars: dict[tuple[float, torch.device], Tensor] = {}
+        self.reset()
+
+    def reset(self, params: Sequence[Tensor] | None = None) -> None:
+        """Start over, with other parameters if given. Buffers are kept where nothing changed."""
+        if params is not None and [*map(id, params)] != [*map(id, self.params)]:
+            self.params = check_params(params)
+        layout = [(id(p), p.device, p.dtype, p.shape, p.stride()) for p in self.params]
+        if layout != self._layout:
+            self._allocate()
+            self._layout = layout
+        self.store.zero_()
+        self.total_weight = 0.0
+        self.unseen = set(range(len(self.params)))
+        self.is_mean = False
+
+    @torch.no_grad()
+    def _allocate(self) -> None:
+        self.buckets = FlatBuckets(self.params)
+        flats = self.buckets.buffers(wide=True)
+        self.views = self.buckets.views(flats)
+        self.parts: Parts = self.buckets.operands(flats, self.views)
+        self.store.allocate(self.parts, flats)
+
+    def check_weight(self, weight: float) -> None:
+        """Raise TypeError or ValueError for a weight that cannot be used."""
+        check_number("weight", weight, above=0)
+        self.store.check_weight(weight)
+
+    def gather(self, grads: Sequence[Tensor | None], slot: str = "grads") -> Parts:
+        """Return the gradients as the kernels take them, zeros where there is none.
+
+        Notes which parameters have one.
+        """
+        if type(None) in map(type, grads):  # `None in grads` would compare tensors
+            self.unseen.difference_update(i for i, g in enumerate(grads) if g is not None)
+            pairs = zip(grads, self.params, strict=True)
+            grads = [torch.zeros_like(p) if g is None else g for g, p in pairs]
+        else:
+            self.unseen.clear()
+        return self.buckets.gather(grads, slot)
+
+    def add(self, parts: Parts, weight: float | Tensor) -> None:
+        """Add ``weight * g``."""
+        for k, part in enumerate(parts):
+            self.store.add(k, part, self.scalar(weight, part[0].device))
+
+    def add_penalised(
+        self,
+        grads: Parts,
+        plus: Parts,
+        minus: Parts,
+        weight: float | Tensor,
+        coefficient: Tensor,
+        squared_norm: Tensor,
+        radius: float,
+    ) -> None:
+        """Add ``weight * (g + coefficient H g)``, H g from gradients at perturbed parameters.
+
+        `minus` is empty for forward differences; see :func:`fbopt.reference.accumulate_penalty_`.
+        """
+        for k, part in enumerate(grads):
+            device = part[0].device
+            passes = part, plus[k], minus[k] if minus else []
+            penalty = coefficient.to(device), squared_norm.to(device), radius
+            self.store.add_penalised(k, *passes, self.scalar(weight, device), *penalty)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Note that all is added: exact sums become means, others are left to be divided."""
+        self.is_mean = self.store.finish(self.total_weight)
+
+    @torch.no_grad()
+    def settle(self, done: set[int] | None = None) -> None:
+        """Turn sums into means, except those that the optimizer's step has divided already."""
+        if self.is_mean:
+            return
+        self.is_mean = True
+        if not done:
+            self.store.mean_(self.total_weight)
+            return
+        for i, view in enumerate(self.views):
+            if i not in done:
+                view.div_(self.scalar(self.total_weight, view.device).to(view.dtype))
+
+    def means(self) -> list[Tensor | None]:
+        """For each parameter the mean in its dtype, None where no gradient was added.
+
+        The tensors share the buffers' memory, but in half precision, where they are copies.
+        """
+        self.settle()
+        return [
+            None if i in self.unseen else view if view.dtype == p.dtype else view.to(p.dtype)
+            for i, (view, p) in enumerate(zip(self.views, self.params, strict=True))
+        ]
+
+    def divisor(self, device: torch.device) -> Tensor | None:
+        """The weight that the sums still have to be divided by, a 0-dim tensor; None for means."""
+        return None if self.is_mean else self.scalar(self.total_weight, device)
+
+    def scalar(self, value: float | Tensor, device: torch.device) -> Tensor:
+        """A 0-dim float64 tensor; chunks come in few sizes, so that most are made once."""
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if len(self._scalars) > 64:
+            self._scalars.clear()
+        key = (value, device)
+        if key not in self._scalars:
+            self._scalars[key] = torch.full((), value, dtype=torch.float64, device=device)
+        return self._scalars[key]
