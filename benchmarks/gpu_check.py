@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_stages import UNAVAILABLE
+from benchmarks.gpu_stages import CAPTURED, UNAVAILABLE
 from benchmarks.report import RESULTS, aligned, gpu_facts, slug, write_json
 
 NO_GPU = """No GPU: torch {torch} {why}. Nothing was checked.
@@ -64,16 +64,7 @@ def run(
 
     When it ends, all processes that it has started end too.
     """
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **CAPTURED)
     late, lines = threading.Event(), []
     timer = threading.Timer(seconds, lambda: (late.set(), _kill(process)))
     timer.start()

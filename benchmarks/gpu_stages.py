@@ -22,6 +22,8 @@ from fbopt._build import load
 
 ROOT = Path(__file__).parents[1]
 UNAVAILABLE = 77
+CAPTURED = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+CAPTURED |= {"stdin": subprocess.DEVNULL, "text": True, "errors": "replace"}
 # pyproject's own options name plugins that a machine may lack. A file that cannot be imported
 # counts as an error and does not keep the others from running.
 PYTEST = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "-rfE"]
@@ -35,10 +37,7 @@ TOOL = "compute-sanitizer"
 CHECKS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # torch probes for what a driver has, so failed API calls are expected.
 OPTIONS = ("--error-exitcode", "86", "--report-api-errors", "no", "--print-limit", "20")
-# An overrun into the next allocation is only seen if there is room between them. The other tools
-# watch fbopt's kernels alone, not torch's.
-OF_CHECK = {"memcheck": ("--padding", "512")}
-ONLY_FBOPT = ("--kernel-regex", "kns=fbopt")
+OPTIONS += ("--target-processes", "application-only")  # not the compilers it asks for a version
 DRIVER = (sys.executable, "-m", "benchmarks.sanitized")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 
@@ -91,31 +90,29 @@ def sanitize(device: str, seconds: float) -> int:
     if tool is None:
         print(f"{TOOL} is neither on the PATH nor in {' or '.join(folders[1:])}")
         return UNAVAILABLE
+    deadline = time.monotonic() + seconds
     load.cuda_kernels()  # compiled before anything watches
-    share = seconds / (1 + len(CHECKS))
-    planted = finding(tool, "memcheck", share, "--plant")
+    planted = finding(tool, "memcheck", seconds / 5, "--plant")
     print(f"memcheck, a planted write out of bounds: {planted}", flush=True)
     if planted == "not supported":
         return UNAVAILABLE
-    findings = {check: finding(tool, check, share) for check in CHECKS}
-    print("\n".join(f"{check}: {found}" for check, found in findings.items()))
-    return int(not planted.endswith("errors") or set(findings.values()) != {"clean"})
+    clean = planted.endswith("errors")
+    for done, check in enumerate(CHECKS):
+        left = (deadline - time.monotonic()) / (len(CHECKS) - done)
+        found = finding(tool, check, max(1.0, left))
+        print(f"{check}: {found}", flush=True)
+        clean &= found == "clean"
+    return int(not clean)
 
 
 def finding(tool: str, check: str, seconds: float, *arguments: str) -> str:
     """What a tool says of the driver: clean, a number of errors, or why there is no answer."""
-    command = [tool, "--tool", check, *OPTIONS, *OF_CHECK.get(check, ONLY_FBOPT)]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # memcheck only sees an overrun into the next allocation if there is room between the two; the
+    # other tools watch fbopt's kernels alone, not torch's.
+    own = ("--padding", "512") if check == "memcheck" else ("--kernel-regex", "kns=fbopt")
+    command = [tool, "--tool", check, *OPTIONS, *own, *DRIVER, *arguments]
     try:
-        done = subprocess.run(
-            [*command, *DRIVER, *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-        )
+        done = subprocess.run(command, timeout=seconds, **CAPTURED)
     except subprocess.TimeoutExpired:
         return f"not finished in {seconds:.0f} s"
     found = judge(done.returncode, done.stdout)

@@ -67,12 +67,12 @@ class Report:
         self.facts[what] = str(value)
         print(f"- {what}: {value}", flush=True)
 
-    def table(self, table: Table, base: str | None = None) -> None:
+    def table(self, table: Table, base: Timing | None = None) -> None:
         """Print and keep a table; its ratios are to the row `base`, by default the first."""
-        reference = table[base] if base else table.rows[0]
-        rows = [entries(row, reference, table.limit) for row in table.rows]
-        self.tables.append({"title": table.title, "base": reference.name, "rows": rows})
-        print(f"\n### {table.title}\n\n{markdown(rows, reference.name)}", flush=True)
+        base = base or table.rows[0]
+        rows = [entries(row, base, table.limit) for row in table.rows]
+        self.tables.append({"title": table.title, "base": base.name, "rows": rows})
+        print(f"\n### {table.title}\n\n{markdown(rows, base.name)}", flush=True)
 
     def write(self, folder: Path) -> Path:
         """Write the JSON, named after benchmark and hardware, and return its path."""

@@ -66,14 +66,10 @@ class FboptCall(Call):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         penalty = GradientPenalty(coefficient=task.coefficient, radius=task.radius)
-        self.closure = FullBatchClosure(
-            task.model,
-            F.cross_entropy,
-            task.chunks,
-            penalty=penalty if task.penalised else None,
-            autocast=task.autocast,
-            cuda_graph=self.cuda_graph and task.device.type == "cuda",
-        )
+        graphs = self.cuda_graph and task.device.type == "cuda"
+        how = {"autocast": task.autocast, "cuda_graph": graphs}
+        how |= {"penalty": penalty} if task.penalised else {}
+        self.closure = FullBatchClosure(task.model, F.cross_entropy, task.chunks, **how)
 
     def __call__(self) -> Tensor:
         return self.closure()

@@ -102,9 +102,6 @@ class Table:
     title: str
     rows: list[Timing] = field(default_factory=list)
 
-    def __getitem__(self, name: str) -> Timing:
-        return next(row for row in self.rows if row.name == name)
-
     @property
     def limit(self) -> Timing | None:
         """The fastest row that only moves memory."""

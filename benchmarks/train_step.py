@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -118,19 +118,11 @@ class Step:
 
 def trainer_step(job: Job) -> Step:
     """`fbopt train`: images resident on the device, cropped and flipped there."""
-    chosen = Options(
-        data="cifar10",
-        recipe="fb-penalty" if job.penalised else "fb-clip",
-        width=job.width,
-        augment=job.augment,
-        precision=job.precision,
-        channels_last=job.channels_last,
-        compile=job.compiled,
-        device=str(job.device),
-        chunk_size=job.chunk,
-        lr=LR,
-        warmup=0,
-    )
+    recipe = {"recipe": "fb-penalty" if job.penalised else "fb-clip", "lr": LR, "warmup": 0}
+    chunks = {"data": "cifar10", "augment": job.augment, "chunk_size": job.chunk}
+    model = {"width": job.width, "channels_last": job.channels_last, "compile": job.compiled}
+    machine = {"device": str(job.device), "precision": job.precision}
+    chosen = Options(**recipe, **chunks, **model, **machine)
     trainer = Run(resolve(chosen), job.data, job.device)
     return Step("fbopt train", job, trainer.take_step, with_gradients(trainer.model))
 
@@ -227,19 +219,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--chunk", type=int, default=128)
     parser.add_argument("--workers", type=int, default=2, help="of the DataLoader")
     parser.add_argument("--precision", choices=tuple(TOLERANCES), default="fp32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile fbopt's model")
-    parser.add_argument("--penalty", action="store_true", help="with the gradient penalty")
+    parser.add_argument("--compile", dest="compiled", action="store_true")
+    parser.add_argument("--penalty", dest="penalised", action="store_true")
     choice = parser.parse_args(argv)
-    job = Job(
-        images=choice.images,
-        chunk=choice.chunk,
-        width=choice.width,
-        penalised=choice.penalty,
-        device=choice.device,
-        workers=choice.workers,
-        compiled=choice.compile,
-        precision=choice.precision,
-    )
+    known = {field.name for field in fields(Job)}
+    job = Job(**{name: value for name, value in vars(choice).items() if name in known})
     if job.compiled and not compiles(job.device):
         parser.error("--compile: torch.compile does not work here; leave it out")
     report = Report("train_step", choice, argv)

@@ -23,25 +23,13 @@ UPDATES = [kind for kind in CHUNK_UPDATES if not kind.compiled]
 STEPS = [kind for kind in FINISHING_STEPS if not kind.compiled]
 CALLS = [kind for kind in step.CALLS["cuda"] if kind is not step.BarePasses]
 GPU = torch.device("cuda")
-
-
-def named(kind: type) -> str:
-    return kind.__name__
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
 def few(monkeypatch):
     """A handful of tensors in place of each size."""
     monkeypatch.setattr(ops, "shapes", lambda size: FEW)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are small, and beside other tests a second thread waits for its core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(benchmark, tmp_path, capsys, *arguments: str) -> tuple[dict, str]:
@@ -92,14 +80,6 @@ def test_train_step_runs_and_is_written(tmp_path, capsys, monkeypatch):
 JOB = train_step.Job(images=10, chunk=8, width=2, penalised=False, workers=0)
 
 
-def test_only_what_was_asked_for_is_compiled():
-    """The DataLoader's model never is; what is, stands beside the same without."""
-    steps = train_step.contenders(replace(JOB, compiled=True))
-    assert [step.name.endswith("compiled") for step in steps] == [True, True, False, False, False]
-    made = [step.model._compiled_call_impl is not None for step in steps if step.model]
-    assert made == [True, False, False]
-
-
 @pytest.mark.parametrize("what", ["gradient", "update"])
 @pytest.mark.parametrize("kind", ["trainer_step", "data_loader_step"])
 def test_wrong_whole_step_is_caught(kind, what, monkeypatch):
@@ -107,13 +87,15 @@ def test_wrong_whole_step_is_caught(kind, what, monkeypatch):
 
     def wrong(job):
         step = make(job)
+        params = list(step.model.parameters())
 
+        @torch.no_grad()
         def spoiled():
-            kept = [p.detach().clone() for p in step.model.parameters()]
-            step.run()
-            with torch.no_grad():
-                for p, old in zip(step.model.parameters(), kept, strict=True):
-                    p.grad.mul_(1.05) if what == "gradient" else p.copy_(old)
+            kept = [p.clone() for p in params]
+            with torch.enable_grad():
+                step.run()
+            for p, old in zip(params, kept, strict=True):
+                p.grad.mul_(1.05) if what == "gradient" else p.copy_(old)
 
         return replace(step, run=spoiled)
 
@@ -124,7 +106,7 @@ def test_wrong_whole_step_is_caught(kind, what, monkeypatch):
         train_step.check(JOB, facts)
 
 
-@pytest.mark.parametrize("kind", UPDATES, ids=named)
+@pytest.mark.parametrize("kind", UPDATES)
 @pytest.mark.parametrize("what", ["sum", "parameter", "perturbation"])
 def test_wrong_chunk_update_is_caught(kind, what):
     class Wrong(kind):
@@ -148,7 +130,7 @@ def test_wrong_chunk_update_is_caught(kind, what):
         ops.check_update(Wrong(chunk), chunk)
 
 
-@pytest.mark.parametrize("kind", STEPS, ids=named)
+@pytest.mark.parametrize("kind", STEPS)
 @pytest.mark.parametrize("what", ["update", "momentum"])
 def test_wrong_finishing_step_is_caught(kind, what):
     class Wrong(kind):
@@ -183,7 +165,7 @@ def test_wrong_kernel_is_caught(op, monkeypatch):
         kernels.kernels(Chunk.of(FEW))
 
 
-@pytest.mark.parametrize("kind", CALLS, ids=named)
+@pytest.mark.parametrize("kind", CALLS)
 @pytest.mark.parametrize("penalised", [False, True])
 def test_wrong_closure_call_is_caught(kind, penalised):
     class Wrong(kind):
@@ -236,7 +218,7 @@ def test_memory_limit_is_checked_and_may_be_absent(monkeypatch, few):
 
 def test_nan_is_no_result():
     with pytest.raises(WrongResult, match="off by nan"):
-        require_close("it", "x", [torch.tensor(float("nan"))], [torch.ones(()).double()], 1e-3)
+        require_close("it", "x", [torch.tensor(float("nan"))], [torch.ones(())], 1e-3)
 
 
 def test_every_contender_has_its_turn_in_every_round():
@@ -263,11 +245,10 @@ def test_time_ends_the_rounds(monkeypatch):
     monkeypatch.setattr(timing.time, "monotonic", lambda: next(clock))
     for seconds, rounds in ((10, timing.MIN_ROUNDS + 10), (-1, timing.MIN_ROUNDS)):
         plan = Plan(50, seconds=seconds, whole=True)
-        assert len(measure("t", [Contender("a", list)], plan)["a"].seconds) == rounds
+        assert len(measure("t", [Contender("a", list)], plan).rows[0].seconds) == rounds
 
 
 def test_a_gpu_is_timed_by_its_own_clock_too(monkeypatch):
-    """The queue is filled first; the table has a column for the host's time."""
     log = []
     event = types.SimpleNamespace(
         record=lambda: log.append("event"),
@@ -281,9 +262,9 @@ def test_a_gpu_is_timed_by_its_own_clock_too(monkeypatch):
     assert timing.device_time(run, prepare, 2, GPU) == 6e-3
     call = ["prepare", "fill", "event", "run", "event", "wait"]
     assert log == ["prepare", "idle", "run", *call, *call]
-    table = measure("t", [Contender("a", list)], Plan(3, GPU))
-    assert table["a"].seconds == [6e-3] * 3 and len(table["a"].wall) == 3
-    text = report.markdown([report.entries(table["a"], table["a"], None)], "a")
+    (row,) = measure("t", [Contender("a", list)], Plan(3, GPU)).rows
+    assert row.seconds == [6e-3] * 3 and len(row.wall) == 3
+    text = report.markdown([report.entries(row, row, None)], "a")
     assert "| wall ms | its ratio |" in text.splitlines()[0]
 
 
