@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_check [build tests sanitize ops step train_step] [--quick]
 
 Prints what the stages print, and writes gpu-check-DEVICE.json and .md to benchmarks/results, beside
-the JSON of each benchmark; a stage that is run alone updates its own part. `--device cpu --quick`
-rehearses all stages without a GPU: its figures mean nothing.
+the JSON of each benchmark; a stage that is run alone updates its own part. `--device cpu` rehearses
+all stages without a GPU, quickly: its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.gpu_stages import CAPTURED, UNAVAILABLE
 from benchmarks.report import RESULTS, aligned, gpu_facts, slug, write_json
 
 NO_GPU = """No GPU: torch {torch} {why}. Nothing was checked.
-A rehearsal without one: python -m benchmarks.gpu_check --device cpu --quick"""
+A rehearsal without one: python -m benchmarks.gpu_check --device cpu"""
 # Arguments of each benchmark on a GPU, and in a rehearsal. `--seconds` limits a table; all tables
 # of a stage, with the checks before them, fit into the nine minutes of a stage.
 BENCHMARKS = {
@@ -128,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage-seconds", type=float, default=540, help="limit for each stage")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     choice = parser.parse_args(argv)
+    choice.quick |= choice.device == "cpu"  # results of a rehearsal replace no others
     if unknown := sorted(set(choice.stages) - set(STAGES)):
         parser.error(f"no stage {', '.join(unknown)}: choose from {', '.join(STAGES)}")
     if choice.device == "cuda" and not torch.cuda.is_available():

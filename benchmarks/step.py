@@ -148,11 +148,12 @@ def checked(task: Task, kinds: Sequence[type[Call]], tolerance: float) -> list[C
     for kind in kinds:
         own = task if kind.ragged or len(full) == len(task.chunks) else replace(task, chunks=full)
         mean, call, count = own.expected, kind(own), len(own.chunks)
+        graphed = issubclass(kind, GraphedCall)
         passes.clear()
         call()
-        if len(passes) != count * (1 + task.penalised):
+        if len(passes) != count * (1 + task.penalised) and not graphed:  # a replay runs no hook
             raise WrongResult(f"{kind.name}: {len(passes)} forward passes over {count} chunks")
-        for _ in range(VISITS if issubclass(kind, GraphedCall) else 0):
+        for _ in range(VISITS * graphed):
             call()
         require_close(kind.name, "a parameter afterwards", call.params, before, 0)
         if not issubclass(kind, BarePasses):

@@ -197,6 +197,7 @@ def check(job: Job, report: Report) -> None:
         if step.model is None:
             continue
         before = [p.detach().clone() for p in step.model.parameters()]
+        settle(step.job.precision, job.device)
         same, exact = (
             step.job.task(copy.deepcopy(step.model).to(dtype), dtype).expected
             for dtype in (torch.float32, torch.float64)

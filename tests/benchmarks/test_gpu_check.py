@@ -51,7 +51,7 @@ def test_all_stages_rehearse(small, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(gpu_check, "run", run)
     monkeypatch.setattr(gpu_stages, "subprocess", NO_DOCTOR)
-    assert gpu_check.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
     stages, text = read(tmp_path)
     assert list(stages) == list(gpu_check.STAGES)
     assert all(stage["status"] == "passed" for stage in stages.values())
@@ -75,7 +75,7 @@ OUTCOMES = {
 def test_a_stage_that_fails_is_told(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "command_of", lambda stage, choice: python(text))
     limit = "1" if "sleep" in text else "60"
-    choice = ["--device", "cpu", "--quick", "--out", str(tmp_path), "--stage-seconds", limit]
+    choice = ["--device", "cpu", "--out", str(tmp_path), "--stage-seconds", limit]
     status, code = OUTCOMES[text]
     assert gpu_check.main(["ops", *choice]) == code
     assert gpu_check.main(["build", *choice]) == code  # updates its own part
@@ -105,7 +105,7 @@ def test_what_a_stage_started_ends_with_it():
 def test_no_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main([]) == 2
-    assert "--device cpu --quick" in capsys.readouterr().err
+    assert "--device cpu" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         gpu_check.main(["opps", "--device", "cpu"])
 
