@@ -1,18 +1,22 @@
-"""Benchmarks: `python -m benchmarks.ops` and `python -m benchmarks.step` on the CPU, `python -m
-benchmarks.epoch` on either, `python -m benchmarks.gpu_check` on a GPU. Each first checks every
-result against fbopt.reference, then times all contenders in turn, prints tables and writes JSON.
+"""Benchmarks that check every result against fbopt.reference before they time it.
+
+`python -m benchmarks.ops`, `.step` and `.train_step` print tables and write JSON to
+benchmarks/results; `python -m benchmarks.gpu_check` runs all of them, and the tests, on a GPU.
+
+On a machine with other work or several sockets, choose the cores and the threads:
+`taskset -c 0,1 python -m benchmarks.ops --threads 2`.
 """
 
 import os
 import sys
 
-# OpenMP reads these once, when torch loads. Threads that wander between cores can lose milliseconds
+# OpenMP reads these once, when torch loads. Threads that move between cores can lose milliseconds
 # in every parallel region.
 PINNING = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
-# A pinned process hands its one core on to all it starts: compilers, a DataLoader's workers, the
-# threads that launch.
-_FREE = ("benchmarks.gpu", "benchmarks.sanitized", "benchmarks.epoch")
-_PINNED = not any(word.startswith(_FREE) for word in sys.orig_argv)
-if "torch" not in sys.modules and _PINNED:
+# A pinned process passes its one core on to all it starts: compilers, DataLoader workers, and the
+# threads that launch kernels on a GPU.
+_UNPINNED = ("benchmarks.gpu_check", "benchmarks.gpu_stages", "benchmarks.sanitized")
+_UNPINNED += ("benchmarks.train_step", "cuda")
+if "torch" not in sys.modules and not any(word.endswith(_UNPINNED) for word in sys.orig_argv):
     for _name, _value in PINNING.items():
         os.environ.setdefault(_name, _value)

@@ -1,50 +1,37 @@
-"""What is benchmarked: lists of tensors by size, and what one chunk and one step make of them, in
-float64 by fbopt.reference.
+"""What is benchmarked: tensors, models and data by size, and the results that are right.
+
+Expected results come from fbopt.reference, in float64 unless said otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.devices import CPU
-from fbopt._ops import reference
+from benchmarks.timing import CPU
+from fbopt import reference
+from fbopt._engine.forward import ChunkLoss
 from fbopt._ops.flat import flat_size, flat_views
 
-SIZES = ("resnet18", "small-cnn", "tiny")
+CLASSES = 10
+NETWORKS = {"resnet18": ("resnet18", (3, 32, 32)), "small-cnn": ("cnn", (1, 40))}
 TITLES = {
     "resnet18": "ResNet-18 for 32×32 images",
     "small-cnn": "the small CNN for MNIST-1D",
     "tiny": "1,000 tensors of 16 elements",
     "large": "one tensor of 2²⁶ elements",
 }
+Chunks = Sequence[tuple[Tensor, Tensor]]
 
 
 class WrongResult(AssertionError):
     """A contender computes something else than the reference."""
-
-
-def shapes(size: str) -> list[torch.Size]:
-    """The shapes of the parameters of a size."""
-    if size == "tiny":
-        return [torch.Size([16])] * 1000
-    if size == "large":
-        return [torch.Size([2**26])]
-    return [p.shape for p in model(size).parameters()]
-
-
-def model(size: str, width: int | None = None) -> nn.Module:
-    """The network that a size is named after."""
-    from fbopt.train import models
-
-    if size == "resnet18":
-        return models.build("resnet18", (3, 32, 32), 10, width)
-    return models.build("cnn", (1, 40), 10, width)
 
 
 def require_close(
@@ -58,6 +45,58 @@ def require_close(
         raise WrongResult(f"{who}: {what} is off by {error / scale:.1e} of its largest value")
 
 
+def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return ||found - expected|| / ||expected||."""
+    difference = torch._foreach_sub([f.detach().double() for f in found], list(expected))
+    ratio = reference.squared_norm(difference) / reference.squared_norm(list(expected))
+    return ratio.sqrt().item()
+
+
+def require_near(
+    who: str, found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float
+) -> None:
+    """Raise WrongResult unless a whole gradient is within tolerance of the expected one's norm."""
+    off = distance(found, expected)
+    if not off <= tolerance:
+        raise WrongResult(f"{who}: p.grad is off by {off:.1e} of its norm, over {tolerance:g}")
+
+
+def shapes(size: str) -> list[torch.Size]:
+    """The shapes of the parameters of a size."""
+    if size == "tiny":
+        return [torch.Size([16])] * 1000
+    if size == "large":
+        return [torch.Size([2**26])]
+    return [p.shape for p in model(size).parameters()]
+
+
+def model(size: str, device: torch.device = CPU) -> nn.Module:
+    """The network that a size is named after, with a gradient everywhere."""
+    from fbopt.train import models
+
+    torch.manual_seed(0)
+    return with_gradients(models.build(*NETWORKS[size], CLASSES)).to(device)
+
+
+def with_gradients(network: nn.Module) -> nn.Module:
+    """Set BatchNorm's weights to one and return the network.
+
+    The last BatchNorm of a residual block starts at zero: no gradient would reach its block.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    return network
+
+
+def data(size: str, samples: int, chunk: int, device: torch.device = CPU) -> Chunks:
+    """Random inputs and labels in chunks, the last of which may be smaller."""
+    generator = torch.Generator(device).manual_seed(1)
+    x = torch.randn(samples, *NETWORKS[size][1], generator=generator, device=device)
+    y = torch.randint(CLASSES, (samples,), generator=generator, device=device)
+    return list(zip(x.split(chunk), y.split(chunk), strict=True))
+
+
 def normal(
     like: Sequence[torch.Size], scale: float, seed: int, device: torch.device
 ) -> list[Tensor]:
@@ -66,96 +105,98 @@ def normal(
     return [scale * torch.randn(shape, generator=generator, device=device) for shape in like]
 
 
-def double(*tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Lists of tensors in float64."""
-    return [[t.detach().double() for t in each] for each in tensors]
-
-
 def scalar(value: float, device: torch.device = CPU) -> Tensor:
     """A 0-dim float64 tensor, as the ops take their coefficients."""
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
-@dataclass(frozen=True)
-class Work:
-    """Gradients that contenders share, rewritten before every call as backward would."""
+def point_to(params: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
+    """Let parameters use the memory of other tensors."""
+    for p, t in zip(params, tensors, strict=True):
+        p.data = t
 
+
+@dataclass(frozen=True)
+class Operands:
+    """Parameters and gradients that contenders share.
+
+    Contenders may overwrite the gradients: `refresh` rewrites them before every call, as a backward
+    pass would.
+    """
+
+    params: list[Tensor]
     grads: list[Tensor]
     plus: list[Tensor]
-    pristine: list[Tensor] = field(init=False)
+    original: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pristine", [t.clone() for t in (*self.grads, *self.plus)])
+        object.__setattr__(self, "original", [t.clone() for t in (*self.grads, *self.plus)])
 
     def refresh(self) -> None:
-        """Undo what contenders did to the gradients."""
-        torch._foreach_copy_([*self.grads, *self.plus], self.pristine)
+        torch._foreach_copy_([*self.grads, *self.plus], self.original)
+
+    def double(self) -> tuple[list[Tensor], ...]:
+        """Copies of the three lists in float64."""
+        lists = (self.params, self.grads, self.plus)
+        return tuple([t.detach().double() for t in tensors] for tensors in lists)
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
         return self.grads[0].device
 
     @property
     def numel(self) -> int:
-        """Elements in one list of gradients."""
+        """Elements in one list."""
         return sum(g.numel() for g in self.grads)
 
 
 @dataclass(frozen=True)
-class Chunk(Work):
-    """One chunk of a penalised step: parameters, their gradient, that at the shifted point."""
+class Chunk(Operands):
+    """One chunk of a penalised step: gradients g at theta and g+ ("plus") at the second point."""
 
-    params: list[Tensor]
-    coefficient: float
+    coefficient: float = 1.0
     weight: float = 128.0
     radius: float = 1.0
 
     @classmethod
-    def of(cls, like: Sequence[torch.Size], seed: int = 0, device: torch.device = CPU) -> Chunk:
-        """Random tensors of these shapes, with terms of comparable size, so that an error shows."""
-        grads = normal(like, 1.0, seed + 1, device)
-        plus = torch._foreach_add(grads, normal(like, 0.3, seed + 2, device))
+    def of(cls, like: Sequence[torch.Size], device: torch.device = CPU) -> Chunk:
+        """Random tensors of these shapes, the terms of comparable size so that errors show."""
+        grads = normal(like, 1.0, 1, device)
+        plus = torch._foreach_add(grads, normal(like, 0.3, 2, device))
         coefficient = 2 / math.sqrt(sum(g.numel() for g in grads))
-        return cls(grads, plus, normal(like, 0.05, seed, device), coefficient)
+        return cls(normal(like, 0.05, 0, device), grads, plus, coefficient)
 
     def parameters(self) -> list[nn.Parameter]:
         """A contender's own copy of the parameters."""
         return [nn.Parameter(p.clone()) for p in self.params]
 
-    def zeros(self) -> list[Tensor]:
-        """A contender's own sums."""
-        return [torch.zeros_like(p) for p in self.params]
-
     @cached_property
     def expected(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The shift of the parameters, and what the chunk adds to the sums."""
-        params, grads, plus = double(self.params, self.grads, self.plus)
+        """The perturbation of the parameters, and what the chunk adds to the sums."""
+        params, grads, plus = self.double()
         flat = torch.empty(flat_size(params), dtype=torch.float64, device=self.device)
         square = reference.perturb_(flat, params, grads, self.radius)
-        shifted = flat_views(flat, params)
         sums = [torch.zeros_like(g) for g in grads]
         weight, coefficient = (scalar(x, self.device) for x in (self.weight, self.coefficient))
         reference.accumulate_penalty_(
             sums, grads, plus, [], weight, coefficient, square, self.radius
         )
-        return torch._foreach_sub(shifted, params), sums
+        return torch._foreach_sub(flat_views(flat, params), params), sums
 
 
 @dataclass(frozen=True)
-class Finish(Work):
-    """The end of a step: mean gradients to clip and put through SGD with Nesterov momentum."""
+class Finish(Operands):
+    """The end of a step: mean gradients to clip, and SGD with Nesterov momentum."""
 
-    params: list[Tensor]
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
     max_norm: float = 0.25
 
     @classmethod
-    def of(cls, like: Sequence[torch.Size], seed: int = 0, device: torch.device = CPU) -> Finish:
+    def of(cls, like: Sequence[torch.Size], device: torch.device = CPU) -> Finish:
         """Random tensors of these shapes, of a norm that has to be clipped."""
-        return cls(normal(like, 1.0, seed + 1, device), [], normal(like, 0.05, seed, device))
+        return cls(normal(like, 0.05, 0, device), normal(like, 1.0, 1, device), [])
 
     def parameters(self) -> list[nn.Parameter]:
         """A contender's own copy of the parameters, with the shared gradients in place."""
@@ -166,15 +207,80 @@ class Finish(Work):
 
     @cached_property
     def expected(self) -> tuple[list[Tensor], list[Tensor]]:
-        """How far the parameters are after two steps with the same gradients, and the momentum."""
-        start, params, grads = double(self.params, self.params, self.grads)
-        params, velocity = [p.clone() for p in params], [torch.empty_like(p) for p in params]
-        norm = reference.squared_norm(grads).sqrt()
+        """How far two steps with the same gradients move the parameters, and the momentum."""
+        start, grads, _ = self.double()
+        params, velocity = [p.clone() for p in start], [torch.zeros_like(p) for p in start]
+        norm, lr = reference.squared_norm(grads).sqrt(), scalar(self.lr, self.device)
         rule = {"dampening": 0.0, "nesterov": True, "maximize": False}
         rule |= {"momentum": self.momentum, "weight_decay": self.weight_decay}
-        lr = scalar(self.lr, self.device)
         for first in (True, False):
             reference.sgd_step_(
                 params, grads, velocity, lr, None, norm, self.max_norm, **rule, first=first
             )
         return torch._foreach_sub(params, start), velocity
+
+
+@dataclass(frozen=True)
+class Task:
+    """The gradient of a model's mean loss over chunks, penalised or not."""
+
+    model: nn.Module
+    chunks: Chunks
+    penalised: bool
+    autocast: torch.dtype | None = None
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    radius: float = 1e-2
+    coefficient: float = 0.1
+
+    @cached_property
+    def params(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    def with_visible_penalty(self) -> Task:
+        """The same task with lambda ||g|| = radius = 0.1.
+
+        A chunk's penalised gradient is then that at the second point, so far away that a wrong
+        second pass shows also in half precision.
+        """
+        _, grads = self.gradient(*self.chunks[0])
+        norm = reference.squared_norm(list(grads)).sqrt().item()
+        return replace(self, radius=0.1, coefficient=0.1 / norm)
+
+    def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """The loss of a chunk and its gradient."""
+        forward = ChunkLoss(self.model, self.loss_fn, None, self.autocast, self.device)
+        loss, _, _ = forward.differentiable(0, (x, y))
+        return loss.detach(), torch.autograd.grad(loss, self.params)
+
+    def passes(self) -> None:
+        """All forward and backward passes, and nothing else."""
+        for x, y in self.chunks:
+            for _ in range(1 + self.penalised):
+                self.gradient(x, y)
+
+    @cached_property
+    def expected(self) -> list[Tensor]:
+        """The mean gradient over the chunks, in the arithmetic of the model."""
+        params = self.params
+        originals = [p.detach() for p in params]
+        sums = [torch.zeros_like(p) for p in originals]
+        flat = torch.empty(flat_size(params), dtype=params[0].dtype, device=self.device)
+        coefficient = scalar(self.coefficient, self.device)
+        for x, y in self.chunks:
+            weight = scalar(float(len(y)), self.device)
+            _, grads = self.gradient(x, y)
+            if not self.penalised:
+                reference.accumulate_(sums, grads, weight)
+                continue
+            square = reference.perturb_(flat, originals, list(grads), self.radius)
+            point_to(params, flat_views(flat, params))
+            _, plus = self.gradient(x, y)
+            point_to(params, originals)
+            reference.accumulate_penalty_(
+                sums, grads, plus, [], weight, coefficient, square, self.radius
+            )
+        return torch._foreach_div(sums, sum(len(y) for _, y in self.chunks))

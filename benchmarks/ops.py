@@ -1,194 +1,116 @@
-"""The library's share of a step: the penalised chunk update, the finishing step, single kernels.
+"""The library's own part of a step: penalised chunk update, finishing step, single kernels.
 
-    python -m benchmarks.ops [--sizes resnet18 small-cnn tiny] [--no-compile] [--quick]
+    python -m benchmarks.ops [--sizes resnet18 small-cnn tiny] [--device cuda] [--quick]
 
-Every contender is checked against fbopt.reference in float64 before it is timed.
+Every contender is checked against fbopt.reference in float64 before it is timed. Ratios are time
+over fbopt's: above 1 fbopt is faster. The gradients are rewritten before every call, as a backward
+pass would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks import finishing, rivals
-from benchmarks.cases import SIZES, TITLES, Chunk, Finish, require_close, shapes
-from benchmarks.devices import Eviction
-from benchmarks.harness import Contender, Plan, Timing, Timings, measure
-from benchmarks.memory import is_limit, limits
-from benchmarks.report import Report, arguments, options
-from benchmarks.single import copies, sets_for, single_ops
+from benchmarks.bandwidth import limits
+from benchmarks.cases import TITLES, Chunk, Finish, require_close, shapes
+from benchmarks.contenders import CHUNK_UPDATES, FINISHING_STEPS, ChunkUpdate, FinishingStep
+from benchmarks.kernels import kernels
+from benchmarks.report import QUICK_ROUNDS, Report, compiles, options
+from benchmarks.timing import Contender, Plan, Table, measure
 
-ROUNDS = {"resnet18": 40, "small-cnn": 60, "tiny": 60}
-QUICK_ROUNDS = 3
+ROUNDS = {"resnet18": 40, "small-cnn": 60, "tiny": 60, "large": 40}
+SIZES = ("resnet18", "small-cnn", "tiny")
 COMPILED = ("resnet18", "small-cnn")
-GOALS = {
-    "resnet18": {
-        "foreach": 1.5,
-        "published": 6,
-        "exact": 1.3,
-        "limit": 0.85,
-        "SGD foreach": 1.6,
-        "SGD fused": 1,
-    },
-    "tiny": {"foreach": 4},
-}
-# The least that each call can move, in float32 words per parameter.
-CHUNK_WORDS, FINISH_WORDS = 8, 6
-# torch's norms are summed in float32, and off by some 1e-5; a shift is rounded with its parameter.
-TOLERANCE, SHIFT_TOLERANCE = 1e-4, 1e-3
+# The least float32 words per parameter that each can read and write.
+UPDATE_WORDS, STEP_WORDS = 8, 6
+# torch's norms are summed in float32 and off by some 1e-5; what is added to a parameter is rounded
+# with it.
+TOLERANCE, PARAMETER_TOLERANCE = 1e-4, 1e-3
 
 
-def check_chunk(update: rivals.ChunkUpdate, chunk: Chunk) -> None:
-    """Two chunks: the shift while it lasts, the parameters after it (bit for bit), and the sums."""
-    displacement, added = chunk.expected
+def check_update(update: ChunkUpdate, chunk: Chunk) -> None:
+    """Check two chunks: the perturbation, the restored parameters (bit for bit), and the sums."""
+    perturbation, added = chunk.expected
     seen: list[list[Tensor]] = []
     for _ in range(2):
         chunk.refresh()
         update.update(lambda: seen.append([p.detach().clone() for p in update.params]))
         moved = [s.double() - p.double() for s, p in zip(seen.pop(), chunk.params, strict=True)]
-        require_close(update.name, "the shift", moved, displacement, SHIFT_TOLERANCE)
-        require_close(update.name, "a restored parameter", update.params, _wide(chunk.params), 0)
+        require_close(update.name, "the perturbation", moved, perturbation, PARAMETER_TOLERANCE)
+        restored = [p.double() for p in chunk.params]
+        require_close(update.name, "a restored parameter", update.params, restored, 0)
     expected = torch._foreach_mul(added, 2)
     require_close(update.name, "the sum over two chunks", update.total(2), expected, TOLERANCE)
 
 
-def check_finish(step: finishing.FinishingStep, finish: Finish) -> None:
-    """Two steps, the first of which starts the momentum."""
+def check_step(step: FinishingStep, finish: Finish) -> None:
+    """Check two steps, the first of which starts the momentum."""
     displacement, velocity = finish.expected
     for _ in range(2):
         finish.refresh()
         step.step()
     moved = [p.double() - q.double() for p, q in zip(step.params, finish.params, strict=True)]
-    require_close(step.name, "the update", moved, displacement, SHIFT_TOLERANCE)
+    require_close(step.name, "the update", moved, displacement, PARAMETER_TOLERANCE)
     require_close(step.name, "the momentum", step.momentum(), velocity, TOLERANCE)
 
 
-def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t.double() for t in tensors]
-
-
-def chunk_updates(chunk: Chunk, compiled: bool) -> list[rivals.ChunkUpdate]:
-    """All contenders for the penalised chunk update, checked."""
-    updates = []
-    for kind in rivals.CHUNK_UPDATES:
-        if compiled or kind is not rivals.Compiled:
+def update_table(size: str, plan: Plan, compiled: bool) -> Table:
+    """Check and time the penalised chunk update."""
+    chunk, contenders = Chunk.of(shapes(size), plan.device), []
+    for kind in CHUNK_UPDATES:
+        if compiled or not kind.compiled:
             update = kind(chunk)
-            check_chunk(update, chunk)
-            updates.append(update)
-    return updates
+            check_update(update, chunk)
+            run = partial(update.update, lambda: None)  # the second pass itself is not timed
+            contenders.append(Contender(kind.name, run, kind.words * chunk.numel))
+    contenders += limits(UPDATE_WORDS * chunk.numel, plan.device)
+    return measure(f"Penalised chunk update, {TITLES[size]}", contenders, plan, chunk.refresh)
 
 
-def chunk_table(size: str, plan: Plan, hot: bool = False) -> Timings:
-    """Check and time the penalised chunk update; on a GPU with empty caches unless `hot`."""
-    chunk = Chunk.of(shapes(size), device=plan.device)
-    contenders = [
-        Contender(u.name, lambda u=u: u.update(nothing), u.words * chunk.numel)
-        for u in chunk_updates(chunk, plan.compiled)
-    ]
-    contenders += limits(CHUNK_WORDS * chunk.numel, plan.device)
-    title = f"Penalised chunk update, {TITLES[size]}{_state(plan, hot)}"
-    return measure(title, contenders, plan, prepare(chunk, hot))
-
-
-def finish_table(size: str, plan: Plan, hot: bool = False) -> Timings:
-    """Check and time the finishing step; on a GPU with empty caches unless `hot`."""
-    finish = Finish.of(shapes(size), device=plan.device)
-    contenders = []
-    for kind in finishing.FINISHING_STEPS:
-        if plan.compiled or kind is not finishing.Compiled:
+def step_table(size: str, plan: Plan, compiled: bool) -> Table:
+    """Check and time the finishing step."""
+    finish, contenders = Finish.of(shapes(size), plan.device), []
+    for kind in FINISHING_STEPS:
+        if compiled or not kind.compiled:
             step = kind(finish)
-            check_finish(step, finish)
+            check_step(step, finish)
             words = kind.words and kind.words * finish.numel
             contenders.append(Contender(kind.name, step.step, words))
-    contenders += limits(FINISH_WORDS * finish.numel, plan.device)
-    title = f"Finishing step, {TITLES[size]}{_state(plan, hot)}"
-    return measure(title, contenders, plan, prepare(finish, hot))
+    contenders += limits(STEP_WORDS * finish.numel, plan.device)
+    return measure(f"Finishing step, {TITLES[size]}", contenders, plan, finish.refresh)
 
 
-def single_table(size: str, plan: Plan) -> Timings:
+def kernel_table(size: str, plan: Plan) -> Table:
     """Check and time the kernels one by one."""
-    chunk = Chunk.of(shapes(size), device=plan.device)
-    sets = sets_for(chunk)
-    contenders = single_ops(chunk, sets)
-    contenders += copies(chunk) if plan.device.type != "cpu" else []
-    contenders += limits(CHUNK_WORDS * chunk.numel, plan.device)
-    where = "" if plan.device.type == "cpu" else f", {sets} set{'s' * (sets > 1)} of operands"
-    return measure(f"Single kernels, {TITLES[size]}{where}", contenders, plan)
-
-
-def prepare(work: Chunk | Finish, hot: bool) -> Callable[[], None]:
-    """What is done before every call: renew the gradients and, on a GPU, empty its cache."""
-    if hot or work.device.type == "cpu":
-        return work.refresh
-    evict = Eviction(work.device)
-    return lambda: (work.refresh(), evict())
-
-
-def _state(plan: Plan, hot: bool) -> str:
-    return "" if plan.device.type == "cpu" else ", caches as they are" if hot else ", caches empty"
-
-
-def nothing() -> None:
-    """The second pass, which is not what is timed."""
-
-
-def limit_of(timings: Timings) -> Timing | None:
-    """The fastest that only moves memory; the largest, where there are copies of several sizes."""
-    names = [row.name for row in timings.rows if is_limit(row.name)]
-    most = max((timings[name].words for name in names), default=0)
-    name = timings.fastest([name for name in names if timings[name].words == most])
-    return name and timings[name]
-
-
-def conclude(report: Report, size: str, chunk: Timings, finish: Timings) -> None:
-    """Print the ratios that count, beside what they should be."""
-    goals = GOALS.get(size, {})
-
-    def ratio(timings: Timings, name: str, goal: str, claim: str | None = None) -> None:
-        value = timings.ratio(name, timings.rows[0].name)
-        report.goal(timings.title, claim or name, value, at_least=goals.get(goal))
-
-    report.heading(f"{chunk.title}, time over fbopt's:")
-    ratio(chunk, chunk.fastest([kind.name for kind in rivals.FOREACH]), "foreach")
-    ratio(chunk, rivals.Published.name, "published")
-    value = chunk.ratio(rivals.OursExact.name, rivals.Ours.name)
-    report.goal(chunk.title, rivals.OursExact.name, value, at_most=goals.get("exact"))
-    if limit := limit_of(chunk):
-        claim = f"the memory limit for {CHUNK_WORDS} words ({limit.name})"
-        ratio(chunk, limit.name, "limit", claim)
-    report.heading(f"{finish.title}, time over fbopt's:")
-    ratio(finish, finishing.TorchForeach.name, "SGD foreach")
-    ratio(finish, finishing.TorchFused.name, "SGD fused")
-    if limit := limit_of(finish):
-        claim = f"the memory limit for {FINISH_WORDS} words ({limit.name})"
-        ratio(finish, limit.name, "finish limit", claim)
+    chunk = Chunk.of(shapes(size), plan.device)
+    contenders = kernels(chunk) + limits(UPDATE_WORDS * chunk.numel, plan.device)
+    # A GPU's cache then holds little of what the kernels read.
+    prepare = chunk.refresh if plan.device.type == "cuda" else lambda: None
+    return measure(f"Single kernels, {TITLES[size]}", contenders, plan, prepare)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the benchmark and return the path of its JSON."""
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=TITLES, default=SIZES)
     which = "sizes to time torch.compile for: a minute or two each, and more than ten for tiny"
-    parser.add_argument("--compile", nargs="*", choices=SIZES, default=COMPILED, help=which)
+    parser.add_argument("--compile", nargs="*", choices=TITLES, default=COMPILED, help=which)
     parser.add_argument("--no-compile", dest="compile", action="store_const", const=())
     choice = parser.parse_args(argv)
-    torch.set_num_threads(choice.threads)
-    report = Report("ops", arguments(argv))
+    report = Report("ops", choice, argv)
     for size in choice.sizes:
-        compiled = size in choice.compile and not choice.quick
+        compiled = size in choice.compile and not choice.quick and compiles(choice.device)
         rounds = choice.rounds or (QUICK_ROUNDS if choice.quick else ROUNDS[size])
-        plan = Plan(rounds, compiled=compiled)
-        chunk = chunk_table(size, plan)
-        report.table(chunk, limit_of(chunk))
-        finish = finish_table(size, plan)
-        report.table(finish, limit_of(finish))
-        single = single_table(size, plan)
-        limit = limit_of(single)
-        report.table(single, limit, base=limit and limit.name)
-        conclude(report, size, chunk, finish)
+        plan = Plan(rounds, choice.device, choice.seconds)
+        report.table(update_table(size, plan, compiled))
+        report.table(step_table(size, plan, compiled))
+        table = kernel_table(size, plan)
+        report.table(table, base=table.limit)
     return report.write(choice.out)
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark tells: tables with ratios, goals met and missed, the machine, and JSON."""
+"""What a benchmark reports: the machine, tables in Markdown, and JSON with the same figures."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import json
 import os
 import platform
 import re
+import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,109 +18,77 @@ import torch
 
 import fbopt
 from benchmarks import PINNING
-from benchmarks.devices import CPU, cpu_name, facts
-from benchmarks.harness import Timing, Timings
-from benchmarks.tables import entries, markdown
-from fbopt._build import load as _build
+from benchmarks.timing import CPU, Table, Timing, quartiles
+from fbopt._build import load
 
 RESULTS = Path(__file__).parent / "results"
+QUICK_ROUNDS = 3
+UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+# Read, never set: a benchmark takes a GPU as it finds it.
+SMI_FIELDS = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
+# Columns of tables in which a row has the entry: heading, whether it is a time, and format.
+COLUMNS = {
+    "wall_s": ("wall", True, "{:.2f}"),
+    "wall_ratio": ("its ratio", False, "{:.3f}"),
+    "gb_per_s": ("GB/s", False, "{:.3g}"),
+    "of_limit": ("of the limit", False, "{:.0%}"),
+    "images_per_s": ("images/s", False, "{:,.0f}"),
+}
 
 
 def options(description: str) -> argparse.ArgumentParser:
     """The options that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, help="how often each contender gets its turn")
+    parser.add_argument("--rounds", type=int, help="how often each contender has its turn")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="limit for a table")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--quick", action="store_true", help="a few rounds, to see that all works")
+    parser.add_argument("--device", type=torch.device, default=CPU, help="cpu or cuda")
+    parser.add_argument("--quick", action="store_true", help="three rounds, to see that all works")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     return parser
 
 
-@dataclass
 class Report:
-    """Collects facts, tables and goals, prints them as they come, writes them to a JSON file.
+    """Prints facts and tables as they come, and writes them to a JSON file."""
 
-    With a `path`, the file is written anew at every table and goal: a run that is cut short leaves
-    what it had.
-    """
-
-    name: str
-    arguments: Sequence[str]
-    device: torch.device = CPU
-    path: Path | None = None
-    facts: dict[str, str] = field(default_factory=dict)
-    tables: list[dict[str, Any]] = field(default_factory=list)
-    goals: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.machine = machine(self.device)
+    def __init__(
+        self, name: str, choice: argparse.Namespace, argv: Sequence[str] | None = None
+    ) -> None:
+        torch.set_num_threads(choice.threads)
+        self.name, self.quick = name, choice.quick
+        self.arguments = sys.argv[1:] if argv is None else list(argv)
+        self.facts: dict[str, str] = {}
+        self.tables: list[dict[str, Any]] = []
+        self.machine = machine(choice.device)
         print(", ".join(f"{key}: {value}" for key, value in self.machine.items()))
 
     def fact(self, what: str, value: object) -> None:
-        """Print and keep something that is no time."""
+        """Print and keep something that is not a time."""
         self.facts[what] = str(value)
         print(f"- {what}: {value}", flush=True)
-        self._keep()
 
-    def table(self, timings: Timings, limit: Timing | None = None, base: str | None = None) -> None:
-        """Print and keep one table; ratios are to `base`, the first row unless named."""
-        reference = timings[base] if base else timings.rows[0]
-        limits = [timings[row.limit] if row.limit else limit for row in timings.rows]
-        rows = [entries(row, reference, of) for row, of in zip(timings.rows, limits, strict=True)]
-        self.tables.append({"title": timings.title, "base": reference.name, "rows": rows})
-        print(f"\n### {timings.title}\n\n{markdown(rows, reference.name)}", flush=True)
-        self._keep()
-
-    def goal(
-        self,
-        about: str,
-        claim: str,
-        value: float,
-        *,
-        at_least: float | None = None,
-        at_most: float | None = None,
-    ) -> None:
-        """Print and keep a ratio, with the bound it should reach if there is one.
-
-        `about` is the table it comes from.
-        """
-        goal, met = None, None
-        if at_least is not None:
-            goal, met = f"≥ {at_least:g}", value >= at_least
-        elif at_most is not None:
-            goal, met = f"≤ {at_most:g}", value <= at_most
-        self.goals.append(
-            {"about": about, "claim": claim, "value": value, "goal": goal, "met": met}
-        )
-        bound = f" (goal {goal}: {'met' if met else 'missed'})" if goal else ""
-        print(f"- {claim}: {value:.3f}{bound}", flush=True)
-        self._keep()
-
-    def heading(self, text: str) -> None:
-        """Print a line that opens a list."""
-        print(f"\n{text}")
+    def table(self, table: Table, base: Timing | None = None) -> None:
+        """Print and keep a table; its ratios are to the row `base`, by default the first."""
+        base = base or table.rows[0]
+        rows = [entries(row, base, table.limit) for row in table.rows]
+        self.tables.append({"title": table.title, "base": base.name, "rows": rows})
+        print(f"\n### {table.title}\n\n{markdown(rows, base.name)}", flush=True)
 
     def write(self, folder: Path) -> Path:
-        """Write the JSON and return its path."""
-        path = folder / f"{self.name}-{slug(self.machine['cpu'])}.json"
-        write_json(path, self.content())
-        print(f"\nwrote {os.path.relpath(path)}")
-        return path
-
-    def content(self) -> dict[str, Any]:
-        """All that was collected."""
+        """Write the JSON, named after benchmark and hardware, and return its path."""
+        hardware = self.machine.get("device", self.machine["cpu"])
+        name = f"{self.name.replace('_', '-')}-{slug(hardware)}{'-quick' * self.quick}"
         command = " ".join(["python -m", f"benchmarks.{self.name}", *self.arguments])
         content = {"benchmark": self.name, "command": command, "machine": self.machine}
         content |= {"facts": self.facts} if self.facts else {}
-        return content | {"tables": self.tables, "goals": self.goals}
-
-    def _keep(self) -> None:
-        if self.path is not None:
-            write_json(self.path, self.content())
+        path = folder / f"{name}.json"
+        write_json(path, content | {"tables": self.tables})
+        print(f"\nwrote {os.path.relpath(path)}")
+        return path
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file for people to read too, whole or not at all."""
+    """Write a JSON file that people can read too, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".part")
     scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -127,28 +96,117 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def machine(device: torch.device = CPU) -> dict[str, Any]:
-    """What the figures depend on."""
-    openmp = " ".join(f"{name}={os.environ.get(name, 'unset')}" for name in PINNING)
-    kernels = _build.kernels()
-    found = {
+    """What the figures depend on: hardware, versions and settings."""
+    kernels = load.kernels()
+    return gpu_facts(device) | {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "openmp": openmp,
+        "openmp": " ".join(f"{name}={os.environ.get(name, 'unset')}" for name in PINNING),
         "backend": "reference" if kernels is None else f"kernels ({kernels.instruction_set})",
         "torch": torch.__version__,
         "fbopt": fbopt.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-    return found if device.type == "cpu" else facts(device) | found
+
+
+def cpu_name() -> str:
+    """The name of the processor."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def gpu_facts(device: torch.device) -> dict[str, str]:
+    """The name and state of a GPU; nothing for the CPU."""
+    if device.type != "cuda":
+        return {}
+    about = torch.cuda.get_device_properties(device)
+    found = {
+        "device": about.name,
+        "capability": f"{about.major}.{about.minor}",
+        "CUDA": str(torch.version.cuda),
+        "cuDNN": str(torch.backends.cudnn.version()),
+    }
+    command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader"]
+    command += ["-i", f"GPU-{about.uuid}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return found | dict(zip(SMI_FIELDS, done.stdout.strip().split(", "), strict=True))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return found
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile works for the device: it needs a compiler, and Triton on a GPU."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # whatever it is, the other contenders can be timed
+        print(f"nothing is timed compiled, torch.compile fails: {str(error).splitlines()[0]}")
+        return False
+    return True
+
+
+def entries(row: Timing, base: Timing, limit: Timing | None) -> dict[str, Any]:
+    """The figures of one contender; ratios are to `base`."""
+    ratios, contender = row.over(base), row.contender
+    found = {
+        "name": row.name,
+        "median_s": row.median,
+        "quartiles_s": list(quartiles(row.seconds)),
+        "fastest_s": min(row.seconds),
+        "rounds": len(row.seconds),
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": list(quartiles(ratios)),
+    }
+    if row.wall is not None:
+        found |= {
+            "wall_s": statistics.median(row.wall),
+            "wall_quartiles_s": list(quartiles(row.wall)),
+            "wall_ratio": statistics.median(row.over(base, wall=True)),
+        }
+    if contender.words is not None:
+        found |= {"words": contender.words, "gb_per_s": row.bandwidth}
+        found |= {} if limit is None else {"of_limit": row.bandwidth / limit.bandwidth}
+    if contender.samples is not None:
+        found |= {"images": contender.samples, "images_per_s": contender.samples / row.median}
+    return found
+
+
+def markdown(rows: list[dict[str, Any]], base: str) -> str:
+    """A table of entries as text."""
+    fastest = min(row["median_s"] for row in rows)
+    unit, symbol = next((u for u in UNITS if fastest >= u[0]), UNITS[-1])
+    extra = {key: c for key, c in COLUMNS.items() if any(key in row for row in rows)}
+    lines = [["", f"median {symbol}", "quartiles", f"ratio to {base}", "its quartiles"]]
+    lines[0] += [f"{name} {symbol}" if timed else name for name, timed, _ in extra.values()]
+    for row in rows:
+        first, third = (x / unit for x in row["quartiles_s"])
+        low, high = row["ratio_quartiles"]
+        cells = [row["name"], f"{row['median_s'] / unit:.2f}", f"{first:.2f} – {third:.2f}"]
+        cells += [f"{row['ratio']:.3f}", f"{low:.3f} – {high:.3f}"]
+        for key, (_, timed, form) in extra.items():
+            value = row.get(key)
+            cells.append("" if value is None else form.format(value / unit if timed else value))
+        lines.append(cells)
+    return aligned(lines)
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """Cells in columns, the first to the left and the others to the right, with a rule."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = []
+    for first, *others in lines:
+        right = (cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))
+        padded.append([first.ljust(widths[0]), *right])
+    padded.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def slug(text: str) -> str:
     """A name for a file."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def arguments(argv: Sequence[str] | None) -> list[str]:
-    """The command line, without the program."""
-    return list(sys.argv[1:] if argv is None else argv)

@@ -23,7 +23,7 @@ from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.data.dataset import Chunks
 from fbopt.train.data.load import load
 from fbopt.train.distributed import select_device
-from fbopt.train.precision import autocast_dtype, settle
+from fbopt.train.precision import autocast_dtype, set_float32_precision
 from fbopt.train.trainer import Trainer
 
 
@@ -84,7 +84,7 @@ class Subject:
 
     def set_precision(self) -> None:
         """Let CUDA multiply float32 numbers as this run did; the setting is one per process."""
-        settle(self.run.options.precision, self.run.device)
+        set_float32_precision(self.run.options.precision, self.run.device)
 
 
 def read(path: Path, options: Analysis) -> Subject:
