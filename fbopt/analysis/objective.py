@@ -109,7 +109,8 @@ class Objective(ParameterSpace):
     chunk begins with the buffers (BatchNorm statistics) and parameters that the model has; after
     each pass over the chunks these, the modules' modes and torch's random generators are what they
     were. Memory does not depend on the number of chunks. Vectors in parameter space are 1-D
-    tensors, see :class:`ParameterSpace`.
+    tensors: the parameters one after the other in row-major order, in
+    float32 (float64 if any parameter is).
 
     Args:
         model, loss_fn, chunks, evaluate, weight, params, autocast: as for

@@ -1,0 +1,55 @@
+"""How Sphinx builds the site: `make docs`. Nothing is fetched from the network."""
+
+from __future__ import annotations
+
+import fbopt
+
+project = "fbopt"
+author = "fbopt authors"
+project_copyright = "fbopt authors"
+version = release = fbopt.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+
+default_role = "code"  # single backquotes in docstrings
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+# Docstrings are in Google's style; signatures show the types.
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
+add_module_names = False
+# What torch, NumPy and Python document themselves is named, not linked.
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|nn|np|numpy|collections|Tensor|Path|Any)\b.*"),
+    ("py:.*", r"(Callable|Iterable|Iterator|Mapping|Sequence|Literal)\b.*"),
+    ("py:exc", r"[A-Za-z, ]*(Error|Warning)"),
+]
+
+html_theme = "pydata_sphinx_theme"
+html_title = "fbopt"
+html_static_path = ["_static"]
+html_css_files = ["fbopt.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_theme_options = {
+    "logo": {"text": "fbopt"},
+    "github_url": "https://github.com/fbopt/fbopt",
+    "header_links_before_dropdown": 7,
+    "navigation_with_keys": False,
+    "show_toc_level": 2,
+    "footer_start": ["copyright"],
+    "footer_end": ["sphinx-version"],
+}
+html_sidebars = {"index": [], "install": [], "faq": [], "changelog": [], "contributing": []}
+copybutton_prompt_text = "$ "
