@@ -29,6 +29,7 @@ autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 # What torch, NumPy and Python document themselves is named, not linked.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|np|numpy|collections|Tensor|Path|Any)\b.*"),
@@ -45,11 +46,14 @@ html_show_sourcelink = False
 html_theme_options = {
     "logo": {"text": "fbopt"},
     "github_url": "https://github.com/fbopt/fbopt",
-    "header_links_before_dropdown": 7,
+    "header_links_before_dropdown": 6,
     "navigation_with_keys": False,
     "show_toc_level": 2,
     "footer_start": ["copyright"],
     "footer_end": ["sphinx-version"],
 }
-html_sidebars = {"index": [], "install": [], "faq": [], "changelog": [], "contributing": []}
+# Pages without pages below them need no navigation on the left.
+html_sidebars = dict.fromkeys(
+    ["index", "install", "examples", "faq", "design", "changelog", "contributing"], []
+)
 copybutton_prompt_text = "$ "
