@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+from docutils.nodes import Node, system_message
+from docutils.parsers.rst.states import Inliner
+
 import fbopt
 
 project = "fbopt"
@@ -53,7 +58,17 @@ html_theme_options = {
     "footer_end": ["sphinx-version"],
 }
 # Pages without pages below them need no navigation on the left.
-html_sidebars = dict.fromkeys(
-    ["index", "install", "examples", "faq", "design", "changelog", "contributing"], []
-)
+alone = ("index", "install", "examples", "faq", "design", "changelog", "contributing")
+html_sidebars = {page: [] for page in alone}
 copybutton_prompt_text = "$ "
+
+
+def _bar(
+    inliner: Inliner, match: re.Match[str], line: int
+) -> tuple[str, list[Node], str, list[system_message]]:
+    """Take a bar as text: in docstrings |g| is a norm, and nothing uses substitutions."""
+    end = match.end("start")
+    return match.string[:end], [], match.string[end:], []
+
+
+Inliner.dispatch["|"] = _bar

@@ -108,7 +108,7 @@ def accumulate_exact_(
 ) -> None:
     """Add S <- S + rint(w g s) in integers, S = 2^64 carry + sum, s = `scales` of each tensor.
 
-    `sums` (int64) wrap, and `carries` (int32) count how often; ``maxima <- max(maxima, w |g|)``.
+    `sums` (int64) wrap, and `carries` (int32) count how often; `maxima` <- max(maxima, w |g|).
     Scales are powers of two, so for half precision and float32, with a weight of up to 29
     significant bits, w g s has one rounding: to the integer, ties to even. For float64, w g has
     one, too. What is infinite, NaN or at least 2^94 is not added; maxima tell of it.

@@ -24,27 +24,27 @@ class GradientStatistics:
 
     Samples are taken as independent draws; one sample's gradient has the mean G and the covariance
     S, so that chunk c, of n_c samples, has ``E |g_c|^2 = |G|^2 + tr(S)/n_c``, and the full-batch
-    gradient g, of N, ``E |g|^2 = |G|^2 + tr(S)/N``. The mean over the C chunks, weighted by n_c/N::
+    gradient g, of N, ``E |g|^2 = |G|^2 + tr(S)/N``. The mean over the C chunks, weighted by n_c/N,
 
-        M = sum_c (n_c/N) |g_c|^2   has   E M = |G|^2 + tr(S) C/N
+        M = sum_c (n_c/N) |g_c|^2   has   E M = |G|^2 + tr(S) C/N,
 
     also if chunks are ragged: it is the mean square of a batch of N/C samples. These are the two
-    batch sizes of the paper's estimates, each unbiased::
+    batch sizes of the paper's estimates, each unbiased:
 
         tr(S) ~ (M - |g|^2) N / (C - 1)          |G|^2 ~ (C |g|^2 - M) / (C - 1)
 
     Their ratio is the noise scale, in samples: the batch size at which noise and signal are equal.
-    It is not unbiased itself, and near a minimum, where ``|G|^2`` is smaller than its own error,
-    its estimate can be negative: there is no ratio then (None). With BatchNorm by chunk the
+    It is not unbiased itself, and near a minimum, where |G|^2 is smaller than its own error, the
+    estimate of |G|^2 can be negative: there is no ratio then (None). With BatchNorm by chunk the
     samples of a chunk depend on each other, and S is what its gradients vary by all the same.
 
     Attributes:
         loss: the full-batch loss.
         chunks, samples: C and N.
-        gradient_norm: ``|g|``.
-        chunk_norm_mean, chunk_norm_deviation: of ``|g_c|``, weighted by n_c/N.
+        gradient_norm: |g|.
+        chunk_norm_mean, chunk_norm_deviation: of |g_c|, weighted by n_c/N.
         mean_squared_chunk_norm: M.
-        squared_signal: the estimate of ``|G|^2``; None for a single chunk.
+        squared_signal: the estimate of |G|^2; None for a single chunk.
         noise_trace: the estimate of tr(S); None for a single chunk.
         momentum_angle: between g and the momentum buffers, in degrees; 0 if they are parallel, None
             without momentum or where either is zero.
