@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP_FLAGS := --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet --quiet)
 CXX_FILES = $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: help train test lint format bench wheel-check gpu-check clean
+.PHONY: help train test lint format docs bench wheel-check gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -19,15 +19,19 @@ train: $(READY)  ## train; options go in ARGS, such as make train ARGS="--help"
 test: $(READY)  ## run the tests; ARGS go to pytest, such as make test ARGS="-k penalty"
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
-lint: $(READY)  ## check style and formatting
+lint: $(READY)  ## check style, formatting and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(VENV)/bin/mypy
 
 format: $(READY)  ## format the Python and C++ files, and mend what ruff can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+docs: $(READY)  ## build the site into docs/_build/html; warnings are errors
+	$(VENV)/bin/python -m sphinx -M html docs docs/_build -E -W --keep-going -n --quiet $(ARGS)
 
 bench: $(READY)  ## check the kernels against the reference, then time them
 	$(VENV)/bin/python -m benchmarks.ops $(ARGS)
@@ -40,11 +44,11 @@ gpu-check: $(READY)  ## test and measure on a GPU; ARGS are stages, such as make
 	$(VENV)/bin/python -m benchmarks.gpu_check $(ARGS)
 
 clean:  ## remove the virtual environment and what tools left behind
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml setup.py build_backend.py
 	@echo "Installing fbopt and what it needs, torch above all, into $(VENV): some minutes, once."
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e '.[train,test,dev]'
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e '.[train,test,dev,docs]'
 	@touch $@

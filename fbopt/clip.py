@@ -42,7 +42,7 @@ def clip_grad_norm_(
         foreach: accepted for compatibility; there is one implementation.
 
     Returns:
-        The norm before clipping: 0-dim, float64 if any gradient is, else float32, on the device of
+        The norm before clipping, 0-dim, float64 if any gradient is, else float32, on the device of
         the first gradient.
 
     Raises:

@@ -51,8 +51,8 @@ class Objective(ParameterSpace):
     ``L(theta) = sum_c (n_c/N) L_c(theta)``, with n_c the samples in chunk c and N their sum. Every
     chunk starts from the model's current buffers (BatchNorm statistics); after each pass over the
     chunks parameters, buffers, module modes and torch's random generators are restored. Memory does
-    not depend on the number of chunks. Vectors in parameter space are 1-D tensors, see
-    :class:`ParameterSpace`.
+    not depend on the number of chunks. Vectors in parameter space are 1-D tensors: the parameters
+    one after the other in row-major order, in float32 (float64 if any parameter is).
 
     Args:
         model, loss_fn, chunks, evaluate, weight, params: as for :class:`fbopt.FullBatchClosure`.
