@@ -135,6 +135,10 @@ class Operands:
     def refresh(self) -> None:
         torch._foreach_copy_([*self.grads, *self.plus], self.original)
 
+    def parameters(self) -> list[nn.Parameter]:
+        """A contender's own copy of the parameters."""
+        return [nn.Parameter(p.clone()) for p in self.params]
+
     def double(self) -> tuple[list[Tensor], ...]:
         """Copies of the three lists in float64."""
         lists = (self.params, self.grads, self.plus)
@@ -166,10 +170,6 @@ class Chunk(Operands):
         coefficient = 2 / math.sqrt(sum(g.numel() for g in grads))
         return cls(normal(like, 0.05, 0, device), grads, plus, coefficient)
 
-    def parameters(self) -> list[nn.Parameter]:
-        """A contender's own copy of the parameters."""
-        return [nn.Parameter(p.clone()) for p in self.params]
-
     @cached_property
     def expected(self) -> tuple[list[Tensor], list[Tensor]]:
         """The perturbation of the parameters, and what the chunk adds to the sums."""
@@ -200,7 +200,7 @@ class Finish(Operands):
 
     def parameters(self) -> list[nn.Parameter]:
         """A contender's own copy of the parameters, with the shared gradients in place."""
-        params = [nn.Parameter(p.clone()) for p in self.params]
+        params = super().parameters()
         for p, g in zip(params, self.grads, strict=True):
             p.grad = g
         return params

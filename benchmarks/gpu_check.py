@@ -33,15 +33,15 @@ A rehearsal without one: python -m benchmarks.gpu_check --device cpu"""
 BENCHMARKS = {
     "ops": (
         "--sizes resnet18 tiny large --compile resnet18 --seconds 30",
-        "--sizes small-cnn --no-compile",
+        "--sizes small-cnn --no-compile --threads 1",
     ),
     "step": (
         "--sizes resnet18 --chunk 128 --chunks 8 --precision fp32 bf16 --seconds 60",
-        "--sizes small-cnn",
+        "--sizes small-cnn --threads 1",
     ),
     "train_step": (
         "--width 64 --images 10240 --precision bf16 --penalty --workers 8 --seconds 120",
-        "--width 2 --images 20 --chunk 8 --precision fp32 --workers 0",
+        "--width 2 --images 20 --chunk 8 --workers 0 --threads 1",
     ),
 }
 STAGES = ("build", "tests", "sanitize", *BENCHMARKS)

@@ -28,10 +28,7 @@ CAPTURED |= {"stdin": subprocess.DEVNULL, "text": True, "errors": "replace"}
 # counts as an error and does not keep the others from running.
 PYTEST = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "-rfE"]
 PYTEST += ["--continue-on-collection-errors", f"--rootdir={ROOT}"]
-TESTS = {
-    "cuda": ["-m", "cuda", str(ROOT / "tests")],
-    "cpu": [str(ROOT / "tests/ops/test_buckets.py")],
-}
+TESTS = {"cuda": ["-m", "cuda", f"{ROOT}/tests"], "cpu": [f"{ROOT}/tests/ops/test_buckets.py"]}
 
 TOOL = "compute-sanitizer"
 CHECKS = ("memcheck", "racecheck", "initcheck", "synccheck")

@@ -109,29 +109,27 @@ def compare(
     found = KernelArguments(chunk, dtype, layout, device)
     right = KernelArguments(chunk, torch.float64)
     who = f"of {len(shapes)} tensors, {dtype}, {getattr(layout, '__name__', 'pooled')}"
-    calls = 0
-    for form in (KernelArguments.calls, variants):
+    forms = (KernelArguments.calls, variants)
+    for form in forms:
         references = form(right, reference)
         for op, call in form(found, dispatch).items():
             call()
             references[op]()
-            # On the CPU in one copy.
-            results, expected = (
-                torch.cat([t.reshape(-1) for t in side.outcome(op)]).cpu()
-                for side in (found, right)
-            )
+            results, expected = (flat(side.outcome(op)) for side in (found, right))
             tolerance = TOLERANCES[results.dtype]
             require_close(f"{op} {who}", "the result", [results], [expected], tolerance)
-            calls += 1
-    return calls
+    return sum(len(form(found, dispatch)) for form in forms)
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements, on the CPU in one copy."""
+    return torch.cat([t.reshape(-1) for t in tensors]).cpu()
 
 
 def plant(device: torch.device) -> None:
     """Write 4 bytes past an allocation of 4,096, by a kernel of torch's."""
-    memory = torch.zeros(1024, device=device)
-    storage = torch._C._construct_storage_from_data_pointer(
-        memory.data_ptr(), memory.device, 4 * 1025
-    )
+    t = torch.zeros(1024, device=device)
+    storage = torch._C._construct_storage_from_data_pointer(t.data_ptr(), t.device, 4 * 1025)
     torch.empty(0, device=device).set_(storage, 0, (1025,), (1,)).fill_(1.0)
     torch.cuda.synchronize(device)
 

@@ -7,11 +7,11 @@ in the same round, so that what slows a whole round cancels.
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -127,15 +127,20 @@ def measure(
     calls = [[_calls_per_turn(clock, c, plan, prepare) for c in contenders] for clock in clocks]
     seconds: list[list[list[float]]] = [[[] for _ in contenders] for _ in clocks]
     order, rng = list(range(len(contenders))), random.Random(0)
-    with _no_garbage_collection():
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
         for done in range(plan.rounds):
             if done >= MIN_ROUNDS and time.monotonic() > deadline:
                 break
             rng.shuffle(order)
-            for i in order:
-                for k, clock in enumerate(clocks):
-                    turn = clock(contenders[i].run, prepare, calls[k][i], plan.device)
-                    seconds[k][i].append(turn)
+            for i, (k, clock) in itertools.product(order, enumerate(clocks)):
+                turn = clock(contenders[i].run, prepare, calls[k][i], plan.device)
+                seconds[k][i].append(turn)
+    finally:
+        if was_on:
+            gc.enable()
     first, *rest = seconds
     walls = rest[0] if rest else [None] * len(contenders)
     return Table(title, [Timing(*row) for row in zip(contenders, first, walls, strict=True)])
@@ -194,15 +199,3 @@ def _calls_per_turn(clock: Clock, contender: Contender, plan: Plan, prepare: Run
         return 1
     once = min(clock(contender.run, prepare, 1, plan.device) for _ in range(3))
     return max(1, min(MAX_CALLS, int(TURN_SECONDS / max(once, 1e-9))))
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    was_on = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
