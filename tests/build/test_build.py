@@ -1,6 +1,7 @@
 """Building and caching a library, loading it, and the choice of back end; on tiny libraries."""
 
 import ctypes
+import dataclasses
 import functools
 import os
 import re
@@ -173,7 +174,10 @@ CHANGES = {
     "FBOPT_WERROR": lambda patch, source: patch.setenv("FBOPT_WERROR", "1"),
     "torch": lambda patch, source: patch.setattr(torch, "__version__", "3.0"),
     "CUDA": lambda patch, source: patch.setattr(torch.version, "cuda", "99.0"),
-    "processor": lambda patch, source: patch.setattr(compiler, "NATIVE", "-march=x86-64-v2"),
+    # What -march=native means on another processor.
+    "processor": lambda patch, source: patch.setattr(
+        load, "toolchain", lambda: dataclasses.replace(compiler.toolchain(), macros="")
+    ),
 }
 
 
