@@ -26,10 +26,10 @@ COMPILERS = ("c++", "g++", "gcc", "cc", "clang++", "clang", "nvcc")
 HEADINGS = ("torch", "CUDA", "Python", "kernels", "CUDA kernels", "parity tests", "training")
 FACTS = """import json, platform
 import torch
-from fbopt._build import load as _build
-module, cuda = _build.kernels(), _build.find_cuda()
+from fbopt._build import load
+module, cuda = load.kernels(), load.find_cuda()
 if cuda:
-    _build.cuda_kernels()
+    load.cuda_kernels()
 print(json.dumps({
     "torch": torch.__version__,
     "CUDA": torch.version.cuda or "none",
@@ -98,7 +98,7 @@ class Environment:
     def test(self) -> str:
         """Run the parity tests, without those that compile for themselves."""
         shutil.copytree(ROOT / "tests", self.folder / "tests")
-        options = ("-q", "-p", "no:cacheprovider", "-k", "not emulated", "tests/test_ops.py")
+        options = ("-q", "-p", "no:cacheprovider", "-k", "not emulated", "tests/ops/test_ops.py")
         return self.python("-m", "pytest", *options).splitlines()[-1].strip("= ")
 
     def train(self) -> str:
