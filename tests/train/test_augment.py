@@ -256,7 +256,8 @@ def test_another_seed_makes_another_data_set():
 
 def test_sgd_visits_one_replica_per_epoch():
     split = images()
-    turns = enlarged(split, 3, recipe="sgd", with_clean=True)
+    sgd = resolve(Options(augment="fixed", replicas=3, recipe="sgd", with_clean=True))
+    turns = augmented(split, sgd, one_replica_per_pass=True)
     replicas = whole(enlarged(split, 3, with_clean=True))[0].split(37)
     assert len(turns) == 37
     for epoch in range(7):

@@ -24,6 +24,7 @@ from fbopt.train.checkpoint.atomic import WriteError
 from fbopt.train.checkpoint.digest import fingerprint
 from fbopt.train.checkpoint.run_dir import PARTIAL, RunFolder
 from fbopt.train.config.options import Options, OptionsError
+from fbopt.train.config.resolve import resolve
 from fbopt.train.data.dataset import Chunks
 from fbopt.train.data.load import load
 from fbopt.train.loop import train
@@ -184,7 +185,7 @@ def masks(tiny, monkeypatch, order, method: str = "forward", **changes) -> tuple
     monkeypatch.setattr(models, "build", lambda *shape: Noisy())
     defaults = {"steps": 4, "chunk_size": 8, "dropout": 0.4, "method": method}
     options = tiny_runs.options(tiny, Path("never written"), **(defaults | changes))
-    trainer = Trainer(loop.find_start(options).options, load(tiny), torch.device("cpu"))
+    trainer = Trainer(resolve(options), load(tiny), torch.device("cpu"))
     trainer.closure.chunks = Chunks(trainer.data.train, 8, order, trainer.chunks.before_chunk)
     found = {}
     for step in range(4):

@@ -31,7 +31,7 @@ from fbopt.train import __main__ as program
 from fbopt.train import loop
 from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.digest import fingerprint
-from fbopt.train.checkpoint.run_dir import FolderLock, RunFolder
+from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.loop import train
 from fbopt.train.torchrun import rank_and_world_size
@@ -292,8 +292,9 @@ def test_other_data_are_refused(found, home):
 
 
 def hold(path: Path, ready: Any) -> None:
-    with FolderLock() as lock:
-        lock.acquire(RunFolder(path))
+    with contextlib.ExitStack() as lock:
+        path.mkdir(exist_ok=True)
+        RunFolder(path).lock(lock)
         ready.set()
         time.sleep(60)
 
@@ -323,11 +324,12 @@ def test_a_folder_is_for_one_process_until_it_is_gone(tiny, tmp_path, monkeypatc
 
 def test_a_new_folder_that_another_has_begun_meanwhile(tiny, tmp_path, monkeypatch):
     wanted = tiny_runs.options(tiny, tmp_path / "run", steps=2)
-    with FolderLock() as lock:
+    with contextlib.ExitStack() as lock:
         build = loop._build
 
         def slow(*arguments: Any) -> Any:  # the other is faster
-            lock.acquire(RunFolder(wanted.out))
+            wanted.out.mkdir()
+            RunFolder(wanted.out).lock(lock)
             return build(*arguments)
 
         monkeypatch.setattr(loop, "_build", slow)
