@@ -35,7 +35,8 @@ class DistributedContext(Collectives):
         with self.raising_together():
             if self.is_rank_zero:
                 value = compute()
-        return self.broadcast(value)
+        received = self.broadcast(value)
+        return value if self.is_rank_zero else received
 
     @contextlib.contextmanager
     def raising_together(self) -> Iterator[None]:

@@ -41,6 +41,9 @@ class RunFolder:
         (self.options, self.metrics, self.environment, self.fingerprints, self.curves,
          self.result) = (path / name for name in FILES)  # fmt: skip
 
+    def __reduce__(self) -> tuple[type[RunFolder], tuple[Path]]:
+        return RunFolder, (self.path,)  # rank 0 alone has the lock
+
     @property
     def resume_command(self) -> str:
         """The command that goes on with this run."""
