@@ -1,4 +1,4 @@
-"""`fbopt train` with a fault: FAULT says what happens once (MARKER does not exist) in a step.
+"""`fbopt train` with a fault that happens once, in a given step (MARKER records that it did).
 
 FAULT is "RANK STEP what": kill (SIGKILL, within the rank's first chunk), raise (in its first chunk)
 or wait (until the test sends a signal to the launcher).

@@ -1,4 +1,4 @@
-"""Runs of the training program that take a second, and what several test files ask of them."""
+"""Runs of the training program that take a second, and helpers for several test files."""
 
 from __future__ import annotations
 

@@ -47,7 +47,9 @@ class CurvatureTracker:
             )
         found: dict[str, Any] = {}
         if "noise" in self.names:
-            found |= self._noise()
+            statistics = gradient_statistics(self.objective)
+            names = ("noise_scale", "noise_trace", "squared_signal", "chunk_signal_to_noise")
+            found |= {name: getattr(statistics, name) for name in names}
         if "sharpness" in self.names:
             found |= self._sharpness()
         return found
@@ -60,8 +62,3 @@ class CurvatureTracker:
         rule = {name: group[name] for name in names}
         threshold = stability_threshold(**rule, clip=trainer.clip_coefficient)
         return {"sharpness": float(pairs.values[0]), "sharpness_threshold": threshold.value}
-
-    def _noise(self) -> dict[str, Any]:
-        found = gradient_statistics(self.objective)
-        names = ("noise_scale", "noise_trace", "squared_signal", "chunk_signal_to_noise")
-        return {name: getattr(found, name) for name in names}

@@ -7,7 +7,7 @@ import datetime
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,13 +22,7 @@ TIMEOUT = datetime.timedelta(days=2)
 
 
 class DistributedContext(Collectives):
-    """The processes of a run. All of them have to call a method, in the same order.
-
-    Attributes:
-        group: the process group; None for a single process.
-        rank: this process's.
-        world_size: the number of processes.
-    """
+    """The processes of a run. All of them have to call a method, in the same order."""
 
     @property
     def is_rank_zero(self) -> bool:
@@ -36,25 +30,13 @@ class DistributedContext(Collectives):
         return self.rank == 0
 
     def from_rank_zero(self, compute: Callable[[], T]) -> T:
-        """Call `compute` on rank 0 alone and return its result, picklable, on every rank.
-
-        Raises its error on rank 0, and PeerError on the others.
-        """
-        if self.is_single:
-            return compute()
-        error: Exception | None = None
-        value: list[Any] = [None]
-        if self.is_rank_zero:
-            try:
-                value = [compute()]
-            except Exception as raised:
-                error, value = raised, [Failure.of(raised)]
-        value = self.broadcast(value)
-        if error is not None:
-            raise error
-        if isinstance(value[0], Failure):
-            raise value[0].as_error(0)
-        return value[0]
+        """Call `compute` on rank 0 alone and return its result, picklable, on every rank."""
+        value = None
+        with self.raising_together():
+            if self.is_rank_zero:
+                value = compute()
+        received = self.broadcast(value)
+        return value if self.is_rank_zero else received
 
     @contextlib.contextmanager
     def raising_together(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ for step in …:  take a step;  after each pass: log, evaluate, move the learnin
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from fbopt.train import models, precision
 from fbopt.train.checkpoint import format
 from fbopt.train.checkpoint.provenance import environment
 from fbopt.train.checkpoint.resume import Start, find_start, restore
-from fbopt.train.checkpoint.run_dir import FolderLock, RunFolder
+from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.checkpoint.saver import Saver
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import Options, OptionsError
@@ -53,11 +54,11 @@ def train(options: Options) -> Result:
         Diverged: the loss is not finite.
         WriteError: a full disk and the like; earlier checkpoints are whole.
     """
-    with distributed_context() as context, FolderLock() as lock:
+    with distributed_context() as context, ExitStack() as lock:
         return _train(options, context, lock)
 
 
-def _train(options: Options, context: DistributedContext, lock: FolderLock) -> Result:
+def _train(options: Options, context: DistributedContext, lock: ExitStack) -> Result:
     start = context.from_rank_zero(lambda: find_start(options, lock))
     with context.raising_together():
         trainer, digest = _build(start.options, context)
@@ -66,9 +67,8 @@ def _train(options: Options, context: DistributedContext, lock: FolderLock) -> R
             restore(trainer, start, facts)
     if start.state is None:
         _broadcast_model(trainer, digest)
-    if context.from_rank_zero(lambda: _is_finished(trainer, start.folder)):
-        summary = context.from_rank_zero(lambda: _read_summary(start.folder))
-    else:
+    summary = context.from_rank_zero(lambda: _summary_if_finished(trainer, start.folder))
+    if summary is None:
         context.from_rank_zero(lambda: _open_folder(trainer, start, facts, lock))
         saver = None
         with SignalHandler(start.folder) as signals:
@@ -118,12 +118,14 @@ def _broadcast_model(trainer: Trainer, digest: str) -> None:
         trainer.model.load_state_dict(state)
 
 
-def _open_folder(trainer: Trainer, start: Start, facts: dict[str, Any], lock: FolderLock) -> None:
+def _open_folder(trainer: Trainer, start: Start, facts: dict[str, Any], lock: ExitStack) -> None:
     """Prepare the folder for the steps to come, and print what they are."""
     folder = start.folder
     where = f"run folder: {folder.path}/"
     if start.state is None:
-        lock.acquire(folder)
+        with folder.beginning():
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder.lock(lock)
         folder.check_free(trainer.options.overwrite)  # again, now that no other can change it
         folder.create(trainer.options.as_json() | {"resume": None})
     else:
@@ -134,12 +136,10 @@ def _open_folder(trainer: Trainer, start: Start, facts: dict[str, Any], lock: Fo
     print(f"{describe(trainer)}\n{where}", flush=True)
 
 
-def _is_finished(trainer: Trainer, folder: RunFolder) -> bool:
-    return trainer.step == trainer.total_steps and folder.result.exists()
-
-
-def _read_summary(folder: RunFolder) -> dict[str, Any]:
-    """The summary of a run that needs no further step."""
+def _summary_if_finished(trainer: Trainer, folder: RunFolder) -> dict[str, Any] | None:
+    """The summary of a run that needs no further step; None of any other."""
+    if trainer.step < trainer.total_steps or not folder.result.exists():
+        return None
     summary = folder.read_result()
     print(f"{folder.path}/ is finished: test accuracy {summary['test_accuracy']:.2%}", flush=True)
     return summary

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fbopt import FullBatchClosure, FullBatchGD
+from fbopt import FullBatchGD
 from fbopt.reference import clip_coefficient
 from fbopt.train import build
 from fbopt.train.config.options import Options
@@ -39,11 +39,6 @@ class Trainer:
     Attributes:
         batches: the mini-batches of an epoch; None in a run without epochs.
         chunks: the chunks of a full-batch step; of SGD, the mini-batches.
-        step: optimizer steps done, of `total_steps`.
-        correct, loss, chunk_sqnorm: of the current pass: samples classified right, mean loss, mean
-            squared gradient norm of chunks.
-        gradient_norm: of the last step, before clipping.
-        closure, grad_transform: None where the options need none.
         on_samples: called with the number of samples after every forward pass of training.
     """
 
@@ -59,10 +54,17 @@ class Trainer:
         self.model = build.build_model(options, data, device)
         self.loss_fn = partial(cross_entropy, label_smoothing=options.label_smoothing)
         self.epochs = math.inf if options.stochastic else options.switch_at
-        self.batches = self._build_chunks(data, stochastic=True) if self.epochs else None
-        self.chunks = self.batches
-        if not options.stochastic:
-            self.chunks = self._build_chunks(data, stochastic=False)
+        chunks = partial(
+            build.build_chunks,
+            options,
+            data.train,
+            current_pass=lambda: self.position[0],
+            before_chunk=self.seed_chunk,
+            rank=self.context.rank,
+            world_size=self.context.world_size,
+        )
+        self.batches = chunks(stochastic=True) if self.epochs else None
+        self.chunks = self.batches if options.stochastic else chunks(stochastic=False)
         self.data = replace(data, train=self.chunks.split)
         self.total_steps = self._steps(options.passes)
         self.step, self.seconds = 0, 0.0
@@ -80,33 +82,21 @@ class Trainer:
         self.optimizer = build.build_optimizer(options, self.model)
         self.scheduler = build.build_scheduler(options, self.optimizer)
         self.grad_transform = build.build_grad_transform(options, self.model)
-        self.closure = None if options.stochastic else self._build_closure()
+        self.closure = None
+        if not options.stochastic:
+            self.closure = build.build_closure(
+                options,
+                self.model,
+                self.loss_fn,
+                self.chunks,
+                self.optimizer,
+                observe=self.observe,
+                on_pass_start=self.correct.zero_,  # exact sums may visit the chunks again
+                process_group=self.context.group,
+            )
         self.average = moving_average(self.model, options.ema) if options.ema else None
         if options.compile:
             self.model.compile()
-
-    def _build_chunks(self, data: Data, stochastic: bool) -> Chunks:
-        return build.build_chunks(
-            self.options,
-            data.train,
-            stochastic=stochastic,
-            current_pass=lambda: self.position[0],
-            before_chunk=self.seed_chunk,
-            rank=self.context.rank,
-            world_size=self.context.world_size,
-        )
-
-    def _build_closure(self) -> FullBatchClosure:
-        return build.build_closure(
-            self.options,
-            self.model,
-            self.loss_fn,
-            self.chunks,
-            self.optimizer,
-            observe=self.observe,
-            on_pass_start=self.correct.zero_,  # exact sums may visit the chunks again
-            process_group=self.context.group,
-        )
 
     @property
     def position(self) -> tuple[int, int]:
@@ -215,9 +205,8 @@ class Trainer:
             unit = "epoch" if o.stochastic else "pass" if o.switch_at else "step"
             bad = self.first_pass + int(self.finite_passes) + 1
             raise Diverged(
-                f"the loss became infinite or undefined at {unit} {bad}: try a smaller "
-                f"--lr (it is {o.lr:g}), a longer --warmup, or clipping "
-                "with --max-norm 0.25"
+                f"the loss became infinite or undefined at {unit} {bad}: try a smaller --lr (it is "
+                f"{o.lr:g}), a longer --warmup, or clipping with --max-norm 0.25"
             )
 
     def record(self, with_test: bool) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_hash_is_splitmix64():
 def test_hash_against_plain_integers(key):
     first = torch.tensor(
         [0, 1, 5, 2**31, 2**40, 2**62] * 3 + [7]
-    )  # an odd length: loops with tails
+    )  # an odd length, for the tails of vectorised loops
     second = torch.arange(len(first)) * 1009
     expected = []
     for a, b in zip(first.tolist(), second.tolist(), strict=True):
@@ -86,7 +86,7 @@ def chi_square(values: torch.Tensor, cells: int) -> float:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_windows_are_uniform_and_independent(seed):
-    """Rows, columns and flips jointly, over samples, over draws, and one against its neighbours."""
+    """Joint distribution of row, column and flip, over samples and draws, and of neighbours."""
     view = augmented(images(3), resolve(Options(augment="random", seed=seed)))
     count = 20_000
     numbers, zeros = torch.arange(count), torch.zeros(count, dtype=torch.int64)
@@ -256,7 +256,8 @@ def test_another_seed_makes_another_data_set():
 
 def test_sgd_visits_one_replica_per_epoch():
     split = images()
-    turns = enlarged(split, 3, recipe="sgd", with_clean=True)
+    sgd = resolve(Options(augment="fixed", replicas=3, recipe="sgd", with_clean=True))
+    turns = augmented(split, sgd, one_replica_per_pass=True)
     replicas = whole(enlarged(split, 3, with_clean=True))[0].split(37)
     assert len(turns) == 37
     for epoch in range(7):
@@ -338,7 +339,7 @@ RUNS = {
 
 @pytest.mark.parametrize("case", RUNS)
 def test_resumed_is_the_same_bit_for_bit(tiny, tmp_path, monkeypatch, capsys, case):
-    """Stopped in the middle (of an epoch too) and resumed: nothing of the draws was saved."""
+    """Interrupted (sgd in the middle of an epoch) and resumed: draws need no saved state."""
     recipe, changes = RUNS[case]
     passes = {"epochs": 6} if recipe == "sgd" else {"steps": 6}
     options = tiny_runs.with_noise(tiny, tmp_path / "whole", recipe, **passes, **changes)
@@ -366,7 +367,7 @@ def test_augmented_runs_learn(tiny, tmp_path, recipe, augment):
 @pytest.mark.parametrize("changes", [{"augment": "random"}, {"chunks": "shuffled"}, {}])
 @pytest.mark.parametrize(("recipe", "steps"), [("fb", 1), ("sgd", 3)])
 def test_draws_follow_the_passes_of_a_run(tiny, recipe, steps, changes):
-    """New ones after every full-batch step, or after every epoch of 3 mini-batches."""
+    """New draws after every full-batch step, or after every epoch of 3 mini-batches."""
     options = tiny_runs.options(tiny, Path("never written"), recipe, **changes)
     trainer = Trainer(resolve(options), loop.load(tiny), torch.device("cpu"))
     first = trainer.chunks[0][0].clone()

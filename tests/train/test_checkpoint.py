@@ -180,7 +180,7 @@ def fail(number: int):
 
 
 def full_device(folder: RunFolder, monkeypatch) -> None:
-    """Let the kernel itself say that there is no space."""
+    """Have the operating system itself report that there is no space."""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     (folder.path / run_dir.PARTIAL).symlink_to("/dev/full")
@@ -216,7 +216,7 @@ def test_a_write_that_fails_loses_nothing(tmp_path, monkeypatch, break_it, messa
 
 
 def test_the_folder_is_synced_after_the_file(tmp_path, monkeypatch):
-    """Only in this order is a checkpoint that has its name also on the disk."""
+    """Only in this order is a checkpoint on the disk once it has its name."""
     folder, done = folder_with(tmp_path, 1), []
     kinds = {True: "sync folder", False: "sync file"}
     sync, rename = os.fsync, os.replace
@@ -248,7 +248,7 @@ while True:
 
 
 def test_killed_while_it_writes_all_the_time(tmp_path):
-    """Whatever the moment, the two newest are whole: SIGKILL to a process that only saves."""
+    """SIGKILL to a process that saves all the time: the two newest checkpoints are whole."""
     folder = folder_with(tmp_path, 10, 20)
     script = WRITER.format(
         path=[p or os.getcwd() for p in (str(Path(__file__).parents[1]), *sys.path)]

@@ -142,7 +142,7 @@ def test_imagefolder(images):
 
 
 def test_imagefolder_is_shuffled_once(images):
-    """Folders list one class after the other; chunks have to mix them, alike in every run."""
+    """Folders list one class after the other; chunks mix them, in the same way in every run."""
     from PIL import Image
 
     data = load(f"imagefolder:{images}", image_size=20)
@@ -159,7 +159,7 @@ def test_imagefolder_is_shuffled_once(images):
 
 
 def test_a_part_of_the_training_samples(tmp_path):
-    """The first samples, normalised by their own moments; classes and test set are the whole's."""
+    """The first samples, normalised by their own moments, with all classes and the test set."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (12, 1, 4, 4)).astype(np.uint8)
     y = np.array([0, 1] * 5 + [2, 2])
@@ -187,7 +187,7 @@ def test_imagefolder_errors(images):
 
 
 def test_decoded_images_are_kept(images, tmp_path, monkeypatch):
-    """Many images are decoded once; another file, or a damaged cache, and they are decoded anew."""
+    """Many images are decoded once, and again after a change of a file or a damaged cache."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("FBOPT_CACHE_DIR", str(cache))
     spec = f"imagefolder:{images}"
@@ -297,7 +297,7 @@ CURE = r".*[wW]ithout a network: bring http\S+cifar-10-python.tar.gz .MD5 .*--do
 
 
 def test_cifar_that_is_not_there(tmp_path, cifar, monkeypatch):
-    """Missing, damaged or offline: what to do about it; an archive put there is unpacked."""
+    """Missing, damaged or offline: the error says what to do; an archive there is unpacked."""
     datasets = pytest.importorskip("torchvision.datasets")
     folder = tmp_path / "d"
     with pytest.raises(DataError, match=f"no intact cifar-10-batches-py in .*; add --down{CURE}"):

@@ -1,4 +1,4 @@
-"""`fbopt fingerprint`: what it prints, where it finds two runs to differ, and what it refuses."""
+"""`fbopt fingerprint`: its table, the first difference of two runs, and its errors."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ FACTS = {
 
 
 def altered(first: Path, second: Path, step: int, **facts) -> None:
-    """Make a copy of a run whose parameters differ from `step` on, with other surroundings."""
+    """Make a copy of a run whose parameters differ from `step` on, with another environment."""
     shutil.copytree(first, second)
     folder = RunFolder(second)
     records = atomic.read_lines(folder.fingerprints)
@@ -167,8 +167,8 @@ def altered(first: Path, second: Path, step: int, **facts) -> None:
 
 
 @pytest.mark.parametrize("fact", FACTS)
-def test_surroundings_that_differ_are_named(first, tmp_path, capsys, fact):
-    """Those that held when the runs parted: here after a resumption at step 3."""
+def test_environments_that_differ_are_named(first, tmp_path, capsys, fact):
+    """The environment that counts is that of the first different step; here one run was resumed."""
     value, why = FACTS[fact]
     altered(first, tmp_path / "late", 4, **{fact: value})
     assert run(first, tmp_path / "late") == 1

@@ -1,4 +1,4 @@
-"""Freed memory stays with the training program."""
+"""Freed memory stays in the process of the training program."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import pytest
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
-# Blocks that glibc would map and unmap each time; prints the pages that came anew.
+# Allocates blocks that glibc would map and unmap each time; prints the page faults.
 PROGRAM = """
 import resource, torch
 from fbopt.train.malloc import keep_freed
@@ -34,7 +34,7 @@ def run(keep: bool, **environment: str) -> tuple[str, int]:
 
 
 @glibc
-def test_no_page_comes_twice():
+def test_pages_are_not_mapped_again():
     (kept, pages), (_, usual) = run(True), run(False)
     assert kept == "True"
     assert usual >= 10 * 20  # 48 MB, also in pages of 2 MB

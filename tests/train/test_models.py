@@ -96,7 +96,7 @@ def vgg(published: int, classes: int) -> int:
     return published - three + 513 * classes
 
 
-# What torchvision documents for ImageNet, from which stem and head are exchanged.
+# From torchvision's documented counts for ImageNet, with another stem and head.
 COUNTS = {
     "resnet18": lambda classes: imagenet(11_689_512, 512, classes),
     "resnet34": lambda classes: imagenet(21_797_672, 512, classes),
@@ -144,11 +144,11 @@ def test_he_et_al_table_6(name, millions):
 
 @pytest.mark.parametrize("name", models.NAMES)
 def test_a_pass_at_reduced_width(name):
-    """Finite logits, and a gradient that is not zero for every parameter that counts."""
+    """Finite logits, and a non-zero gradient for every parameter that affects them."""
     torch.manual_seed(0)
     model = build(name, (1, 32, 32), 5, width=4, dropout=0.1).train()
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.1]
-    for block in model.modules():  # an identity at first: let the gradient through
+    for block in model.modules():  # starts as the identity: let the gradient through
         if block.__class__.__name__ in ("BasicBlock", "Bottleneck"):
             nn.init.ones_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
     output = model(torch.randn(3, 1, 32, 32))

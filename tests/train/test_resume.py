@@ -24,6 +24,7 @@ from fbopt.train.checkpoint.atomic import WriteError
 from fbopt.train.checkpoint.digest import fingerprint
 from fbopt.train.checkpoint.run_dir import PARTIAL, RunFolder
 from fbopt.train.config.options import Options, OptionsError
+from fbopt.train.config.resolve import resolve
 from fbopt.train.data.dataset import Chunks
 from fbopt.train.data.load import load
 from fbopt.train.loop import train
@@ -48,7 +49,7 @@ def final(folder: RunFolder) -> dict:
 
 
 def history(folder: RunFolder) -> tuple[list, list]:
-    """What a run has recorded, without the times."""
+    """The fingerprints and metrics of a run, without the times."""
     return atomic.read_lines(folder.fingerprints), tiny_runs.metrics(folder)
 
 
@@ -85,7 +86,7 @@ class Victim:
         return process
 
     def kill(self, when: Callable[[], bool], slow_disk: bool) -> bool:
-        """Kill a run as soon as `when` says so; whether it died within a write."""
+        """Kill a run as soon as `when` says so; return whether it died within a write."""
         process = self.start(slow_disk)
         end = time.monotonic() + 60
         while process.is_alive() and not when() and time.monotonic() < end:
@@ -106,10 +107,10 @@ def at_random(rng: random.Random) -> Callable[[], bool]:
 
 
 def in_a_write(rng: random.Random, folder: Path) -> Callable[[], bool]:
-    """Within one of the next writes of a checkpoint, and some moments after it began."""
+    """True shortly after one of the next writes of a checkpoint has begun."""
     partial, writes, delay = folder / PARTIAL, rng.randrange(1, 4), rng.uniform(0, 0.003)
     partial.unlink(missing_ok=True)
-    seen = [0, False]  # writes so far, and whether one goes on
+    seen = [0, False]  # writes so far, and whether one is under way
 
     def now() -> bool:
         there = partial.exists()
@@ -184,11 +185,11 @@ def masks(tiny, monkeypatch, order, method: str = "forward", **changes) -> tuple
     monkeypatch.setattr(models, "build", lambda *shape: Noisy())
     defaults = {"steps": 4, "chunk_size": 8, "dropout": 0.4, "method": method}
     options = tiny_runs.options(tiny, Path("never written"), **(defaults | changes))
-    trainer = Trainer(loop.find_start(options).options, load(tiny), torch.device("cpu"))
+    trainer = Trainer(resolve(options), load(tiny), torch.device("cpu"))
     trainer.closure.chunks = Chunks(trainer.data.train, 8, order, trainer.chunks.before_chunk)
     found = {}
     for step in range(4):
-        torch.rand(step)  # draws by anything else are no matter
+        torch.rand(step)  # other draws change nothing
         trainer.model.masks.clear()
         trainer.take_step()
         passes = len(trainer.model.masks) // 5
@@ -221,7 +222,7 @@ def test_seeds_are_mixed():
     assert mix(7, 3, 2) == 4461778081680116900  # in every later version too
 
 
-# --- which run goes on ----------------------------------------------------------------------------
+# --- which run is resumed -------------------------------------------------------------------------
 
 
 def stopped(tiny: str, out: Path, monkeypatch, step: int = 5, **changes) -> Options:

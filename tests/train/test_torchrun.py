@@ -31,7 +31,7 @@ from fbopt.train import __main__ as program
 from fbopt.train import loop
 from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.digest import fingerprint
-from fbopt.train.checkpoint.run_dir import FolderLock, RunFolder
+from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.loop import train
 from fbopt.train.torchrun import rank_and_world_size
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORLD = 3
 COUNT, CHUNK, STEPS = 75, 16, 10  # five chunks, the last ragged
-# How the sums are kept, and whether they depend on how chunks are spread.
+# How gradients are summed, and whether that depends on how chunks are distributed.
 ACCUMULATIONS = {"float32": True, "exact": False}
 
 
@@ -55,7 +55,7 @@ def accumulate_as(name: str) -> dict[str, str]:
     return {} if name == "float32" else {"accumulation": name}
 
 
-# --- what the processes do ------------------------------------------------------------------------
+# --- the processes --------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -70,7 +70,7 @@ def as_torchrun(rank: int, world: int, port: int):
 
 
 def attempt(wanted: Options) -> dict[str, Any]:
-    """Train; what comes of it, and which chunks this process visited."""
+    """Train; return the error or result, and which chunks this process visited."""
     visited: list[tuple[int, int]] = []
 
     def note(trainer: Trainer, chunk: int = 0) -> None:
@@ -92,18 +92,18 @@ def attempt(wanted: Options) -> dict[str, Any]:
 
 
 def command(wanted: Options) -> tuple[int, str]:
-    """The exit status of `fbopt train` in this process, and what it says on stderr."""
+    """The exit status of `fbopt train` in this process, and its stderr."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
         status = program.run(wanted)
     return status, said.getvalue()
 
 
 def scenario(case: str, rank: int, tiny: str, other: str, patch: pytest.MonkeyPatch) -> Any:
-    """What one process does in a case; relative folders are its own."""
+    """Run a case in one process, whose working folder is its own."""
     kind, _, name = case.partition(" ")
     if kind == "train":
         return attempt(options(tiny, case, **accumulate_as(name)))
-    if kind == "stop":  # only rank 1 is told to
+    if kind == "stop":  # only rank 1 gets a signal
         with pytest.MonkeyPatch.context() as stopping:
             if rank == 1:
                 tiny_runs.interrupt_after(stopping, 4, signal.SIGTERM)
@@ -124,7 +124,7 @@ def scenario(case: str, rank: int, tiny: str, other: str, patch: pytest.MonkeyPa
     return command(Options(data=tiny, lr=-1.0))
 
 
-# In this order: a run that was stopped is resumed. case: processes
+# Cases and numbers of processes, in this order: the stopped run is resumed.
 CASES = [
     *((f"train {name}", world) for name in ACCUMULATIONS for world in (1, 2, 3)),
     ("stop", 3),
@@ -154,7 +154,7 @@ def work(rank: int, ports: list[int], tiny: str, other: str, folder: Path) -> No
     except BaseException:
         (folder / f"{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)
-    os._exit(0)  # groups whose process failed are still there
+    os._exit(0)  # process groups with a failed rank still exist
 
 
 # --- their results --------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(tiny, home) -> list[dict]:
-    """What each rank found in each case."""
+    """The result of each rank in each case."""
     arrays = dict(np.load(tiny.removeprefix("npz:")))
     arrays["x_train"][3, 0, 0, 0] += 1
     np.savez(home / "other.npz", **arrays)
@@ -222,7 +222,7 @@ def test_processes_make_the_run_of_one(found, home, world, accumulation):
     assert_close(*map(tiny_runs.metrics, runs))
     if not ACCUMULATIONS[accumulation]:
         assert fingerprint(runs[0].load()) == fingerprint(runs[1].load())
-    # Each chunk once per step, and by whom it is to be visited.
+    # Each chunk is visited once per step, by the right rank.
     for rank, result in enumerate(results):
         assert result["visited"] == [s for s in one["visited"] if s[1] % world == rank]
 
@@ -250,7 +250,7 @@ def test_another_number_of_processes_goes_on(found, home):
     facts = atomic.read_lines(stopped.environment)
     assert [(f["step"], f["processes"]) for f in facts] == [(0, 3), (4, 2)]
     assert_close(tiny_runs.metrics(stopped), tiny_runs.metrics(whole))
-    # Up to where it was stopped it was three processes' run, bit for bit.
+    # Until it was stopped it was the run of three processes, bit for bit.
     records = [atomic.read_lines(folder.fingerprints)[:5] for folder in (stopped, whole)]
     assert records[0] == records[1]
 
@@ -292,8 +292,9 @@ def test_other_data_are_refused(found, home):
 
 
 def hold(path: Path, ready: Any) -> None:
-    with FolderLock() as lock:
-        lock.acquire(RunFolder(path))
+    with contextlib.ExitStack() as lock:
+        path.mkdir(exist_ok=True)
+        RunFolder(path).lock(lock)
         ready.set()
         time.sleep(60)
 
@@ -323,11 +324,12 @@ def test_a_folder_is_for_one_process_until_it_is_gone(tiny, tmp_path, monkeypatc
 
 def test_a_new_folder_that_another_has_begun_meanwhile(tiny, tmp_path, monkeypatch):
     wanted = tiny_runs.options(tiny, tmp_path / "run", steps=2)
-    with FolderLock() as lock:
+    with contextlib.ExitStack() as lock:
         build = loop._build
 
         def slow(*arguments: Any) -> Any:  # the other is faster
-            lock.acquire(RunFolder(wanted.out))
+            wanted.out.mkdir()
+            RunFolder(wanted.out).lock(lock)
             return build(*arguments)
 
         monkeypatch.setattr(loop, "_build", slow)
@@ -358,7 +360,7 @@ class Job:
         )
 
     def finish(self) -> tuple[int, str, str]:
-        """The exit status, what was printed, and what of the errors is not torchrun's."""
+        """The exit status, stdout, and stderr without torchrun's own messages."""
         try:
             out, err = self.process.communicate(timeout=90)
         except subprocess.TimeoutExpired:

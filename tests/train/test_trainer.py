@@ -106,7 +106,7 @@ def test_resumed_is_the_same_bit_for_bit(
     assert not (tmp_path / "part" / "result.json").exists()
     with pytest.raises(OptionsError, match="interrupted run; go on with `fbopt train --resume"):
         train(options(tiny, tmp_path / "part", recipe, **changes))
-    torch.rand(7)  # a resumed run brings its own random state
+    torch.rand(7)  # a resumed run restores its own random state
     resumed = train(Options(resume=tmp_path / "part"))
     assert digest(resumed.model) == digest(whole.model)
     assert metrics(resumed.folder) == metrics(whole.folder)
@@ -114,7 +114,7 @@ def test_resumed_is_the_same_bit_for_bit(
 
 
 def test_metrics_after_the_checkpoint_are_taken_again(tiny, tmp_path, monkeypatch):
-    """A run that is killed between two saves has logged more than it can go on from."""
+    """A run that is killed between two saves has logged steps that are not in its checkpoint."""
     whole = train(options(tiny, tmp_path / "whole"))
     record = Trainer.record
 
@@ -135,7 +135,7 @@ def test_metrics_after_the_checkpoint_are_taken_again(tiny, tmp_path, monkeypatc
 
 
 def test_a_signal_from_outside(tiny, tmp_path):
-    """SIGTERM to a real process: it saves, says how to go on, leaves with 130, and can go on."""
+    """SIGTERM to a real process: it saves, says how to go on, and exits with 130."""
     arguments = ["--data", tiny, "--out", "run", "--steps", "100000", "--threads", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "fbopt.train", *arguments, "--log-every", "1"],
@@ -214,7 +214,7 @@ def test_divergence_is_named(tiny, tmp_path, recipe, unit):
 
 @pytest.mark.parametrize("recipe", recipes.NAMES[1:6])
 def test_full_batch_rows_draw_nothing(tiny, tmp_path, recipe, monkeypatch):
-    """After initialisation; dropout, the counterexample, draws its masks."""
+    """After initialisation; with dropout, the counterexample, they do."""
     for draw in ("epoch_order", "replacements"):
         monkeypatch.setattr(f"fbopt.train.data.dataset.{draw}", lambda *a: pytest.fail("drawn"))
     # Seeding would hide what is drawn.
@@ -238,7 +238,7 @@ def states() -> tuple:
 
 
 def test_sorted_labels_are_warned_about(tmp_path, capsys):
-    """Chunks of one class are seldom what anyone wants, and nothing else would show it."""
+    """Chunks of one class are seldom intended, and nothing else would show them."""
     x, y = np.random.default_rng(0).normal(size=(40, 1, 8, 8)), np.repeat([0, 1], 20)
     np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
 

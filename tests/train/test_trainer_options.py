@@ -152,7 +152,7 @@ def test_chunk_norms_are_logged_and_change_nothing(tiny, tmp_path):
         noted = train(options(tiny, tmp_path / f"{recipe}-noted", recipe, chunk_norms=True))
         assert digest(plain.model) == digest(noted.model)
         for record in noted.folder.read_metrics():
-            # Of independent mini-batches and of chunks: at least the norm of their mean.
+            # The mean square of norms is at least the square of the norm of the mean.
             assert record["mean_squared_chunk_norm"] > 0
             if recipe == "fb":
                 assert record["mean_squared_chunk_norm"] >= 0.999 * record["gradient_norm"] ** 2

@@ -33,17 +33,25 @@ WHY = {
 def environment(trainer: Trainer, data: str) -> dict[str, Any]:
     """The facts, as plain types; `data` is the data's SHA-256."""
     closure, order, device = trainer.closure, trainer.chunks.order, trainer.device
+    cuda, kernels = device.type == "cuda", "none"
+    matmul, convolution = (
+        (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+        if cuda
+        else (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+    )
+    if closure is not None:
+        kernels = "reference" if dispatch.table(device.type) is reference else "compiled"
     return {
         "fbopt": fbopt.__version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
         "threads": torch.get_num_threads(),
         "processes": trainer.context.world_size,
-        "precision": _precision(device),
+        "precision": f"matmul {matmul.fp32_precision}, convolution {convolution.fp32_precision}",
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "kernels": _kernels(trainer),
+        "kernels": kernels,  # none: torch's own SGD
         "accumulation": None if closure is None else closure.accumulation,
         "chunk_order": "natural" if order is None else list(order),
         "data": data,
@@ -54,19 +62,3 @@ def changed(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, 
     """The facts that both environments have and that differ: name, old value, new value."""
     names = [name for name in now if name in made and made[name] != now[name]]
     return [(name, made[name], now[name]) for name in names]
-
-
-def _precision(device: torch.device) -> str:
-    """What float32 products are rounded to; "none" is torch's default."""
-    backends = torch.backends  # the older getters raise where somebody has used the newer setters
-    matmul, convolution = backends.mkldnn.matmul, backends.mkldnn.conv
-    if device.type == "cuda":
-        matmul, convolution = backends.cuda.matmul, backends.cudnn.conv
-    return f"matmul {matmul.fp32_precision}, convolution {convolution.fp32_precision}"
-
-
-def _kernels(trainer: Trainer) -> str:
-    """Whether the compiled kernels or plain torch do the work ("none": torch's own SGD)."""
-    if trainer.closure is None:
-        return "none"
-    return "reference" if dispatch.table(trainer.device.type) is reference else "compiled"

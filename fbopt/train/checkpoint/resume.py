@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +11,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fbopt.train.checkpoint.provenance import WHY, changed
-from fbopt.train.checkpoint.run_dir import FolderLock, RunFolder
+from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config import diff
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.resolve import resolve
 from fbopt.train.trainer import Trainer
-
-Acquire = Callable[[RunFolder], None]
 
 
 class Start(NamedTuple):
@@ -27,27 +26,27 @@ class Start(NamedTuple):
     state: dict[str, Any] | None
 
 
-def find_start(options: Options, lock: FolderLock | None = None) -> Start:
-    """The start that `options` ask for; `lock` then holds the folder of a run that exists.
+def find_start(options: Options, lock: ExitStack) -> Start:
+    """The start that `options` ask for; the folder of a run that exists is locked until
+    `lock` closes.
 
     Raises OptionsError; nothing is changed.
     """
-    acquire: Acquire = (lambda folder: None) if lock is None else lock.acquire_existing
     if options.resume is None:
         options = resolve(options)
         folder = RunFolder(options.folder)
-        acquire(folder)
+        folder.lock_existing(lock)
         folder.check_free(options.overwrite)
         return Start(options, folder, None)
     if options.resume == "auto":
-        return _resume_auto(resolve(options), acquire)
-    return _resume_folder(options, options.resume, acquire)
+        return _resume_auto(resolve(options), lock)
+    return _resume_folder(options, options.resume, lock)
 
 
-def _resume_auto(options: Options, acquire: Acquire) -> Start:
+def _resume_auto(options: Options, lock: ExitStack) -> Start:
     """The run that these options make, from its newest sound checkpoint if there is any."""
     folder = RunFolder(options.folder)
-    acquire(folder)
+    folder.lock_existing(lock)
     if not folder.checkpoints():
         folder.check_free(overwrite=False)
         print(f"--resume auto: no checkpoint in {folder.path}/, so from the beginning", flush=True)
@@ -57,11 +56,11 @@ def _resume_auto(options: Options, acquire: Acquire) -> Start:
     return Start(options, folder, state)
 
 
-def _resume_folder(options: Options, path: Path, acquire: Acquire) -> Start:
+def _resume_folder(options: Options, path: Path, lock: ExitStack) -> Start:
     """The run in a folder, with its own options."""
     diff.check_resume(options)
     folder = RunFolder(path)
-    acquire(folder)
+    folder.lock_existing(lock)
     state = folder.load()
     try:
         saved = Options.from_json(state["options"])

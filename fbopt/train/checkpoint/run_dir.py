@@ -37,8 +37,12 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: FileLock | None = None
         (self.options, self.metrics, self.environment, self.fingerprints, self.curves,
          self.result) = (path / name for name in FILES)  # fmt: skip
+
+    def __reduce__(self) -> tuple[type[RunFolder], tuple[Path]]:
+        return RunFolder, (self.path,)  # rank 0 alone has the lock
 
     @property
     def resume_command(self) -> str:
@@ -79,23 +83,35 @@ class RunFolder:
                 f"--out {self.path}: holds {stray[0]}, which is not a run's; give another --out"
             )
 
+    def lock(self, stack: contextlib.ExitStack) -> None:
+        """Lock the folder until `stack` closes; raise OptionsError where another process has it."""
+        if self._lock is not None:
+            return
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout as error:
+            raise OptionsError(
+                f"{self.path} is in use: another process is training into it; wait for it or "
+                "stop it, or give another --out"
+            ) from error
+        stack.callback(lock.release)  # the file stays: one that is removed could be locked twice
+        self._lock = lock
+
+    def lock_existing(self, stack: contextlib.ExitStack) -> None:
+        """Lock the folder if it holds a run."""
+        if self.options.exists():
+            with self.writing(self.path):
+                self.lock(stack)
+
     def create(self, options: dict[str, Any]) -> None:
         """Make the folder, remove the files of an earlier run (only those), write the options."""
-        try:
+        with self.beginning():
             self.path.mkdir(parents=True, exist_ok=True)
             for path in self.path.iterdir():
                 if _of_a_run(path) and path.name[0] != ".":
                     path.unlink()
             atomic.replace_json(self.options, options)
-        except OSError as error:
-            raise self.not_writable(error) from error
-
-    def not_writable(self, error: OSError) -> OptionsError:
-        """The error of a run that cannot begin here."""
-        return OptionsError(
-            f"--out {self.path}: cannot be written ({atomic.reason(error)}); "
-            f"{atomic.cure(error)}, or give another --out"
-        )
 
     def save(self, state: dict[str, Any], keep: int) -> None:
         """Write the checkpoint of `state["step"]`, then remove all but the newest `keep`."""
@@ -184,6 +200,17 @@ class RunFolder:
             atomic.replace_json(self.result, result)
 
     @contextlib.contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Turn an OSError into the OptionsError of a run that cannot begin here."""
+        try:
+            yield
+        except OSError as error:
+            raise OptionsError(
+                f"--out {self.path}: cannot be written ({atomic.reason(error)}); "
+                f"{atomic.cure(error)}, or give another --out"
+            ) from error
+
+    @contextlib.contextmanager
     def writing(self, path: Path) -> Iterator[None]:
         """Turn an OSError into a WriteError that says how to go on from the last checkpoint."""
         try:
@@ -201,45 +228,3 @@ def _of_a_run(path: Path) -> bool:
     """Whether a file is one that a run writes, or a hidden one."""
     name = path.name
     return name in FILES or name[0] == "." or _CHECKPOINT.fullmatch(name) is not None
-
-
-class FolderLock:
-    """A context in which this process may lock one run folder; leaving it unlocks the folder."""
-
-    def __init__(self) -> None:
-        self._lock: FileLock | None = None
-
-    def __enter__(self) -> FolderLock:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._lock is not None:
-            self._lock.release()  # the file stays: one that is removed could be locked twice
-            self._lock = None
-
-    def acquire_existing(self, folder: RunFolder) -> None:
-        """Lock the folder of a run if there is one. Raises OptionsError where another holds it."""
-        if folder.options.exists():
-            with folder.writing(folder.path):
-                self._acquire(folder)
-
-    def acquire(self, folder: RunFolder) -> None:
-        """Make the folder if it is missing, and lock it. Raises OptionsError."""
-        try:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            self._acquire(folder)
-        except OSError as error:
-            raise folder.not_writable(error) from error
-
-    def _acquire(self, folder: RunFolder) -> None:
-        if self._lock is not None:
-            return
-        lock = FileLock(folder.path / LOCK)
-        try:
-            lock.acquire(timeout=LOCK_SECONDS)
-        except Timeout as error:
-            raise OptionsError(
-                f"{folder.path} is in use: another process is training into it; wait for it or "
-                "stop it, or give another --out"
-            ) from error
-        self._lock = lock

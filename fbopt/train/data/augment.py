@@ -101,12 +101,11 @@ class Augmented:
 
 
 def augmented(
-    split: Split, options: Options, one_replica_per_pass: bool | None = None
+    split: Split, options: Options, one_replica_per_pass: bool = False
 ) -> Split | Augmented:
     """The training split as resolved options augment it; nothing is stored beside `split`.
 
-    `one_replica_per_pass` is by default true for sgd. Raises OptionsError for samples that are not
-    images, which `--tta flip` cannot mirror either.
+    Raises OptionsError for samples that are not images, which `--tta flip` cannot mirror either.
     """
     for name in ("augment", "tta"):
         if split.x.ndim != 4 and (value := getattr(options, name)) != "none":
@@ -116,8 +115,6 @@ def augmented(
             )
     if options.augment == "none":
         return split
-    if one_replica_per_pass is None:
-        one_replica_per_pass = options.stochastic
     key = mix(options.seed, CROPS)
     return Augmented(split, key, options.replicas, one_replica_per_pass, options.with_clean)
 

@@ -153,21 +153,12 @@ class Data:
 def from_arrays(
     x_train, y_train, x_test, y_test, name: str, moments=None, samples: int | None = None
 ) -> Data:
-    """Check four arrays and make them a data set.
+    """Check four arrays and make them a data set. Raises DataError, naming the array at fault.
 
-    Args:
-        x_train: (N, length), (N, channels, length) or (N, channels, height, width). uint8 is
-            normalised, anything else is converted to float32 and taken as it is.
-        y_train: (N,) integers from 0.
-        x_test: like `x_train`.
-        y_test: like `y_train`.
-        name: of the data set, for error messages.
-        moments: the channels' means and standard deviations as shares of 255; by default those of
-            the training samples that are kept.
-        samples: how many training samples to keep, the first; by default all.
-
-    Raises:
-        DataError: an array that does not fit; the message names it.
+    x is (N, length), (N, channels, length) or (N, channels, height, width): uint8 is normalised,
+    anything else is converted to float32 and taken as it is. y is (N,) of integers from 0. The
+    first `samples` training samples are kept, by default all. `moments` are the channels' means and
+    standard deviations as shares of 255, by default those of the samples that are kept.
     """
     x_train, y_train = _check(x_train, y_train, f"{name}: x_train", f"{name}: y_train")
     x_test, y_test = _check(x_test, y_test, f"{name}: x_test", f"{name}: y_test")

@@ -33,17 +33,12 @@ def load(
     download: bool = False,
     samples: int | None = None,
 ) -> Data:
-    """Load a data set into CPU tensors.
+    """Load the data set `spec`, a value of `--data`, into CPU tensors.
 
-    Args:
-        spec: a value of `--data`.
-        image_size: the side in pixels that imagefolder's images are resized to.
-        folder: where the files of cifar10 and cifar100 are (default: data).
-        download: whether to download them if they are not there.
-        samples: how many training samples to keep, the first; by default all.
-
-    Raises:
-        DataError: missing files, arrays that do not fit together, labels out of range.
+    `image_size` is the side in pixels that imagefolder's images are resized to; cifar10 and
+    cifar100 are read from `folder` (default: data) and, with `download`, downloaded to it if they
+    are not there. The first `samples` training samples are kept, by default all. Raises DataError
+    for missing files, arrays that do not fit together, and labels out of range.
     """
     kind, path = parse(spec)
     if kind == "npz":

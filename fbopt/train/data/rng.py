@@ -32,13 +32,9 @@ def replacements(samples: int, seed: int, number: int, device: torch.device) -> 
     return below(samples, bits)
 
 
-def _signed(word: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit word."""
-    return word - 2**64 if word >= 2**63 else word
-
-
-_GAMMA = _signed(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+_GAMMA, _FIRST, _SECOND = (  # as int64
+    word - 2**64 for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
 
 
 def hashed(key: int, *counters: Tensor) -> Tensor:

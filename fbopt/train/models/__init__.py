@@ -12,10 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from fbopt.train.models.cnn import cnn
-from fbopt.train.models.densenet import densenet
+from fbopt.train.models.convnets import cnn, densenet, vgg
 from fbopt.train.models.resnet import cifar_resnet, resnet
-from fbopt.train.models.vgg import vgg
 
 _IMAGES = {
     **{f"resnet{depth}": (partial(resnet, depth), 64) for depth in (18, 34, 50, 101, 152)},

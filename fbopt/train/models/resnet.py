@@ -5,10 +5,12 @@ relu(x + f(x)), with f two 3×3 convolutions, or a bottleneck of 1×1, 3×3 and 
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
+from types import ModuleType
+
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from fbopt.train.models.parts import classifier, torchvision_models
 
 _BLOCKS = {  # per stage, He et al. (arXiv 1512.03385), table 1
     18: (2, 2, 2, 2),
@@ -71,6 +73,26 @@ def cifar_resnet(
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     return model
+
+
+def classifier(
+    layers: Sequence[tuple[str, nn.Module]], features: int, classes: int, dropout: float
+) -> nn.Sequential:
+    """`layers`, then the mean over the image, and a linear layer from `features` to `classes`."""
+    tail = [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]
+    tail += [("dropout", nn.Dropout(dropout))] if dropout else []
+    return nn.Sequential(OrderedDict([*layers, *tail, ("linear", nn.Linear(features, classes))]))
+
+
+def torchvision_models(name: str) -> ModuleType:
+    """torchvision.models, for the network `name`. Raises ValueError where it is not installed."""
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise ValueError(
+            f"--model {name} needs the package torchvision: pip install torchvision"
+        ) from error
+    return models
 
 
 def _stem(channels: int, width: int) -> list[tuple[str, nn.Module]]:

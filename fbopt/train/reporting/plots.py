@@ -12,7 +12,6 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, BLACK = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000",
 )  # fmt: skip
 GREY = "#555555"
-Records = list[dict[str, Any]]
 
 
 def figure(width: float, height: float) -> Any:
@@ -60,34 +59,27 @@ def _label_ticks(axis: Any, words: str, ratio: float) -> None:
 
 def draw_curves(folder: RunFolder, options: Options) -> bool:
     """Draw metrics.jsonl to curves.png; return False where matplotlib is not installed."""
-    rows = 3 if options.tracked else 2
+    panels = _panels(options)
+    rows = (len(panels) + 1) // 2
     if (page := figure(9, 3 * rows)) is None:
         return False
     records = folder.read_metrics()
-    (loss, accuracy), (norm, rate), *tracked = page.subplots(rows, 2, sharex=True)
-    _line(loss, records, "loss", BLUE, "train")
-    _line(loss, records, "test_loss", ORANGE, "test")
-    loss.set(ylabel="mean cross-entropy (nats)", title="Loss")
-    _line(accuracy, records, "train_accuracy", BLUE, "train", scale=100)
-    _line(accuracy, records, "test_accuracy", ORANGE, "test", scale=100)
-    accuracy.set(ylabel="samples classified right (%)", title="Accuracy")
-    _line(norm, records, "gradient_norm", BLUE, "before clipping")
-    if options.max_norm is not None:
-        norm.axhline(options.max_norm, color=GREY, linestyle="--", label="clipped to")
-        norm.legend(frameon=False)
-    title = "Gradient norm" + (", last mini-batch" if options.stochastic else ", full batch")
-    norm.set(ylabel="Euclidean norm", title=title)
-    _line(rate, records, "lr", BLUE, "learning rate")
-    rate.set(ylabel="learning rate", title="Learning rate")
-    for axes in (loss, accuracy):
-        axes.legend(frameon=False)
-    _draw_tracked(tracked, records, options)
-    for axes in page.axes:
+    grid = list(page.subplots(rows, 2, sharex=True).flat)
+    for axes, (title, unit, lines) in zip(grid, panels, strict=False):
+        for (key, label), color in zip(lines.items(), (BLUE, ORANGE), strict=False):
+            _line(axes, records, key, color, label)
+        if "gradient_norm" in lines and options.max_norm is not None:
+            axes.axhline(options.max_norm, color=GREY, linestyle="--", label="clipped to")
+        axes.set(ylabel=unit, title=title)
+        if len(axes.lines) > 1:
+            axes.legend(frameon=False)
+        if not {"train_accuracy", "lr"} & set(lines):
+            log_scale(axes)
         tidy(axes)
-    for axes in tracked[0] if tracked else (norm, rate):
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes in grid[-2:]:
         axes.set_xlabel("epochs" if options.stochastic else "full-batch steps")
-    for axes in (loss, norm):
-        log_scale(axes)
     if "test_accuracy" in records[-1]:
         page.suptitle(
             f"{options.data_name}, {options.recipe}, seed {options.seed}: test accuracy "
@@ -97,26 +89,30 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
     return True
 
 
-def _draw_tracked(rows: list[Any], records: Records, options: Options) -> None:
-    """Draw the measures of --track: sharpness beside its threshold, noise scale."""
-    panels = list(rows[0]) if rows else []
-    for name, axes in zip(options.tracked, panels, strict=False):
-        if name == "sharpness":
-            _line(axes, records, "sharpness", BLUE, "largest eigenvalue")
-            _line(axes, records, "sharpness_threshold", ORANGE, "threshold of stability")
-            axes.set(ylabel="curvature of the loss (nats)", title="Sharpness, full batch")
-        else:
-            _line(axes, records, "noise_scale", BLUE, "noise scale")
-            axes.set(ylabel="samples", title="Gradient noise scale")
-        if axes.lines:
-            log_scale(axes)
-            axes.legend(frameon=False)
-    for axes in panels[len(options.tracked) :]:
-        axes.set_axis_off()
+def _panels(options: Options) -> list[tuple[str, str, dict[str, str]]]:
+    """The panels of a run's curves: title, unit, and metrics with their labels."""
+    batch = "last mini-batch" if options.stochastic else "full batch"
+    accuracies = {"train_accuracy": "train", "test_accuracy": "test"}
+    sharpness = {
+        "sharpness": "largest eigenvalue",
+        "sharpness_threshold": "threshold of stability",
+    }
+    tracked = {
+        "sharpness": ("Sharpness, full batch", "curvature of the loss (nats)", sharpness),
+        "noise": ("Gradient noise scale", "samples", {"noise_scale": "noise scale"}),
+    }
+    return [
+        ("Loss", "mean cross-entropy (nats)", {"loss": "train", "test_loss": "test"}),
+        ("Accuracy", "samples classified right (%)", accuracies),
+        (f"Gradient norm, {batch}", "Euclidean norm", {"gradient_norm": "before clipping"}),
+        ("Learning rate", "learning rate", {"lr": "learning rate"}),
+        *(tracked[name] for name in options.tracked),
+    ]
 
 
-def _line(axes: Any, records: Records, key: str, color: str, label: str, scale: float = 1) -> None:
+def _line(axes: Any, records: list[dict[str, Any]], key: str, color: str, label: str) -> None:
     """Draw a metric against passes, where the records have it; few points with markers."""
+    scale = 100 if key.endswith("accuracy") else 1
     points = [(r["pass"], r[key] * scale) for r in records if r.get(key) is not None]
     if points:
         style = {"color": color, "linewidth": 1.5, "markersize": 3}
