@@ -23,7 +23,7 @@ from benchmarks.cases import TITLES, Task, WrongResult, require_close, require_n
 from benchmarks.report import QUICK_ROUNDS, Report, options
 from benchmarks.timing import Contender, Plan, Table, measure
 from fbopt import FullBatchClosure, GradientPenalty
-from fbopt.train.precision import cast_to, settle
+from fbopt.train.precision import autocast_dtype, set_float32_precision
 
 # Samples, and samples in a chunk: MNIST-1D has 4,000 to train on.
 CNN_SETTINGS = [(4000, 128), (128, 128)]
@@ -176,7 +176,7 @@ def table(
     device = plan.device
     kinds = [k for k in CALLS[device.type] if penalised or k not in PENALISED_ONLY]
     check(size, penalised, kinds, device)
-    settle(precision, device)
+    set_float32_precision(precision, device)
     network, chunks = cases.model(size, device), cases.data(size, samples, chunk, device)
     what = f"{'with' if penalised else 'without'} penalty, {TITLES[size]}"
     count = "one chunk" if len(chunks) == 1 else f"{len(chunks)} chunks"
@@ -185,7 +185,7 @@ def table(
     if precision == "bf16" and size == "resnet18":
         title, last = f"{title}, channels_last", {"memory_format": torch.channels_last}
         network, chunks = network.to(**last), [(x.contiguous(**last), y) for x, y in chunks]
-    task = Task(network, chunks, penalised, cast_to(precision)).with_visible_penalty()
+    task = Task(network, chunks, penalised, autocast_dtype(precision)).with_visible_penalty()
     kinds = [kind for kind in kinds if kind.ragged or samples % chunk == 0]
     return measure(title, checked(task, kinds, TOLERANCES[precision]), plan)
 

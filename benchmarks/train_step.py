@@ -33,8 +33,8 @@ from fbopt.train.config.resolve import resolve
 from fbopt.train.data.dataset import Data, from_arrays
 from fbopt.train.data.load import MOMENTS
 from fbopt.train.malloc import keep_freed
-from fbopt.train.precision import cast_to, cross_entropy, settle
-from fbopt.train.trainer import Run
+from fbopt.train.precision import autocast_dtype, cross_entropy, set_float32_precision
+from fbopt.train.trainer import Trainer
 
 ROUNDS = 7
 LR, STRENGTH, MAX_NORM = 0.01, 0.5, 0.25
@@ -89,7 +89,7 @@ class Job:
         x, y = self.data.train.batch(slice(None))
         parts = [p.contiguous(memory_format=self.layout) for p in x.to(dtype).split(self.chunk)]
         chunks = list(zip(parts, y.split(self.chunk), strict=True))
-        cast = None if dtype == torch.float64 else cast_to(self.precision)
+        cast = None if dtype == torch.float64 else autocast_dtype(self.precision)
         coefficient = LR * STRENGTH / 4
         return Task(network, chunks, self.penalised, cast, cross_entropy, coefficient=coefficient)
 
@@ -108,7 +108,7 @@ class Step:
     model: nn.Module | None = None  # None where no gradient is left
 
     def __call__(self) -> None:
-        settle(self.job.precision, self.job.device)
+        set_float32_precision(self.job.precision, self.job.device)
         self.run()
 
     @property
@@ -123,7 +123,7 @@ def trainer_step(job: Job) -> Step:
     model = {"width": job.width, "channels_last": job.channels_last, "compile": job.compiled}
     machine = {"device": str(job.device), "precision": job.precision}
     chosen = Options(**recipe, **chunks, **model, **machine)
-    trainer = Run(resolve(chosen), job.data, job.device)
+    trainer = Trainer(resolve(chosen), job.data, job.device)
     return Step("fbopt train", job, trainer.take_step, with_gradients(trainer.model))
 
 
@@ -197,7 +197,7 @@ def check(job: Job, report: Report) -> None:
         if step.model is None:
             continue
         before = [p.detach().clone() for p in step.model.parameters()]
-        settle(step.job.precision, job.device)
+        set_float32_precision(step.job.precision, job.device)
         same, exact = (
             step.job.task(copy.deepcopy(step.model).to(dtype), dtype).expected
             for dtype in (torch.float32, torch.float64)
