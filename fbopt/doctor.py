@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def _examine(report: Report) -> bool:
-    """Add what follows on torch; return whether fbopt works as it is asked to."""
+    """Add the lines after torch's; return whether fbopt works as it is asked to."""
     wanted, cpu = _quietly(cuda.wanted), _quietly(load.find_kernels)
     gpu = _quietly(load.find_cuda) if wanted else None
     missing = not cpu or (wanted and not gpu)
@@ -103,8 +103,8 @@ def _torch() -> str:
 
 def _compiler() -> str:
     tools = compiler.toolchain()
-    headers = f"Python's headers in {compiler.find_headers()}"
-    return f"{tools.name} ({shlex.join(tools.compiler)}), {headers}"
+    compiler.find_headers()  # the compiler needs them too
+    return f"{tools.name} ({shlex.join(tools.compiler)})"
 
 
 def _processor() -> str:
@@ -123,8 +123,8 @@ def _gpu() -> str:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if available:
-        names = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
-        return ", ".join(names)
+        names = [torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())]
+        return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
     if said:
         cause = f"none that torch can use ({str(said[0].message).splitlines()[0]})"
         raise BuildError(cause, "update NVIDIA's driver, or install a torch of an older CUDA")

@@ -24,9 +24,9 @@ ROOT = Path(load.__file__).resolve().parents[2]
 VARIABLES = ("FBOPT_BACKEND", "FBOPT_CUDA", "FBOPT_WERROR", "CXX", "CXXFLAGS", "MAX_JOBS")
 ANSWER = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
 MODULE = """#include <Python.h>
-static PyModuleDef tiny = {PyModuleDef_HEAD_INIT, "tiny", nullptr, -1, nullptr, nullptr, nullptr,
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr,
                            nullptr, nullptr};
-PyMODINIT_FUNC PyInit_tiny() { return PyModule_Create(&tiny); }
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
 """
 BUILD = """import sys
 from pathlib import Path
@@ -53,7 +53,7 @@ def environment(monkeypatch, tmp_path):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FBOPT_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("_C", "_cuda", "tiny"):
+    for name in ("_C", "_cuda"):
         monkeypatch.setitem(sys.modules, f"fbopt._build.{name}", None)
         del sys.modules[f"fbopt._build.{name}"]
     forget()
@@ -68,7 +68,7 @@ def forget():
 
 @pytest.fixture
 def source(tmp_path):
-    path = tmp_path / "source" / "tiny.cpp"
+    path = tmp_path / "it's a $HOME: of 'sorts'" / "tiny.cpp"
     path.parent.mkdir()
     path.write_text(ANSWER)
     return path
@@ -155,18 +155,6 @@ def test_a_library_is_built_once_in_one_line_and_rebuilt_if_truncated(source, tm
     assert [*again.parent.glob("*.so")] == [again] and not leftovers(again.parent)
 
 
-def test_odd_paths(tmp_path, monkeypatch):
-    folder = tmp_path / "it's a $HOME: of 'sorts'"
-    folder.mkdir()
-    sources = [folder / "one.cpp", folder / "deeper" / "one.cpp"]
-    sources[1].parent.mkdir()
-    (folder / "common.h").write_text("extern int value;\n")
-    sources[0].write_text('#include "common.h"\n' + ANSWER.replace("42", "value"))
-    sources[1].write_text("int value = 41;\n")
-    monkeypatch.setenv("FBOPT_CACHE_DIR", str(folder / "cache"))
-    assert ctypes.CDLL(str(load.build("tiny", sources))).answer() == 41
-
-
 CHANGES = {
     "source": lambda patch, source: source.write_text(ANSWER + "\n"),
     "header": lambda patch, source: source.with_name("tiny.h").write_text("\n"),
@@ -190,29 +178,23 @@ def test_the_key_follows(change, source, monkeypatch):
     assert load.recipe("tiny", [source]).stem() != before
 
 
-def test_a_library_that_does_not_load_is_rebuilt(source):
+def test_libraries_that_do_not_load_are_replaced(source, monkeypatch, tmp_path):
+    """The wheel's stays where it is; the cache's is deleted and built once more."""
     source.write_text(MODULE)
-    folder = cache.cache_folder()
-    folder.mkdir()
-    (folder / "garbage").write_bytes(b"garbage")
-    garbage = cache.keep(folder / "garbage", folder, load.recipe("tiny", [source]).stem())
-    assert find(source) == garbage
-    with pytest.warns(RuntimeWarning, match="does not load"):
-        assert load.load("tiny", [source]).__name__ == "fbopt._build.tiny"
-    assert not garbage.exists()
-
-
-def test_a_wheels_library_that_does_not_load_is_replaced(source, monkeypatch, tmp_path):
-    source.write_text(MODULE.replace("tiny", "_C"))
     monkeypatch.setattr(wheel, "FOLDER", tmp_path)
-    broken = tmp_path / "_C.default.so"
-    broken.touch()
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
     monkeypatch.setattr(load, "cpu_recipe", lambda: load.recipe("_C", [source]))
-    assert load.find_kernels() == broken
-    with pytest.warns(RuntimeWarning, match=re.escape(f"{broken} does not load")) as caught:
-        assert Path(load.kernels().__file__).parent == tmp_path / "cache"
-    assert len(caught) == 1 and caught[0].filename == __file__ and broken.exists()
+    bundled, folder = tmp_path / "_C.default.so", cache.cache_folder()
+    bundled.touch()
+    folder.mkdir()
+    (folder / "garbage").write_bytes(b"garbage")
+    garbage = cache.keep(folder / "garbage", folder, load.cpu_recipe().stem())
+    assert load.find_kernels() == bundled
+    with pytest.warns(RuntimeWarning, match="does not load") as caught:
+        assert Path(load.kernels().__file__).parent == folder
+    for path, warning in zip((bundled, garbage), caught, strict=True):
+        assert str(path) in str(warning.message) and warning.filename == __file__
+    assert bundled.exists() and not garbage.exists()
 
 
 def test_a_compile_error_is_summed_up_and_logged(source, capfd):

@@ -78,9 +78,9 @@ def test_all_is_well(capsys, tmp_path):
     labels = ["Python", "torch", "compiler", "ninja", "pybind11", "processor", "GPU", "toolkit"]
     assert list(report) == [*labels, "cache", "in use", "on CUDA", "to do"]
     assert report["torch"] == f"{torch.__version__}, built with CUDA 13.0"
-    assert report["compiler"] == "g++ 99.1.0 (/bin/c++), Python's headers in /include"
+    assert report["compiler"] == "g++ 99.1.0 (/bin/c++)"
     assert report["processor"].endswith(" files compiled at a time")
-    assert report["GPU"] == "NVIDIA H100" and report["cache"] == str(tmp_path / "cache")
+    assert report["GPU"] == "1 × NVIDIA H100" and report["cache"] == str(tmp_path / "cache")
     assert report["toolkit"] == "CUDA 13.5 (/cuda/bin/nvcc), for 8.0, 9.0"
     assert report["in use"] == LATER.format("") and report["on CUDA"] == LATER.format("CUDA ")
     assert report["to do"] == "nothing"
