@@ -315,7 +315,7 @@ def test_resume_ignores_nothing_that_it_is_given(tiny, tmp_path, monkeypatch):
 MISMATCHES = {
     "lr": ({"lr": 0.3}, None, "--lr 0.2, now 0.3"),
     "steps": ({"steps": 9}, None, "--steps 8, now 9"),
-    "two": ({"seed": 1, "chunk_size": 16}, None, "--seed 0, now 1; --chunk-size 32, now 16"),
+    "two": ({"seed": 1, "chunk_size": 16}, None, "--chunk-size 32, now 16; --seed 0, now 1"),
     "no penalty": ({"penalty": 0.0}, None, "--penalty 0.5, now none; --radius 0.01, now none"),
     "dropout": ({"dropout": 0.1}, None, "--dropout 0.0, now 0.1"),
     "model option": ({"model": "resnet18"}, None, "--model cnn, now resnet18"),
