@@ -7,7 +7,7 @@ learning rates; lambda_max is the largest eigenvalue of the full-batch Hessian (
 2021, arXiv 2103.00065).
 
 Claim: in the second half of 3,000 steps the mean of lambda_max is 13.31, 10.01 and 6.70, for 2/lr =
-13.33, 10 and 6.67 (one seed, float32, one thread; docs/results has the figure and its numbers).
+13.33, 10 and 6.67 (one seed, float32, one thread; docs/analysis has the figure and its numbers).
 """
 
 import argparse

@@ -101,9 +101,17 @@ class Victim:
         assert process.exitcode == 0, self.log.read_text()
 
 
-def at_random(rng: random.Random) -> Callable[[], bool]:
-    end = time.monotonic() + rng.uniform(0.1, 1.2)
-    return lambda: time.monotonic() > end or bool(time.sleep(0.002))
+def at_random(rng: random.Random, folder: Path) -> Callable[[], bool]:
+    """True some time after there is a checkpoint, however busy the machine is."""
+    delay, ends = rng.uniform(0.0, 0.15), []
+
+    def now() -> bool:
+        if not ends and any(folder.glob("checkpoint-*.pt")):
+            ends.append(time.monotonic() + delay)
+        time.sleep(0.002)
+        return bool(ends) and time.monotonic() > ends[0]
+
+    return now
 
 
 def in_a_write(rng: random.Random, folder: Path) -> Callable[[], bool]:
@@ -141,7 +149,7 @@ def test_killed_runs_end_on_the_same_bits(tiny, tmp_path, recipe, kills, changes
     rng, within = random.Random(kills), 0
     for index in range(kills):
         slow = index % 2 == 0
-        when = in_a_write(rng, options.out) if slow else at_random(rng)
+        when = in_a_write(rng, options.out) if slow else at_random(rng, options.out)
         within += victim.kill(when, slow)
         if victim.folder.checkpoints():
             victim.folder.load()
