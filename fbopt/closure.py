@@ -13,6 +13,7 @@ from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.chunk import ChunkGradient
 from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.cuda_graphs import ChunkGraphs, graph_device, refuse_nested
+from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
 from fbopt._engine.inputs import check_arguments, refuse_compiled, weigh
 from fbopt._engine.perturb import Perturbation
@@ -292,10 +293,7 @@ class FullBatchClosure:
         scale = None if coefficient is None else scalar_on(device, coefficient)
         draws = GeneratorSnapshot({p.device for p in self.sums.params})
         work = ChunkGradient(
-            self.model,
-            self.loss_fn,
-            self.evaluate,
-            self.autocast,
+            ChunkLoss(self.model, self.loss_fn, self.evaluate, self.autocast, device),
             None if coefficient is None else self.penalty,
             self.sums,
             self._statistics,
