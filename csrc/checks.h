@@ -1,4 +1,4 @@
-// What the ops ask of their arguments, on every device alike.
+// Argument checks of the ops, the same on every device.
 #pragma once
 
 #include <optional>

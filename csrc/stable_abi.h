@@ -21,11 +21,11 @@
 #define FBOPT_LIBRARY fbopt
 #define FBOPT_CUDA_KEY CUDA
 #endif
-// One level more: torch 2.10 takes the namespace's name without expanding it.
+// One level of macro expansion more: torch 2.10 would not expand the namespace's name.
 #define FBOPT_OPS(ns, m) STABLE_TORCH_LIBRARY(ns, m)
 
 #define FBOPT_CHECK STD_TORCH_CHECK
-// The check of what a C function of the ABI returns, by its name now and that of torch 2.10.
+// Checks the status that a C function of the ABI returns; torch 2.10 has another name for it.
 #ifdef STABLE_TORCH_ERROR_CODE_CHECK
 #define FBOPT_CALL STABLE_TORCH_ERROR_CODE_CHECK
 #else

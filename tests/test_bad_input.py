@@ -609,6 +609,28 @@ CLOSURE = [
         r"cuda_graph=True needs.*one CUDA device.*on cpu.*model\.cuda\(\)",
     ),
     Row(
+        "no chunk norm", lambda w: w.make(chunk_max_norm=0), ValueError, "chunk_max_norm must be g"
+    ),
+    Row(
+        "chunk_max_norm is text", lambda w: w.make(chunk_max_norm="1"), TypeError, "chunk_max_norm"
+    ),
+    Row("chunk_norms is 1", lambda w: w.make(chunk_norms=1), TypeError, "chunk_norms must be True"),
+    Row(
+        "on_pass_start", lambda w: w.make(on_pass_start=3), TypeError, "on_pass_start must be call"
+    ),
+    Row(
+        "on_pass_start raises",
+        lambda w: w.step(on_pass_start=raising(LookupError("mine"))),
+        LookupError,
+        "mine",
+    ),
+    Row(
+        "assign before anything is accumulated",
+        lambda w: w.make().assign(),
+        RuntimeError,
+        r"call accumulate\(\) first",
+    ),
+    Row(
         "params is one tensor",
         lambda w: w.make(params=w.loose[0]),
         TypeError,

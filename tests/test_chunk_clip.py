@@ -142,31 +142,3 @@ def test_a_pass_starts_before_its_first_chunk_and_again_where_chunks_are_visited
     events.clear()
     closure()
     assert events == ["start", 4, 4, 3]
-
-
-def test_an_error_at_the_start_of_a_pass_leaves_everything():
-    model = network()
-
-    def fail():
-        raise LookupError("mine")
-
-    closure = closure_of(model, on_pass_start=fail)
-    before = bits(model, closure.step)
-    with pytest.raises(LookupError, match="mine"):
-        closure()
-    assert bits(model, closure.step) == before
-
-
-@pytest.mark.parametrize(
-    ("given", "error", "match"),
-    [
-        ({"chunk_max_norm": 0}, ValueError, "chunk_max_norm must be greater than 0"),
-        ({"chunk_max_norm": float("inf")}, ValueError, "chunk_max_norm must be finite"),
-        ({"chunk_max_norm": "1"}, TypeError, "chunk_max_norm must be a number"),
-        ({"chunk_norms": 1}, TypeError, "chunk_norms must be True or False"),
-        ({"on_pass_start": 3}, TypeError, "on_pass_start must be callable"),
-    ],
-)
-def test_wrong_arguments_are_refused(given, error, match):
-    with pytest.raises(error, match=match):
-        closure_of(network(), **given)

@@ -1,6 +1,6 @@
 // Sums over chunks in fixed point on the CPU. float32 words per parameter: accumulate_exact_ 5,
-// accumulate_exact_penalty_ 6 (7 for central differences); carries are read and written where a sum
-// wraps only. exact_mean_ 4.
+// accumulate_exact_penalty_ 6 (7 for central differences), exact_mean_ 4; carries are read and
+// written only where a sum wraps.
 #include "../rules/exact.h"
 
 #include "../rules/accumulate.h"
@@ -28,8 +28,9 @@ void raise_to(double* maximum, double value) {
   }
 }
 
-// Adds n contributions scale * v(j), and returns the largest |v|. No carry is looked at unless some
-// sum has wrapped, or some contribution is too large: what was added of those is taken back first.
+// Adds n contributions scale * v(j), and returns the largest |v|. Carries are read only if some sum
+// has wrapped or some contribution is too large; the latter are subtracted again and added with
+// their carries.
 template <class A, class Values>
 A add_tile(int64_t* __restrict sum, int32_t* __restrict carry, int64_t n, double scale,
            const Values& v) {
@@ -59,7 +60,7 @@ A add_tile(int64_t* __restrict sum, int32_t* __restrict carry, int64_t n, double
   return std::bit_cast<A>(most);
 }
 
-// The lists that a sum is kept in, and what each tensor has of its own.
+// The lists that hold the sums, and each tensor's own numbers.
 struct Sums {
   Layout layout;
   Operand sums, carries;

@@ -14,17 +14,17 @@ namespace fbopt::cpu {
 constexpr int64_t kGrain = 32768;
 // Threads split the elements at multiples of this, so that none begins inside a cache line.
 constexpr int64_t kUnit = 1024;
-// One partial sum for each so many elements.
+// Elements per partial sum.
 constexpr int64_t kBlock = 32768;
-// The elementwise loop goes backwards in runs of so many elements.
+// Elements per run of the elementwise loop, which takes the runs backwards.
 constexpr int64_t kRun = 131072;
 
-// More than the caches are likely to keep until it is read. A constant: what machines report ranges
-// from one core's share to the sum over all sockets.
+// Whether the caches are unlikely to keep that much until it is read. A constant, since the sizes
+// that machines report range from one core's share to the sum over all sockets.
 inline bool exceeds_cache(int64_t bytes) { return bytes > int64_t{32} << 20; }
 
 // body(i, begin, end): elements begin ... end of tensor i, each element once, from the last run
-// to the first: after a forward sum over the same memory its end is what the caches still hold.
+// to the first: after a forward sum over the same memory the caches still hold its end.
 template <class Body>
 void for_each_backwards(const Layout& layout, const Body& body) {
   std::vector<int64_t> ends(layout.size());
@@ -45,9 +45,9 @@ void for_each_backwards(const Layout& layout, const Body& body) {
 }
 
 // 32 interleaved sums over four quarters of the elements at once, combined pairwise. One stream of
-// reads does not fill the memory's bandwidth; four do. Which element goes into which sum depends on
-// its index alone, so every vector width gives the same bits. Vector types rather than a plain
-// loop: the compiler would keep an array of sums in memory.
+// reads does not saturate the memory bandwidth, four do. An element's sum depends on its index
+// alone, so every vector width gives the same bits. Vector types, since the compiler would keep an
+// array of sums in memory.
 template <class A>
 class SquareSum {
   using Wide = double __attribute__((vector_size(32)));

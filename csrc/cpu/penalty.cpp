@@ -1,5 +1,5 @@
 // The penalised chunk update on the CPU. float32 words per parameter: perturb_ 4 (one read for the
-// norm, two reads and a write for the shift), accumulate_ 3, accumulate_penalty_ 4 (5 for central
+// norm, two reads and a write for the result), accumulate_ 3, accumulate_penalty_ 4 (5 for central
 // differences).
 #include "../rules/accumulate.h"
 #include "../rules/perturb.h"
@@ -14,8 +14,8 @@ Tensor zero_dim(double value) {
   return t;
 }
 
-// What a call with packed tensors saves is what each of them costs here: no more is asked of a
-// tensor than has to be known.
+// Packing saves a fixed cost per tensor in later calls, so this one queries as few properties of
+// each tensor as it can.
 void pack_op(const Tensor& out, const TensorList& tensors) {
   const Meta target(out.get());
   FBOPT_CHECK(out.is_contiguous(), "out must be contiguous");

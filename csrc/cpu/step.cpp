@@ -1,6 +1,5 @@
-// Clipping and the finishing step on the CPU. float32 words per parameter: clip_ 2, or none where
-// nothing has to be clipped; sgd_step_ with momentum 5, and 1 more where it leaves the mean in
-// grads.
+// Clipping and the optimizer's step on the CPU. float32 words per parameter: clip_ 2, or none if
+// nothing is clipped; sgd_step_ with momentum 5, and 1 more if it writes the mean to grads.
 #include "../rules/clip.h"
 #include "../rules/sgd.h"
 #include "loops.h"

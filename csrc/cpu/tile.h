@@ -1,6 +1,6 @@
-// A tile of up to 512 elements: widened to the type arithmetic is done in, put through a rule in a
-// plain loop that the compiler vectorises for whatever instruction set it is given, and narrowed
-// again. Tensors that are of that type already are used in place.
+// A tile of up to 512 elements: widened to the type of the arithmetic, put through a rule in a
+// plain loop that the compiler vectorises, and narrowed again. Tensors of that type are used in
+// place.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ constexpr int64_t kTile = 512;
 template <class T, class A>
 constexpr bool kInPlace = std::is_same_v<T, A>;
 
-// Somewhere to put a tile: nothing where the tensor itself will do.
+// A buffer for a widened tile; empty where the tensor is used in place.
 template <class T, class A>
 using Buffer = A[kInPlace<T, A> ? 1 : kTile];
 
@@ -64,7 +64,7 @@ inline auto* widen(T* p, A* buffer, int64_t n) {
   }
 }
 
-// Returns n results to p, unless they were computed there.
+// Writes n results to p, unless they were computed there.
 template <class A, class T>
 inline void narrow(T* p, const A* x, int64_t n) {
   if constexpr (!kInPlace<T, A>) narrow_loop(p, x, n);
@@ -76,8 +76,8 @@ inline int64_t misaligned(const T* p) {
   return static_cast<int64_t>((64 - reinterpret_cast<uintptr_t>(p) % 64) % 64 / sizeof(T));
 }
 
-// n results past the caches, for memory that is written once and read much later: it saves reading
-// the lines first. Where p is not aligned to a cache line, and for half precision, a plain store.
+// Non-temporal stores of n results, for memory that is not read soon: they save reading the cache
+// lines first. Plain stores where p is not aligned to a cache line, and for half precision.
 template <class T, class A>
 inline void stream(T* p, const A* x, int64_t n) {
   int64_t j = 0;

@@ -8,7 +8,7 @@
 namespace fbopt::cuda {
 namespace {
 
-// What there is besides the lists: scalars, and one number for each tensor.
+// Arguments besides the lists: scalars, and one number for each tensor.
 struct Exact {
   Scalar weight, coefficient, squared_norm;
   double radius;
@@ -31,7 +31,7 @@ __device__ inline double without_sign(double x) {
 template <int Steps>
 constexpr int kLists = 3 + Steps;
 
-// What a block shares, and its share of each list.
+// A block's uniform values, and its part of each list.
 template <class G, class A, int Steps>
 struct Share {
   A factor;
@@ -55,8 +55,8 @@ struct Share {
     return is_aligned(sums) && is_aligned(grads) && is_aligned(plus) && is_aligned(minus);
   }
 
-  // Adds elements first, N at a time, as far as that goes; returns where it stopped. `most` becomes
-  // the largest magnitude.
+  // Adds elements from `first` on, N at a time; returns the first one left over. `most` becomes the
+  // largest magnitude.
   template <int N>
   __device__ int sweep(int first, int n, double& most) const {
     const int packs = (n - first) / N;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads)
               static_cast<unsigned long long>(__double_as_longlong(without_sign(most * weight))));
 }
 
-// The lists that a sum is kept in, and where a call works on them.
+// The lists that hold the sums, and the launcher that works on them.
 struct Sums {
   Call call;
   Layout layout;

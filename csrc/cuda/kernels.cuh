@@ -92,7 +92,7 @@ struct Lists {
     }
   }
 
-  // Elements first ... n - 1, N at a time, as far as that goes; returns where it stopped.
+  // Applies the rule to elements first ... n - 1, N at a time; returns the first one left over.
   template <int N, size_t... K>
   static __device__ int sweep(const Rule& rule, const Uniform& uniform, char* const (&base)[kDepth],
                               int first, int n, std::index_sequence<K...>) {
@@ -119,8 +119,8 @@ struct Lists {
   }
 };
 
-// One block per chunk, from the last to the first: after a forward sum over the same memory its end
-// is what the cache still holds.
+// One block per chunk, from the last to the first: after a forward sum over the same memory the
+// cache still holds its end.
 template <class Rule, int Capacity>
 __global__ void __launch_bounds__(kThreads)
     for_each(const __grid_constant__ Table<Lists<Rule>::kDepth, Capacity> table,
@@ -149,7 +149,7 @@ struct Sum {
   __device__ double operator()(double a, double b) const { return a + b; }
 };
 
-// Of all threads of a block, combined in thread 0 in an order that is always the same.
+// Combines the values of a block's threads in thread 0, in a fixed order.
 template <int Threads, class Combine = Sum>
 __device__ inline double block_total(double value, const Combine& combine = {}) {
   constexpr int kWarp = 32;

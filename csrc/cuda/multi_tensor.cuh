@@ -39,7 +39,7 @@ class Call {
     return sizes;
   }
 
-  // One element of every list at a time; a list that takes no part is null.
+  // One element of every list at a time; lists that are not used are null.
   template <class Rule>
   void for_each(const std::vector<int64_t>& sizes, const Rule& rule,
                 const Pointers<Lists<Rule>::kDepth>& lists) const {
@@ -89,7 +89,7 @@ class Call {
         cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
                          dim3(static_cast<unsigned>(threads)), pointers, 0, stream_);
     if (status == cudaSuccess) return;
-    (void)cudaGetLastError();  // it is told here, not blamed on whoever looks next
+    (void)cudaGetLastError();  // cleared, so that later calls do not report it again
     FBOPT_CHECK(false, "a CUDA kernel of fbopt was not launched: ", cudaGetErrorString(status));
   }
 

@@ -1,6 +1,6 @@
-// Clipping and the finishing step on CUDA. float32 words per parameter as on the CPU: clip_ 2, or
-// none where nothing has to be clipped; sgd_step_ with momentum 5, and 1 more where it leaves the
-// mean in grads. One launch per table of tensors.
+// Clipping and the optimizer's step on CUDA. float32 words per parameter as on the CPU: clip_ 2, or
+// none if nothing is clipped; sgd_step_ with momentum 5, and 1 more if it writes the mean to grads.
+// One launch per table of tensors.
 #include "multi_tensor.cuh"
 #include "../rules/clip.h"
 #include "../rules/sgd.h"

@@ -38,13 +38,13 @@ FBOPT_RULE int64_t quantised(A v, double scale) {
   return nearest(v * scale, 1);
 }
 
-// What no carry holds is in no sum that is kept: it may wrap, too.
+// May wrap: a pass in which a carry does is discarded.
 FBOPT_RULE void add_carry(int32_t& carry, int32_t by) {
   carry = static_cast<int32_t>(static_cast<uint32_t>(carry) + static_cast<uint32_t>(by));
 }
 
-// Adds x = v s, of any size. What the carry cannot hold is left out: the maxima tell of it. Without
-// branches, which the signs of gradients would make a gamble.
+// Adds x = v s, of any size. Values that the carry cannot hold are left out, and the maxima show
+// them. Free of branches: those on the signs of gradients would often be mispredicted.
 template <class A>
 FBOPT_RULE void add_exact(int64_t& sum, int32_t& carry, A v, double scale) {
   constexpr double kRound = 0x1.8p52;  // added and taken away, it leaves the nearest integer
@@ -63,7 +63,7 @@ FBOPT_RULE double exact_mean(double sum, double carry, double scale, double divi
   return fma(carry, 0x1p64, sum) / divisor / scale;
 }
 
-// The scale to take a mean by: NaN where some contribution was not finite.
+// The scale for the mean: NaN if some contribution was not finite.
 FBOPT_RULE double sound_scale(double scale, double maximum) { return scale + (maximum - maximum); }
 
 }  // namespace fbopt::rules

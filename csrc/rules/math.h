@@ -1,6 +1,6 @@
-// What the rules need from the host and the device compiler: one marker, one fused multiply-add,
-// rounding. Contraction is switched off for the whole build, so a rule rounds where it is written
-// to round and gives the same bits in a vector loop, in its scalar tail and on the device.
+// Portability of the rules between host and device compilers: function attributes, fused
+// multiply-add, rounding. The build switches contraction off, so that a rule rounds exactly where
+// it says and gives the same bits in a vector loop, in its scalar tail and on the device.
 #pragma once
 
 #include <bit>
@@ -11,7 +11,7 @@
 #else
 #define FBOPT_RULE inline
 #endif
-// Set where the device's own functions are called; tests stand in for them.
+// Defined where the device's own functions are called; tests emulate these.
 #ifdef __CUDA_ARCH__
 #define FBOPT_ON_DEVICE
 #endif
@@ -27,10 +27,10 @@ FBOPT_RULE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c)
 FBOPT_RULE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #endif
 
-// The integer nearest to x y, ties to even, for -2^63 <= x y < 2^63 and a product that a double
-// holds. AVX2 has no instruction for it, so the host leaves it in the low bits of two doubles
-// near 1.5 * 2^52: the multiple of 2^32, then what is left. 0x43380000 is what that constant's own
-// bits would add.
+// The integer nearest to x y, ties to even, for -2^63 <= x y < 2^63 and a product that is exact in
+// a double. AVX2 has no instruction for it, so the host takes it from the low bits of two doubles
+// near 1.5 * 2^52: the multiple of 2^32, then the rest. 0x43380000 cancels that constant's own high
+// bits.
 FBOPT_RULE int64_t nearest(double x, double y) {
 #ifdef FBOPT_ON_DEVICE
   return __double2ll_rn(x * y);

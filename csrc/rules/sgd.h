@@ -1,4 +1,4 @@
-// The finishing step of one element, in torch.optim.SGD's own order and rounding:
+// The optimizer's step of one element, in torch.optim.SGD's own order and rounding:
 //   m <- mean (sum / divisor);  g <- +-c m;  g <- g + wd p;  v <- mu v + (1 - tau) g  (first: v <-
 //   g); g <- g + mu v (Nesterov) or v;  p <- p - lr g
 #pragma once
@@ -11,7 +11,7 @@ namespace fbopt::rules {
 template <class A>
 struct Sgd {
   A negative_lr, scale, divisor, weight_decay, momentum,
-      undamped;  // scale: the clip's, -1 maximizes
+      undamped;  // scale: the clip's factor, negative to maximize
   bool decays, has_momentum, nesterov, first;
 };
 
@@ -42,9 +42,8 @@ FBOPT_RULE A mean(A sum, const Sgd<A>& r) {
   return sum / r.divisor;
 }
 
-// Updates velocity in place and returns the new parameter; `grad` is the mean. Written with
-// selections in place of branches: what they select by is the same for all elements, and the loop
-// stays a vector's.
+// Updates velocity in place and returns the new parameter; `grad` is the mean. Selections instead
+// of branches let the compiler vectorise the loop.
 template <class A>
 FBOPT_RULE A sgd(A param, A grad, A& velocity, const Sgd<A>& r) {
   const A scaled = grad * r.scale;
