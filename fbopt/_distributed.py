@@ -43,17 +43,11 @@ class Failure(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """The result of :meth:`Collectives.agree`, the same on every process.
+    """The result of :meth:`Collectives.agree`, the same on every process."""
 
-    Attributes:
-        flags: for each flag, whether any process set it.
-        table: the numbers of every process, a row each.
-        maxima: the elementwise maximum, on the device it was given on; None where none was given.
-    """
-
-    flags: list[bool]
-    table: list[list[float]]
-    maxima: Tensor | None
+    flags: list[bool]  # whether any process set it
+    table: list[list[float]]  # the numbers of every process, a row each
+    maxima: Tensor | None  # elementwise, on the device they were given on
 
 
 class Collectives:

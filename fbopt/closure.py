@@ -13,6 +13,7 @@ from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.chunk import ChunkGradient
 from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.cuda_graphs import ChunkGraphs, graph_device, refuse_nested
+from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
 from fbopt._engine.inputs import check_arguments, refuse_compiled, weigh
 from fbopt._engine.perturb import Perturbation
@@ -71,26 +72,22 @@ class FullBatchClosure:
     do not fit the gradients, at the first call and seldom later, the call visits all chunks once
     more, with buffers and random generators as before. Each call reads once from the device.
 
-    **Several processes.** Every process of ``process_group`` has to call, and visits the chunks
-    that its own ``chunks`` yields, such as ``chunks[rank::world_size]``: uneven shares, or none.
-    Afterwards all have the same gradients, loss, ``mean_sqnorm`` and BatchNorm statistics, bit for
-    bit: those of all chunks, summed once per call. How chunks are spread changes gradients by
-    rounding (exact sums not at all), loss and ``mean_sqnorm`` not. The back end has to fit the
-    model: gloo on the CPU, nccl on CUDA (then one read from the device per call; none with
-    ``"cpu:gloo,cuda:nccl"``). Where a process fails, all put their buffers back; it raises its own
-    error, the others one that names it. The first call checks that parameters are the same on all.
-    Buffers of other than normalisation layers stay each process's own.
+    **Several processes.** Every process of ``process_group`` has to call, and visits its own
+    ``chunks``, such as ``chunks[rank::world_size]``: uneven shares, or none. Afterwards all have
+    the same gradients, loss, ``mean_sqnorm`` and BatchNorm statistics, bit for bit: those of all
+    chunks, summed once per call. How chunks are spread changes gradients by rounding (exact sums
+    not at all), loss and ``mean_sqnorm`` not. The back end has to fit the model: gloo on the CPU,
+    nccl on CUDA (then one read from the device per call; none with ``"cpu:gloo,cuda:nccl"``). Where
+    a process fails, all put their buffers back; it raises its own error, the others one that names
+    it. Buffers of other than normalisation layers stay each process's own.
 
     **CUDA graphs.** With ``cuda_graph=True`` all device work on a chunk is captured at the third
     visit of its kind and then replayed on copies of the chunk's tensors, which may come from the
     CPU. The bits are those without graphs, random draws included; learning rate, coefficient and
-    weights may change. Python does not run in a replay: hooks, prints and counters of the model,
-    ``loss_fn`` and ``evaluate`` take effect without a graph and in captures only; ``chunks``,
-    ``weight``, ``observe`` (with copies, after the whole chunk) and ``coefficient`` run as ever. A
-    kind is the shapes of a chunk and all numbers and flags in it and in the modules (``training``,
-    dropout's ``p``): 8 kinds get a graph, the rest run without, after one RuntimeWarning. Graphs
-    are captured anew when parameters or buffers have moved; other tensors that the model uses must
-    not move. A capture waits for the device; graphs keep the memory of one chunk's work.
+    weights may change. Python of the model, ``loss_fn`` and ``evaluate`` does not run in a replay;
+    that of the other arguments does. A kind is the shapes of a chunk and all numbers and flags in
+    it and in the modules: 8 kinds get a graph, the rest run without, after one RuntimeWarning.
+    Tensors that the model uses besides parameters and buffers must not move in memory.
 
     Attributes:
         step: number of completed calls; the argument of a penalty's ``coefficient`` function.
@@ -292,10 +289,7 @@ class FullBatchClosure:
         scale = None if coefficient is None else scalar_on(device, coefficient)
         draws = GeneratorSnapshot({p.device for p in self.sums.params})
         work = ChunkGradient(
-            self.model,
-            self.loss_fn,
-            self.evaluate,
-            self.autocast,
+            ChunkLoss(self.model, self.loss_fn, self.evaluate, self.autocast, device),
             None if coefficient is None else self.penalty,
             self.sums,
             self._statistics,

@@ -101,7 +101,6 @@ class RunningStatistics:
         for counter in self._counters:
             counter.begin()
 
-    @torch.no_grad()
     def clear(self) -> None:
         """Zero the running statistics before a pass that is recorded.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.chunk_clip import ChunkClip, squared_norm
@@ -27,18 +27,16 @@ class ChunkGradient:
     """The work of a closure's call on each of its chunks.
 
     Args:
-        model, loss_fn, evaluate, autocast, chunk_norms: as for the closure.
+        forward: the chunk's loss.
         penalty: the penalty, or None where its coefficient is zero.
         sums, statistics: where gradients and BatchNorm's statistics are added.
         buffers: keeps the model's buffers during passes at perturbed parameters.
         perturbation: for a penalty by finite differences.
         clip: None where chunks are not clipped.
+        chunk_norms: as for the closure.
     """
 
-    model: nn.Module
-    loss_fn: Callable[[Any, Any], Tensor] | None
-    evaluate: Callable[[nn.Module, Any], Tensor] | None
-    autocast: torch.dtype | None
+    forward: ChunkLoss
     penalty: GradientPenalty | None
     sums: GradientSums
     statistics: RunningStatistics
@@ -131,9 +129,7 @@ class ChunkGradient:
             return self._gradient(self._forward(index, chunk, observe=None))
 
     def _forward(self, index: int, chunk: Any, observe: Observe) -> Tensor:
-        device = self.sums.params[0].device
-        forward = ChunkLoss(self.model, self.loss_fn, self.evaluate, self.autocast, device)
-        loss, output, target = forward.differentiable(index, chunk)
+        loss, output, target = self.forward.differentiable(index, chunk)
         if observe is not None:
             observe(output.detach() if isinstance(output, Tensor) else output, target)
         return loss
@@ -151,4 +147,4 @@ class ChunkGradient:
 
     def _name(self, index: int) -> str:
         wanted = self.sums.params[index]
-        return next((n for n, p in self.model.named_parameters() if p is wanted), "unnamed")
+        return next((n for n, p in self.forward.model.named_parameters() if p is wanted), "unnamed")

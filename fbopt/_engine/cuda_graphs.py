@@ -77,10 +77,11 @@ class ChunkGraphs:
 
     def begin(self, work: ChunkGradient, coefficient: Tensor | None, observe: Observe) -> None:
         """Begin a call of the closure; drop the graphs if memory that they use has moved."""
+        model = work.forward.model
         kept = (work.sums.buckets, work.statistics.means, work.perturbation, work.clip)
-        held = [work.model, work.loss_fn, work.evaluate, *kept]
-        self._buffers = dict(work.model.named_buffers(remove_duplicate=False))
-        tensors = [*work.sums.params, *work.model.parameters(), *self._buffers.values()]
+        held = [model, work.forward.loss_fn, work.forward.evaluate, *kept]
+        self._buffers = dict(model.named_buffers(remove_duplicate=False))
+        tensors = [*work.sums.params, *model.parameters(), *self._buffers.values()]
         addresses = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
         same = [id(x) for x in held] == [id(x) for x in self._held]
         if self._kinds and not (same and addresses == self._addresses):
@@ -120,7 +121,7 @@ class ChunkGraphs:
         chunk = tree_unflatten([_copied(leaf, self.device) for leaf in leaves], structure)
         with contextlib.nullcontext() if state is None else self._recorder.warming():
             result = work(index, chunk, self._weight, self._given, draws, self._observe)
-        self._check_buffers(work.model, captured=False)
+        self._check_buffers(work.forward.model, captured=False)
         if state is not None:
             self._kinds[kind] = state + 1
         return result
@@ -163,7 +164,7 @@ class ChunkGraphs:
         finally:
             sums.unseen = before
             torch.clear_autocast_cache()  # its tensors were captured, not computed
-        self._check_buffers(work.model, captured=True)
+        self._check_buffers(work.forward.model, captured=True)
         inputs = [x for x in static if isinstance(x, Tensor)]
         return _Graph(inputs, loss, square, seen, unseen, launch)
 
@@ -236,13 +237,13 @@ def _baked(work: ChunkGradient, device: torch.device) -> tuple:
         None if work.penalty is None else (work.penalty.method, work.penalty.radius),
         None if work.clip is None else work.clip.max_norm,
         work.chunk_norms,
-        work.autocast,
+        work.forward.autocast,
         torch.is_autocast_enabled(device.type),
         torch.get_autocast_dtype(device.type),
         torch.are_deterministic_algorithms_enabled(),
         *(
             (name, value)
-            for m in work.model.modules()
+            for m in work.forward.model.modules()
             for name, value in vars(m).items()
             if type(value) in (bool, int, float, str)
         ),

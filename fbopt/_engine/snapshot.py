@@ -27,11 +27,8 @@ class BufferSnapshot:
 
     def save(self) -> None:
         """Copy all buffers."""
-        if self._modules:
-            self._save()
-
-    @torch.no_grad()
-    def _save(self) -> None:
+        if not self._modules:
+            return
         self._places = [
             (m._buffers, name, b)
             for m in self._modules
@@ -53,9 +50,9 @@ class BufferSnapshot:
         for table, name, b in self._places:
             table[name] = b
         if self._places:
-            with torch.no_grad():
-                self._copy([b for _, _, b in self._places], self._copies)
+            self._copy([b for _, _, b in self._places], self._copies)
 
+    @torch.no_grad()
     def _copy(self, to: list[Tensor], source: list[Tensor]) -> None:
         # By device and dtype: a mixed list would be copied one by one.
         for group in self._groups:

@@ -4,8 +4,6 @@ same bits when it is evaluated again.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -27,10 +25,9 @@ def check(objective: Objective) -> None:
 
 def check_finite(objective: Objective) -> None:
     """Raise ValueError for a parameter or buffer that is infinite or NaN, by its name."""
-    ids = {id(p) for p in objective.params}
-    params = [(n, p) for n, p in objective.model.named_parameters() if id(p) in ids]
-    buffers = [(n, b) for n, b in objective.model.named_buffers() if b.is_floating_point()]
-    for name, tensor in itertools.chain(params, buffers):
+    ids, model = {id(p) for p in objective.params}, objective.model
+    params = [(name, p) for name, p in model.named_parameters() if id(p) in ids]
+    for name, tensor in [*params, *model.named_buffers()]:
         if not torch.isfinite(tensor).all():
             raise ValueError(
                 f"{name} of the model holds infinite or undefined values: training diverged, so "
@@ -47,7 +44,6 @@ def check_deterministic(objective: Objective) -> None:
         RuntimeError: two losses differ.
     """
     first: list[float] = []
-    again: list[float] = []
     with objective.evaluating():
         for index, chunk, _ in objective.visit():
             losses = [_chunk_loss(objective, index, chunk)]
@@ -56,11 +52,10 @@ def check_deterministic(objective: Objective) -> None:
             if losses[0] != losses[1]:
                 raise RuntimeError(_random_model(objective, index, losses))
             first.append(losses[0])
-        objective.count(losses=1)
-        objective.count(losses=1)
-        for index, chunk, _ in objective.visit():
-            again.append(_chunk_loss(objective, index, chunk))
-    objective.count(losses=1)
+        objective.count("losses")
+        objective.count("losses")
+        again = [_chunk_loss(objective, index, chunk) for index, chunk, _ in objective.visit()]
+    objective.count("losses")
     if first != again:
         raise RuntimeError(_other_chunks(first, again))
 
@@ -81,13 +76,10 @@ def _random_model(objective: Objective, index: int, losses: list[float]) -> str:
         f"the loss is not deterministic: chunk {index} gave {losses[0]!r}, then {losses[1]!r} with "
         "the same weights and samples"
     )
-    seeded = [
-        name
-        for name, module in objective.model.named_modules()
-        if isinstance(module, _DropoutNd) and module.training and module.p > 0
-    ]
-    if objective.dropout == "seeded" and seeded:
-        return f"{text}, though dropout ({seeded[0]}) is seeded: something else is random as well"
+    for name, module in objective.model.named_modules():
+        dropout = isinstance(module, _DropoutNd) and module.training and module.p > 0
+        if objective.dropout == "seeded" and dropout:
+            return f"{text}, though dropout ({name}) is seeded: something else is random as well"
     return (
         f"{text}. Likely causes: dropout or noise that is drawn in a forward() or in the loss "
         "rather than by a Dropout module (pass dropout='seeded' if torch's generators draw it, "

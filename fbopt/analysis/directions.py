@@ -98,10 +98,11 @@ def difference(objective: Objective, state: Mapping[str, Tensor], name: str = "s
     return direction
 
 
-def check_direction(direction: Tensor, why: str = "give another") -> None:
-    """Raise ValueError for a direction of norm zero or with entries that are not finite."""
+def check_direction(direction: Tensor, why: str = "give another") -> float:
+    """Return the norm; raise ValueError where it is zero or an entry is not finite."""
     norm = float(direction.double().norm())
     if not math.isfinite(norm):
         raise ValueError("the direction has infinite or undefined entries")
     if norm == 0:
         raise ValueError(f"the direction has norm zero: {why}")
+    return norm

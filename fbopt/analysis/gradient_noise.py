@@ -108,22 +108,19 @@ def gradient_statistics(
     if momentum is not None:
         check_grads(momentum, objective.params, "momentum")
     check(objective)
-    weights: list[float] = []
-    squares: list[Tensor] = []
-    losses: list[Tensor] = []
+    found: list[tuple[float, Tensor, Tensor]] = []
 
     def observe(weight: float, loss: Tensor, grads: list[Tensor | None]) -> None:
-        weights.append(weight)
-        losses.append(loss.double())
-        squares.append(dispatch.squared_norm([g for g in grads if g is not None]))
+        found.append((weight, loss.double(), _squared_norm(grads)))
 
     objective.accumulate(observe)
+    weights, losses, squares = zip(*found, strict=True)
     mean = objective.accumulator.mean()
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     chunk_sqnorms = torch.stack(squares).cpu()
     norms = chunk_sqnorms.sqrt()
     norm_mean = float(shares @ norms)
-    sqnorm = float(dispatch.squared_norm([g for g in mean if g is not None]))
+    sqnorm = float(_squared_norm(mean))
     mean_sqnorm, count = float(shares @ chunk_sqnorms), len(weights)
     several = count > 1
     return GradientStatistics(
@@ -138,6 +135,10 @@ def gradient_statistics(
         noise_trace=(mean_sqnorm - sqnorm) * sum(weights) / (count - 1) if several else None,
         momentum_angle=_angle(objective, mean, momentum),
     )
+
+
+def _squared_norm(grads: Sequence[Tensor | None]) -> Tensor:
+    return dispatch.squared_norm([g for g in grads if g is not None])
 
 
 def _angle(

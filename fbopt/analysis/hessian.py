@@ -1,6 +1,11 @@
-"""Hessian-vector products H v of the full-batch loss, exact or by finite differences."""
+"""Hessian-vector products H v of the full-batch loss, exact or by finite differences, and the trace
+by Hutchinson's estimator: tr(H) = E z.(H z) for random signs z.
+"""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +30,8 @@ class Hessian:
 
     Where the gradient jumps (ReLU, max pooling) finite differences count the jumps within the
     radius and do not converge as it shrinks; the exact product leaves them out. docs/analysis.md
-    has numbers.
+    has numbers. Under bfloat16 autocast finite differences are inaccurate, since the gradients'
+    rounding is as large as their difference: use exact products there.
 
     Args:
         objective: the loss.
@@ -80,3 +86,45 @@ class Hessian:
         if self._gradient is not None:  # forward
             return (up - self._gradient) * (norm / self.radius)
         return (up - self.objective.gradient(-shift)) * (norm / (2 * self.radius))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An estimate of the trace with its standard error.
+
+    Attributes:
+        value: the mean of ``z.(H z)`` over the samples.
+        error: its standard error, the samples' standard deviation divided by the square root of
+            their number.
+        samples: the number of samples, of one product each.
+    """
+
+    value: float
+    error: float
+    samples: int
+
+
+def hessian_trace(hessian: Hessian, samples: int = 32, seed: int = 0) -> Trace:
+    """Estimate the trace of the full-batch Hessian.
+
+    With Rademacher vectors the variance of one sample is ``2 sum_{i != j} H_ij^2``, the least among
+    independent entries (Hutchinson 1990; Avron and Toledo, JACM 2011).
+
+    Args:
+        hessian: the operator.
+        samples: the number of random vectors, with one product each; at least 2.
+        seed: of the vectors; sample i is the same however many there are.
+
+    Raises:
+        TypeError, ValueError: `samples` is not a number or too small.
+    """
+    check_number("samples", samples, least=2)
+    objective = hessian.objective
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(samples):
+        signs = torch.randint(2, (objective.size,), generator=generator, dtype=torch.int8)
+        vector = (2 * signs - 1).to(objective.device, objective.dtype)
+        values.append(float(vector.double() @ hessian(vector).double()))
+    found = torch.tensor(values, dtype=torch.float64)
+    return Trace(float(found.mean()), float(found.std()) / math.sqrt(samples), samples)

@@ -6,7 +6,6 @@ and Van Loan, Matrix Computations, section 10.3), so that no eigenpair appears t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,8 +32,7 @@ class Basis:
 
     def _rows(self) -> list[Tensor]:
         """The used rows of every block."""
-        left = [self.length - BLOCK * i for i in range(len(self.blocks))]
-        return [b[: min(BLOCK, n)] for b, n in zip(self.blocks, left, strict=True)]
+        return [block[: self.length - BLOCK * i] for i, block in enumerate(self.blocks)]
 
     def add(self, vector: Tensor) -> None:
         """Add a unit vector orthogonal to the others."""
@@ -125,15 +123,10 @@ def eigenpairs(
     if tolerance is None:
         fine = objective.epsilon < 1e-12 and hessian.method == "exact"
         tolerance = 1e-6 if fine else 1e-3
-    found = lanczos(
-        hessian,
-        torch.zeros(objective.size, dtype=objective.dtype, device=objective.device),
-        count,
-        which,
-        tolerance=tolerance,
-        max_products=max_products,
-        seed=seed,
-    )
+    like = torch.zeros(objective.size, dtype=objective.dtype, device=objective.device)
+    _check(len(like), count, which, tolerance, max_products)
+    basis, matrix = Basis(like, seed), _Tridiagonal(count, which, tolerance)
+    found = matrix.result(basis, _iterate(hessian, basis, matrix, max_products))
     if not verify:
         return found
     residuals = [
@@ -144,26 +137,12 @@ def eigenpairs(
     return replace(found, residuals=np.array(residuals), products=products)
 
 
-def lanczos(
-    operator: Callable[[Tensor], Tensor],
-    like: Tensor,
-    count: int,
-    which: str = "largest",
-    *,
-    tolerance: float = 1e-6,
-    max_products: int = 200,
-    seed: int = 0,
-) -> Eigenpairs:
-    """Like :func:`eigenpairs`, for any symmetric operator on vectors of the shape, dtype and device
-    of `like`.
-    """
-    _check(like, count, which, tolerance, max_products)
-    basis = Basis(like, seed)
-    matrix = _Tridiagonal(count, which, tolerance)
-    vector = basis.random()
-    for product in range(1, min(max_products, len(like)) + 1):
+def _iterate(hessian: Hessian, basis: Basis, matrix: _Tridiagonal, max_products: int) -> int:
+    """Extend basis and matrix until the wanted pairs have converged; return the products made."""
+    vector, size = basis.random(), len(basis.like)
+    for product in range(1, min(max_products, size) + 1):
         basis.add(vector)
-        image = operator(vector).to(like.dtype)
+        image = hessian(vector)
         if not torch.isfinite(image).all():
             raise ValueError(
                 f"product {product} with the operator is infinite or undefined: with finite "
@@ -172,16 +151,16 @@ def lanczos(
         coefficients, rest = basis.orthogonalize(image)
         beta = float(rest.double().norm())
         matrix.diagonal.append(float(coefficients[-1]))
-        invariant = beta <= 50 * torch.finfo(like.dtype).eps * matrix.norm_bound(beta)
+        invariant = beta <= 50 * torch.finfo(image.dtype).eps * matrix.norm_bound(beta)
         matrix.off_diagonal.append(0.0 if invariant else beta)
-        if matrix.is_done(last=product == len(like)):
+        if matrix.is_done(last=product == size):
             break
         if invariant:  # restart in the orthogonal complement
             matrix.start = product
             vector = basis.random()
         else:
             vector = rest / beta
-    return matrix.result(basis, product)
+    return product
 
 
 class _Tridiagonal:
@@ -215,8 +194,7 @@ class _Tridiagonal:
     def converged(self, values: Array, residuals: Array) -> Array:
         """Whether each residual meets the tolerance."""
         scale = np.maximum(np.abs(values), 1e-3 * np.abs(values).max())
-        met: Array = residuals <= self.tolerance * scale
-        return met
+        return np.asarray(residuals <= self.tolerance * scale)
 
     def is_done(self, last: bool) -> bool:
         """Whether all wanted pairs have converged and no further one can appear."""
@@ -257,13 +235,13 @@ class _Tridiagonal:
         )
 
 
-def _check(like: Tensor, count: int, which: str, tolerance: float, max_products: int) -> None:
+def _check(size: int, count: int, which: str, tolerance: float, max_products: int) -> None:
     if which not in ENDS:
         raise ValueError(f"which must be one of {ENDS}, got {which!r}")
     check_number("count", count, least=1)
     check_number("tolerance", tolerance, above=0)
     needed = 2 * count if which == "both" else count
-    if needed > len(like):
-        raise ValueError(f"count asks for {needed} eigenvalues, but there are {len(like)}")
+    if needed > size:
+        raise ValueError(f"count asks for {needed} eigenvalues, but there are {size}")
     if max_products < needed:
         raise ValueError(f"max_products is {max_products}: {needed} eigenvalues need as many")

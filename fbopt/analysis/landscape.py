@@ -63,9 +63,7 @@ def loss_landscape(
         raise ValueError(
             f"pass one or two directions and as many axes, got {len(directions)} and {len(axes)}"
         )
-    for direction in directions:
-        check_direction(direction)
-    norms = tuple(float(d.double().norm()) for d in directions)
+    norms = tuple(check_direction(d) for d in directions)
     if len(directions) == 2:
         cosine = float((directions[0] / norms[0]).double() @ (directions[1] / norms[1]).double())
         if abs(cosine) > 1 - 1e-6:

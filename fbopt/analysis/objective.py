@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.inputs import weigh
@@ -19,9 +21,10 @@ from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._ops.buckets import FlatBuckets
 from fbopt._random import seed_generators
 from fbopt.accumulate import GradientAccumulator
-from fbopt.analysis.modes import BATCHNORM, DROPOUT, modes
 from fbopt.analysis.parameter_space import ParameterSpace
 from fbopt.closure import FullBatchClosure
+
+BATCHNORM, DROPOUT = ("chunk", "frozen"), ("off", "seeded")
 
 
 @dataclass
@@ -88,12 +91,10 @@ class Objective(ParameterSpace):
         dropout: str = "off",
         seed: int = 0,
     ) -> None:
-        for name, value, known in (
-            ("batchnorm", batchnorm, BATCHNORM),
-            ("dropout", dropout, DROPOUT),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        if batchnorm not in BATCHNORM:
+            raise ValueError(f"batchnorm must be one of {BATCHNORM}, got {batchnorm!r}")
+        if dropout not in DROPOUT:
+            raise ValueError(f"dropout must be one of {DROPOUT}, got {dropout!r}")
         closure = FullBatchClosure(  # checks the arguments
             model,
             loss_fn,
@@ -132,7 +133,7 @@ class Objective(ParameterSpace):
             for index, chunk, weight in self.visit():
                 total += weight * self.chunk_loss(index, chunk).to(total)
                 samples += weight
-        self.count(losses=1)
+        self.count("losses")
         return float(total) / samples
 
     def gradient(self, shift: Tensor | None = None) -> Tensor:
@@ -155,7 +156,7 @@ class Objective(ParameterSpace):
                 self.accumulator.add(grads, weight)
                 observe(weight, loss.detach(), grads)
                 del loss, grads  # freed before the next chunk's are made
-        self.count(gradients=1)
+        self.count("gradients")
 
     def product(self, vector: Tensor) -> Tensor:
         """H v, with H the Hessian of L at theta, by a second backward pass per chunk.
@@ -170,38 +171,33 @@ class Objective(ParameterSpace):
                 loss = self.chunk_loss(index, chunk)
                 self.accumulator.add(self._second_backward(loss, parts), weight)
                 del loss
-        self.count(gradients=1, second_backwards=1)
+        self.count("gradients", "second_backwards")
         return self.flatten(self.accumulator.mean())
 
     def _second_backward(self, loss: Tensor, vector: list[Tensor]) -> list[Tensor | None]:
         grads = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
-        pairs = [
-            (g, v)
-            for g, v in zip(grads, vector, strict=True)
-            if g is not None and g.requires_grad  # else the loss is linear in this parameter
-        ]
-        if not pairs:
+        # The loss is linear in the other parameters.
+        curved = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
+        if not curved:
             return [None for _ in self.params]
-        outputs, along = (list(side) for side in zip(*pairs, strict=True))
+        outputs, along = [grads[i] for i in curved], [vector[i] for i in curved]
         return list(torch.autograd.grad(outputs, self.params, along, allow_unused=True))
 
-    def count(self, losses: int = 0, gradients: int = 0, second_backwards: int = 0) -> None:
-        """Add one pass over the chunks to ``cost``, and report it to ``on_pass``."""
-        self.cost.losses += losses
-        self.cost.gradients += gradients
-        self.cost.second_backwards += second_backwards
+    def count(self, *names: str) -> None:
+        """Add a pass over the chunks to these fields of ``cost``, and report it to ``on_pass``."""
+        for name in names:
+            vars(self.cost)[name] += 1
         self.on_pass()
 
     def visit(self) -> Iterator[tuple[int, Any, float]]:
         """Iterate over (index, chunk, n_c), restoring the buffers before each; only within
         :meth:`evaluating`.
         """
-        seen = False
+        index = -1
         for index, chunk in enumerate(self.chunks):
-            seen = True
             self.restore_buffers()
             yield index, chunk, weigh(index, chunk, self.weight)
-        if not seen:
+        if index < 0:
             raise ValueError("chunks is empty: there is no sample to average over")
 
     def restore_buffers(self) -> None:
@@ -221,7 +217,12 @@ class Objective(ParameterSpace):
         """Set the modules' modes, move the parameters to theta + shift, and restore all after."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(GeneratorSnapshot(self.devices).repeated())
-            stack.enter_context(modes(self.model, self.batchnorm, self.dropout))
+            for module in self.model.modules():
+                stack.callback(setattr, module, "training", module.training)
+                if isinstance(module, _BatchNorm):
+                    module.training = self.batchnorm == "chunk"
+                elif isinstance(module, _DropoutNd) and self.dropout == "off":
+                    module.training = False
             self._buffers.save()
             stack.callback(self.restore_buffers)
             if shift is not None:

@@ -16,6 +16,24 @@ from fbopt.train.precision import autocast_dtype
 from fbopt.train.trainer import Trainer
 
 
+def training_loss(trainer: Trainer, **options: Any) -> Objective:
+    """The mean loss over a run's training set, without augmentation, in chunks of its size.
+
+    `options` are Objective's batchnorm, dropout and seed.
+    """
+    chunks = Chunks(unaugmented(trainer.data.train), trainer.chunks.size)
+    # The copy shares all but torch.compile, which cannot be differentiated twice.
+    model, autocast = copy.copy(trainer.model), autocast_dtype(trainer.options.precision)
+    return Objective(model, trainer.loss_fn, chunks, autocast=autocast, **options)
+
+
+def update_rule(trainer: Trainer) -> dict[str, Any]:
+    """Learning rate, momentum and weight decay of the next step, as for torch.optim.SGD."""
+    group = trainer.optimizer.param_groups[0]
+    names = ("lr", "momentum", "nesterov", "dampening", "weight_decay")
+    return {n: group[n] if n == "nesterov" else float(group[n]) for n in names}
+
+
 class CurvatureTracker:
     """Measures a run after every K-th pass, and leaves it as it was.
 
@@ -36,15 +54,7 @@ class CurvatureTracker:
     def measure(self) -> dict[str, Any]:
         """The entries for metrics.jsonl: sharpness and its threshold, noise scale and its parts."""
         if self.objective is None:
-            trainer = self.trainer
-            chunks = Chunks(unaugmented(trainer.data.train), trainer.chunks.size)
-            # The copy shares all but torch.compile, which cannot be differentiated twice.
-            self.objective = Objective(
-                copy.copy(trainer.model),
-                trainer.loss_fn,
-                chunks,
-                autocast=autocast_dtype(trainer.options.precision),
-            )
+            self.objective = training_loss(self.trainer)
         found: dict[str, Any] = {}
         if "noise" in self.names:
             statistics = gradient_statistics(self.objective)
@@ -57,8 +67,5 @@ class CurvatureTracker:
     def _sharpness(self) -> dict[str, Any]:
         trainer = self.trainer
         pairs = eigenpairs(Hessian(self.objective), 1, seed=trainer.options.seed, verify=False)
-        group = trainer.optimizer.param_groups[0]
-        names = ("lr", "momentum", "nesterov", "dampening", "weight_decay")
-        rule = {name: group[name] for name in names}
-        threshold = stability_threshold(**rule, clip=trainer.clip_coefficient)
+        threshold = stability_threshold(**update_rule(trainer), clip=trainer.clip_coefficient)
         return {"sharpness": float(pairs.values[0]), "sharpness_threshold": threshold.value}

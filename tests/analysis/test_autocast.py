@@ -60,6 +60,16 @@ def test_loss_gradient_and_product_are_those_of_autocast(case):
         assert (other - wanted).norm() > 1e-3 * wanted.norm()
 
 
+@pytest.mark.parametrize("name", ["mlp", "convolutional"])
+def test_exact_products_are_close_to_those_of_float32(name):
+    case = getattr(analysis_cases, name)(torch.float32)
+    low, full = (Hessian(case.objective(autocast=dtype)) for dtype in (torch.bfloat16, None))
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(low.objective.size, generator=generator)
+    expected = full(vector)
+    assert 0 < (low(vector) - expected).norm() < 0.02 * expected.norm()
+
+
 def test_noise_and_landscapes_run_under_autocast(case):
     low = case.objective(autocast=torch.bfloat16)
     found = gradient_statistics(low)

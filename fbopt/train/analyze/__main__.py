@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fbopt.train.analyze.options import Analysis, as_json, check
+from fbopt.train.analyze.options import Analysis, check
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import OptionsError
 from fbopt.train.config.parser import parse
 
-if TYPE_CHECKING:
-    from fbopt.train.analyze.report import Report
-    from fbopt.train.analyze.runs import Subject
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `fbopt analyze …`; returns 0, 1 (cannot be measured or written), 2 (bad input) or 130."""
+    """Run `fbopt analyze …`; returns 0, 1 (not measurable), 2 (bad input, not writable), 130."""
     (options,) = parse("fbopt analyze", arguments, Analysis)
-    from fbopt.train.checkpoint.atomic import WriteError
-
     try:
         analyze(options)
+        return 0
     except (OptionsError, DataError) as error:
-        return _fail(str(error), 2)
-    except (ValueError, RuntimeError, WriteError) as error:
-        return _fail(str(error), 1)
+        message, status = str(error), 2
+    except (ValueError, RuntimeError) as error:
+        message, status = str(error), 1
     except KeyboardInterrupt:
-        return _fail(f"stopped; what was finished is in {folder_of(options)}/", 130)
-    return 0
+        message, status = f"stopped; what was finished is in {folder_of(options)}/", 130
+    print(f"fbopt analyze: {message}", file=sys.stderr, flush=True)
+    return status
 
 
 def folder_of(options: Analysis) -> Path:
@@ -62,77 +55,18 @@ def analyze(options: Analysis) -> dict[str, Any]:
     from fbopt.train.analyze.runs import read
 
     subjects = [read(path, options) for path in options.runs]
-    report = Report(folder_of(options), as_json(options))
-    for subject in subjects:
-        report.add_run(subject, subject.pass_seconds(options.train_steps))
+    report = Report(folder_of(options), options, subjects)
     for name in options.measures:
         for subject in subjects:
             work = partial(measures.MEASURES[name], subject, options)
-            values = _measure(report, f"{subject.name}: {name}", subject, name, options, work)
-            report.add(name, values, subject.name)
+            report.measure(name, subject, work, alone=True)
         report.draw(name)
     if options.between:
-        name = "line" if len(subjects) == 2 else "plane"
         work = partial(measures.between, subjects, options)
-        values = _measure(report, "between the runs", subjects[0], name, options, work)
-        report.add("between", values)
+        report.measure("between", subjects[0], work, alone=False)
         report.draw("between")
     print(f"written: {report.folder}/ ({', '.join(report.written)})", flush=True)
     return report.results
-
-
-def _measure(
-    report: Report,
-    title: str,
-    subject: Subject,
-    name: str,
-    options: Analysis,
-    work: Callable[[], tuple[dict[str, Any], str]],
-) -> dict[str, Any]:
-    """Do the work under a progress bar, print its text, and return its values with their cost."""
-    from fbopt.train.analyze.measures import passes
-
-    objective = subject.objective
-    before, start = objective.cost.copy(), time.perf_counter()
-    subject.set_precision()
-    with _progress_bar(title, passes(name, subject, options)) as advance:
-        objective.on_pass = advance
-        try:
-            values, text = work()
-        finally:
-            objective.on_pass = lambda: None
-    seconds = time.perf_counter() - start
-    training_passes = round(seconds / report.pass_seconds(subject.name), 2)
-    cost = vars(objective.cost.since(before))
-    print(
-        f"{title}: {text}\n    {cost['gradients']} gradients, {cost['second_backwards']} second "
-        f"backward passes, {cost['losses']} losses; {seconds:.1f} s, as long as "
-        f"{training_passes:.1f} passes of training",
-        flush=True,
-    )
-    timing = {"seconds": round(seconds, 3), "training_passes": training_passes}
-    return values | {"cost": cost | timing}
-
-
-@contextlib.contextmanager
-def _progress_bar(title: str, total: int | None) -> Iterator[Callable[[], object]]:
-    """Show a bar on a terminal, where tqdm is installed; yields what advances it by one pass."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield lambda: None
-        return
-    width = shutil.get_terminal_size().columns
-    # Without nrows tqdm shows nothing where a pseudo-terminal claims to have no rows.
-    with tqdm(
-        total=total, desc=title, unit="pass", leave=False, disable=None, ncols=width, nrows=20
-    ) as bar:
-        yield bar.update
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"fbopt analyze: {message}", file=sys.stderr, flush=True)
-    return status
 
 
 if __name__ == "__main__":

@@ -141,20 +141,15 @@ DRAWINGS = {f.__name__: f for f in (sharpness, flatness, line, plane, between)}
 def short(names: Iterable[str]) -> list[str]:
     """Names of runs without the words at either end that all have in common."""
     words = [re.split(r"(-|, )", name) for name in names]
-    if len(words) == 1:
-        return ["".join(words[0])]
-    while len({w[0] for w in words}) == 1 and min(map(len, words)) > 2:
-        words = [w[2:] for w in words]
-    while len({w[-1] for w in words}) == 1 and min(map(len, words)) > 2:
-        words = [w[:-2] for w in words]
+    for end, rest in ((0, slice(2, None)), (-1, slice(-2))):
+        while len(words) > 1 and len({w[end] for w in words}) == 1 and min(map(len, words)) > 2:
+            words = [w[rest] for w in words]
     return ["".join(w) for w in words]
 
 
 def _panels(width: float, height: float, columns: int = 1, **grid: Any) -> tuple[Any, Any]:
     """A figure of that size in inches, and its row of axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = plots.figure(width, height)
     return figure, figure.subplots(1, columns, squeeze=False, **grid)[0]
 
 
@@ -184,8 +179,8 @@ def _levels(runs: Sequence[Values]) -> np.ndarray:
 
 
 def _colorbar(figure: Any, filled: Any, axes: list[Any]) -> None:
-    ticks = [m * 10.0**e for e in range(-8, 9) for m in (1, 2, 5)]
-    ticks = [t for t in ticks if filled.levels[0] <= t <= filled.levels[-1]]
+    low, *_, high = filled.levels
+    ticks = [t for e in range(-8, 9) for m in (1, 2, 5) if low <= (t := m * 10.0**e) <= high]
     bar = figure.colorbar(filled, ax=axes, label="training loss (nats)", ticks=ticks)
     bar.ax.set_yticklabels([f"{t:g}" for t in ticks])
     bar.minorticks_off()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from fbopt.train.analyze.options import Analysis
 from fbopt.train.analyze.runs import Subject
 from fbopt.train.checkpoint.resume import check_model
 from fbopt.train.config.options import OptionsError
+from fbopt.train.curvature import update_rule
 
 Values = dict[str, Any]
 
@@ -50,8 +52,8 @@ def sharpness(subject: Subject, options: Analysis) -> tuple[Values, str]:
         max_products=options.max_products,
         seed=options.seed,
     )
-    rule, clip = subject.rule, _clip(subject)
-    threshold = stability_threshold(**rule, clip=clip)
+    rule = update_rule(subject.run) | {"clip": _clip(subject)}
+    threshold = stability_threshold(**rule)
     values = {
         "eigenvalues": found.values.tolist(),
         "residuals": found.residuals.tolist(),
@@ -61,7 +63,7 @@ def sharpness(subject: Subject, options: Analysis) -> tuple[Values, str]:
         "method": options.products,
         "threshold": threshold.value if np.isfinite(threshold.value) else None,
         "threshold_formula": threshold.formula,
-        "rule": rule | {"clip": clip},
+        "rule": rule,
     }
     worst = float((found.residuals / np.abs(found.values)).max())
     eigenvalues = ", ".join(f"{value:.4g}" for value in found.values)
@@ -92,17 +94,20 @@ def flatness(subject: Subject, options: Analysis) -> tuple[Values, str]:
     return found.as_json(), text
 
 
-def line(subject: Subject, options: Analysis) -> tuple[Values, str]:
-    """The loss along one random direction."""
-    return _landscape(subject, options, 1)
+def landscape(subject: Subject, options: Analysis, dimensions: int) -> tuple[Values, str]:
+    """The loss along one random direction, or in the plane of two."""
+    directions = [
+        random_direction(subject.objective, options.seed, index, vectors=options.vectors)
+        for index in range(dimensions)
+    ]
+    count = options.points if dimensions == 1 else options.grid
+    return _losses(subject, options, directions, np.linspace(-options.span, options.span, count))
 
 
-def plane(subject: Subject, options: Analysis) -> tuple[Values, str]:
-    """The loss in the plane of two random directions."""
-    return _landscape(subject, options, 2)
-
-
-MEASURES = {f.__name__: f for f in (gradient, sharpness, trace, flatness, line, plane)}
+MEASURES = {f.__name__: f for f in (gradient, sharpness, trace, flatness)} | {
+    "line": partial(landscape, dimensions=1),
+    "plane": partial(landscape, dimensions=2),
+}
 
 
 def between(subjects: list[Subject], options: Analysis) -> tuple[Values, str]:
@@ -125,15 +130,12 @@ def between(subjects: list[Subject], options: Analysis) -> tuple[Values, str]:
     return values | {"names": [s.name for s in subjects]}, text
 
 
-def passes(name: str, subject: Subject, options: Analysis) -> int | None:
+def count_passes(name: str, subject: Subject, options: Analysis) -> int | None:
     """The number of passes over the chunks that a measure takes, None if unknown beforehand."""
-    products = {"exact": options.samples, "central": 2 * options.samples}
-    known = {
-        "gradient": 1,
-        "trace": products.get(options.products, options.samples + 1),
-        "line": options.points,
-        "plane": options.grid**2,
-    }
+    line, plane, samples = options.points, options.grid**2, options.samples
+    trace = {"exact": samples, "central": 2 * samples, "forward": samples + 1}[options.products]
+    known = {"gradient": 1, "trace": trace, "line": line, "plane": plane}
+    known["between"] = line if len(options.runs) == 2 else plane
     checks = 0 if subject.objective.is_deterministic else 3
     return known[name] + checks if name in known else None
 
@@ -149,16 +151,6 @@ def _clip(subject: Subject) -> float:
         return 1.0
     norm = float(subject.objective.gradient().double().norm())
     return min(1.0, limit / (norm + 1e-6))
-
-
-def _landscape(subject: Subject, options: Analysis, dimensions: int) -> tuple[Values, str]:
-    directions = [
-        random_direction(subject.objective, options.seed, index, vectors=options.vectors)
-        for index in range(dimensions)
-    ]
-    count = options.points if dimensions == 1 else options.grid
-    axis = np.linspace(-options.span, options.span, count)
-    return _losses(subject, options, directions, axis)
 
 
 def _losses(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from fbopt.train.config.options import OptionsError, flag
 
@@ -42,7 +43,8 @@ class Analysis:
     dropout: Literal["off", "seeded"] = "off"
     """Whether dropout is off, or on with masks that depend on the seed and the chunk (seeded)."""
     products: Literal["exact", "central", "forward"] = "exact"
-    """Hessian-vector products: by double backward, or by finite differences."""
+    """Hessian-vector products: by double backward, or by finite differences, which are inaccurate
+    for runs in bf16."""
     radius: float | None = None
     """Length of the shift in finite differences. Default: from the precision of the passes."""
     eigenvalues: int = 5
@@ -96,10 +98,6 @@ def check(options: Analysis) -> None:
             raise OptionsError(f"{flag(name)} {value}: has to be above 0 and finite")
 
 
-def as_json(options: Analysis) -> dict[str, object]:
+def as_json(options: Analysis) -> dict[str, Any]:
     """The options as plain numbers, strings and lists."""
-    values = {field.name: getattr(options, field.name) for field in fields(options)}
-    return values | {
-        "runs": [str(path) for path in options.runs],
-        "out": None if options.out is None else str(options.out),
-    }
+    return json.loads(json.dumps(asdict(options), default=str))

@@ -4,69 +4,96 @@ progress.
 
 from __future__ import annotations
 
-import platform
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import fbopt
 from fbopt.train.analyze import figures
+from fbopt.train.analyze.measures import Values, count_passes
+from fbopt.train.analyze.options import Analysis, as_json
 from fbopt.train.analyze.runs import Subject
 from fbopt.train.checkpoint import atomic
+from fbopt.train.checkpoint.provenance import environment
+from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import OptionsError
+from fbopt.train.reporting import progress
+
+FACTS = ("fbopt", "torch", "python", "processor", "threads")  # of the environment
 
 
 class Report:
     """The results in a folder, which is created at once.
 
     Attributes:
-        folder: where the files are.
         results: the content of results.json.
         written: the names of the files written so far.
     """
 
-    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, options: Analysis, subjects: list[Subject]) -> None:
+        self.folder, self.options = folder, options
         self.written: dict[str, None] = {}  # an ordered set
+        facts = environment(subjects[0].run, subjects[0].state["data"])
         self.results: dict[str, Any] = {
-            "options": options, "environment": _environment(), "runs": {}, "measures": {},
+            "options": as_json(options), "environment": {name: facts[name] for name in FACTS},
+            "runs": {}, "measures": {},
         }  # fmt: skip
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write()
-        except OSError as error:
-            raise OptionsError(
-                f"--out {folder}: cannot be written ({atomic.reason(error)}); "
-                f"{atomic.cure(error)}, or give another --out"
-            ) from error
+        self._write()
+        for subject in subjects:
+            self._add_run(subject)
 
-    def add_run(self, subject: Subject, pass_seconds: float) -> None:
+    def _add_run(self, subject: Subject) -> None:
         """Add a run and the time that a pass of its training takes."""
         if subject.name in self.results["runs"]:
             raise OptionsError(f"{subject.name} is given twice")
         training = subject.run.options.as_json()
         self.results["runs"][subject.name] = {
             "folder": str(subject.folder),
-            "step": subject.step,
+            "step": subject.state["step"],
             "parameters": subject.objective.size,
-            "training_pass_seconds": round(pass_seconds, 6),
+            "training_pass_seconds": round(subject.pass_seconds(self.options.train_steps), 6),
             "training": {k: v for k, v in training.items() if k not in ("out", "resume")},
         }
         self._write()
 
-    def pass_seconds(self, run: str) -> float:
-        """The time that a pass of a run's training takes."""
-        return self.results["runs"][run]["training_pass_seconds"]
-
-    def add(self, measure: str, values: dict[str, Any], run: str | None = None) -> None:
-        """Add what was measured of a run; without `run`, of all together."""
-        measures = self.results["measures"]
-        if run is None:
-            measures[measure] = values
-        else:
-            measures.setdefault(measure, {})[run] = values
+    def measure(
+        self, name: str, subject: Subject, work: Callable[[], tuple[Values, str]], alone: bool
+    ) -> None:
+        """Do the work, a measure of one run alone or of all, print and add what it found."""
+        title = f"{subject.name}: {name}" if alone else "between the runs"
+        subject.set_precision()
+        before, start = subject.objective.cost.copy(), time.perf_counter()
+        with self._showing_progress(title, name, subject):
+            values, text = work()
+        seconds = time.perf_counter() - start
+        pass_seconds = self.results["runs"][subject.name]["training_pass_seconds"]
+        passes = round(seconds / pass_seconds, 2)
+        cost = vars(subject.objective.cost.since(before))
+        print(
+            f"{title}: {text}\n    {cost['gradients']} gradients, {cost['second_backwards']} "
+            f"second backward passes, {cost['losses']} losses; {seconds:.1f} s, as long as "
+            f"{passes:.1f} passes of training",
+            flush=True,
+        )
+        values |= {"cost": cost | {"seconds": round(seconds, 3), "training_passes": passes}}
+        found = self.results["measures"]
+        found[name] = found.get(name, {}) | {subject.name: values} if alone else values
         self._write()
+
+    @contextlib.contextmanager
+    def _showing_progress(self, title: str, name: str, subject: Subject) -> Iterator[None]:
+        """Show a bar that counts the objective's passes, on a terminal."""
+        objective, total = subject.objective, count_passes(name, subject, self.options)
+        bar = progress.bar(total=total, desc=title, unit="pass", leave=False, disable=None)
+        try:
+            if bar is not None:
+                objective.on_pass = bar.update
+            yield
+        finally:
+            objective.on_pass = lambda: None
+            if bar is not None:
+                bar.close()
 
     def draw(self, measure: str) -> None:
         """Draw the figures that show a measure."""
@@ -80,15 +107,9 @@ class Report:
                     print(f"no {name}.png: pip install matplotlib", flush=True)
 
     def _write(self) -> None:
-        atomic.replace_json(self.folder / "results.json", self.results)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            atomic.replace_json(self.folder / "results.json", self.results)
+        except OSError as error:
+            raise RunFolder(self.folder).not_writable(error) from error
         self.written["results.json"] = None
-
-
-def _environment() -> dict[str, Any]:
-    return {
-        "fbopt": fbopt.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-    }

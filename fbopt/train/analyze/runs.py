@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -20,10 +19,10 @@ from fbopt.train.checkpoint.format import CheckpointError
 from fbopt.train.checkpoint.resume import check_data, check_model
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options, OptionsError
-from fbopt.train.data.dataset import Chunks
+from fbopt.train.curvature import training_loss
 from fbopt.train.data.load import load
 from fbopt.train.distributed import select_device
-from fbopt.train.precision import autocast_dtype, set_float32_precision
+from fbopt.train.precision import set_float32_precision
 from fbopt.train.trainer import Trainer
 
 
@@ -34,28 +33,16 @@ class Subject:
     Attributes:
         name: its name in results and figures.
         folder: the run's folder.
-        step: the number of steps done.
-        run: the run at that step.
+        run: the run at the checkpoint's step.
         objective: its loss.
         state: the content of the checkpoint.
     """
 
     name: str
     folder: Path
-    step: int
     run: Trainer
     objective: Objective
     state: dict[str, Any]
-
-    @property
-    def rule(self) -> dict[str, float | bool]:
-        """Learning rate, momentum and weight decay of the next step, as for torch.optim.SGD."""
-        group = self.run.optimizer.param_groups[0]
-        names = ("lr", "momentum", "nesterov", "dampening", "weight_decay")
-        return {
-            name: value if isinstance(value := group[name], bool) else float(value)
-            for name in names
-        }
 
     @property
     def momentum(self) -> list[Tensor | None] | None:
@@ -106,20 +93,12 @@ def read(path: Path, options: Analysis) -> Subject:
     check_data(str(path), state["data"], data.sha256(), trained.data)
     device = select_device(options.device)
     data = data.to(device)
-    # Products with the Hessian differentiate twice, which torch.compile cannot.
+    # Exact products differentiate twice, which torch.compile cannot.
     run = Trainer(replace(trained, compile=False), data, device)
     check_model(str(path), state["model"], run.model.state_dict())
-    objective = Objective(
-        run.model,
-        run.loss_fn,
-        Chunks(data.train, run.chunks.size),
-        autocast=autocast_dtype(trained.precision),
-        batchnorm=options.batchnorm,
-        dropout=options.dropout,
-        seed=options.seed,
-    )
+    conditions = {name: getattr(options, name) for name in ("batchnorm", "dropout", "seed")}
     name = f"{folder.resolve().name}, step {state['step']:,}"
-    subject = Subject(name, folder, state["step"], run, objective, state)
+    subject = Subject(name, folder, run, training_loss(run, **conditions), state)
     subject.load()
     return subject
 
@@ -136,8 +115,8 @@ def _state(path: Path) -> tuple[Path, dict[str, Any]]:
             raise OptionsError(f"{path}: there is no checkpoint in it yet; wait for the first")
         return path, folder.load()
     if not path.exists():
-        kept = ", ".join(f"{p.name}" for _, p in RunFolder(path.parent).checkpoints())
-        found = f"; {path.parent} has {kept}" if re.search(r"\.pt$", path.name) and kept else ""
+        kept = ", ".join(p.name for _, p in RunFolder(path.parent).checkpoints())
+        found = f"; {path.parent} has {kept}" if path.suffix == ".pt" and kept else ""
         raise OptionsError(f"{path}: there is no such folder or file{found}")
     try:
         return path.parent, format.read(path)

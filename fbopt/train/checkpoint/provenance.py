@@ -34,6 +34,7 @@ def environment(trainer: Trainer, data: str) -> dict[str, Any]:
     """The facts, as plain types; `data` is the data's SHA-256."""
     closure, order, device = trainer.closure, trainer.chunks.order, trainer.device
     cuda, kernels = device.type == "cuda", "none"
+    # The older getters of precision raise where somebody has used the newer setters.
     matmul, convolution = (
         (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
         if cuda

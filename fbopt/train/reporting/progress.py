@@ -11,6 +11,16 @@ from typing import Any, TextIO
 LINE_SECONDS = 5.0
 
 
+def bar(**options: Any) -> Any:
+    """A tqdm bar as wide as the terminal; None where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    # Without nrows tqdm shows nothing where a pseudo-terminal claims to have no rows.
+    return tqdm(ncols=shutil.get_terminal_size().columns, nrows=20, **options)
+
+
 class Progress:
     """Shows how many of `passes` over `samples` training samples are done, beginning at `done`."""
 
@@ -20,21 +30,8 @@ class Progress:
         self.recent = deque([(time.monotonic(), done)], maxlen=20)  # for the rate
         self.last_line = float("-inf")
         self.test_accuracy: float | None = None
-        self.bar = self._bar(done) if self.stream.isatty() else None
-
-    def _bar(self, done: int) -> Any:
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return None
-        return tqdm(
-            total=self.passes,
-            initial=done,
-            file=self.stream,
-            ncols=shutil.get_terminal_size().columns,
-            nrows=20,  # tqdm shows nothing where a pseudo-terminal claims to have no rows
-            bar_format="{percentage:3.0f} % |{bar:8}|{desc}",
-        )
+        style = {"bar_format": "{percentage:3.0f} % |{bar:8}|{desc}", "file": self.stream}
+        self.bar = bar(total=passes, initial=done, **style) if self.stream.isatty() else None
 
     def advance(self, samples: int) -> None:
         """Move the bar within a pass, which may take minutes."""
