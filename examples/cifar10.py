@@ -4,9 +4,8 @@
 
 FOLDER holds cifar-10-batches-py (torchvision unpacks it), or {train,test}/CLASS/IMAGE files.
 ResNet-18, crops and flips drawn anew in every pass, as in Geiping et al. (ICLR 2022).
-Claim (CIFAR-10 (JPEG), --width 8 --samples 2048 --share 0.1, n = 1, one core of an AMD EPYC with
-AVX-512, torch 2.14.1): sgd 54.4 %, fb-penalty 58.2 % (14 CPU minutes). The paper's own figures have
-not been reproduced here; no GPU has run this yet.
+Claim (CIFAR-10 (JPEG), --width 8 --samples 2048 --share 0.1, n = 1, a core of an AMD EPYC,
+torch 2.14.1): sgd 54.4 %, fb-penalty 58.2 %. At full size, or on a GPU, it has not been run.
 """
 
 import argparse
