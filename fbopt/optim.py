@@ -124,9 +124,8 @@ class FullBatchGD(torch.optim.Optimizer):
         Raises:
             RuntimeError: a GradScaler calls this, or the gradient is not finite and
                 ``error_if_nonfinite`` is set.
-            TypeError, ValueError: gradients or options that do not fit.
-
-            After an error parameters, state and buffers are as they were.
+            TypeError, ValueError: gradients or options that do not fit. After any of these errors
+                parameters, state and buffers are as they were.
         """
         self._refuse_grad_scaler()
         if closure is not None and not callable(closure):
