@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fbopt.train.analyze.options import Analysis, as_json, check
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import OptionsError
-from fbopt.train.config.parser import parse
+from fbopt.train.config.parser import fail, parse
 
 if TYPE_CHECKING:
     from fbopt.train.analyze.report import Report
@@ -29,11 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         analyze(options)
     except (OptionsError, DataError) as error:
-        return _fail(str(error), 2)
+        return fail(f"fbopt analyze: {error}", 2)
     except (ValueError, RuntimeError, WriteError) as error:
-        return _fail(str(error), 1)
+        return fail(f"fbopt analyze: {error}", 1)
     except KeyboardInterrupt:
-        return _fail(f"stopped; what was finished is in {folder_of(options)}/", 130)
+        return fail(f"fbopt analyze: stopped; what was finished is in {folder_of(options)}/", 130)
     return 0
 
 
@@ -128,11 +128,6 @@ def _progress_bar(title: str, total: int | None) -> Iterator[Callable[[], object
         total=total, desc=title, unit="pass", leave=False, disable=None, ncols=width, nrows=20
     ) as bar:
         yield bar.update
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"fbopt analyze: {message}", file=sys.stderr, flush=True)
-    return status
 
 
 if __name__ == "__main__":

@@ -5,16 +5,16 @@ All files lie in one folder: ROW-sSEED/ (the runs), logs/, ladder.md, ladder.jso
 
 from __future__ import annotations
 
-import itertools
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fbopt.train.config.options import Options, OptionsError, RecipeName, flag
-from fbopt.train.config.resolve import device_type, resolve
+from fbopt.train.config.resolve import ABOVE_0, AT_LEAST_1, check_bounds, device_type, resolve
 
-RUN_BYTES = 1.5e9  # of a small run, most of it torch
+RUN_BYTES = 1_500_000_000  # of a small run, most of it torch
 OWN = ("recipe", "seed", "resume", "overwrite", "chunk_norms")  # set for every run
+BOUNDS = {"seeds": AT_LEAST_1, "jobs": AT_LEAST_1, "share": ABOVE_0}
 
 
 @dataclass(frozen=True)
@@ -50,38 +50,48 @@ class Plan:
     command: str
 
     @property
-    def longest_first(self) -> list[Options]:
-        """All runs, in the order of their work."""
-        return sorted(itertools.chain(*self.runs.values()), key=_work, reverse=True)
+    def last_row_first(self) -> list[Options]:
+        """All runs in their order: the rows at the end of a ladder take longest."""
+        return [options for row in reversed(self.runs.values()) for options in row]
 
 
 def make_plan(wanted: Ladder, common: Options, command: str = "fbopt ladder") -> Plan:
     """Plan the runs, with `common` for all of them; raises OptionsError for bad options."""
-    for name in OWN:
-        if getattr(common, name) != getattr(Options, name):
-            raise OptionsError(f"{flag(name)} is set by the ladder for every run; leave it out")
-    for name in ("seeds", "jobs"):
-        if (value := getattr(wanted, name)) is not None and value < 1:
-            raise OptionsError(f"--{name} {value}: has to be at least 1")
-    if not 0 < wanted.share <= 100:
-        raise OptionsError(f"--share {wanted.share}: has to be above 0, and at most 100")
-    if not wanted.rows or len(set(wanted.rows)) < len(wanted.rows):
-        raise OptionsError("--rows: name at least one recipe, and each of them once")
+    _check(wanted, common)
     folder = wanted.out or Path("runs") / f"ladder-{common.data_name}"
     rows = {row: _row(replace(common, recipe=row), wanted.share) for row in wanted.rows}
-    jobs = wanted.jobs or _jobs([resolve(options) for options in rows.values()])
+    jobs = wanted.jobs or _jobs(list(rows.values()))
+    share = max(1, cores() // jobs) if jobs > 1 else None  # alone: torch's own choice
     runs = {
-        row: [replace(o, seed=s, out=folder / f"{row}-s{s}") for s in range(wanted.seeds)]
-        for row, o in ((row, _with_threads(o, jobs)) for row, o in rows.items())
+        row: [
+            replace(o, seed=seed, out=folder / f"{row}-s{seed}", threads=o.threads or share)
+            for seed in range(wanted.seeds)
+        ]
+        for row, o in rows.items()
     }
     return Plan(wanted, folder, runs, jobs, command)
 
 
+def _check(wanted: Ladder, common: Options) -> None:
+    """Raise OptionsError for values that cannot work, and for options that the ladder sets."""
+    for name in OWN:
+        if getattr(common, name) != getattr(Options, name):
+            raise OptionsError(f"{flag(name)} is set by the ladder for every run; leave it out")
+    check_bounds(wanted, BOUNDS)
+    if not wanted.rows or len(set(wanted.rows)) < len(wanted.rows):
+        raise OptionsError("--rows: name at least one recipe, and each of them once")
+
+
 def _row(options: Options, share: float) -> Options:
-    """The options of a row's runs."""
-    options, passes = replace(options, resume="auto", chunk_norms=True), resolve(options).passes
-    name = "epochs" if options.stochastic else "steps"
-    return options if share == 1 else replace(options, **{name: max(1, round(share * passes))})
+    """The options of a row's runs, with the recipe's threads."""
+    resolved, length = resolve(options), "epochs" if options.stochastic else "steps"
+    return replace(
+        options,
+        resume="auto",
+        chunk_norms=True,
+        threads=resolved.threads,
+        **{length: max(1, round(share * resolved.passes))},
+    )
 
 
 def _jobs(rows: list[Options]) -> int:
@@ -89,30 +99,11 @@ def _jobs(rows: list[Options]) -> int:
     if any(device_type(row.device) == "cuda" for row in rows):
         return 1
     threads = max(row.threads or cores() for row in rows)
-    return max(1, min(cores() // threads, int(memory() / RUN_BYTES)))
-
-
-def _with_threads(options: Options, jobs: int) -> Options:
-    """Give a run its share of the cores, unless its number of threads is set already."""
-    if jobs == 1 or resolve(options).threads is not None:
-        return options
-    return replace(options, threads=max(1, cores() // jobs))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(cores() // threads, memory // RUN_BYTES))
 
 
 def cores() -> int:
     """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def memory() -> int:
-    """The machine's memory in bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _work(options: Options) -> int:
-    """Forward and backward passes per sample."""
-    options = resolve(options)
-    replicas = 1 if options.stochastic else options.replicas or 1
-    return options.passes * (2 if options.penalty else 1) * replicas
+    affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from fbopt.train.checkpoint.run_dir import RunFolder
@@ -12,6 +16,12 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, BLACK = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000",
 )  # fmt: skip
 GREY = "#555555"
+PALETTE = (BLACK, ORANGE, AMBER, SKY, BLUE, GREEN, PURPLE)
+CONVERSIONS = {  # from a metric to what is drawn
+    "train_accuracy": lambda share: 100 * share,
+    "test_accuracy": lambda share: 100 * share,
+    "mean_squared_chunk_norm": math.sqrt,
+}
 Records = list[dict[str, Any]]
 
 
@@ -65,19 +75,19 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
         return False
     records = folder.read_metrics()
     (loss, accuracy), (norm, rate), *tracked = page.subplots(rows, 2, sharex=True)
-    _line(loss, records, "loss", BLUE, "train")
-    _line(loss, records, "test_loss", ORANGE, "test")
+    draw_line(loss, [records], "loss", color=BLUE, label="train")
+    draw_line(loss, [records], "test_loss", color=ORANGE, label="test")
     loss.set(ylabel="mean cross-entropy (nats)", title="Loss")
-    _line(accuracy, records, "train_accuracy", BLUE, "train", scale=100)
-    _line(accuracy, records, "test_accuracy", ORANGE, "test", scale=100)
+    draw_line(accuracy, [records], "train_accuracy", color=BLUE, label="train")
+    draw_line(accuracy, [records], "test_accuracy", color=ORANGE, label="test")
     accuracy.set(ylabel="samples classified right (%)", title="Accuracy")
-    _line(norm, records, "gradient_norm", BLUE, "before clipping")
+    draw_line(norm, [records], "gradient_norm", color=BLUE, label="before clipping")
     if options.max_norm is not None:
         norm.axhline(options.max_norm, color=GREY, linestyle="--", label="clipped to")
         norm.legend(frameon=False)
     title = "Gradient norm" + (", last mini-batch" if options.stochastic else ", full batch")
     norm.set(ylabel="Euclidean norm", title=title)
-    _line(rate, records, "lr", BLUE, "learning rate")
+    draw_line(rate, [records], "lr", color=BLUE, label="learning rate")
     rate.set(ylabel="learning rate", title="Learning rate")
     for axes in (loss, accuracy):
         axes.legend(frameon=False)
@@ -102,11 +112,13 @@ def _draw_tracked(rows: list[Any], records: Records, options: Options) -> None:
     panels = list(rows[0]) if rows else []
     for name, axes in zip(options.tracked, panels, strict=False):
         if name == "sharpness":
-            _line(axes, records, "sharpness", BLUE, "largest eigenvalue")
-            _line(axes, records, "sharpness_threshold", ORANGE, "threshold of stability")
+            draw_line(axes, [records], "sharpness", color=BLUE, label="largest eigenvalue")
+            draw_line(
+                axes, [records], "sharpness_threshold", color=ORANGE, label="threshold of stability"
+            )
             axes.set(ylabel="curvature of the loss (nats)", title="Sharpness, full batch")
         else:
-            _line(axes, records, "noise_scale", BLUE, "noise scale")
+            draw_line(axes, [records], "noise_scale", color=BLUE, label="noise scale")
             axes.set(ylabel="samples", title="Gradient noise scale")
         if axes.lines:
             log_scale(axes)
@@ -115,10 +127,24 @@ def _draw_tracked(rows: list[Any], records: Records, options: Options) -> None:
         axes.set_axis_off()
 
 
-def _line(axes: Any, records: Records, key: str, color: str, label: str, scale: float = 1) -> None:
-    """Draw a metric against passes, where the records have it; few points with markers."""
-    points = [(r["pass"], r[key] * scale) for r in records if r.get(key) is not None]
-    if points:
-        style = {"color": color, "linewidth": 1.5, "markersize": 3}
+def draw_line(axes: Any, runs: Sequence[Records], key: str, x: str = "pass", **look: Any) -> None:
+    """Draw a metric against passes or steps, its mean over the runs; few points with markers.
+
+    Of the test accuracy of several runs, shade the range too.
+    """
+    if points := shared_points(runs, key, x):
         marker = "o" if len(points) < 30 else None
-        axes.plot(*zip(*points, strict=True), label=label, marker=marker, **style)
+        means = [statistics.mean(values) for values in points.values()]
+        axes.plot(list(points), means, marker=marker, markersize=3, linewidth=1.5, **look)
+        if key == "test_accuracy" and len(runs) > 1:
+            low, high = list(map(min, points.values())), list(map(max, points.values()))
+            axes.fill_between(list(points), low, high, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def shared_points(runs: Sequence[Records], key: str, x: str) -> dict[float, list[float]]:
+    """The values of a metric, as it is drawn, by pass or step, where every run has one."""
+    found: dict[float, list[float]] = {}
+    for record in itertools.chain(*runs):
+        if record.get(key) is not None:
+            found.setdefault(record[x], []).append(CONVERSIONS.get(key, float)(record[key]))
+    return {place: found[place] for place in sorted(found) if len(found[place]) == len(runs)}
