@@ -9,12 +9,12 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fbopt._build.compiler import cores
 from fbopt.train.config.options import Options, OptionsError, RecipeName, flag
 from fbopt.train.config.resolve import ABOVE_0, AT_LEAST_1, check_bounds, device_type, resolve
 
 RUN_BYTES = 1_500_000_000  # of a small run, most of it torch
 OWN = ("recipe", "seed", "resume", "overwrite", "chunk_norms")  # set for every run
-BOUNDS = {"seeds": AT_LEAST_1, "jobs": AT_LEAST_1, "share": ABOVE_0}
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,8 @@ class Ladder:
 
 @dataclass(frozen=True)
 class Plan:
-    """A ladder to run: what was asked for, the options of all runs, and how many run at once."""
+    """A ladder to run: its folder, the options of all runs, and how many run at once."""
 
-    wanted: Ladder
     folder: Path
     runs: dict[str, list[Options]]  # by row, one for each seed
     jobs: int
@@ -62,14 +61,12 @@ def make_plan(wanted: Ladder, common: Options, command: str = "fbopt ladder") ->
     rows = {row: _row(replace(common, recipe=row), wanted.share) for row in wanted.rows}
     jobs = wanted.jobs or _jobs(list(rows.values()))
     share = max(1, cores() // jobs) if jobs > 1 else None  # alone: torch's own choice
+    rows = {row: replace(o, threads=o.threads or share) for row, o in rows.items()}
     runs = {
-        row: [
-            replace(o, seed=seed, out=folder / f"{row}-s{seed}", threads=o.threads or share)
-            for seed in range(wanted.seeds)
-        ]
+        row: [replace(o, seed=s, out=folder / f"{row}-s{s}") for s in range(wanted.seeds)]
         for row, o in rows.items()
     }
-    return Plan(wanted, folder, runs, jobs, command)
+    return Plan(folder, runs, jobs, command)
 
 
 def _check(wanted: Ladder, common: Options) -> None:
@@ -77,21 +74,16 @@ def _check(wanted: Ladder, common: Options) -> None:
     for name in OWN:
         if getattr(common, name) != getattr(Options, name):
             raise OptionsError(f"{flag(name)} is set by the ladder for every run; leave it out")
-    check_bounds(wanted, BOUNDS)
+    check_bounds(wanted, {"seeds": AT_LEAST_1, "jobs": AT_LEAST_1, "share": ABOVE_0})
     if not wanted.rows or len(set(wanted.rows)) < len(wanted.rows):
         raise OptionsError("--rows: name at least one recipe, and each of them once")
 
 
 def _row(options: Options, share: float) -> Options:
     """The options of a row's runs, with the recipe's threads."""
-    resolved, length = resolve(options), "epochs" if options.stochastic else "steps"
-    return replace(
-        options,
-        resume="auto",
-        chunk_norms=True,
-        threads=resolved.threads,
-        **{length: max(1, round(share * resolved.passes))},
-    )
+    recipe = resolve(options)
+    length = {"epochs" if options.stochastic else "steps": max(1, round(share * recipe.passes))}
+    return replace(options, resume="auto", chunk_norms=True, threads=recipe.threads, **length)
 
 
 def _jobs(rows: list[Options]) -> int:
@@ -101,9 +93,3 @@ def _jobs(rows: list[Options]) -> int:
     threads = max(row.threads or cores() for row in rows)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(cores() // threads, memory // RUN_BYTES))
-
-
-def cores() -> int:
-    """The number of cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -19,17 +19,13 @@ HEAD = """\
 | time per run (h:mm:ss) | paper: CIFAR-10, augmented (%) |
 |---|---|---:|---|---:|---:|---:|---|"""
 FIGURES = {  # panels: metric, title, axis label
-    "accuracy": [
-        ("test_accuracy", "Test accuracy (bands: all seeds)", "correctly classified samples (%)")
-    ],
-    "gradients": [
-        ("gradient_norm", "Gradient norm before clipping (sgd: last mini-batch)", "Euclidean norm"),
-        ("clip", "Clip coefficient", "factor (1: not clipped)"),
-    ],
-    "chunks": [
-        ("mean_squared_chunk_norm", "Gradient norms of chunks (sgd: mini-batches)",
-         "root mean square of the norms"),
-    ],
+    "accuracy": [("test_accuracy", "Test accuracy (bands: all seeds)",
+                  "correctly classified samples (%)")],
+    "gradients": [("gradient_norm", "Gradient norm before clipping (sgd: last mini-batch)",
+                   "Euclidean norm"),
+                  ("clip", "Clip coefficient", "factor (1: not clipped)")],
+    "chunks": [("mean_squared_chunk_norm", "Gradient norms of chunks (sgd: mini-batches)",
+                "root mean square of the norms")],
     "loss": [("loss", "Training loss", "mean cross-entropy (nats)")],
 }  # fmt: skip
 X_LABELS = {
@@ -52,7 +48,7 @@ def write(plan: Plan) -> str:
     rows = [_row(name, plan.runs[name], folders) for name, folders in finished.items()]
     text = table(rows)
     atomic.replace(plan.folder / "ladder.md", f"{text}\n\n    {plan.command}\n".encode())
-    content = {"command": plan.command, "data": plan.wanted.data, "rows": rows}
+    content = {"command": plan.command, "data": plan.last_row_first[0].data, "rows": rows}
     atomic.replace_json(plan.folder / "ladder.json", content)
     names = ", ".join(["ladder.md", "ladder.json", *draw_all(plan, finished)])
     return f"{text}\nwritten: {plan.folder}/ ({names})"
@@ -84,20 +80,20 @@ def _spread(values: list[float]) -> dict[str, float | None] | None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    return "\n".join([HEAD, *(f"| {' | '.join(_cells(row, row['runs']))} |" for row in rows)])
-
-
-def _cells(row: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
-    failed = row["seeds"] - len(runs)
-    return [
-        f"`{row['row']}`",
-        _words(row["test_accuracy"], 2, 100) + (f" ({failed} failed)" if failed else ""),
-        str(len(runs)),
-        _words(row["loss"], 4),
-        *(_range([run[key] for run in runs]) for key in ("step", "gradient_evaluations")),
-        str(timedelta(seconds=round(row["seconds"]["mean"]))) if runs else "",
-        row["published"] or "–",
-    ]
+    lines = [HEAD]
+    for row in rows:
+        runs, failed = row["runs"], row["seeds"] - len(row["runs"])
+        cells = (
+            f"`{row['row']}`",
+            _words(row["test_accuracy"], 2, 100) + (f" ({failed} failed)" if failed else ""),
+            str(len(runs)),
+            _words(row["loss"], 4),
+            *(_range([run[key] for run in runs]) for key in ("step", "gradient_evaluations")),
+            str(timedelta(seconds=round(row["seconds"]["mean"]))) if runs else "",
+            row["published"] or "–",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _words(spread: dict[str, float | None] | None, digits: int, times: float = 1) -> str:
@@ -114,11 +110,11 @@ def _range(counts: list[int]) -> str:
 def draw_all(plan: Plan, finished: dict[str, list[RunFolder]]) -> list[str]:
     """Draw the figures of the finished runs into the ladder's folder; returns their names."""
     rows = {row: [f.read_metrics() for f in folders] for row, folders in finished.items()}
-    seeds = "one seed" if plan.wanted.seeds == 1 else f"mean of {plan.wanted.seeds} seeds"
-    drawn: list[str] = []
-    for name, panels in FIGURES.items() if any(rows.values()) else ():
-        if (page := plots.figure(7.5, 2 + 2.5 * len(panels))) is None:
-            break
+    first, *more = next(iter(plan.runs.values()))
+    title = f"{first.data_name}, {f'mean of {1 + len(more)} seeds' if more else 'one seed'}"
+    for name, panels in FIGURES.items():
+        if not any(rows.values()) or (page := plots.figure(7.5, 2 + 2.5 * len(panels))) is None:
+            return []
         all_axes = page.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
         x = "step" if name == "accuracy" else "pass"
         for axes, (key, title, label) in zip(all_axes, panels, strict=True):
@@ -126,10 +122,9 @@ def draw_all(plan: Plan, finished: dict[str, list[RunFolder]]) -> list[str]:
             axes.set(title=title, ylabel=label)
         plots.log_steps(all_axes[-1], X_LABELS[x])
         all_axes[0].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-        page.suptitle(f"{next(iter(plan.runs.values()))[0].data_name}, {seeds}")
+        page.suptitle(title)
         page.savefig(plan.folder / f"{name}.png")
-        drawn.append(f"{name}.png")
-    return drawn
+    return [f"{name}.png" for name in FIGURES]
 
 
 def _draw(axes: Any, key: str, x: str, rows: dict[str, list[plots.Records]]) -> None:
