@@ -75,6 +75,16 @@ def test_what_a_ladder_writes(tiny, done):
         assert (done / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_figures_name_the_data_and_the_panels(tiny, done, monkeypatch):
+    pages, figure = [], plots.figure
+    monkeypatch.setattr(plots, "figure", lambda *size: pages.append(figure(*size)) or pages[-1])
+    summary.write(plan_of(tiny, done, *ROWS))
+    assert len(pages) == len(summary.FIGURES)
+    for page, panels in zip(pages, summary.FIGURES.values(), strict=True):
+        assert page.get_suptitle() == f"{Path(tiny).stem}, mean of 2 seeds"
+        assert [axes.get_title() for axes in page.axes] == [title for _, title, _ in panels]
+
+
 def test_runs_are_commands_of_fbopt_train(tiny, tmp_path):
     """Every run is what `fbopt train` makes of the options of its row, its seed and all rows."""
     runs = plan_of(tiny, tmp_path, *ROWS, "--no-nesterov", "--chunks=shuffled").runs

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, get_type_hints
 
-from fbopt.train.config.dataspec import DataError, parse, scale_of
+from fbopt.train.config.dataspec import parse, scale_of
 from fbopt.train.config.options import TRACKED, Options, OptionsError, flag, literals
 from fbopt.train.config.recipes import RECIPES, Recipe
 
@@ -110,7 +110,7 @@ _BOUNDS = {
 
 
 def check(options: Options) -> None:
-    """Raise OptionsError for values that cannot work, before anything is read or written."""
+    """Raise OptionsError or DataError for values that cannot work, before reading or writing."""
     for name, hint in get_type_hints(Options).items():
         allowed, value = literals(hint), getattr(options, name)
         if allowed and value is not None and value not in allowed and name != "resume":
@@ -166,10 +166,7 @@ def _check_tracked(options: Options) -> None:
 
 
 def _check_data(options: Options) -> None:
-    try:
-        kind, _ = parse(options.data)
-    except DataError as error:
-        raise OptionsError(str(error)) from error
+    kind, _ = parse(options.data)
     for name in ("data_dir", "download"):
         if getattr(options, name) and not kind.startswith("cifar"):
             raise OptionsError(

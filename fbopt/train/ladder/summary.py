@@ -111,7 +111,7 @@ def draw_all(plan: Plan, finished: dict[str, list[RunFolder]]) -> list[str]:
     """Draw the figures of the finished runs into the ladder's folder; returns their names."""
     rows = {row: [f.read_metrics() for f in folders] for row, folders in finished.items()}
     first, *more = next(iter(plan.runs.values()))
-    title = f"{first.data_name}, {f'mean of {1 + len(more)} seeds' if more else 'one seed'}"
+    heading = f"{first.data_name}, {f'mean of {1 + len(more)} seeds' if more else 'one seed'}"
     for name, panels in FIGURES.items():
         if not any(rows.values()) or (page := plots.figure(7.5, 2 + 2.5 * len(panels))) is None:
             return []
@@ -122,7 +122,7 @@ def draw_all(plan: Plan, finished: dict[str, list[RunFolder]]) -> list[str]:
             axes.set(title=title, ylabel=label)
         plots.log_steps(all_axes[-1], X_LABELS[x])
         all_axes[0].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-        page.suptitle(title)
+        page.suptitle(heading)
         page.savefig(plan.folder / f"{name}.png")
     return [f"{name}.png" for name in FIGURES]
 
