@@ -78,7 +78,7 @@ def test_what_a_ladder_writes(tiny, done):
 def test_figures_name_the_data_and_the_panels(tiny, done, monkeypatch):
     pages, figure = [], plots.figure
     monkeypatch.setattr(plots, "figure", lambda *size: pages.append(figure(*size)) or pages[-1])
-    summary.write(plan_of(tiny, done, *ROWS))
+    assert main(["--data", tiny, "--out", str(done), *SMALL, *ROWS]) == 0
     assert len(pages) == len(summary.FIGURES)
     for page, panels in zip(pages, summary.FIGURES.values(), strict=True):
         assert page.get_suptitle() == f"{Path(tiny).stem}, mean of 2 seeds"
