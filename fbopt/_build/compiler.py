@@ -131,15 +131,19 @@ def find_headers() -> str:
     return folder
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def jobs() -> int:
     """Return how many files to compile at a time: MAX_JOBS or the cores, as memory allows."""
     words = os.environ.get("MAX_JOBS", "").strip()
     if words and not (words.isdecimal() and int(words) > 0):
         raise BuildError(f"MAX_JOBS is {words!r}", "set MAX_JOBS to a positive number, or unset it")
-    affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(int(words or cores), memory // BYTES_PER_JOB))
+    return max(1, min(int(words or cores()), memory // BYTES_PER_JOB))
 
 
 def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:

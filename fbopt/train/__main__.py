@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import Options, OptionsError
-from fbopt.train.config.parser import parse, until_closed
+from fbopt.train.config.parser import fail, parse, until_closed
 from fbopt.train.config.recipes import overview
 from fbopt.train.torchrun import exit_with, is_rank_zero, only_rank_zero_prints
 
@@ -34,9 +34,9 @@ def run(options: Options) -> int:
     try:
         train(options)
     except (OptionsError, DataError) as error:
-        return _fail(f"fbopt train: {error}", 2)
+        return fail(f"fbopt train: {error}", 2)
     except (Diverged, WriteError) as error:
-        return _fail(f"fbopt train: {error}" if prints else "", 1)
+        return fail(f"fbopt train: {error}" if prints else "", 1)
     except PeerError as error:
         return peer_error_status(error)
     except Interrupted as stop:
@@ -44,14 +44,8 @@ def run(options: Options) -> int:
             print(stop, flush=True)
         return 130
     except KeyboardInterrupt:
-        return _fail("stopped at once" if prints else "", 130)
+        return fail("stopped at once" if prints else "", 130)
     return 0
-
-
-def _fail(message: str, status: int) -> int:
-    if message:
-        print(message, file=sys.stderr, flush=True)
-    return status
 
 
 if __name__ == "__main__":

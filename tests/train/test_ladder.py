@@ -20,9 +20,10 @@ from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.parser import command_line, parse
 from fbopt.train.config.recipes import NAMES
-from fbopt.train.ladder import figures, plan, runner, summary
+from fbopt.train.ladder import plan, runner, summary
 from fbopt.train.ladder.__main__ import main
 from fbopt.train.ladder.plan import Ladder, make_plan
+from fbopt.train.reporting import plots
 
 SMALL = ["--width", "4", "--share", "0.02"]
 
@@ -47,7 +48,7 @@ def done(tiny, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "draw_curves", lambda folder, options: False)
         patch.setattr(runner.Runner, "start", lambda *a: pytest.fail("trained again"))
-        for options in plan_of(tiny, out, *ROWS).longest_first:
+        for options in plan_of(tiny, out, *ROWS).last_row_first:
             loop.train(options)
         assert main(["--data", tiny, "--out", str(out), *SMALL, *ROWS]) == 0
     return out
@@ -70,8 +71,18 @@ def test_what_a_ladder_writes(tiny, done):
     table = (done / "ladder.md").read_text()
     assert "| `fb-penalty-aug` |" in table and "95.36 ± 0.07" in table and " ± " in table
     assert f"{100 * mean:.2f} ± {100 * deviation:.2f} | 2 |" in table
-    for name in figures.FIGURES:
+    for name in summary.FIGURES:
         assert (done / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_name_the_data_and_the_panels(tiny, done, monkeypatch):
+    pages, figure = [], plots.figure
+    monkeypatch.setattr(plots, "figure", lambda *size: pages.append(figure(*size)) or pages[-1])
+    assert main(["--data", tiny, "--out", str(done), *SMALL, *ROWS]) == 0
+    assert len(pages) == len(summary.FIGURES)
+    for page, panels in zip(pages, summary.FIGURES.values(), strict=True):
+        assert page.get_suptitle() == f"{Path(tiny).stem}, mean of 2 seeds"
+        assert [axes.get_title() for axes in page.axes] == [title for _, title, _ in panels]
 
 
 def test_runs_are_commands_of_fbopt_train(tiny, tmp_path):
@@ -192,31 +203,32 @@ def test_as_many_at_once_as_the_machine_bears(
     monkeypatch, cores, memory, threads, device, expected
 ):
     monkeypatch.setattr("fbopt.train.ladder.plan.cores", lambda: cores)
-    monkeypatch.setattr("fbopt.train.ladder.plan.memory", lambda: int(memory))
+    pages = {"SC_PHYS_PAGES": int(memory), "SC_PAGE_SIZE": 1}
+    monkeypatch.setattr("os.sysconf", pages.__getitem__)
     common = Options(data="cifar10", threads=threads, device=device)
     plan = make_plan(Ladder(data="cifar10", out=Path("nowhere")), common)
     assert plan.jobs == expected
     asked = make_plan(Ladder(data="cifar10", out=Path("nowhere"), jobs=4), common)
     assert asked.jobs == 4
-    found = {o.threads for o in asked.longest_first}
+    found = {o.threads for o in asked.last_row_first}
     assert found == {threads or max(1, cores // 4)}
 
 
-def test_the_longest_runs_first(tiny, tmp_path):
-    plan = plan_of(tiny, tmp_path, "--rows", "fb", "fb-strong", "fb-clip", "--seeds", "2")
-    assert [o.recipe for o in plan.longest_first] == ["fb-strong"] * 2 + ["fb-clip"] * 2 + [
+def test_the_last_row_first(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path, "--rows", "fb", "fb-clip", "fb-strong", "--seeds", "2")
+    assert [o.recipe for o in plan.last_row_first] == ["fb-strong"] * 2 + ["fb-clip"] * 2 + [
         "fb"
     ] * 2
-    assert [o.seed for o in plan.longest_first] == [0, 1] * 3
+    assert [o.seed for o in plan.last_row_first] == [0, 1] * 3
 
 
 def test_every_recipe_has_a_look_of_its_own():
-    assert len({tuple(figures.style(name).values()) for name in NAMES}) == len(NAMES)
+    assert len({tuple(summary.LOOKS[name].values()) for name in NAMES}) == len(NAMES)
 
 
 def test_lines_are_where_all_seeds_have_a_value():
     runs = [[{"pass": 1, "loss": 2.0}, {"pass": 2, "loss": 1.0}], [{"pass": 1, "loss": 4.0}]]
-    assert figures.curve("loss", "pass", runs) == {1: [2.0, 4.0]}
+    assert plots.shared_points(runs, "loss", "pass") == {1: [2.0, 4.0]}
 
 
 def test_words_of_the_table():

@@ -15,6 +15,7 @@ from fbopt.train import models
 from fbopt.train.__main__ import main
 from fbopt.train.build import lr_factor
 from fbopt.train.config import recipes
+from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.diff import check_resume, differences
 from fbopt.train.config.options import ModelName, Options, OptionsError, RecipeName
 from fbopt.train.config.resolve import resolve
@@ -136,7 +137,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_options(case):
     changes, message = BAD[case]
-    with pytest.raises(OptionsError, match=message):
+    with pytest.raises((OptionsError, DataError), match=message):
         resolve(Options(**changes))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from fbopt.train.analyze.options import Analysis, check
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import OptionsError
-from fbopt.train.config.parser import parse
+from fbopt.train.config.parser import fail, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,15 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (options,) = parse("fbopt analyze", arguments, Analysis)
     try:
         analyze(options)
-        return 0
     except (OptionsError, DataError) as error:
-        message, status = str(error), 2
+        return fail(f"fbopt analyze: {error}", 2)
     except (ValueError, RuntimeError) as error:
-        message, status = str(error), 1
+        return fail(f"fbopt analyze: {error}", 1)
     except KeyboardInterrupt:
-        message, status = f"stopped; what was finished is in {folder_of(options)}/", 130
-    print(f"fbopt analyze: {message}", file=sys.stderr, flush=True)
-    return status
+        return fail(f"fbopt analyze: stopped; what was finished is in {folder_of(options)}/", 130)
+    return 0
 
 
 def folder_of(options: Analysis) -> Path:

@@ -8,31 +8,32 @@ from typing import Any
 
 from fbopt.train.config.options import Options, OptionsError, flag
 
-# Options for the place, the speed and the records of a run, which do not change its numbers.
-FREE = (
-    "out", "resume", "overwrite", "data_dir", "download", "device", "threads", "save_every", "keep",
-    "fingerprint_every", "chunk_norms", "cuda_graph", "track", "every",
+# Options for the place, the speed and the records of a run, which do not change its numbers: those
+# that may be given with --resume RUN, and the others.
+RESUMABLE = (
+    "data_dir", "download", "device", "threads", "save_every", "keep", "fingerprint_every",
+    "cuda_graph",
 )  # fmt: skip
-_WITH_RESUME = (
-    "resume", "data_dir", "download", "device", "threads", "save_every", "keep",
-    "fingerprint_every", "cuda_graph",
-)  # fmt: skip
+FREE = (*RESUMABLE, "out", "resume", "overwrite", "chunk_norms", "track", "every")
 
 
 def check_resume(options: Options) -> None:
     """Refuse options beside `--resume RUN` that the run, which has its own, would ignore."""
     for field in fields(Options):
-        if field.name not in _WITH_RESUME and getattr(options, field.name) != field.default:
+        if (
+            field.name not in ("resume", *RESUMABLE)
+            and getattr(options, field.name) != field.default
+        ):
             raise OptionsError(
                 f"{flag(field.name)} cannot be given with --resume RUN: the run goes on with its "
-                f"own options (only {', '.join(map(flag, _WITH_RESUME[1:]))} may change); leave it "
+                f"own options (only {', '.join(map(flag, RESUMABLE))} may change); leave it "
                 "out, or start a new run with --out"
             )
 
 
 def given(options: Options) -> dict[str, Any]:
     """The options given beside `--resume RUN` that replace the run's own."""
-    values = {name: getattr(options, name) for name in _WITH_RESUME[1:]}
+    values = {name: getattr(options, name) for name in RESUMABLE}
     return {name: value for name, value in values.items() if value not in (None, "auto")}
 
 

@@ -11,9 +11,11 @@ from fbopt.train.config.parser import parse, wrapped
 from fbopt.train.config.recipes import NAMES, RECIPES, TABLES, Recipe, published, split
 
 HEAD = ("recipe", "passes", "chunk", "lr", "warm-up", "cosine", "clip", "penalty", "accuracy (%)")
-ABOUT = """All rows: {model}, momentum {momentum:g} (Nesterov), weight decay {decay:g}. A pass is a
-full-batch step, or an epoch of sgd in mini-batches of the size of `chunk`. The learning rate rises
-over the warm-up passes, then follows a cosine that would end after that many passes more."""
+ABOUT = """All rows: {model}, momentum {momentum:g} (Nesterov), weight decay {weight_decay:g}. A
+pass is a full-batch step, or an epoch of sgd in mini-batches of the size of `chunk`. The learning
+rate rises over the warm-up passes, then follows a cosine that would end after that many passes
+more."""
+MODELS = {"images": "ResNet-18", "small": "the small CNN"}
 SOURCES = {
     "images": "Accuracies: Geiping et al. (ICLR 2022, arXiv 2109.14119), CIFAR-10; – if unknown.",
     "small": "Found by hand on MNIST-1D, not by the paper.",
@@ -38,10 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def listing(scale: str) -> str:
     """The recipes of a scale, table by table."""
     rows = RECIPES[scale]
-    model = {"images": "ResNet-18", "small": "the small CNN"}[scale]
-    about = ABOUT.format(
-        model=model, momentum=rows["fb"]["momentum"], decay=rows["fb"]["weight_decay"]
-    )
+    about = ABOUT.format_map(rows["fb"] | {"model": MODELS[scale]})
     parts = [wrapped(f"{about} {SOURCES[scale]}")]
     for suffix, table in TABLES.items():
         title = table.title[0].upper() + table.title[1:]

@@ -43,7 +43,15 @@ def parse(
     """
     usage = "".join(f" {f.name.upper()} ..." for f in fields(classes[0]) if f.default is MISSING)
     about = wrapped(inspect.getdoc(classes[0]) or "")
-    parser = _Parser(program, f"{program} [options]{usage}", about, wrapped(notes))
+    parser = _Parser(
+        program,
+        f"{program} [options]{usage}",
+        about,
+        wrapped(notes),
+        formatter_class=_Formatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
     known: set[str] = set()
     for cls in classes:
         _add_options(parser, cls, known)
@@ -101,16 +109,15 @@ def until_closed(work: Callable[[], int]) -> int:
         return CLOSED_PIPE
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser with short errors, which sets only what is given."""
+def fail(message: str, status: int) -> int:
+    """Print what went wrong, if anything, to stderr; returns the exit status."""
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    return status
 
-    def __init__(self, *words: str) -> None:
-        super().__init__(
-            *words,
-            formatter_class=_Formatter,
-            argument_default=argparse.SUPPRESS,
-            allow_abbrev=False,
-        )
+
+class _Parser(argparse.ArgumentParser):
+    """A parser with short errors."""
 
     def print_help(self, file: Any = None) -> None:
         """Print the help; unlike argparse's, it fails if stdout is a closed pipe."""

@@ -30,24 +30,14 @@ TABLES = {  # by the suffix of its recipes
     ),
     "-x40": Table("40 fixed crops and flips of every image", {"augment": "fixed", "replicas": 40}),
 }
-SUMMARIES = {
-    "sgd": "stochastic baseline: shuffled mini-batches",
-    "fb": "full batch, nothing else changed from sgd",
-    "fb-long": "more steps, larger lr, longer warm-up",
-    "fb-clip": "fb-long + global gradient clipping",
-    "fb-penalty": "fb-clip + gradient penalty",
-    "fb-strong": "fb-penalty on chunks of 32: a stronger penalty",
-    "fb-shuffled": "fb-strong, samples shuffled into new chunks every pass",
-}
-# Test accuracy (%) on CIFAR-10 with augmentation, mean ± deviation, as published.
-_ACCURACIES = {
-    "sgd": "95.70 ± 0.11",
-    "fb": "75.42 ± 0.13",
-    "fb-long": "87.36 ± 1.23",
-    "fb-clip": "93.85 ± 0.10",
-    "fb-penalty": "95.36 ± 0.07",
-    "fb-strong": "95.67 ± 0.08",
-    "fb-shuffled": "95.91 ± 0.14",
+STEPS = {  # what each adds; its published test accuracy (%) on CIFAR-10 with augmentation
+    "sgd": ("stochastic baseline: shuffled mini-batches", "95.70 ± 0.11"),
+    "fb": ("full batch, nothing else changed from sgd", "75.42 ± 0.13"),
+    "fb-long": ("more steps, larger lr, longer warm-up", "87.36 ± 1.23"),
+    "fb-clip": ("fb-long + global gradient clipping", "93.85 ± 0.10"),
+    "fb-penalty": ("fb-clip + gradient penalty", "95.36 ± 0.07"),
+    "fb-strong": ("fb-penalty on chunks of 32: a stronger penalty", "95.67 ± 0.08"),
+    "fb-shuffled": ("fb-strong, samples shuffled into new chunks every pass", "95.91 ± 0.14"),
 }
 _COMMON = {
     "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "decay": "all", "label_smoothing": 0.0,
@@ -55,63 +45,47 @@ _COMMON = {
 }  # fmt: skip
 
 
-def _ladder(model: str, sgd: Recipe, fb: Recipe, long: Recipe) -> dict[str, Recipe]:
-    """All rows of all tables at one scale. The penalty is λ = lr·penalty/4 at the current lr."""
-    clip = long | {"lr": 0.4, "max_norm": 0.25}
+def _ladder(model: str, lr: float, passes: int, batch_size: int, long: Recipe) -> dict[str, Recipe]:
+    """All rows of all tables at one scale. The penalty is λ = lr·penalty/4 at the current lr.
+
+    `lr`, `passes` and `batch_size` are those of sgd; `long` is what changes with more steps.
+    """
+    short = {"model": model, "lr": lr, "warmup": 5, "cosine": passes}
+    sgd = short | {"epochs": passes, "batch_size": batch_size, "chunks": "shuffled"}
+    fb = short | {"steps": passes, "chunk_size": 128}
+    clip = fb | long | {"lr": 0.4, "max_norm": 0.25}
     penalty = clip | {"lr": 0.8, "penalty": 0.5}
     strong = penalty | {"chunk_size": 32}
     shuffled = strong | {"chunks": "shuffled"}
-    steps = dict(zip(SUMMARIES, (sgd, fb, long, clip, penalty, strong, shuffled), strict=True))
+    steps = dict(zip(STEPS, (sgd, fb, fb | long, clip, penalty, strong, shuffled), strict=True))
     return {
-        step + suffix: _COMMON | {"model": model} | steps[step] | table.changes
+        step + suffix: _COMMON | steps[step] | table.changes
         for suffix, table in TABLES.items()
         for step in (["fb-penalty"] if suffix == "-x40" else steps)
         if step != "fb-shuffled" or suffix == "-aug"
     }
 
 
+_LONG = {"lr": 0.4, "warmup": 400, "cosine": 4000, "steps": 3000}
+# The small network, which has no BatchNorm, diverges at lr 0.4 without clipping.
+_SMALL_LONG = {"lr": 0.1, "warmup": 100, "cosine": 1300, "steps": 1000}
 RECIPES: dict[str, dict[str, Recipe]] = {
-    "images": _ladder(
-        "resnet18",
-        {
-            "lr": 0.1,
-            "warmup": 5,
-            "cosine": 300,
-            "epochs": 300,
-            "batch_size": 128,
-            "chunks": "shuffled",
-        },
-        {"lr": 0.1, "warmup": 5, "cosine": 300, "steps": 300, "chunk_size": 128},
-        {"lr": 0.4, "warmup": 400, "cosine": 4000, "steps": 3000, "chunk_size": 128},
-    ),
-    "small": _ladder(
-        "cnn",
-        {
-            "lr": 0.05,
-            "warmup": 5,
-            "cosine": 200,
-            "epochs": 200,
-            "batch_size": 100,
-            "chunks": "shuffled",
-        },
-        {"lr": 0.05, "warmup": 5, "cosine": 200, "steps": 200, "chunk_size": 128},
-        # This network, which has no BatchNorm, diverges at lr 0.4 without clipping.
-        {"lr": 0.1, "warmup": 100, "cosine": 1300, "steps": 1000, "chunk_size": 128},
-    ),
+    "images": _ladder("resnet18", 0.1, 300, 128, _LONG),
+    "small": _ladder("cnn", 0.05, 200, 100, _SMALL_LONG),
 }
 NAMES = tuple(RECIPES["small"])
 
 
 def split(name: str) -> tuple[str, str]:
     """The step of the ladder and the table's suffix: ("fb-clip", "-aug") for "fb-clip-aug"."""
-    step = next(step for step in sorted(SUMMARIES, key=len, reverse=True) if name.startswith(step))
+    step = next(step for step in sorted(STEPS, key=len, reverse=True) if name.startswith(step))
     return step, name.removeprefix(step)
 
 
 def summary(name: str) -> str:
     """What a recipe is, in words."""
     step, suffix = split(name)
-    return f"{step}, {TABLES[suffix].title}" if suffix else SUMMARIES[step]
+    return f"{step}, {TABLES[suffix].title}" if suffix else STEPS[step][0]
 
 
 def published(name: str, scale: str) -> str:
@@ -122,11 +96,11 @@ def published(name: str, scale: str) -> str:
     """
     step, suffix = split(name)
     known = suffix == "-aug" or (scale == "small" and not suffix)
-    return _ACCURACIES[step] if known else ""
+    return STEPS[step][1] if known else ""
 
 
 def overview() -> str:
     """The steps of the ladder, for the help."""
-    rows = "\n".join(f"  {step:11} {SUMMARIES[step]}" for step in NAMES[:6])
+    rows = "\n".join(f"  {step:11} {STEPS[step][0]}" for step in NAMES[:6])
     return f"""recipes:\n\n{rows}\n\nWith -aug, -x10 or -x40 at the end: on augmented images;
 `fbopt recipes` lists all of them, with their hyperparameters and the accuracies of the paper."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, get_type_hints
 
-from fbopt.train.config.dataspec import DataError, parse, scale_of
+from fbopt.train.config.dataspec import parse, scale_of
 from fbopt.train.config.options import TRACKED, Options, OptionsError, flag, literals
 from fbopt.train.config.recipes import RECIPES, Recipe
 
@@ -84,37 +85,38 @@ def device_type(name: str) -> str:
 _SGD_ONLY = ("epochs", "batch_size")
 _FULL_BATCH_ONLY = (
     "steps", "chunk_size", "penalty", "radius", "method", "chunk_max_norm", "switch_at",
-    "additive_noise", "multiplicative_noise", "norm_bias", "cuda_graph",
+    "additive_noise", "multiplicative_noise", "norm_bias", "cuda_graph", "accumulation",
 )  # fmt: skip
 _INSTEAD = {
     "epochs": "use --steps",
     "batch_size": "use --chunk-size",
     "steps": "use --epochs",
     "chunk_size": "use --batch-size",
+    "accumulation": "it is for sums over chunks, of which sgd has none, so leave it out",
     "chunk_max_norm": "use --max-norm, which clips every mini-batch",
 }
 _COUNTS = """width image_size samples replicas threads steps epochs cosine chunk_size batch_size
 eval_every log_every save_every keep"""
 _NOT_NEGATIVE = """seed warmup penalty weight_decay fingerprint_every stop_fitted switch_at
 additive_noise multiplicative_noise norm_bias norm_bias_target every"""
-_BOUNDS = {  # lower bound, whether the bound itself is allowed, upper bound (never allowed)
-    **dict.fromkeys(_COUNTS.split(), (1, True, math.inf)),
-    **dict.fromkeys(_NOT_NEGATIVE.split(), (0, True, math.inf)),
-    **dict.fromkeys(("lr", "radius"), (0, False, math.inf)),
+# Lower bound, whether the bound itself is allowed, upper bound (never allowed).
+AT_LEAST_1, AT_LEAST_0, ABOVE_0 = (1, True, math.inf), (0, True, math.inf), (0, False, math.inf)
+_BOUNDS = {
+    **dict.fromkeys(_COUNTS.split(), AT_LEAST_1),
+    **dict.fromkeys(_NOT_NEGATIVE.split(), AT_LEAST_0),
+    **dict.fromkeys(("lr", "radius"), ABOVE_0),
     **dict.fromkeys(("momentum", "dropout", "label_smoothing", "ema"), (0, True, 1)),
 }
 
 
 def check(options: Options) -> None:
-    """Raise OptionsError for values that cannot work, before anything is read or written."""
+    """Raise OptionsError or DataError for values that cannot work, before reading or writing."""
     for name, hint in get_type_hints(Options).items():
         allowed, value = literals(hint), getattr(options, name)
         if allowed and value is not None and value not in allowed and name != "resume":
             words = ", ".join(map(str, allowed))
             raise OptionsError(f"{flag(name)} {value}: choose {words}")
-    for name, bounds in _BOUNDS.items():
-        if (value := getattr(options, name)) is not None:
-            _check_bounds(name, value, *bounds)
+    check_bounds(options, _BOUNDS)
     for name in ("max_norm", "chunk_max_norm"):
         if (value := getattr(options, name)) is not None and not value > 0:
             raise OptionsError(f"{flag(name)} {value}: has to be above 0; inf for no clipping")
@@ -127,8 +129,12 @@ def check(options: Options) -> None:
     _check_data(options)
 
 
-def _check_bounds(name: str, value: float, low: float, closed: bool, high: float) -> None:
-    if not (low <= value if closed else low < value) or not value < high:
+def check_bounds(options: Any, bounds: Mapping[str, tuple[float, bool, float]]) -> None:
+    """Raise OptionsError for a value outside its bounds; None is allowed."""
+    for name, (low, closed, high) in bounds.items():
+        value = getattr(options, name)
+        if value is None or ((low <= value if closed else low < value) and value < high):
+            continue
         words = f"{'at least' if closed else 'above'} {low}"
         words += " and finite" if math.isinf(high) else f" and below {high}"
         raise OptionsError(f"{flag(name)} {value}: has to be {words}")
@@ -136,17 +142,12 @@ def _check_bounds(name: str, value: float, low: float, closed: bool, high: float
 
 def _check_belongs(options: Options) -> None:
     """Refuse options that the chosen recipe would silently ignore."""
-    if options.stochastic and options.accumulation != "float32":
-        raise OptionsError(
-            "--accumulation exact is for sums over chunks, and --recipe sgd has none; leave it "
-            "out, or choose a full-batch recipe such as --recipe fb-penalty"
-        )
     if options.stochastic:
         refused, other = _FULL_BATCH_ONLY, "a full-batch recipe such as --recipe fb-penalty"
     else:
         refused, other = _SGD_ONLY[: 1 if options.switch_at else 2], "--recipe sgd"
     for name in refused:
-        if getattr(options, name):
+        if (value := getattr(options, name)) and value != getattr(Options, name):
             raise OptionsError(
                 f"{flag(name)} is only for {other}, not for --recipe "
                 f"{options.recipe}; {_INSTEAD.get(name, 'leave it out')}"
@@ -165,10 +166,7 @@ def _check_tracked(options: Options) -> None:
 
 
 def _check_data(options: Options) -> None:
-    try:
-        kind, _ = parse(options.data)
-    except DataError as error:
-        raise OptionsError(str(error)) from error
+    kind, _ = parse(options.data)
     for name in ("data_dir", "download"):
         if getattr(options, name) and not kind.startswith("cifar"):
             raise OptionsError(
@@ -178,15 +176,16 @@ def _check_data(options: Options) -> None:
 
 def check_effect(given: Options, values: dict[str, Any]) -> None:
     """Refuse options that have no effect, or exclude each other, given the values of the recipe."""
-    if not values["penalty"]:
-        _refuse(given, ("radius", "method"), "a penalty; add --penalty 0.5 or use --recipe "
-                "fb-penalty")  # fmt: skip
-    if values["augment"] != "fixed":
-        _refuse(given, ("replicas", "with_clean"), "--augment fixed; add it")
-    if not given.norm_bias:
-        for name in ("norm_bias_target", "norm_bias_power"):
-            if getattr(given, name) != getattr(Options, name):
-                raise OptionsError(f"{flag(name)} has no effect without --norm-bias; add it")
+    needs = (
+        (values["penalty"], ("radius", "method"),
+         "a penalty; add --penalty 0.5 or use --recipe fb-penalty"),
+        (values["augment"] == "fixed", ("replicas", "with_clean"), "--augment fixed; add it"),
+        (given.norm_bias, ("norm_bias_target", "norm_bias_power"), "--norm-bias; add it"),
+    )  # fmt: skip
+    for present, names, need in needs:
+        for name in names:
+            if not present and getattr(given, name) != getattr(Options, name):
+                raise OptionsError(f"{flag(name)} has no effect without {need}")
     if values["nesterov"] and values["momentum"] == 0:
         raise OptionsError("--nesterov needs momentum; give --momentum 0.9 or --nesterov False")
     if given.switch_at >= (values["steps"] or math.inf):
@@ -200,19 +199,11 @@ def check_effect(given: Options, values: dict[str, Any]) -> None:
         )
 
 
-def _refuse(given: Options, names: tuple[str, ...], without: str) -> None:
-    for name in names:
-        if getattr(given, name):
-            raise OptionsError(f"{flag(name)} has no effect without {without}")
-
-
 def check_device(given: Options, device: str) -> None:
-    """Refuse what a type of device does not support."""
-    if device == "cuda":
-        return
-    if given.precision == "tf32":
+    """Refuse what only CUDA supports on the CPU."""
+    if device == "cpu" and given.precision == "tf32":
         raise OptionsError(
             "--precision tf32 is for CUDA, and this run is on the CPU; give fp32, or bf16"
         )
-    if given.cuda_graph:
+    if device == "cpu" and given.cuda_graph:
         raise OptionsError("--cuda-graph True is for CUDA, not for the CPU; leave it out")

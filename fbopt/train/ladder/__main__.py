@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import Options, OptionsError
-from fbopt.train.config.parser import parse
+from fbopt.train.config.parser import fail, parse
 from fbopt.train.ladder.plan import Ladder, make_plan
-from fbopt.train.torchrun import is_rank_zero, only_rank_zero_prints, rank_and_world_size
+from fbopt.train.torchrun import only_rank_zero_prints, rank_and_world_size
 
 NOTES = "All other options of `fbopt train` hold for every row; `fbopt train --help` lists them."
 
@@ -20,29 +20,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     with only_rank_zero_prints(errors=True):
         wanted, common = parse("fbopt ladder", words, Ladder, Options, notes=NOTES)
-    if rank_and_world_size()[1] > 1:
-        text = "starts its own processes; start it without torchrun, or `fbopt train` with it"
-        return _fail(text, 2) if is_rank_zero() else 2
-    from fbopt.train.ladder.runner import run_all
-    from fbopt.train.ladder.summary import write
+        if rank_and_world_size()[1] > 1:
+            cure = "start it without torchrun, or `fbopt train` with it"
+            return fail(f"fbopt ladder: starts its own processes; {cure}", 2)
+    from fbopt.train.ladder import runner, summary
 
     try:
         plan = make_plan(wanted, common, shlex.join(["fbopt", "ladder", *words]))
-        status = run_all(plan)
+        status = runner.run_all(plan)
         if status < 2:
-            print(write(plan))
+            print(summary.write(plan))
         return status
     except (OptionsError, DataError) as error:
-        return _fail(str(error), 2)
+        return fail(f"fbopt ladder: {error}", 2)
     except BrokenPipeError:
         raise
     except OSError as error:
-        return _fail(f"{error}; check the disk, then give the same command again", 1)
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"fbopt ladder: {message}", file=sys.stderr, flush=True)
-    return status
+        return fail(f"fbopt ladder: {error}; check the disk, then give the same command again", 1)
 
 
 if __name__ == "__main__":

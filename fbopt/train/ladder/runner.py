@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from fbopt.train.ladder.plan import Plan
 
 POLL_SECONDS = 0.1
 NEWS_SECONDS = 60.0
-SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_all(plan: Plan) -> int:
@@ -32,13 +31,11 @@ def run_all(plan: Plan) -> int:
 
     Raises OptionsError (other options made a run that is there) and DataError, before any start.
     """
-    runs = plan.longest_first
-    for options in runs:
+    for options in plan.last_row_first:
         if (made := RunFolder(options.out).read_options()) is not None:
             check_options(f"the run in {options.out}", made, resolve(options))
-    left = [options for options in runs if not _finished(options)]
-    if left:  # one download, one error for data that cannot be used
-        one = left[0]
+    left = [o for o in plan.last_row_first if not RunFolder(o.out).result.exists()]
+    for one in left[:1]:  # one download, one error for data that cannot be used
         load(one.data, one.image_size, one.data_dir, one.download, one.samples)
     return Runner(plan, left).run()
 
@@ -47,7 +44,7 @@ class Runner:
     """The processes that train the runs of a plan."""
 
     def __init__(self, plan: Plan, left: list[Options]) -> None:
-        self.plan, self.left, self.total = plan, left, len(plan.longest_first)
+        self.plan, self.left, self.total = plan, left, len(plan.last_row_first)
         self.done = self.total - len(left)
         self.running: dict[subprocess.Popen[bytes], Options] = {}
         self.failed = self.stopping = False
@@ -56,19 +53,9 @@ class Runner:
         """Train what is left, several at a time, and print each result; returns as `run_all`."""
         finished = f"{self.done} of them finished"
         print(f"{self.total} runs, {finished}; {self.plan.jobs} at a time", flush=True)
-        main = threading.current_thread() is threading.main_thread()  # others set no handlers
-        handlers = {n: signal.signal(n, self._stop) for n in SIGNALS} if main else {}
+        handlers = {number: signal.signal(number, self._stop) for number in SIGNALS}
         try:
-            news = time.monotonic() + NEWS_SECONDS
-            while self.running or (self.left and not self.stopping):
-                while self.left and len(self.running) < self.plan.jobs and not self.stopping:
-                    self.start(self.left.pop(0))
-                time.sleep(POLL_SECONDS)
-                for process in [p for p in self.running if p.poll() is not None]:
-                    self._report(self.running.pop(process), process.returncode)
-                if self.running and time.monotonic() > news:
-                    news = time.monotonic() + NEWS_SECONDS
-                    print(f"  {', '.join(map(_progress, self.running.values()))}", flush=True)
+            self._train()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -80,31 +67,36 @@ class Runner:
             return 130
         return int(self.failed)
 
+    def _train(self) -> None:
+        news = time.monotonic() + NEWS_SECONDS
+        while self.running or (self.left and not self.stopping):
+            while self.left and len(self.running) < self.plan.jobs and not self.stopping:
+                self.start(self.left.pop(0))
+            time.sleep(POLL_SECONDS)
+            for process in [p for p in self.running if p.poll() is not None]:
+                self._report(self.running.pop(process), process.returncode)
+            if self.running and time.monotonic() > news:
+                news += NEWS_SECONDS
+                print(f"  {', '.join(map(_progress, self.running.values()))}", flush=True)
+
     def start(self, options: Options) -> None:
         """Start a run; its output goes to a log."""
         log = self._log(options)
         log.parent.mkdir(parents=True, exist_ok=True)
+        words = [sys.executable, "-m", "fbopt.train", *command_line(options)]
+        streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         with open(log, "wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "fbopt.train", *command_line(options)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            process = subprocess.Popen(words, stdout=output, start_new_session=True, **streams)
         self.running[process] = options
 
     def _report(self, options: Options, status: int) -> None:
         """Print how a run ended."""
-        name = f"{options.recipe}, seed {options.seed}"
-        if _finished(options):
+        name, folder = f"{options.recipe}, seed {options.seed}", RunFolder(options.out)
+        if folder.result.exists():
             self.done += 1
-            result = RunFolder(options.out).read_result()
-            print(
-                f"{name}: test accuracy {result['test_accuracy']:.2%}, {result['seconds']:.0f} s "
-                f"({self.done} of {self.total} runs)",
-                flush=True,
-            )
+            result = folder.read_result()
+            words = f"test accuracy {result['test_accuracy']:.2%}, {result['seconds']:.0f} s"
+            print(f"{name}: {words} ({self.done} of {self.total} runs)", flush=True)
         elif not self.stopping:
             self.failed = True
             log = self._log(options)
@@ -123,12 +115,7 @@ class Runner:
         print(f"\nstopping after the step of every run{again}", flush=True)
         self.stopping = True
         for process in self.running:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-
-
-def _finished(options: Options) -> bool:
-    return RunFolder(options.out).result.exists()
+            process.send_signal(signal.SIGINT)
 
 
 def _progress(options: Options) -> str:

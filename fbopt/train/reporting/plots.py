@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from fbopt.train.checkpoint.run_dir import RunFolder
@@ -12,6 +16,13 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, BLACK = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000",
 )  # fmt: skip
 GREY = "#555555"
+PALETTE = (BLACK, ORANGE, AMBER, SKY, BLUE, GREEN, PURPLE)
+CONVERSIONS = {  # from a metric to what is drawn
+    "train_accuracy": lambda share: 100 * share,
+    "test_accuracy": lambda share: 100 * share,
+    "mean_squared_chunk_norm": math.sqrt,
+}
+Records = list[dict[str, Any]]
 
 
 def figure(width: float, height: float) -> Any:
@@ -67,7 +78,7 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
     grid = list(page.subplots(rows, 2, sharex=True).flat)
     for axes, (title, unit, lines) in zip(grid, panels, strict=False):
         for (key, label), color in zip(lines.items(), (BLUE, ORANGE), strict=False):
-            _line(axes, records, key, color, label)
+            draw_line(axes, [records], key, color=color, label=label)
         if "gradient_norm" in lines and options.max_norm is not None:
             axes.axhline(options.max_norm, color=GREY, linestyle="--", label="clipped to")
         axes.set(ylabel=unit, title=title)
@@ -75,6 +86,7 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
             axes.legend(frameon=False)
         if not {"train_accuracy", "lr"} & set(lines):
             log_scale(axes)
+    for axes in page.axes:
         tidy(axes)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
@@ -110,11 +122,24 @@ def _panels(options: Options) -> list[tuple[str, str, dict[str, str]]]:
     ]
 
 
-def _line(axes: Any, records: list[dict[str, Any]], key: str, color: str, label: str) -> None:
-    """Draw a metric against passes, where the records have it; few points with markers."""
-    scale = 100 if key.endswith("accuracy") else 1
-    points = [(r["pass"], r[key] * scale) for r in records if r.get(key) is not None]
-    if points:
-        style = {"color": color, "linewidth": 1.5, "markersize": 3}
+def draw_line(axes: Any, runs: Sequence[Records], key: str, x: str = "pass", **look: Any) -> None:
+    """Draw a metric against passes or steps, its mean over the runs; few points with markers.
+
+    Of the test accuracy of several runs, shade the range too.
+    """
+    if points := shared_points(runs, key, x):
         marker = "o" if len(points) < 30 else None
-        axes.plot(*zip(*points, strict=True), label=label, marker=marker, **style)
+        means = [statistics.mean(values) for values in points.values()]
+        axes.plot(list(points), means, marker=marker, markersize=3, linewidth=1.5, **look)
+        if key == "test_accuracy" and len(runs) > 1:
+            low, high = list(map(min, points.values())), list(map(max, points.values()))
+            axes.fill_between(list(points), low, high, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def shared_points(runs: Sequence[Records], key: str, x: str) -> dict[float, list[float]]:
+    """The values of a metric, as it is drawn, by pass or step, where every run has one."""
+    found: dict[float, list[float]] = {}
+    for record in itertools.chain(*runs):
+        if record.get(key) is not None:
+            found.setdefault(record[x], []).append(CONVERSIONS.get(key, float)(record[key]))
+    return {place: found[place] for place in sorted(found) if len(found[place]) == len(runs)}
