@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.timing import CPU
 from fbopt import reference
 from fbopt._engine.forward import ChunkLoss
-from fbopt._ops.flat import flat_size, flat_views
+from fbopt._ops.flat import flat_size, flat_views, scalar_on
 
 CLASSES = 10
 NETWORKS = {"resnet18": ("resnet18", (3, 32, 32)), "small-cnn": ("cnn", (1, 40))}
@@ -34,31 +34,26 @@ class WrongResult(AssertionError):
     """A contender computes something else than the reference."""
 
 
+def distance(found: Sequence[Tensor], expected: Sequence[Tensor], norm: float = 2) -> float:
+    """Return ||found - expected|| / ||expected|| over the elements of all tensors."""
+    actual, wanted = (torch.cat([t.detach().reshape(-1) for t in ts]) for ts in (found, expected))
+    wanted = wanted.double()
+    off = torch.linalg.vector_norm(actual.to(wanted) - wanted, norm)
+    return (off / torch.linalg.vector_norm(wanted, norm)).item()
+
+
 def require_close(
-    who: str, what: str, found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float
+    who: str,
+    what: str,
+    found: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    tolerance: float,
+    norm: float = math.inf,
 ) -> None:
-    """Raise WrongResult unless all errors are within tolerance of the largest expected value."""
-    pairs = zip(found, expected, strict=True)
-    error = max((f.detach().double() - e).abs().max().item() for f, e in pairs)
-    scale = max(e.abs().max().item() for e in expected)
-    if not error <= tolerance * scale:
-        raise WrongResult(f"{who}: {what} is off by {error / scale:.1e} of its largest value")
-
-
-def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return ||found - expected|| / ||expected||."""
-    difference = torch._foreach_sub([f.detach().double() for f in found], list(expected))
-    ratio = reference.squared_norm(difference) / reference.squared_norm(list(expected))
-    return ratio.sqrt().item()
-
-
-def require_near(
-    who: str, found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float
-) -> None:
-    """Raise WrongResult unless a whole gradient is within tolerance of the expected one's norm."""
-    off = distance(found, expected)
+    """Raise WrongResult unless the distance is within tolerance; by default the maximum norm's."""
+    off = distance(found, expected, norm)
     if not off <= tolerance:
-        raise WrongResult(f"{who}: p.grad is off by {off:.1e} of its norm, over {tolerance:g}")
+        raise WrongResult(f"{who}: {what} is off by {off:.1e} of its norm, over {tolerance:g}")
 
 
 def shapes(size: str) -> list[torch.Size]:
@@ -103,11 +98,6 @@ def normal(
     """Normal random tensors of the given shapes."""
     generator = torch.Generator(device).manual_seed(seed)
     return [scale * torch.randn(shape, generator=generator, device=device) for shape in like]
-
-
-def scalar(value: float, device: torch.device = CPU) -> Tensor:
-    """A 0-dim float64 tensor, as the ops take their coefficients."""
-    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def point_to(params: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
@@ -177,7 +167,7 @@ class Chunk(Operands):
         flat = torch.empty(flat_size(params), dtype=torch.float64, device=self.device)
         square = reference.perturb_(flat, params, grads, self.radius)
         sums = [torch.zeros_like(g) for g in grads]
-        weight, coefficient = (scalar(x, self.device) for x in (self.weight, self.coefficient))
+        weight, coefficient = (scalar_on(self.device, x) for x in (self.weight, self.coefficient))
         reference.accumulate_penalty_(
             sums, grads, plus, [], weight, coefficient, square, self.radius
         )
@@ -210,7 +200,7 @@ class Finish(Operands):
         """How far two steps with the same gradients move the parameters, and the momentum."""
         start, grads, _ = self.double()
         params, velocity = [p.clone() for p in start], [torch.zeros_like(p) for p in start]
-        norm, lr = reference.squared_norm(grads).sqrt(), scalar(self.lr, self.device)
+        norm, lr = reference.squared_norm(grads).sqrt(), scalar_on(self.device, self.lr)
         rule = {"dampening": 0.0, "nesterov": True, "maximize": False}
         rule |= {"momentum": self.momentum, "weight_decay": self.weight_decay}
         for first in (True, False):
@@ -269,9 +259,9 @@ class Task:
         originals = [p.detach() for p in params]
         sums = [torch.zeros_like(p) for p in originals]
         flat = torch.empty(flat_size(params), dtype=params[0].dtype, device=self.device)
-        coefficient = scalar(self.coefficient, self.device)
+        coefficient = scalar_on(self.device, self.coefficient)
         for x, y in self.chunks:
-            weight = scalar(float(len(y)), self.device)
+            weight = scalar_on(self.device, len(y))
             _, grads = self.gradient(x, y)
             if not self.penalised:
                 reference.accumulate_(sums, grads, weight)

@@ -11,10 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Chunk, Finish, WrongResult, point_to, scalar
+from benchmarks.cases import Chunk, Finish, WrongResult, point_to
 from fbopt import FullBatchGD
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.perturb import Perturbation
+from fbopt._ops.flat import scalar_on
 
 SecondPass = Callable[[], object]
 Tensors = list[Tensor]
@@ -25,7 +26,6 @@ class ChunkUpdate:
 
     name: str
     words: int  # per parameter, read or written
-    ragged = True  # whether a chunk counts by its samples
     compiled = False
 
     def __init__(self, chunk: Chunk) -> None:
@@ -35,6 +35,10 @@ class ChunkUpdate:
     def update(self, second_pass: SecondPass) -> None:
         """Add a chunk; `second_pass` is called while the parameters are perturbed."""
         raise NotImplementedError
+
+    def step(self) -> None:
+        """Add a chunk without a second pass, which is not timed."""
+        self.update(lambda: None)
 
     def total(self, chunks: int) -> Tensors:
         """The weighted sum over the chunks so far."""
@@ -52,7 +56,7 @@ class FboptUpdate(ChunkUpdate):
         self.sums = self.gradients.views
         self.perturbation = Perturbation(self.gradients.buckets)
         self.perturbation.begin()
-        self.coefficient, self.weight = scalar(chunk.coefficient, chunk.device), chunk.weight
+        self.coefficient, self.weight = scalar_on(chunk.device, chunk.coefficient), chunk.weight
 
     def update(self, second_pass: SecondPass) -> None:
         c, gradients = self.chunk, self.gradients
@@ -124,7 +128,7 @@ class PublishedUpdate(ChunkUpdate):
     running mean in which all chunks count alike.
     """
 
-    name, words, ragged = "as published", 29, False
+    name, words = "as published", 29
 
     def __init__(self, chunk: Chunk) -> None:
         super().__init__(chunk)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Chunk, require_close, scalar
+from benchmarks.cases import Chunk, require_close
 from benchmarks.timing import Contender
 from fbopt import reference
 from fbopt._ops import dispatch
-from fbopt._ops.flat import accumulator_dtype, flat_size, flat_views
+from fbopt._ops.flat import accumulator_dtype, flat_size, flat_views, scalar_on
 
 RULE = {"momentum": 0.9, "dampening": 0.0, "weight_decay": 5e-4}
 RULE |= {"nesterov": True, "maximize": False, "first": False}
@@ -60,11 +60,11 @@ class KernelArguments:
         self.perturbed = torch.full((flat_size(self.params),), **nan)
         self.packed = torch.full((chunk.numel,), **nan)
         self.square = reference.squared_norm([g.to(dtype) for g in chunk.grads]).to(device)
-        self.norm, self.lr = self.square.sqrt(), scalar(1e-3, device)
-        self.weight = scalar(chunk.weight, device)
-        self.coefficient = scalar(chunk.coefficient, device)
+        self.norm, self.lr = self.square.sqrt(), scalar_on(device, 1e-3)
+        self.weight = scalar_on(device, chunk.weight)
+        self.coefficient = scalar_on(device, chunk.coefficient)
         # Clips to 0.999 times the values, which stay ordinary numbers however often this runs.
-        self.long_norm = scalar(1 / 0.999, device)
+        self.long_norm = scalar_on(device, 1 / 0.999)
 
     def _exact(self, device: torch.device) -> Exact:
         """Sums in fixed point, carries, and the largest contributions."""

@@ -10,7 +10,6 @@ pass would.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +25,6 @@ from benchmarks.timing import Contender, Plan, Table, measure
 ROUNDS = {"resnet18": 40, "small-cnn": 60, "tiny": 60, "large": 40}
 SIZES = ("resnet18", "small-cnn", "tiny")
 COMPILED = ("resnet18", "small-cnn")
-# The least float32 words per parameter that each can read and write.
-UPDATE_WORDS, STEP_WORDS = 8, 6
 # torch's norms are summed in float32 and off by some 1e-5; what is added to a parameter is rounded
 # with it.
 TOLERANCE, PARAMETER_TOLERANCE = 1e-4, 1e-3
@@ -59,36 +56,32 @@ def check_step(step: FinishingStep, finish: Finish) -> None:
     require_close(step.name, "the momentum", step.momentum(), velocity, TOLERANCE)
 
 
-def update_table(size: str, plan: Plan, compiled: bool) -> Table:
-    """Check and time the penalised chunk update."""
-    chunk, contenders = Chunk.of(shapes(size), plan.device), []
-    for kind in CHUNK_UPDATES:
-        if compiled or not kind.compiled:
-            update = kind(chunk)
-            check_update(update, chunk)
-            run = partial(update.update, lambda: None)  # the second pass itself is not timed
-            contenders.append(Contender(kind.name, run, kind.words * chunk.numel))
-    contenders += limits(UPDATE_WORDS * chunk.numel, plan.device)
-    return measure(f"Penalised chunk update, {TITLES[size]}", contenders, plan, chunk.refresh)
+# By title: contenders, what they work on, their check, and the least float32 words per parameter
+# that each can read and write.
+PARTS = {
+    "Penalised chunk update": (CHUNK_UPDATES, Chunk, check_update, 8),
+    "Finishing step": (FINISHING_STEPS, Finish, check_step, 6),
+}
 
 
-def step_table(size: str, plan: Plan, compiled: bool) -> Table:
-    """Check and time the finishing step."""
-    finish, contenders = Finish.of(shapes(size), plan.device), []
-    for kind in FINISHING_STEPS:
+def part_table(part: str, size: str, plan: Plan, compiled: bool) -> Table:
+    """Check and time the penalised chunk update or the finishing step."""
+    kinds, case_class, check, words = PARTS[part]
+    case, contenders = case_class.of(shapes(size), plan.device), []
+    for kind in kinds:
         if compiled or not kind.compiled:
-            step = kind(finish)
-            check_step(step, finish)
-            words = kind.words and kind.words * finish.numel
-            contenders.append(Contender(kind.name, step.step, words))
-    contenders += limits(STEP_WORDS * finish.numel, plan.device)
-    return measure(f"Finishing step, {TITLES[size]}", contenders, plan, finish.refresh)
+            contender = kind(case)
+            check(contender, case)
+            moved = kind.words and kind.words * case.numel
+            contenders.append(Contender(kind.name, contender.step, moved))
+    contenders += limits(words * case.numel, plan.device)
+    return measure(f"{part}, {TITLES[size]}", contenders, plan, case.refresh)
 
 
 def kernel_table(size: str, plan: Plan) -> Table:
     """Check and time the kernels one by one."""
     chunk = Chunk.of(shapes(size), plan.device)
-    contenders = kernels(chunk) + limits(UPDATE_WORDS * chunk.numel, plan.device)
+    contenders = kernels(chunk) + limits(8 * chunk.numel, plan.device)
     # A GPU's cache then holds little of what the kernels read.
     prepare = chunk.refresh if plan.device.type == "cuda" else lambda: None
     return measure(f"Single kernels, {TITLES[size]}", contenders, plan, prepare)
@@ -107,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         compiled = size in choice.compile and not choice.quick and compiles(choice.device)
         rounds = choice.rounds or (QUICK_ROUNDS if choice.quick else ROUNDS[size])
         plan = Plan(rounds, choice.device, choice.seconds)
-        report.table(update_table(size, plan, compiled))
-        report.table(step_table(size, plan, compiled))
+        for part in PARTS:
+            report.table(part_table(part, size, plan, compiled))
         table = kernel_table(size, plan)
         report.table(table, base=table.limit)
     return report.write(choice.out)

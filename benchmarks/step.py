@@ -10,7 +10,6 @@ of the table on its own chunks, before it is timed. Ratios are time over that of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import cases, contenders
-from benchmarks.cases import TITLES, Task, WrongResult, require_close, require_near
+from benchmarks.cases import TITLES, Task, WrongResult, require_close
 from benchmarks.report import QUICK_ROUNDS, Report, options
 from benchmarks.timing import Contender, Plan, Table, measure
 from fbopt import FullBatchClosure, GradientPenalty
@@ -40,7 +39,6 @@ class Call:
     """A closure call: visits all chunks and leaves the mean gradient in `p.grad`."""
 
     name: str
-    ragged = True  # whether a chunk counts by its samples
 
     def __init__(self, task: Task) -> None:
         self.task, self.params = task, task.params
@@ -124,16 +122,11 @@ class UnsyncedCall(TorchCall):
     name, update_class = "plain torch without a host sync", contenders.ForeachUnsyncedUpdate
 
 
-class PublishedCall(TorchCall):
-    name, ragged = "as published", False
-    update_class = contenders.PublishedUpdate
-
-
 CALLS = {
     "cpu": (BarePasses, FboptCall, TorchCall),
-    "cuda": (BarePasses, FboptCall, GraphedCall, TorchCall, UnsyncedCall, PublishedCall),
+    "cuda": (BarePasses, FboptCall, GraphedCall, TorchCall, UnsyncedCall),
 }
-PENALISED_ONLY = (UnsyncedCall, PublishedCall)  # without a penalty they are TorchCall
+PENALISED_ONLY = (UnsyncedCall,)  # without a penalty it is TorchCall
 
 
 def checked(task: Task, kinds: Sequence[type[Call]], tolerance: float) -> list[Contender]:
@@ -144,10 +137,9 @@ def checked(task: Task, kinds: Sequence[type[Call]], tolerance: float) -> list[C
     found, passes = [], []
     hook = task.model.register_forward_hook(lambda *_: passes.append(1))
     before = [p.detach().clone() for p in task.params]
-    full = [chunk for chunk in task.chunks if len(chunk[1]) == len(task.chunks[0][1])]
+    mean, count, samples = task.expected, len(task.chunks), sum(len(y) for _, y in task.chunks)
     for kind in kinds:
-        own = task if kind.ragged or len(full) == len(task.chunks) else replace(task, chunks=full)
-        mean, call, count = own.expected, kind(own), len(own.chunks)
+        call = kind(task)
         graphed = issubclass(kind, GraphedCall)
         passes.clear()
         call()
@@ -157,8 +149,9 @@ def checked(task: Task, kinds: Sequence[type[Call]], tolerance: float) -> list[C
             call()
         require_close(kind.name, "a parameter afterwards", call.params, before, 0)
         if not issubclass(kind, BarePasses):
-            require_near(kind.name, [p.grad for p in call.params], mean, tolerance)
-        found.append(Contender(kind.name, call, samples=sum(len(y) for _, y in own.chunks)))
+            grads = [p.grad for p in call.params]
+            require_close(kind.name, "p.grad", grads, mean, tolerance, norm=2)
+        found.append(Contender(kind.name, call, samples=samples))
     hook.remove()
     return found
 
@@ -186,7 +179,6 @@ def table(
         title, last = f"{title}, channels_last", {"memory_format": torch.channels_last}
         network, chunks = network.to(**last), [(x.contiguous(**last), y) for x, y in chunks]
     task = Task(network, chunks, penalised, autocast_dtype(precision)).with_visible_penalty()
-    kinds = [kind for kind in kinds if kind.ragged or samples % chunk == 0]
     return measure(title, checked(task, kinds, TOLERANCES[precision]), plan)
 
 

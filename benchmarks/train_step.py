@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.cases import CLASSES, Task, WrongResult, distance, require_near, with_gradients
+from benchmarks.cases import CLASSES, Task, WrongResult, distance, require_close, with_gradients
 from benchmarks.report import QUICK_ROUNDS, Report, compiles, options
 from benchmarks.timing import CPU, Contender, Plan, measure
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
@@ -205,7 +205,7 @@ def check(job: Job, report: Report) -> None:
         step()
         now = list(step.model.parameters())
         grads = [p.grad for p in now]
-        require_near(step.name, grads, same, TOLERANCES[step.job.precision])
+        require_close(step.name, "p.grad", grads, same, TOLERANCES[step.job.precision], norm=2)
         moved = any(not torch.equal(p, old) for p, old in zip(now, before, strict=True))
         if not moved or not all(torch.isfinite(p).all() for p in now):
             raise WrongResult(f"{step.name}: parameters did not move, or not to finite values")

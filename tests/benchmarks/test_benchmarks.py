@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import bandwidth, cases, kernels, ops, report, step, timing, train_step
-from benchmarks.cases import Chunk, Finish, Task, WrongResult, require_close, require_near
+from benchmarks.cases import Chunk, Finish, Task, WrongResult, require_close
 from benchmarks.contenders import CHUNK_UPDATES, FINISHING_STEPS, FboptExactUpdate
 from benchmarks.timing import CPU, Contender, Plan, Table, Timing, measure
 from fbopt._build.compiler import BuildError
@@ -193,10 +193,10 @@ def test_penalty_is_made_visible():
     """A gradient without its second pass is not within the tolerance of half precision."""
     task = Task(cases.model("small-cnn"), cases.data("small-cnn", 4, 4), True)
     shown = task.with_visible_penalty()
-    require_near("it", shown.expected, shown.expected, 0)
+    require_close("it", "p.grad", shown.expected, shown.expected, 0)
     _, grads = task.gradient(*task.chunks[0])
     with pytest.raises(WrongResult, match=r"p\.grad is off"):
-        require_near("it", grads, shown.expected, 0.2)
+        require_close("it", "p.grad", grads, shown.expected, 0.2, norm=2)
 
 
 def test_memory_limit_is_checked_and_may_be_absent(monkeypatch, few):
@@ -211,7 +211,7 @@ def test_memory_limit_is_checked_and_may_be_absent(monkeypatch, few):
 
     bandwidth.load.build = refuse
     with pytest.warns(RuntimeWarning, match="no memory limit: no compiler"):
-        table = ops.update_table("tiny", Plan(1), compiled=False)
+        table = ops.part_table("Penalised chunk update", "tiny", Plan(1), compiled=False)
     assert table.limit is None
     assert bandwidth._copy(11, CPU).words == 10
 
