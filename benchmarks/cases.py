@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -106,7 +106,7 @@ def point_to(params: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
         p.data = t
 
 
-@dataclass(frozen=True)
+@dataclass
 class Operands:
     """Parameters and gradients that contenders share.
 
@@ -117,10 +117,9 @@ class Operands:
     params: list[Tensor]
     grads: list[Tensor]
     plus: list[Tensor]
-    original: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "original", [t.clone() for t in (*self.grads, *self.plus)])
+        self.original = [t.clone() for t in (*self.grads, *self.plus)]
 
     def refresh(self) -> None:
         torch._foreach_copy_([*self.grads, *self.plus], self.original)
@@ -144,7 +143,7 @@ class Operands:
         return sum(g.numel() for g in self.grads)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chunk(Operands):
     """One chunk of a penalised step: gradients g at theta and g+ ("plus") at the second point."""
 
@@ -174,7 +173,7 @@ class Chunk(Operands):
         return torch._foreach_sub(flat_views(flat, params), params), sums
 
 
-@dataclass(frozen=True)
+@dataclass
 class Finish(Operands):
     """The end of a step: mean gradients to clip, and SGD with Nesterov momentum."""
 
@@ -187,13 +186,6 @@ class Finish(Operands):
     def of(cls, like: Sequence[torch.Size], device: torch.device = CPU) -> Finish:
         """Random tensors of these shapes, of a norm that has to be clipped."""
         return cls(normal(like, 0.05, 0, device), normal(like, 1.0, 1, device), [])
-
-    def parameters(self) -> list[nn.Parameter]:
-        """A contender's own copy of the parameters, with the shared gradients in place."""
-        params = super().parameters()
-        for p, g in zip(params, self.grads, strict=True):
-            p.grad = g
-        return params
 
     @cached_property
     def expected(self) -> tuple[list[Tensor], list[Tensor]]:

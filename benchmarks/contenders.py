@@ -31,6 +31,7 @@ class ChunkUpdate:
     def __init__(self, chunk: Chunk) -> None:
         self.chunk, self.params = chunk, chunk.parameters()
         self.sums = [torch.zeros_like(p.detach()) for p in self.params]
+        self.saved = [p.detach().clone() for p in self.params]
 
     def update(self, second_pass: SecondPass) -> None:
         """Add a chunk; `second_pass` is called while the parameters are perturbed."""
@@ -102,10 +103,6 @@ class LoopUpdate(ChunkUpdate):
     """One tensor at a time, each formula as it is written on paper."""
 
     name, words = "per-tensor loop", 19
-
-    def __init__(self, chunk: Chunk) -> None:
-        super().__init__(chunk)
-        self.saved = [p.detach().clone() for p in self.params]
 
     @torch.no_grad()
     def update(self, second_pass: SecondPass) -> None:
@@ -184,7 +181,7 @@ class ForeachSwappedUpdate(ForeachUpdate):
     name, words = "foreach, new tensors swapped in", 10
 
     def __init__(self, chunk: Chunk) -> None:
-        ChunkUpdate.__init__(self, chunk)
+        super().__init__(chunk)
         self.saved = [p.detach() for p in self.params]
 
     def perturbed(self, second_pass: SecondPass, scale: float) -> None:
@@ -194,25 +191,6 @@ class ForeachSwappedUpdate(ForeachUpdate):
         point_to(self.params, tensors)
         second_pass()
         point_to(self.params, self.saved)
-
-
-class ForeachUnsyncedUpdate(ForeachSwappedUpdate):
-    """Without reading the norm on the host; foreach takes a tensor as a scalar in products only."""
-
-    name, words = "foreach without a host sync", 16
-
-    @torch.no_grad()
-    def update(self, second_pass: SecondPass) -> None:
-        c = self.chunk
-        norm = torch.stack(torch._foreach_norm(c.grads)).norm()
-        moved = torch._foreach_mul(c.grads, c.radius / norm)
-        torch._foreach_add_(moved, self.saved)
-        self.swapped(second_pass, moved)
-        factor = c.weight * c.coefficient / c.radius * norm
-        torch._foreach_mul_(c.grads, c.weight - factor)
-        torch._foreach_mul_(c.plus, factor)
-        torch._foreach_add_(self.sums, c.grads)
-        torch._foreach_add_(self.sums, c.plus)
 
 
 class CompiledUpdate(ForeachSwappedUpdate):
@@ -249,7 +227,7 @@ def _accumulate(
 
 
 CHUNK_UPDATES = (FboptUpdate, FboptExactUpdate, LoopUpdate, PublishedUpdate, ForeachUpdate)
-CHUNK_UPDATES += (ForeachSwappedUpdate, ForeachUnsyncedUpdate, CompiledUpdate)
+CHUNK_UPDATES += (ForeachSwappedUpdate, CompiledUpdate)
 
 
 class FinishingStep:
@@ -261,6 +239,8 @@ class FinishingStep:
 
     def __init__(self, finish: Finish) -> None:
         self.finish, self.params = finish, finish.parameters()
+        for p, g in zip(self.params, finish.grads, strict=True):
+            p.grad = g  # shared by all
         rule = {"lr": finish.lr, "momentum": finish.momentum, "weight_decay": finish.weight_decay}
         self.optimizer = self.optimizer_class(self.params, nesterov=True, **rule, **self.options)
 

@@ -30,23 +30,30 @@ WORDS = {
 }
 # The inverse of the unit of exact sums: as fine as sums of some hundred chunks need.
 EXACT_SCALE = 2.0**48
-Exact = tuple[list[Tensor], list[Tensor], Tensor]
+Tensors = list[Tensor]
+Exact = tuple[Tensors, Tensors, Tensor]
+Place = Callable[[Tensors], Tensors]
+
+
+def cloned(tensors: Tensors) -> Tensors:
+    """In memory of their own, as torch lays them out."""
+    return [t.clone() for t in tensors]
 
 
 class KernelArguments:
-    """Arguments for all kernels, in one dtype; `place` lays out each tensor in memory."""
+    """Arguments for all kernels, in one dtype; `place` lays out tensors in memory."""
 
     def __init__(
         self,
         chunk: Chunk,
         dtype: torch.dtype,
-        place: Callable[[Tensor], Tensor] = Tensor.clone,
+        place: Place = cloned,
         device: torch.device | None = None,
     ) -> None:
         device, wide = device or chunk.device, accumulator_dtype(dtype)
 
         def own(tensors: Sequence[Tensor], dtype: torch.dtype = dtype) -> list[Tensor]:
-            return [place(t.detach().to(device, dtype)) for t in tensors]
+            return place([t.detach().to(device, dtype) for t in tensors])
 
         zeros = [torch.zeros_like(p) for p in chunk.params]
         self.chunk = chunk

@@ -12,8 +12,9 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 CPU = torch.device("cpu")
@@ -76,10 +77,6 @@ class Timing:
     wall: list[float] | None = None
 
     @property
-    def name(self) -> str:
-        return self.contender.name
-
-    @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
@@ -100,7 +97,7 @@ class Table:
     """The timings of contenders that do the same work."""
 
     title: str
-    rows: list[Timing] = field(default_factory=list)
+    rows: list[Timing]
 
     @property
     def limit(self) -> Timing | None:
@@ -109,12 +106,9 @@ class Table:
         return min(limits, key=lambda row: row.median, default=None)
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float]:
+def quartiles(values: Sequence[float]) -> list[float]:
     """Return the first and the third quartile."""
-    if len(values) < 2:
-        return values[0], values[0]
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third
+    return np.quantile(values, (0.25, 0.75)).tolist()
 
 
 def measure(
@@ -127,7 +121,6 @@ def measure(
     calls = [[_calls_per_turn(clock, c, plan, prepare) for c in contenders] for clock in clocks]
     seconds: list[list[list[float]]] = [[[] for _ in contenders] for _ in clocks]
     order, rng = list(range(len(contenders))), random.Random(0)
-    was_on = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
@@ -139,8 +132,7 @@ def measure(
                 turn = clock(contenders[i].run, prepare, calls[k][i], plan.device)
                 seconds[k][i].append(turn)
     finally:
-        if was_on:
-            gc.enable()
+        gc.enable()
     first, *rest = seconds
     walls = rest[0] if rest else [None] * len(contenders)
     return Table(title, [Timing(*row) for row in zip(contenders, first, walls, strict=True)])

@@ -74,7 +74,7 @@ def test_train_step_runs_and_is_written(tmp_path, capsys, monkeypatch):
     assert names == [*ours, "DataLoader with 1 workers", *ours]
     assert all(row["images"] == 10 and row["images_per_s"] > 0 for row in table["rows"])
     assert "with penalty, ResNet-18 of width 2, 10 images in chunks of 8" in printed
-    assert "gradient off from float64's" in printed
+    assert "freed memory is" in printed
 
 
 JOB = train_step.Job(images=10, chunk=8, width=2, penalised=False, workers=0)
@@ -101,9 +101,8 @@ def test_wrong_whole_step_is_caught(kind, what, monkeypatch):
 
     monkeypatch.setattr(train_step, kind, wrong)
     monkeypatch.setitem(train_step.CHECKED, "images", 10)
-    facts = types.SimpleNamespace(fact=lambda *told: None)
     with pytest.raises(WrongResult, match=r"p\.grad is off" if what == "gradient" else "not move"):
-        train_step.check(JOB, facts)
+        train_step.check(JOB)
 
 
 @pytest.mark.parametrize("kind", UPDATES)
@@ -173,8 +172,7 @@ def test_wrong_closure_call_is_caught(kind, penalised):
             super().__call__()
             self.params[0].grad.view(-1)[0] *= 1.001
 
-    if penalised or kind not in step.PENALISED_ONLY:
-        step.check("small-cnn", penalised, [kind], CPU)
+    step.check("small-cnn", penalised, [kind], CPU)
     with pytest.raises(WrongResult, match="grad"):
         step.check("small-cnn", penalised, [Wrong], CPU)
 
@@ -213,7 +211,6 @@ def test_memory_limit_is_checked_and_may_be_absent(monkeypatch, few):
     with pytest.warns(RuntimeWarning, match="no memory limit: no compiler"):
         table = ops.part_table("Penalised chunk update", "tiny", Plan(1), compiled=False)
     assert table.limit is None
-    assert bandwidth._copy(11, CPU).words == 10
 
 
 def test_nan_is_no_result():
