@@ -28,13 +28,15 @@ TITLES = {
     "large": "one tensor of 2²⁶ elements",
 }
 Chunks = Sequence[tuple[Tensor, Tensor]]
+Tensors = Sequence[Tensor]
+Shapes = Sequence[torch.Size]
 
 
 class WrongResult(AssertionError):
     """A contender computes something else than the reference."""
 
 
-def distance(found: Sequence[Tensor], expected: Sequence[Tensor], norm: float = 2) -> float:
+def distance(found: Tensors, expected: Tensors, norm: float) -> float:
     """Return ||found - expected|| / ||expected|| over the elements of all tensors."""
     actual, wanted = (torch.cat([t.detach().reshape(-1) for t in ts]) for ts in (found, expected))
     wanted = wanted.double()
@@ -43,12 +45,7 @@ def distance(found: Sequence[Tensor], expected: Sequence[Tensor], norm: float = 
 
 
 def require_close(
-    who: str,
-    what: str,
-    found: Sequence[Tensor],
-    expected: Sequence[Tensor],
-    tolerance: float,
-    norm: float = math.inf,
+    who: str, what: str, found: Tensors, expected: Tensors, tolerance: float, norm: float = math.inf
 ) -> None:
     """Raise WrongResult unless the distance is within tolerance; by default the maximum norm's."""
     off = distance(found, expected, norm)
@@ -92,9 +89,7 @@ def data(size: str, samples: int, chunk: int, device: torch.device = CPU) -> Chu
     return list(zip(x.split(chunk), y.split(chunk), strict=True))
 
 
-def normal(
-    like: Sequence[torch.Size], scale: float, seed: int, device: torch.device
-) -> list[Tensor]:
+def normal(like: Shapes, scale: float, seed: int, device: torch.device) -> list[Tensor]:
     """Normal random tensors of the given shapes."""
     generator = torch.Generator(device).manual_seed(seed)
     return [scale * torch.randn(shape, generator=generator, device=device) for shape in like]
@@ -108,7 +103,7 @@ def point_to(params: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
 
 @dataclass
 class Operands:
-    """Parameters and gradients that contenders share.
+    """Parameters, gradients g at theta and g+ ("plus") at the second point, shared by contenders.
 
     Contenders may overwrite the gradients: `refresh` rewrites them before every call, as a backward
     pass would.
@@ -117,6 +112,23 @@ class Operands:
     params: list[Tensor]
     grads: list[Tensor]
     plus: list[Tensor]
+    # Of a chunk of a penalised step.
+    coefficient: float
+    weight: float = 128.0
+    radius: float = 1.0
+    # Of the end of a step: SGD with Nesterov momentum, of mean gradients that have to be clipped.
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    max_norm: float = 0.25
+
+    @classmethod
+    def of(cls, like: Shapes, device: torch.device = CPU, penalised: bool = True) -> Operands:
+        """Random tensors of these shapes, the terms of comparable size so that errors show."""
+        grads = normal(like, 1.0, 1, device)
+        plus = torch._foreach_add(grads, normal(like, 0.3, 2, device)) if penalised else []
+        coefficient = 2 / math.sqrt(sum(g.numel() for g in grads))
+        return cls(normal(like, 0.05, 0, device), grads, plus, coefficient)
 
     def __post_init__(self) -> None:
         self.original = [t.clone() for t in (*self.grads, *self.plus)]
@@ -142,25 +154,8 @@ class Operands:
         """Elements in one list."""
         return sum(g.numel() for g in self.grads)
 
-
-@dataclass
-class Chunk(Operands):
-    """One chunk of a penalised step: gradients g at theta and g+ ("plus") at the second point."""
-
-    coefficient: float = 1.0
-    weight: float = 128.0
-    radius: float = 1.0
-
-    @classmethod
-    def of(cls, like: Sequence[torch.Size], device: torch.device = CPU) -> Chunk:
-        """Random tensors of these shapes, the terms of comparable size so that errors show."""
-        grads = normal(like, 1.0, 1, device)
-        plus = torch._foreach_add(grads, normal(like, 0.3, 2, device))
-        coefficient = 2 / math.sqrt(sum(g.numel() for g in grads))
-        return cls(normal(like, 0.05, 0, device), grads, plus, coefficient)
-
     @cached_property
-    def expected(self) -> tuple[list[Tensor], list[Tensor]]:
+    def expected_update(self) -> tuple[list[Tensor], list[Tensor]]:
         """The perturbation of the parameters, and what the chunk adds to the sums."""
         params, grads, plus = self.double()
         flat = torch.empty(flat_size(params), dtype=torch.float64, device=self.device)
@@ -172,23 +167,8 @@ class Chunk(Operands):
         )
         return torch._foreach_sub(flat_views(flat, params), params), sums
 
-
-@dataclass
-class Finish(Operands):
-    """The end of a step: mean gradients to clip, and SGD with Nesterov momentum."""
-
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    max_norm: float = 0.25
-
-    @classmethod
-    def of(cls, like: Sequence[torch.Size], device: torch.device = CPU) -> Finish:
-        """Random tensors of these shapes, of a norm that has to be clipped."""
-        return cls(normal(like, 0.05, 0, device), normal(like, 1.0, 1, device), [])
-
     @cached_property
-    def expected(self) -> tuple[list[Tensor], list[Tensor]]:
+    def expected_step(self) -> tuple[list[Tensor], list[Tensor]]:
         """How far two steps with the same gradients move the parameters, and the momentum."""
         start, grads, _ = self.double()
         params, velocity = [p.clone() for p in start], [torch.zeros_like(p) for p in start]

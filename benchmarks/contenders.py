@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Chunk, Finish, WrongResult, point_to
+from benchmarks.cases import Operands, WrongResult, point_to
 from fbopt import FullBatchGD
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.perturb import Perturbation
@@ -28,7 +28,7 @@ class ChunkUpdate:
     words: int  # per parameter, read or written
     compiled = False
 
-    def __init__(self, chunk: Chunk) -> None:
+    def __init__(self, chunk: Operands) -> None:
         self.chunk, self.params = chunk, chunk.parameters()
         self.sums = [torch.zeros_like(p.detach()) for p in self.params]
         self.saved = [p.detach().clone() for p in self.params]
@@ -51,7 +51,7 @@ class FboptUpdate(ChunkUpdate):
 
     name, words, accumulation = "fbopt", 8, "float32"
 
-    def __init__(self, chunk: Chunk) -> None:
+    def __init__(self, chunk: Operands) -> None:
         self.chunk, self.params = chunk, chunk.parameters()
         self.gradients = GradientSums(self.params, self.accumulation)
         self.sums = self.gradients.views
@@ -79,7 +79,7 @@ class FboptExactUpdate(FboptUpdate):
     name, words, accumulation = "fbopt, exact sums", 10, "exact"
     chunks, checked = 391, False
 
-    def __init__(self, chunk: Chunk) -> None:
+    def __init__(self, chunk: Operands) -> None:
         super().__init__(chunk)
         self.update(lambda: None)
         self.gradients.store.fit(self.gradients.store.maxima(), self.chunks)
@@ -125,19 +125,14 @@ class PublishedUpdate(ChunkUpdate):
     running mean in which all chunks count alike.
     """
 
-    name, words = "as published", 29
-
-    def __init__(self, chunk: Chunk) -> None:
-        super().__init__(chunk)
-        self.count = 0
-        self.strength, self.correction = 1.0, chunk.coefficient
+    name, words, count = "as published", 29, 0
 
     @torch.no_grad()
     def update(self, second_pass: SecondPass) -> None:
         c, grads = self.chunk, self.chunk.grads
         self.logged = torch.stack([g.pow(2).sum() for g in grads]).sum()
         originals = [p.detach().clone() for p in self.params]
-        vector = torch._foreach_mul(grads, self.strength)
+        vector = torch._foreach_mul(grads, 1.0)  # the strength, here in the coefficient
         eps = c.radius / torch.stack([g.pow(2).sum() for g in vector]).sum().sqrt()
         torch._foreach_add_(self.params, vector, alpha=eps)
         second_pass()
@@ -146,7 +141,7 @@ class PublishedUpdate(ChunkUpdate):
         torch._foreach_div_(vhp, eps)
         for p, old in zip(self.params, originals, strict=True):
             p.data.copy_(old)
-        torch._foreach_add_(grads, vhp, alpha=self.correction)
+        torch._foreach_add_(grads, vhp, alpha=c.coefficient)
         self.count += 1
         torch._foreach_sub_(grads, self.sums)
         torch._foreach_add_(self.sums, grads, alpha=1 / self.count)
@@ -180,10 +175,6 @@ class ForeachSwappedUpdate(ForeachUpdate):
 
     name, words = "foreach, new tensors swapped in", 10
 
-    def __init__(self, chunk: Chunk) -> None:
-        super().__init__(chunk)
-        self.saved = [p.detach() for p in self.params]
-
     def perturbed(self, second_pass: SecondPass, scale: float) -> None:
         self.swapped(second_pass, torch._foreach_add(self.saved, self.chunk.grads, alpha=scale))
 
@@ -198,7 +189,7 @@ class CompiledUpdate(ForeachSwappedUpdate):
 
     name, words, compiled = "torch.compile of foreach", 8, True
 
-    def __init__(self, chunk: Chunk) -> None:
+    def __init__(self, chunk: Operands) -> None:
         super().__init__(chunk)
         self.buffer = [torch.empty_like(p) for p in self.saved]
         self.before = torch.compile(_perturb, fullgraph=True, dynamic=False)
@@ -237,7 +228,7 @@ class FinishingStep:
     optimizer_class: type[torch.optim.Optimizer] = torch.optim.SGD
     compiled = False
 
-    def __init__(self, finish: Finish) -> None:
+    def __init__(self, finish: Operands) -> None:
         self.finish, self.params = finish, finish.parameters()
         for p, g in zip(self.params, finish.grads, strict=True):
             p.grad = g  # shared by all
@@ -255,7 +246,7 @@ class FinishingStep:
 class FboptStep(FinishingStep):
     """FullBatchGD without a closure: a norm, then one pass."""
 
-    name, words, options = "fbopt", 6, {"max_norm": Finish.max_norm}
+    name, words, options = "fbopt", 6, {"max_norm": Operands.max_norm}
     optimizer_class = FullBatchGD
 
     def step(self) -> None:
@@ -271,7 +262,7 @@ class CompiledStep(FinishingStep):
 
     name, compiled = "torch.compile of clip_grad_norm_ + SGD", True
 
-    def __init__(self, finish: Finish) -> None:
+    def __init__(self, finish: Operands) -> None:
         super().__init__(finish)
         self.step = torch.compile(super().step)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Chunk, require_close
+from benchmarks.cases import Operands, require_close
 from benchmarks.timing import Contender
 from fbopt import reference
 from fbopt._ops import dispatch
@@ -45,7 +45,7 @@ class KernelArguments:
 
     def __init__(
         self,
-        chunk: Chunk,
+        chunk: Operands,
         dtype: torch.dtype,
         place: Place = cloned,
         device: torch.device | None = None,
@@ -126,7 +126,7 @@ class KernelArguments:
         return [((c.double() * 2.0**64 + s.double()) / EXACT_SCALE).to(dtype) for s, c in pairs]
 
 
-def kernels(chunk: Chunk) -> list[Contender]:
+def kernels(chunk: Operands) -> list[Contender]:
     """All kernels, each checked against its reference in float64."""
     ours = KernelArguments(chunk, torch.float32)
     right = KernelArguments(chunk, torch.float64)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bandwidth import limits
-from benchmarks.cases import TITLES, Chunk, Finish, require_close, shapes
+from benchmarks.cases import TITLES, Operands, require_close, shapes
 from benchmarks.contenders import CHUNK_UPDATES, FINISHING_STEPS, ChunkUpdate, FinishingStep
 from benchmarks.kernels import kernels
 from benchmarks.report import QUICK_ROUNDS, Report, compiles, options
@@ -30,24 +30,23 @@ COMPILED = ("resnet18", "small-cnn")
 TOLERANCE, PARAMETER_TOLERANCE = 1e-4, 1e-3
 
 
-def check_update(update: ChunkUpdate, chunk: Chunk) -> None:
+def check_update(update: ChunkUpdate, chunk: Operands) -> None:
     """Check two chunks: the perturbation, the restored parameters (bit for bit), and the sums."""
-    perturbation, added = chunk.expected
+    perturbation, added = chunk.expected_update
     seen: list[list[Tensor]] = []
     for _ in range(2):
         chunk.refresh()
         update.update(lambda: seen.append([p.detach().clone() for p in update.params]))
         moved = [s.double() - p.double() for s, p in zip(seen.pop(), chunk.params, strict=True)]
         require_close(update.name, "the perturbation", moved, perturbation, PARAMETER_TOLERANCE)
-        restored = [p.double() for p in chunk.params]
-        require_close(update.name, "a restored parameter", update.params, restored, 0)
+        require_close(update.name, "a restored parameter", update.params, chunk.params, 0)
     expected = torch._foreach_mul(added, 2)
     require_close(update.name, "the sum over two chunks", update.total(2), expected, TOLERANCE)
 
 
-def check_step(step: FinishingStep, finish: Finish) -> None:
+def check_step(step: FinishingStep, finish: Operands) -> None:
     """Check two steps, the first of which starts the momentum."""
-    displacement, velocity = finish.expected
+    displacement, velocity = finish.expected_step
     for _ in range(2):
         finish.refresh()
         step.step()
@@ -56,18 +55,19 @@ def check_step(step: FinishingStep, finish: Finish) -> None:
     require_close(step.name, "the momentum", step.momentum(), velocity, TOLERANCE)
 
 
-# By title: contenders, what they work on, their check, and the least float32 words per parameter
+# By title: contenders, their check, and the least float32 words per parameter
 # that each can read and write.
 PARTS = {
-    "Penalised chunk update": (CHUNK_UPDATES, Chunk, check_update, 8),
-    "Finishing step": (FINISHING_STEPS, Finish, check_step, 6),
+    "Penalised chunk update": (CHUNK_UPDATES, check_update, 8),
+    "Finishing step": (FINISHING_STEPS, check_step, 6),
 }
 
 
 def part_table(part: str, size: str, plan: Plan, compiled: bool) -> Table:
     """Check and time the penalised chunk update or the finishing step."""
-    kinds, case_class, check, words = PARTS[part]
-    case, contenders = case_class.of(shapes(size), plan.device), []
+    kinds, check, words = PARTS[part]
+    case = Operands.of(shapes(size), plan.device, penalised=kinds is CHUNK_UPDATES)
+    contenders = []
     for kind in kinds:
         if compiled or not kind.compiled:
             contender = kind(case)
@@ -80,7 +80,7 @@ def part_table(part: str, size: str, plan: Plan, compiled: bool) -> Table:
 
 def kernel_table(size: str, plan: Plan) -> Table:
     """Check and time the kernels one by one."""
-    chunk = Chunk.of(shapes(size), plan.device)
+    chunk = Operands.of(shapes(size), plan.device)
     contenders = kernels(chunk) + limits(8 * chunk.numel, plan.device)
     # A GPU's cache then holds little of what the kernels read.
     prepare = chunk.refresh if plan.device.type == "cuda" else lambda: None

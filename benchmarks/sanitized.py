@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.cases import Chunk, require_close
+from benchmarks.cases import Operands, require_close
 from benchmarks.kernels import RULE, KernelArguments, Place, Tensors, cloned
 from fbopt import reference
 from fbopt._ops import dispatch
@@ -94,7 +94,7 @@ def compare(
     shapes: Sequence[torch.Size], dtype: torch.dtype, layout: Place, device: torch.device
 ) -> int:
     """Run all ops on one set of arguments and compare; return the number of calls."""
-    chunk = Chunk.of(shapes)
+    chunk = Operands.of(shapes)
     lists = {name: getattr(chunk, name) for name in ("params", "grads", "plus")}
     # The reference starts from values that the dtype can hold.
     chunk = replace(chunk, **{n: [t.to(dtype).double() for t in ts] for n, ts in lists.items()})

@@ -38,10 +38,7 @@ VISITS = 3
 
 
 class BarePasses:
-    """All forward and backward passes, and nothing else.
-
-    The others also leave the mean gradient in `p.grad`.
-    """
+    """All forward and backward passes; the others also leave the mean gradient in `p.grad`."""
 
     name = "bare passes"
 

@@ -7,7 +7,6 @@ in the same round, so that what slows a whole round cancels.
 from __future__ import annotations
 
 import gc
-import itertools
 import random
 import statistics
 import time
@@ -118,8 +117,8 @@ def measure(
     deadline = time.monotonic() + plan.seconds
     by_events = plan.device.type == "cuda" and not plan.whole
     clocks: list[Clock] = [device_time, wall_time] if by_events else [wall_time]
-    calls = [[_calls_per_turn(clock, c, plan, prepare) for c in contenders] for clock in clocks]
-    seconds: list[list[list[float]]] = [[[] for _ in contenders] for _ in clocks]
+    calls = [[_calls_per_turn(clock, c, plan, prepare) for clock in clocks] for c in contenders]
+    turns: list[list[list[float]]] = [[[] for _ in clocks] for _ in contenders]
     order, rng = list(range(len(contenders))), random.Random(0)
     gc.collect()
     gc.disable()
@@ -128,14 +127,13 @@ def measure(
             if done >= MIN_ROUNDS and time.monotonic() > deadline:
                 break
             rng.shuffle(order)
-            for i, (k, clock) in itertools.product(order, enumerate(clocks)):
-                turn = clock(contenders[i].run, prepare, calls[k][i], plan.device)
-                seconds[k][i].append(turn)
+            for i in order:
+                for clock, count, seconds in zip(clocks, calls[i], turns[i], strict=True):
+                    seconds.append(clock(contenders[i].run, prepare, count, plan.device))
     finally:
         gc.enable()
-    first, *rest = seconds
-    walls = rest[0] if rest else [None] * len(contenders)
-    return Table(title, [Timing(*row) for row in zip(contenders, first, walls, strict=True)])
+    rows = zip(contenders, turns, strict=True)
+    return Table(title, [Timing(contender, *seconds) for contender, seconds in rows])
 
 
 def wall_time(run: Run, prepare: Run, calls: int, device: torch.device, wait: bool = True) -> float:

@@ -93,10 +93,6 @@ class Job:
         coefficient = LR * STRENGTH / 4
         return Task(network, chunks, self.penalised, cast, cross_entropy, coefficient=coefficient)
 
-    def __str__(self) -> str:
-        layout = "channels_last" if self.channels_last else "contiguous"
-        return f"{self.precision}, {layout}{', compiled' * self.compiled}"
-
 
 @dataclass(frozen=True)
 class Step:
@@ -113,7 +109,8 @@ class Step:
 
     @property
     def name(self) -> str:
-        return f"{self.kind}, {self.job}"
+        layout = "channels_last" if self.job.channels_last else "contiguous"
+        return f"{self.kind}, {self.job.precision}, {layout}{', compiled' * self.job.compiled}"
 
 
 def trainer_step(job: Job) -> Step:
@@ -148,17 +145,17 @@ def data_loader_step(job: Job) -> Step:
     return Step(kind, job, lambda: optimizer.step(closure), model)
 
 
-class LoadedChunks:
+class LoadedChunks(DataLoader):
     """The chunks of a DataLoader, moved to the device."""
 
     def __init__(self, job: Job) -> None:
-        workers = {"num_workers": job.workers, "persistent_workers": job.workers > 0}
-        pin = job.device.type == "cuda"
+        how = {"num_workers": job.workers, "persistent_workers": job.workers > 0}
+        how |= {"pin_memory": job.device.type == "cuda"}
+        super().__init__(AugmentedImages(job), job.chunk, **how)
         self.device = job.device
-        self.loader = DataLoader(AugmentedImages(job), job.chunk, pin_memory=pin, **workers)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for pair in self.loader:
+        for pair in super().__iter__():
             yield tuple(t.to(self.device, non_blocking=True) for t in pair)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import bandwidth, cases, kernels, ops, report, step, timing, train_step
-from benchmarks.cases import Chunk, Finish, Task, WrongResult, require_close
+from benchmarks.cases import Operands, Task, WrongResult, require_close
 from benchmarks.contenders import CHUNK_UPDATES, FINISHING_STEPS, FboptExactUpdate
 from benchmarks.timing import CPU, Contender, Plan, Table, Timing, measure
 from fbopt._build.compiler import BuildError
@@ -123,7 +123,7 @@ def test_wrong_chunk_update_is_caught(kind, what):
                 self.params[0].view(-1)[0] += 0.01 * (what == "perturbation")
             second_pass()
 
-    chunk = Chunk.of(FEW)
+    chunk = Operands.of(FEW)
     ops.check_update(kind(chunk), chunk)
     with pytest.raises(WrongResult, match=what):
         ops.check_update(Wrong(chunk), chunk)
@@ -139,7 +139,7 @@ def test_wrong_finishing_step_is_caught(kind, what):
             with torch.no_grad():
                 wrong.view(-1)[-1] += 0.01
 
-    finish = Finish.of(FEW)
+    finish = Operands.of(FEW, penalised=False)
     ops.check_step(kind(finish), finish)
     # A wrong momentum shows in the second update.
     with pytest.raises(WrongResult, match=r"the (update|momentum)"):
@@ -161,7 +161,7 @@ def test_wrong_kernel_is_caught(op, monkeypatch):
 
     monkeypatch.setattr(kernels.dispatch, op, wrong)
     with pytest.raises(WrongResult, match=op):
-        kernels.kernels(Chunk.of(FEW))
+        kernels.kernels(Operands.of(FEW))
 
 
 @pytest.mark.parametrize("kind", CALLS)
@@ -269,6 +269,6 @@ def test_a_gpu_is_timed_by_its_own_clock_too(monkeypatch):
 def test_compiled_contenders_agree():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        chunk, finish = Chunk.of(FEW), Finish.of(FEW)
+        chunk, finish = Operands.of(FEW), Operands.of(FEW, penalised=False)
         ops.check_update(CHUNK_UPDATES[-1](chunk), chunk)
         ops.check_step(FINISHING_STEPS[-1](finish), finish)
