@@ -22,16 +22,14 @@ NAMES = {True: "triad, streaming stores", False: "triad, plain stores"}
 
 def limits(words: int, device: torch.device) -> list[Contender]:
     """Contenders that read and write this many float32 words in all."""
-    return _triads(words) if device.type == "cpu" else [_copy(words, device)]
-
-
-def _copy(words: int, device: torch.device) -> Contender:
+    if device.type == "cpu":
+        return _triads(words)
     half = max(1, words // 2)
     source, to = torch.randn(half, device=device), torch.zeros(half, device=device)
     to.copy_(source)
     name = "device-to-device copy"
-    require_close(name, "the copy", [to], [source.double()], 0)
-    return Contender(name, lambda: to.copy_(source), words=2 * half, is_limit=True)
+    require_close(name, "the copy", [to], [source], 0)
+    return [Contender(name, lambda: to.copy_(source), words=2 * half, is_limit=True)]
 
 
 def _triads(words: int) -> list[Contender]:

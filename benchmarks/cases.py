@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.timing import CPU
 from fbopt import reference
 from fbopt._engine.forward import ChunkLoss
-from fbopt._ops.flat import flat_size, flat_views
+from fbopt._ops.flat import flat_size, flat_views, scalar_on
 
 CLASSES = 10
 NETWORKS = {"resnet18": ("resnet18", (3, 32, 32)), "small-cnn": ("cnn", (1, 40))}
@@ -28,37 +28,29 @@ TITLES = {
     "large": "one tensor of 2²⁶ elements",
 }
 Chunks = Sequence[tuple[Tensor, Tensor]]
+Tensors = Sequence[Tensor]
+Shapes = Sequence[torch.Size]
 
 
 class WrongResult(AssertionError):
     """A contender computes something else than the reference."""
 
 
+def distance(found: Tensors, expected: Tensors, norm: float) -> float:
+    """Return ||found - expected|| / ||expected|| over the elements of all tensors."""
+    actual, wanted = (torch.cat([t.detach().reshape(-1) for t in ts]) for ts in (found, expected))
+    wanted = wanted.double()
+    off = torch.linalg.vector_norm(actual.to(wanted) - wanted, norm)
+    return (off / torch.linalg.vector_norm(wanted, norm)).item()
+
+
 def require_close(
-    who: str, what: str, found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float
+    who: str, what: str, found: Tensors, expected: Tensors, tolerance: float, norm: float = math.inf
 ) -> None:
-    """Raise WrongResult unless all errors are within tolerance of the largest expected value."""
-    pairs = zip(found, expected, strict=True)
-    error = max((f.detach().double() - e).abs().max().item() for f, e in pairs)
-    scale = max(e.abs().max().item() for e in expected)
-    if not error <= tolerance * scale:
-        raise WrongResult(f"{who}: {what} is off by {error / scale:.1e} of its largest value")
-
-
-def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return ||found - expected|| / ||expected||."""
-    difference = torch._foreach_sub([f.detach().double() for f in found], list(expected))
-    ratio = reference.squared_norm(difference) / reference.squared_norm(list(expected))
-    return ratio.sqrt().item()
-
-
-def require_near(
-    who: str, found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float
-) -> None:
-    """Raise WrongResult unless a whole gradient is within tolerance of the expected one's norm."""
-    off = distance(found, expected)
+    """Raise WrongResult unless the distance is within tolerance; by default the maximum norm's."""
+    off = distance(found, expected, norm)
     if not off <= tolerance:
-        raise WrongResult(f"{who}: p.grad is off by {off:.1e} of its norm, over {tolerance:g}")
+        raise WrongResult(f"{who}: {what} is off by {off:.1e} of its norm, over {tolerance:g}")
 
 
 def shapes(size: str) -> list[torch.Size]:
@@ -97,17 +89,10 @@ def data(size: str, samples: int, chunk: int, device: torch.device = CPU) -> Chu
     return list(zip(x.split(chunk), y.split(chunk), strict=True))
 
 
-def normal(
-    like: Sequence[torch.Size], scale: float, seed: int, device: torch.device
-) -> list[Tensor]:
+def normal(like: Shapes, scale: float, seed: int, device: torch.device) -> list[Tensor]:
     """Normal random tensors of the given shapes."""
     generator = torch.Generator(device).manual_seed(seed)
     return [scale * torch.randn(shape, generator=generator, device=device) for shape in like]
-
-
-def scalar(value: float, device: torch.device = CPU) -> Tensor:
-    """A 0-dim float64 tensor, as the ops take their coefficients."""
-    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def point_to(params: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
@@ -116,9 +101,9 @@ def point_to(params: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
         p.data = t
 
 
-@dataclass(frozen=True)
+@dataclass
 class Operands:
-    """Parameters and gradients that contenders share.
+    """Parameters, gradients g at theta and g+ ("plus") at the second point, shared by contenders.
 
     Contenders may overwrite the gradients: `refresh` rewrites them before every call, as a backward
     pass would.
@@ -127,10 +112,26 @@ class Operands:
     params: list[Tensor]
     grads: list[Tensor]
     plus: list[Tensor]
-    original: list[Tensor] = field(init=False)
+    # Of a chunk of a penalised step.
+    coefficient: float
+    weight: float = 128.0
+    radius: float = 1.0
+    # Of the end of a step: SGD with Nesterov momentum, of mean gradients that have to be clipped.
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    max_norm: float = 0.25
+
+    @classmethod
+    def of(cls, like: Shapes, device: torch.device = CPU, penalised: bool = True) -> Operands:
+        """Random tensors of these shapes, the terms of comparable size so that errors show."""
+        grads = normal(like, 1.0, 1, device)
+        plus = torch._foreach_add(grads, normal(like, 0.3, 2, device)) if penalised else []
+        coefficient = 2 / math.sqrt(sum(g.numel() for g in grads))
+        return cls(normal(like, 0.05, 0, device), grads, plus, coefficient)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "original", [t.clone() for t in (*self.grads, *self.plus)])
+        self.original = [t.clone() for t in (*self.grads, *self.plus)]
 
     def refresh(self) -> None:
         torch._foreach_copy_([*self.grads, *self.plus], self.original)
@@ -153,64 +154,25 @@ class Operands:
         """Elements in one list."""
         return sum(g.numel() for g in self.grads)
 
-
-@dataclass(frozen=True)
-class Chunk(Operands):
-    """One chunk of a penalised step: gradients g at theta and g+ ("plus") at the second point."""
-
-    coefficient: float = 1.0
-    weight: float = 128.0
-    radius: float = 1.0
-
-    @classmethod
-    def of(cls, like: Sequence[torch.Size], device: torch.device = CPU) -> Chunk:
-        """Random tensors of these shapes, the terms of comparable size so that errors show."""
-        grads = normal(like, 1.0, 1, device)
-        plus = torch._foreach_add(grads, normal(like, 0.3, 2, device))
-        coefficient = 2 / math.sqrt(sum(g.numel() for g in grads))
-        return cls(normal(like, 0.05, 0, device), grads, plus, coefficient)
-
     @cached_property
-    def expected(self) -> tuple[list[Tensor], list[Tensor]]:
+    def expected_update(self) -> tuple[list[Tensor], list[Tensor]]:
         """The perturbation of the parameters, and what the chunk adds to the sums."""
         params, grads, plus = self.double()
         flat = torch.empty(flat_size(params), dtype=torch.float64, device=self.device)
         square = reference.perturb_(flat, params, grads, self.radius)
         sums = [torch.zeros_like(g) for g in grads]
-        weight, coefficient = (scalar(x, self.device) for x in (self.weight, self.coefficient))
+        weight, coefficient = (scalar_on(self.device, x) for x in (self.weight, self.coefficient))
         reference.accumulate_penalty_(
             sums, grads, plus, [], weight, coefficient, square, self.radius
         )
         return torch._foreach_sub(flat_views(flat, params), params), sums
 
-
-@dataclass(frozen=True)
-class Finish(Operands):
-    """The end of a step: mean gradients to clip, and SGD with Nesterov momentum."""
-
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    max_norm: float = 0.25
-
-    @classmethod
-    def of(cls, like: Sequence[torch.Size], device: torch.device = CPU) -> Finish:
-        """Random tensors of these shapes, of a norm that has to be clipped."""
-        return cls(normal(like, 0.05, 0, device), normal(like, 1.0, 1, device), [])
-
-    def parameters(self) -> list[nn.Parameter]:
-        """A contender's own copy of the parameters, with the shared gradients in place."""
-        params = super().parameters()
-        for p, g in zip(params, self.grads, strict=True):
-            p.grad = g
-        return params
-
     @cached_property
-    def expected(self) -> tuple[list[Tensor], list[Tensor]]:
+    def expected_step(self) -> tuple[list[Tensor], list[Tensor]]:
         """How far two steps with the same gradients move the parameters, and the momentum."""
         start, grads, _ = self.double()
         params, velocity = [p.clone() for p in start], [torch.zeros_like(p) for p in start]
-        norm, lr = reference.squared_norm(grads).sqrt(), scalar(self.lr, self.device)
+        norm, lr = reference.squared_norm(grads).sqrt(), scalar_on(self.device, self.lr)
         rule = {"dampening": 0.0, "nesterov": True, "maximize": False}
         rule |= {"momentum": self.momentum, "weight_decay": self.weight_decay}
         for first in (True, False):
@@ -269,9 +231,9 @@ class Task:
         originals = [p.detach() for p in params]
         sums = [torch.zeros_like(p) for p in originals]
         flat = torch.empty(flat_size(params), dtype=params[0].dtype, device=self.device)
-        coefficient = scalar(self.coefficient, self.device)
+        coefficient = scalar_on(self.device, self.coefficient)
         for x, y in self.chunks:
-            weight = scalar(float(len(y)), self.device)
+            weight = scalar_on(self.device, len(y))
             _, grads = self.gradient(x, y)
             if not self.penalised:
                 reference.accumulate_(sums, grads, weight)

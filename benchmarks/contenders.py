@@ -11,10 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Chunk, Finish, WrongResult, point_to, scalar
+from benchmarks.cases import Operands, WrongResult, point_to
 from fbopt import FullBatchGD
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.perturb import Perturbation
+from fbopt._ops.flat import scalar_on
 
 SecondPass = Callable[[], object]
 Tensors = list[Tensor]
@@ -25,16 +26,20 @@ class ChunkUpdate:
 
     name: str
     words: int  # per parameter, read or written
-    ragged = True  # whether a chunk counts by its samples
     compiled = False
 
-    def __init__(self, chunk: Chunk) -> None:
+    def __init__(self, chunk: Operands) -> None:
         self.chunk, self.params = chunk, chunk.parameters()
         self.sums = [torch.zeros_like(p.detach()) for p in self.params]
+        self.saved = [p.detach().clone() for p in self.params]
 
     def update(self, second_pass: SecondPass) -> None:
         """Add a chunk; `second_pass` is called while the parameters are perturbed."""
         raise NotImplementedError
+
+    def step(self) -> None:
+        """Add a chunk without a second pass, which is not timed."""
+        self.update(lambda: None)
 
     def total(self, chunks: int) -> Tensors:
         """The weighted sum over the chunks so far."""
@@ -46,13 +51,13 @@ class FboptUpdate(ChunkUpdate):
 
     name, words, accumulation = "fbopt", 8, "float32"
 
-    def __init__(self, chunk: Chunk) -> None:
+    def __init__(self, chunk: Operands) -> None:
         self.chunk, self.params = chunk, chunk.parameters()
         self.gradients = GradientSums(self.params, self.accumulation)
         self.sums = self.gradients.views
         self.perturbation = Perturbation(self.gradients.buckets)
         self.perturbation.begin()
-        self.coefficient, self.weight = scalar(chunk.coefficient, chunk.device), chunk.weight
+        self.coefficient, self.weight = scalar_on(chunk.device, chunk.coefficient), chunk.weight
 
     def update(self, second_pass: SecondPass) -> None:
         c, gradients = self.chunk, self.gradients
@@ -74,7 +79,7 @@ class FboptExactUpdate(FboptUpdate):
     name, words, accumulation = "fbopt, exact sums", 10, "exact"
     chunks, checked = 391, False
 
-    def __init__(self, chunk: Chunk) -> None:
+    def __init__(self, chunk: Operands) -> None:
         super().__init__(chunk)
         self.update(lambda: None)
         self.gradients.store.fit(self.gradients.store.maxima(), self.chunks)
@@ -99,10 +104,6 @@ class LoopUpdate(ChunkUpdate):
 
     name, words = "per-tensor loop", 19
 
-    def __init__(self, chunk: Chunk) -> None:
-        super().__init__(chunk)
-        self.saved = [p.detach().clone() for p in self.params]
-
     @torch.no_grad()
     def update(self, second_pass: SecondPass) -> None:
         c = self.chunk
@@ -124,19 +125,14 @@ class PublishedUpdate(ChunkUpdate):
     running mean in which all chunks count alike.
     """
 
-    name, words, ragged = "as published", 29, False
-
-    def __init__(self, chunk: Chunk) -> None:
-        super().__init__(chunk)
-        self.count = 0
-        self.strength, self.correction = 1.0, chunk.coefficient
+    name, words, count = "as published", 29, 0
 
     @torch.no_grad()
     def update(self, second_pass: SecondPass) -> None:
         c, grads = self.chunk, self.chunk.grads
         self.logged = torch.stack([g.pow(2).sum() for g in grads]).sum()
         originals = [p.detach().clone() for p in self.params]
-        vector = torch._foreach_mul(grads, self.strength)
+        vector = torch._foreach_mul(grads, 1.0)  # the strength, here in the coefficient
         eps = c.radius / torch.stack([g.pow(2).sum() for g in vector]).sum().sqrt()
         torch._foreach_add_(self.params, vector, alpha=eps)
         second_pass()
@@ -145,7 +141,7 @@ class PublishedUpdate(ChunkUpdate):
         torch._foreach_div_(vhp, eps)
         for p, old in zip(self.params, originals, strict=True):
             p.data.copy_(old)
-        torch._foreach_add_(grads, vhp, alpha=self.correction)
+        torch._foreach_add_(grads, vhp, alpha=c.coefficient)
         self.count += 1
         torch._foreach_sub_(grads, self.sums)
         torch._foreach_add_(self.sums, grads, alpha=1 / self.count)
@@ -179,10 +175,6 @@ class ForeachSwappedUpdate(ForeachUpdate):
 
     name, words = "foreach, new tensors swapped in", 10
 
-    def __init__(self, chunk: Chunk) -> None:
-        ChunkUpdate.__init__(self, chunk)
-        self.saved = [p.detach() for p in self.params]
-
     def perturbed(self, second_pass: SecondPass, scale: float) -> None:
         self.swapped(second_pass, torch._foreach_add(self.saved, self.chunk.grads, alpha=scale))
 
@@ -192,31 +184,12 @@ class ForeachSwappedUpdate(ForeachUpdate):
         point_to(self.params, self.saved)
 
 
-class ForeachUnsyncedUpdate(ForeachSwappedUpdate):
-    """Without reading the norm on the host; foreach takes a tensor as a scalar in products only."""
-
-    name, words = "foreach without a host sync", 16
-
-    @torch.no_grad()
-    def update(self, second_pass: SecondPass) -> None:
-        c = self.chunk
-        norm = torch.stack(torch._foreach_norm(c.grads)).norm()
-        moved = torch._foreach_mul(c.grads, c.radius / norm)
-        torch._foreach_add_(moved, self.saved)
-        self.swapped(second_pass, moved)
-        factor = c.weight * c.coefficient / c.radius * norm
-        torch._foreach_mul_(c.grads, c.weight - factor)
-        torch._foreach_mul_(c.plus, factor)
-        torch._foreach_add_(self.sums, c.grads)
-        torch._foreach_add_(self.sums, c.plus)
-
-
 class CompiledUpdate(ForeachSwappedUpdate):
     """torch.compile of foreach: one graph before the second pass, one after it; no host sync."""
 
     name, words, compiled = "torch.compile of foreach", 8, True
 
-    def __init__(self, chunk: Chunk) -> None:
+    def __init__(self, chunk: Operands) -> None:
         super().__init__(chunk)
         self.buffer = [torch.empty_like(p) for p in self.saved]
         self.before = torch.compile(_perturb, fullgraph=True, dynamic=False)
@@ -245,7 +218,7 @@ def _accumulate(
 
 
 CHUNK_UPDATES = (FboptUpdate, FboptExactUpdate, LoopUpdate, PublishedUpdate, ForeachUpdate)
-CHUNK_UPDATES += (ForeachSwappedUpdate, ForeachUnsyncedUpdate, CompiledUpdate)
+CHUNK_UPDATES += (ForeachSwappedUpdate, CompiledUpdate)
 
 
 class FinishingStep:
@@ -255,8 +228,10 @@ class FinishingStep:
     optimizer_class: type[torch.optim.Optimizer] = torch.optim.SGD
     compiled = False
 
-    def __init__(self, finish: Finish) -> None:
+    def __init__(self, finish: Operands) -> None:
         self.finish, self.params = finish, finish.parameters()
+        for p, g in zip(self.params, finish.grads, strict=True):
+            p.grad = g  # shared by all
         rule = {"lr": finish.lr, "momentum": finish.momentum, "weight_decay": finish.weight_decay}
         self.optimizer = self.optimizer_class(self.params, nesterov=True, **rule, **self.options)
 
@@ -271,7 +246,7 @@ class FinishingStep:
 class FboptStep(FinishingStep):
     """FullBatchGD without a closure: a norm, then one pass."""
 
-    name, words, options = "fbopt", 6, {"max_norm": Finish.max_norm}
+    name, words, options = "fbopt", 6, {"max_norm": Operands.max_norm}
     optimizer_class = FullBatchGD
 
     def step(self) -> None:
@@ -287,7 +262,7 @@ class CompiledStep(FinishingStep):
 
     name, compiled = "torch.compile of clip_grad_norm_ + SGD", True
 
-    def __init__(self, finish: Finish) -> None:
+    def __init__(self, finish: Operands) -> None:
         super().__init__(finish)
         self.step = torch.compile(super().step)
 

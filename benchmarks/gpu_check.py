@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_stages import CAPTURED, UNAVAILABLE
-from benchmarks.report import RESULTS, aligned, gpu_facts, slug, write_json
+from benchmarks.report import RESULTS, aligned, gpu_facts, slug
+from fbopt.train.checkpoint.atomic import replace_json
 
 NO_GPU = """No GPU: torch {torch} {why}. Nothing was checked.
 A rehearsal without one: python -m benchmarks.gpu_check --device cpu"""
@@ -108,7 +109,8 @@ def save(stem: Path, stages: dict[str, Any], facts: dict[str, str]) -> str:
     path = Path(f"{stem}.json")
     known = json.loads(path.read_text())["stages"] if path.exists() else {}
     stages = {name: (known | stages)[name] for name in STAGES if name in known | stages}
-    write_json(path, {"benchmark": "gpu_check", "machine": facts, "stages": stages})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_json(path, {"benchmark": "gpu_check", "machine": facts, "stages": stages})
     lines = [["stage", "result", "seconds"]]
     lines += [[name, s["status"], f"{s['seconds']:.0f}"] for name, s in stages.items()]
     text = [f"# GPU check: {facts.get('device', 'a rehearsal without a GPU')}", aligned(lines)]

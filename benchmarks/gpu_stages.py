@@ -82,10 +82,10 @@ def sanitize(device: str, seconds: float) -> int:
     if device == "cpu":
         return subprocess.run([*DRIVER, "--device", "cpu"], check=False).returncode
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    folders = [None, *(os.path.join(home, name) for name in ("bin", TOOL))]
-    tool = next(filter(None, (shutil.which(TOOL, path=folder) for folder in folders)), None)
+    folders = [os.path.join(home, name) for name in ("bin", TOOL)]
+    tool = shutil.which(TOOL, path=os.pathsep.join([os.environ.get("PATH", os.defpath), *folders]))
     if tool is None:
-        print(f"{TOOL} is neither on the PATH nor in {' or '.join(folders[1:])}")
+        print(f"{TOOL} is neither on the PATH nor in {' or '.join(folders)}")
         return UNAVAILABLE
     deadline = time.monotonic() + seconds
     load.cuda_kernels()  # compiled before anything watches

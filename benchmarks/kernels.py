@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Chunk, require_close, scalar
+from benchmarks.cases import Operands, require_close
 from benchmarks.timing import Contender
 from fbopt import reference
 from fbopt._ops import dispatch
-from fbopt._ops.flat import accumulator_dtype, flat_size, flat_views
+from fbopt._ops.flat import accumulator_dtype, flat_size, flat_views, scalar_on
 
 RULE = {"momentum": 0.9, "dampening": 0.0, "weight_decay": 5e-4}
 RULE |= {"nesterov": True, "maximize": False, "first": False}
@@ -30,23 +30,30 @@ WORDS = {
 }
 # The inverse of the unit of exact sums: as fine as sums of some hundred chunks need.
 EXACT_SCALE = 2.0**48
-Exact = tuple[list[Tensor], list[Tensor], Tensor]
+Tensors = list[Tensor]
+Exact = tuple[Tensors, Tensors, Tensor]
+Place = Callable[[Tensors], Tensors]
+
+
+def cloned(tensors: Tensors) -> Tensors:
+    """In memory of their own, as torch lays them out."""
+    return [t.clone() for t in tensors]
 
 
 class KernelArguments:
-    """Arguments for all kernels, in one dtype; `place` lays out each tensor in memory."""
+    """Arguments for all kernels, in one dtype; `place` lays out tensors in memory."""
 
     def __init__(
         self,
-        chunk: Chunk,
+        chunk: Operands,
         dtype: torch.dtype,
-        place: Callable[[Tensor], Tensor] = Tensor.clone,
+        place: Place = cloned,
         device: torch.device | None = None,
     ) -> None:
         device, wide = device or chunk.device, accumulator_dtype(dtype)
 
         def own(tensors: Sequence[Tensor], dtype: torch.dtype = dtype) -> list[Tensor]:
-            return [place(t.detach().to(device, dtype)) for t in tensors]
+            return place([t.detach().to(device, dtype) for t in tensors])
 
         zeros = [torch.zeros_like(p) for p in chunk.params]
         self.chunk = chunk
@@ -60,11 +67,11 @@ class KernelArguments:
         self.perturbed = torch.full((flat_size(self.params),), **nan)
         self.packed = torch.full((chunk.numel,), **nan)
         self.square = reference.squared_norm([g.to(dtype) for g in chunk.grads]).to(device)
-        self.norm, self.lr = self.square.sqrt(), scalar(1e-3, device)
-        self.weight = scalar(chunk.weight, device)
-        self.coefficient = scalar(chunk.coefficient, device)
+        self.norm, self.lr = self.square.sqrt(), scalar_on(device, 1e-3)
+        self.weight = scalar_on(device, chunk.weight)
+        self.coefficient = scalar_on(device, chunk.coefficient)
         # Clips to 0.999 times the values, which stay ordinary numbers however often this runs.
-        self.long_norm = scalar(1 / 0.999, device)
+        self.long_norm = scalar_on(device, 1 / 0.999)
 
     def _exact(self, device: torch.device) -> Exact:
         """Sums in fixed point, carries, and the largest contributions."""
@@ -119,7 +126,7 @@ class KernelArguments:
         return [((c.double() * 2.0**64 + s.double()) / EXACT_SCALE).to(dtype) for s, c in pairs]
 
 
-def kernels(chunk: Chunk) -> list[Contender]:
+def kernels(chunk: Operands) -> list[Contender]:
     """All kernels, each checked against its reference in float64."""
     ours = KernelArguments(chunk, torch.float32)
     right = KernelArguments(chunk, torch.float64)

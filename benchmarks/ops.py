@@ -10,14 +10,13 @@ pass would.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.bandwidth import limits
-from benchmarks.cases import TITLES, Chunk, Finish, require_close, shapes
+from benchmarks.cases import TITLES, Operands, require_close, shapes
 from benchmarks.contenders import CHUNK_UPDATES, FINISHING_STEPS, ChunkUpdate, FinishingStep
 from benchmarks.kernels import kernels
 from benchmarks.report import QUICK_ROUNDS, Report, compiles, options
@@ -26,31 +25,28 @@ from benchmarks.timing import Contender, Plan, Table, measure
 ROUNDS = {"resnet18": 40, "small-cnn": 60, "tiny": 60, "large": 40}
 SIZES = ("resnet18", "small-cnn", "tiny")
 COMPILED = ("resnet18", "small-cnn")
-# The least float32 words per parameter that each can read and write.
-UPDATE_WORDS, STEP_WORDS = 8, 6
 # torch's norms are summed in float32 and off by some 1e-5; what is added to a parameter is rounded
 # with it.
 TOLERANCE, PARAMETER_TOLERANCE = 1e-4, 1e-3
 
 
-def check_update(update: ChunkUpdate, chunk: Chunk) -> None:
+def check_update(update: ChunkUpdate, chunk: Operands) -> None:
     """Check two chunks: the perturbation, the restored parameters (bit for bit), and the sums."""
-    perturbation, added = chunk.expected
+    perturbation, added = chunk.expected_update
     seen: list[list[Tensor]] = []
     for _ in range(2):
         chunk.refresh()
         update.update(lambda: seen.append([p.detach().clone() for p in update.params]))
         moved = [s.double() - p.double() for s, p in zip(seen.pop(), chunk.params, strict=True)]
         require_close(update.name, "the perturbation", moved, perturbation, PARAMETER_TOLERANCE)
-        restored = [p.double() for p in chunk.params]
-        require_close(update.name, "a restored parameter", update.params, restored, 0)
+        require_close(update.name, "a restored parameter", update.params, chunk.params, 0)
     expected = torch._foreach_mul(added, 2)
     require_close(update.name, "the sum over two chunks", update.total(2), expected, TOLERANCE)
 
 
-def check_step(step: FinishingStep, finish: Finish) -> None:
+def check_step(step: FinishingStep, finish: Operands) -> None:
     """Check two steps, the first of which starts the momentum."""
-    displacement, velocity = finish.expected
+    displacement, velocity = finish.expected_step
     for _ in range(2):
         finish.refresh()
         step.step()
@@ -59,36 +55,33 @@ def check_step(step: FinishingStep, finish: Finish) -> None:
     require_close(step.name, "the momentum", step.momentum(), velocity, TOLERANCE)
 
 
-def update_table(size: str, plan: Plan, compiled: bool) -> Table:
-    """Check and time the penalised chunk update."""
-    chunk, contenders = Chunk.of(shapes(size), plan.device), []
-    for kind in CHUNK_UPDATES:
-        if compiled or not kind.compiled:
-            update = kind(chunk)
-            check_update(update, chunk)
-            run = partial(update.update, lambda: None)  # the second pass itself is not timed
-            contenders.append(Contender(kind.name, run, kind.words * chunk.numel))
-    contenders += limits(UPDATE_WORDS * chunk.numel, plan.device)
-    return measure(f"Penalised chunk update, {TITLES[size]}", contenders, plan, chunk.refresh)
+# By title: contenders, their check, and the least float32 words per parameter
+# that each can read and write.
+PARTS = {
+    "Penalised chunk update": (CHUNK_UPDATES, check_update, 8),
+    "Finishing step": (FINISHING_STEPS, check_step, 6),
+}
 
 
-def step_table(size: str, plan: Plan, compiled: bool) -> Table:
-    """Check and time the finishing step."""
-    finish, contenders = Finish.of(shapes(size), plan.device), []
-    for kind in FINISHING_STEPS:
+def part_table(part: str, size: str, plan: Plan, compiled: bool) -> Table:
+    """Check and time the penalised chunk update or the finishing step."""
+    kinds, check, words = PARTS[part]
+    case = Operands.of(shapes(size), plan.device, penalised=kinds is CHUNK_UPDATES)
+    contenders = []
+    for kind in kinds:
         if compiled or not kind.compiled:
-            step = kind(finish)
-            check_step(step, finish)
-            words = kind.words and kind.words * finish.numel
-            contenders.append(Contender(kind.name, step.step, words))
-    contenders += limits(STEP_WORDS * finish.numel, plan.device)
-    return measure(f"Finishing step, {TITLES[size]}", contenders, plan, finish.refresh)
+            contender = kind(case)
+            check(contender, case)
+            moved = kind.words and kind.words * case.numel
+            contenders.append(Contender(kind.name, contender.step, moved))
+    contenders += limits(words * case.numel, plan.device)
+    return measure(f"{part}, {TITLES[size]}", contenders, plan, case.refresh)
 
 
 def kernel_table(size: str, plan: Plan) -> Table:
     """Check and time the kernels one by one."""
-    chunk = Chunk.of(shapes(size), plan.device)
-    contenders = kernels(chunk) + limits(UPDATE_WORDS * chunk.numel, plan.device)
+    chunk = Operands.of(shapes(size), plan.device)
+    contenders = kernels(chunk) + limits(8 * chunk.numel, plan.device)
     # A GPU's cache then holds little of what the kernels read.
     prepare = chunk.refresh if plan.device.type == "cuda" else lambda: None
     return measure(f"Single kernels, {TITLES[size]}", contenders, plan, prepare)
@@ -107,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         compiled = size in choice.compile and not choice.quick and compiles(choice.device)
         rounds = choice.rounds or (QUICK_ROUNDS if choice.quick else ROUNDS[size])
         plan = Plan(rounds, choice.device, choice.seconds)
-        report.table(update_table(size, plan, compiled))
-        report.table(step_table(size, plan, compiled))
+        for part in PARTS:
+            report.table(part_table(part, size, plan, compiled))
         table = kernel_table(size, plan)
         report.table(table, base=table.limit)
     return report.write(choice.out)

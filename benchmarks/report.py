@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -20,6 +19,7 @@ import fbopt
 from benchmarks import PINNING
 from benchmarks.timing import CPU, Table, Timing, quartiles
 from fbopt._build import load
+from fbopt.train.checkpoint.atomic import replace_json
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_ROUNDS = 3
@@ -57,22 +57,16 @@ class Report:
         torch.set_num_threads(choice.threads)
         self.name, self.quick = name, choice.quick
         self.arguments = sys.argv[1:] if argv is None else list(argv)
-        self.facts: dict[str, str] = {}
         self.tables: list[dict[str, Any]] = []
         self.machine = machine(choice.device)
         print(", ".join(f"{key}: {value}" for key, value in self.machine.items()))
-
-    def fact(self, what: str, value: object) -> None:
-        """Print and keep something that is not a time."""
-        self.facts[what] = str(value)
-        print(f"- {what}: {value}", flush=True)
 
     def table(self, table: Table, base: Timing | None = None) -> None:
         """Print and keep a table; its ratios are to the row `base`, by default the first."""
         base = base or table.rows[0]
         rows = [entries(row, base, table.limit) for row in table.rows]
-        self.tables.append({"title": table.title, "base": base.name, "rows": rows})
-        print(f"\n### {table.title}\n\n{markdown(rows, base.name)}", flush=True)
+        self.tables.append({"title": table.title, "base": base.contender.name, "rows": rows})
+        print(f"\n### {table.title}\n\n{markdown(rows, base.contender.name)}", flush=True)
 
     def write(self, folder: Path) -> Path:
         """Write the JSON, named after benchmark and hardware, and return its path."""
@@ -80,19 +74,11 @@ class Report:
         name = f"{self.name.replace('_', '-')}-{slug(hardware)}{'-quick' * self.quick}"
         command = " ".join(["python -m", f"benchmarks.{self.name}", *self.arguments])
         content = {"benchmark": self.name, "command": command, "machine": self.machine}
-        content |= {"facts": self.facts} if self.facts else {}
         path = folder / f"{name}.json"
-        write_json(path, content | {"tables": self.tables})
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_json(path, content | {"tables": self.tables})
         print(f"\nwrote {os.path.relpath(path)}")
         return path
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that people can read too, completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".part")
-    scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    scratch.replace(path)
 
 
 def machine(device: torch.device = CPU) -> dict[str, Any]:
@@ -113,11 +99,8 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
 
 def cpu_name() -> str:
     """The name of the processor."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", path.read_text() if path.exists() else "")
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
@@ -155,18 +138,18 @@ def entries(row: Timing, base: Timing, limit: Timing | None) -> dict[str, Any]:
     """The figures of one contender; ratios are to `base`."""
     ratios, contender = row.over(base), row.contender
     found = {
-        "name": row.name,
+        "name": contender.name,
         "median_s": row.median,
-        "quartiles_s": list(quartiles(row.seconds)),
+        "quartiles_s": quartiles(row.seconds),
         "fastest_s": min(row.seconds),
         "rounds": len(row.seconds),
         "ratio": statistics.median(ratios),
-        "ratio_quartiles": list(quartiles(ratios)),
+        "ratio_quartiles": quartiles(ratios),
     }
     if row.wall is not None:
         found |= {
             "wall_s": statistics.median(row.wall),
-            "wall_quartiles_s": list(quartiles(row.wall)),
+            "wall_quartiles_s": quartiles(row.wall),
             "wall_ratio": statistics.median(row.over(base, wall=True)),
         }
     if contender.words is not None:

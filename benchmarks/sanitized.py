@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from benchmarks.cases import Chunk, require_close
-from benchmarks.kernels import RULE, KernelArguments
+from benchmarks.cases import Operands, require_close
+from benchmarks.kernels import RULE, KernelArguments, Place, Tensors, cloned
 from fbopt import reference
 from fbopt._ops import dispatch
-from fbopt._ops.flat import ALIGN, DTYPES, accumulator_dtype
+from fbopt._ops.flat import DTYPES, accumulator_dtype, flat_size, flat_views
 
 # Odd and even sizes, empty and 0-dim tensors, one block and several.
 SHAPES = [torch.Size(s) for s in ((3, 4), (), (0,), (7,), (2, 3, 5, 5), (33, 65), (70001,))]
@@ -29,48 +28,41 @@ SHAPES = [torch.Size(s) for s in ((3, 4), (), (0,), (7,), (2, 3, 5, 5), (33, 65)
 MANY = [torch.Size([1 + i % 23]) for i in range(2500)]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 AGREED = "calls agree with the reference"
-Place = Callable[[Tensor], Tensor]
 
 
-def misaligned(t: Tensor) -> Tensor:
+def misaligned(tensors: Tensors) -> Tensors:
     """One element behind an aligned address."""
-    return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape)
+    return [torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape) for t in tensors]
 
 
-def gapped(t: Tensor) -> Tensor:
+def gapped(tensors: Tensors) -> Tensors:
     """In every second element of memory."""
-    return torch.stack([t, t], -1)[..., 0]
+    return [torch.stack([t, t], -1)[..., 0] for t in tensors]
 
 
-def transposed(t: Tensor) -> Tensor:
+def transposed(tensors: Tensors) -> Tensors:
     """With the order of the dimensions in memory reversed."""
-    order = list(range(t.dim()))[::-1]
-    return t.permute(order).clone(memory_format=torch.contiguous_format).permute(order)
+    orders = [list(range(t.dim()))[::-1] for t in tensors]
+    return [
+        torch.empty_permuted(t.shape, o, dtype=t.dtype, device=t.device).copy_(t)
+        for t, o in zip(tensors, orders, strict=True)
+    ]
 
 
-class Pooled:
-    """Many small tensors in few allocations, which are slow under a sanitizer."""
-
-    def __init__(self) -> None:
-        self._left = torch.empty(0)
-
-    def __call__(self, t: Tensor) -> Tensor:
-        if t.numel() > len(self._left) or t.dtype != self._left.dtype:
-            self._left = t.new_zeros(1 << 16)
-        found = self._left[: t.numel()].view(t.shape).copy_(t)
-        self._left = self._left[-(-t.numel() // ALIGN) * ALIGN :]
-        return found
-
-
-LAYOUTS: tuple[Place, ...] = (Tensor.clone, misaligned, gapped, transposed)
+def pooled(tensors: Tensors) -> Tensors:
+    """In one allocation; many are slow under a sanitizer."""
+    views = flat_views(tensors[0].new_zeros(flat_size(tensors)), tensors)
+    torch._foreach_copy_(views, tensors)
+    return views
 
 
 def cases() -> Iterator[tuple[list[torch.Size], torch.dtype, Place]]:
     """The shapes, dtype and layout of each set of arguments."""
     for dtype in DTYPES:
-        yield from ((SHAPES, dtype, layout) for layout in LAYOUTS)
+        for layout in (cloned, misaligned, gapped, transposed):
+            yield SHAPES, dtype, layout
     for dtype in (torch.float32, torch.bfloat16):
-        yield MANY, dtype, Pooled()
+        yield MANY, dtype, pooled
 
 
 def variants(a: KernelArguments, ops: object) -> dict[str, Callable[[], object]]:
@@ -102,28 +94,23 @@ def compare(
     shapes: Sequence[torch.Size], dtype: torch.dtype, layout: Place, device: torch.device
 ) -> int:
     """Run all ops on one set of arguments and compare; return the number of calls."""
-    chunk = Chunk.of(shapes)
+    chunk = Operands.of(shapes)
     lists = {name: getattr(chunk, name) for name in ("params", "grads", "plus")}
     # The reference starts from values that the dtype can hold.
     chunk = replace(chunk, **{n: [t.to(dtype).double() for t in ts] for n, ts in lists.items()})
     found = KernelArguments(chunk, dtype, layout, device)
     right = KernelArguments(chunk, torch.float64)
-    who = f"of {len(shapes)} tensors, {dtype}, {getattr(layout, '__name__', 'pooled')}"
+    who = f"of {len(shapes)} tensors, {dtype}, {layout.__name__}"
     forms = (KernelArguments.calls, variants)
     for form in forms:
         references = form(right, reference)
         for op, call in form(found, dispatch).items():
             call()
             references[op]()
-            results, expected = (flat(side.outcome(op)) for side in (found, right))
-            tolerance = TOLERANCES[results.dtype]
-            require_close(f"{op} {who}", "the result", [results], [expected], tolerance)
+            results, expected = (side.outcome(op) for side in (found, right))
+            tolerance = TOLERANCES[results[0].dtype]
+            require_close(f"{op} {who}", "the result", results, expected, tolerance)
     return sum(len(form(found, dispatch)) for form in forms)
-
-
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All elements, on the CPU in one copy."""
-    return torch.cat([t.reshape(-1) for t in tensors]).cpu()
 
 
 def plant(device: torch.device) -> None:

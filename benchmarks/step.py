@@ -10,16 +10,17 @@ of the table on its own chunks, before it is timed. Ratios are time over that of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks import cases, contenders
-from benchmarks.cases import TITLES, Task, WrongResult, require_close, require_near
+from benchmarks import cases
+from benchmarks.cases import TITLES, Task, WrongResult, require_close
+from benchmarks.contenders import ForeachUpdate
 from benchmarks.report import QUICK_ROUNDS, Report, options
 from benchmarks.timing import Contender, Plan, Table, measure
 from fbopt import FullBatchClosure, GradientPenalty
@@ -36,29 +37,19 @@ TOLERANCES = {"fp32": 2e-2, "tf32": 5e-2, "bf16": 0.35}
 VISITS = 3
 
 
-class Call:
-    """A closure call: visits all chunks and leaves the mean gradient in `p.grad`."""
+class BarePasses:
+    """All forward and backward passes; the others also leave the mean gradient in `p.grad`."""
 
-    name: str
-    ragged = True  # whether a chunk counts by its samples
+    name = "bare passes"
 
     def __init__(self, task: Task) -> None:
         self.task, self.params = task, task.params
 
     def __call__(self) -> object:
-        raise NotImplementedError
+        return self.task.passes()
 
 
-class BarePasses(Call):
-    """As many forward and backward passes, and nothing else."""
-
-    name = "bare passes"
-
-    def __call__(self) -> None:
-        self.task.passes()
-
-
-class FboptCall(Call):
+class FboptCall(BarePasses):
     """FullBatchClosure."""
 
     name, cuda_graph = "fbopt", False
@@ -81,62 +72,41 @@ class GraphedCall(FboptCall):
     name, cuda_graph = "fbopt, CUDA graphs", True
 
 
-class TorchCall(Call):
+class TorchCall(BarePasses):
     """A chunk update in plain torch between the passes; BatchNorm's statistics are left as is."""
 
     name = "plain torch"
-    update_class: type[contenders.ChunkUpdate] = contenders.ForeachUpdate
 
     def __call__(self) -> Tensor:
-        task, losses = self.task, []
-        total = sum(len(y) for _, y in task.chunks)
-        live = LiveChunk(task)
-        update = self.update_class(live)
+        task, losses, total = self.task, [], sum(len(y) for _, y in self.task.chunks)
+        live = SimpleNamespace(radius=task.radius, coefficient=task.coefficient)
+        live.parameters = lambda: task.params
+        update = ForeachUpdate(live)
+
+        def second_pass(x: Tensor, y: Tensor) -> None:
+            _, live.plus = task.gradient(x, y)
+
         for x, y in task.chunks:
             live.weight = len(y) / total
             loss, live.grads = task.gradient(x, y)
             losses.append(live.weight * loss)
             if task.penalised:
-                update.update(partial(live.second_pass, x, y))
+                update.update(partial(second_pass, x, y))
             else:
                 torch._foreach_add_(update.sums, live.grads, alpha=live.weight)
-        mean = update.total(len(task.chunks)) if task.penalised else update.sums
-        for p, g in zip(self.params, mean, strict=True):
+        for p, g in zip(self.params, update.sums, strict=True):
             p.grad = g
         return torch.stack(losses).sum()
 
 
-class LiveChunk:
-    """The chunk that is being visited, as a chunk update reads it."""
-
-    def __init__(self, task: Task) -> None:
-        self.task, self.radius, self.coefficient = task, task.radius, task.coefficient
-        self.weight, self.grads, self.plus = 0.0, (), ()
-
-    def parameters(self) -> list[nn.Parameter]:
-        return self.task.params
-
-    def second_pass(self, x: Tensor, y: Tensor) -> None:
-        _, self.plus = self.task.gradient(x, y)
-
-
-class UnsyncedCall(TorchCall):
-    name, update_class = "plain torch without a host sync", contenders.ForeachUnsyncedUpdate
-
-
-class PublishedCall(TorchCall):
-    name, ragged = "as published", False
-    update_class = contenders.PublishedUpdate
-
-
 CALLS = {
     "cpu": (BarePasses, FboptCall, TorchCall),
-    "cuda": (BarePasses, FboptCall, GraphedCall, TorchCall, UnsyncedCall, PublishedCall),
+    "cuda": (BarePasses, FboptCall, GraphedCall, TorchCall),
 }
-PENALISED_ONLY = (UnsyncedCall, PublishedCall)  # without a penalty they are TorchCall
+Kinds = Sequence[type[BarePasses]]
 
 
-def checked(task: Task, kinds: Sequence[type[Call]], tolerance: float) -> list[Contender]:
+def checked(task: Task, kinds: Kinds, tolerance: float) -> list[Contender]:
     """The contenders for a task, compared with the reference, their forward passes counted.
 
     They have been called often enough to have captured their CUDA graphs.
@@ -144,10 +114,9 @@ def checked(task: Task, kinds: Sequence[type[Call]], tolerance: float) -> list[C
     found, passes = [], []
     hook = task.model.register_forward_hook(lambda *_: passes.append(1))
     before = [p.detach().clone() for p in task.params]
-    full = [chunk for chunk in task.chunks if len(chunk[1]) == len(task.chunks[0][1])]
+    mean, count, samples = task.expected, len(task.chunks), sum(len(y) for _, y in task.chunks)
     for kind in kinds:
-        own = task if kind.ragged or len(full) == len(task.chunks) else replace(task, chunks=full)
-        mean, call, count = own.expected, kind(own), len(own.chunks)
+        call = kind(task)
         graphed = issubclass(kind, GraphedCall)
         passes.clear()
         call()
@@ -156,14 +125,17 @@ def checked(task: Task, kinds: Sequence[type[Call]], tolerance: float) -> list[C
         for _ in range(VISITS * graphed):
             call()
         require_close(kind.name, "a parameter afterwards", call.params, before, 0)
-        if not issubclass(kind, BarePasses):
-            require_near(kind.name, [p.grad for p in call.params], mean, tolerance)
-        found.append(Contender(kind.name, call, samples=sum(len(y) for _, y in own.chunks)))
+        if kind is not BarePasses:
+            grads = [p.grad for p in call.params]
+            require_close(kind.name, "p.grad", grads, mean, tolerance, norm=2)
+        found.append(Contender(kind.name, call, samples=samples))
     hook.remove()
     return found
 
 
-def check(size: str, penalised: bool, kinds: Sequence[type[Call]], device: torch.device) -> None:
+def check(
+    size: str, penalised: bool, kinds: Sequence[type[BarePasses]], device: torch.device
+) -> None:
     """Check contenders in float64 on a few samples."""
     chunks = [(x.double(), y) for x, y in cases.data(size, *CHECKED, device)]
     checked(Task(cases.model(size, device).double(), chunks, penalised), kinds, 1e-8)
@@ -174,7 +146,7 @@ def table(
 ) -> Table:
     """Check, then time."""
     device = plan.device
-    kinds = [k for k in CALLS[device.type] if penalised or k not in PENALISED_ONLY]
+    kinds = CALLS[device.type]
     check(size, penalised, kinds, device)
     set_float32_precision(precision, device)
     network, chunks = cases.model(size, device), cases.data(size, samples, chunk, device)
@@ -186,7 +158,6 @@ def table(
         title, last = f"{title}, channels_last", {"memory_format": torch.channels_last}
         network, chunks = network.to(**last), [(x.contiguous(**last), y) for x, y in chunks]
     task = Task(network, chunks, penalised, autocast_dtype(precision)).with_visible_penalty()
-    kinds = [kind for kind in kinds if kind.ragged or samples % chunk == 0]
     return measure(title, checked(task, kinds, TOLERANCES[precision]), plan)
 
 

@@ -7,13 +7,13 @@ in the same round, so that what slows a whole round cancels.
 from __future__ import annotations
 
 import gc
-import itertools
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 CPU = torch.device("cpu")
@@ -76,10 +76,6 @@ class Timing:
     wall: list[float] | None = None
 
     @property
-    def name(self) -> str:
-        return self.contender.name
-
-    @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
@@ -100,7 +96,7 @@ class Table:
     """The timings of contenders that do the same work."""
 
     title: str
-    rows: list[Timing] = field(default_factory=list)
+    rows: list[Timing]
 
     @property
     def limit(self) -> Timing | None:
@@ -109,12 +105,9 @@ class Table:
         return min(limits, key=lambda row: row.median, default=None)
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float]:
+def quartiles(values: Sequence[float]) -> list[float]:
     """Return the first and the third quartile."""
-    if len(values) < 2:
-        return values[0], values[0]
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third
+    return np.quantile(values, (0.25, 0.75)).tolist()
 
 
 def measure(
@@ -124,10 +117,9 @@ def measure(
     deadline = time.monotonic() + plan.seconds
     by_events = plan.device.type == "cuda" and not plan.whole
     clocks: list[Clock] = [device_time, wall_time] if by_events else [wall_time]
-    calls = [[_calls_per_turn(clock, c, plan, prepare) for c in contenders] for clock in clocks]
-    seconds: list[list[list[float]]] = [[[] for _ in contenders] for _ in clocks]
+    calls = [[_calls_per_turn(clock, c, plan, prepare) for clock in clocks] for c in contenders]
+    turns: list[list[list[float]]] = [[[] for _ in clocks] for _ in contenders]
     order, rng = list(range(len(contenders))), random.Random(0)
-    was_on = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
@@ -135,15 +127,13 @@ def measure(
             if done >= MIN_ROUNDS and time.monotonic() > deadline:
                 break
             rng.shuffle(order)
-            for i, (k, clock) in itertools.product(order, enumerate(clocks)):
-                turn = clock(contenders[i].run, prepare, calls[k][i], plan.device)
-                seconds[k][i].append(turn)
+            for i in order:
+                for clock, count, seconds in zip(clocks, calls[i], turns[i], strict=True):
+                    seconds.append(clock(contenders[i].run, prepare, count, plan.device))
     finally:
-        if was_on:
-            gc.enable()
-    first, *rest = seconds
-    walls = rest[0] if rest else [None] * len(contenders)
-    return Table(title, [Timing(*row) for row in zip(contenders, first, walls, strict=True)])
+        gc.enable()
+    rows = zip(contenders, turns, strict=True)
+    return Table(title, [Timing(contender, *seconds) for contender, seconds in rows])
 
 
 def wall_time(run: Run, prepare: Run, calls: int, device: torch.device, wait: bool = True) -> float:
