@@ -51,8 +51,7 @@ def unseal(content: bytes) -> dict[str, Any]:
     except Exception as error:
         text = str(error).partition("\n")[0]
         raise CheckpointError(f"torch {torch.__version__} cannot read it ({text})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else None
+    if (found := state["format"]) != FORMAT:
         raise CheckpointError(f"it has format {found}, and this version of fbopt reads {FORMAT}")
     return state
 
