@@ -109,11 +109,6 @@ class Trainer:
         return self.epochs + self.step - self._steps(self.epochs), 0
 
     @property
-    def steps_per_pass(self) -> int:
-        """Optimizer steps of the current pass; between two passes, of the next."""
-        return len(self.batches) if self.position[0] < self.epochs else 1
-
-    @property
     def current_chunks(self) -> Chunks:
         """The mini-batches or chunks of the current pass; between two passes, of the next."""
         return self.batches if self.position[0] < self.epochs else self.chunks

@@ -103,14 +103,24 @@ class RunFolder:
             with self.writing(self.path):
                 self.lock(stack)
 
-    def create(self, options: dict[str, Any]) -> None:
-        """Make the folder, remove the files of an earlier run (only those), write the options."""
-        with self.beginning():
+    def create(self, options: dict[str, Any], overwrite: bool, stack: contextlib.ExitStack) -> None:
+        """Make and lock the folder, remove an earlier run's files (only those), write the options.
+
+        Raises OptionsError where a run cannot begin here.
+        """
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.lock(stack)
+            self.check_free(overwrite)  # again, now that no other can change it
             for path in self.path.iterdir():
                 if _of_a_run(path) and path.name[0] != ".":
                     path.unlink()
             atomic.replace_json(self.options, options)
+        except OSError as error:
+            raise OptionsError(
+                f"--out {self.path}: cannot be written ({error.strerror or error}); "
+                f"{atomic.cure(error)}, or give another --out"
+            ) from error
 
     def save(self, state: dict[str, Any], keep: int) -> None:
         """Write the checkpoint of `state["step"]`, then remove all but the newest `keep`."""
@@ -191,17 +201,6 @@ class RunFolder:
         """Write the summary, which marks the run as finished."""
         with self.writing(self.result):
             atomic.replace_json(self.result, result)
-
-    @contextlib.contextmanager
-    def beginning(self) -> Iterator[None]:
-        """Turn an OSError into the OptionsError of a run that cannot begin here."""
-        try:
-            yield
-        except OSError as error:
-            raise OptionsError(
-                f"--out {self.path}: cannot be written ({error.strerror or error}); "
-                f"{atomic.cure(error)}, or give another --out"
-            ) from error
 
     @contextlib.contextmanager
     def writing(self, path: Path) -> Iterator[None]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import os
 import random
 import zipfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from fbopt._build.cache import cache_folder, writable
-from fbopt.train.config.dataspec import DataError, parse
+from fbopt.train.config.dataspec import DataError, parse, require
 from fbopt.train.data.dataset import Data, from_arrays
 
 Arrays = tuple[Any, Any, Any, Any]  # x_train, y_train, x_test, y_test
@@ -59,17 +57,9 @@ def fixed_order(samples: int) -> np.ndarray:
     return np.random.RandomState(0).permutation(samples)
 
 
-def _import(module: str, package: str, spec: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        message = f"--data {spec} needs the package {package}: pip install {package}"
-        raise DataError(message) from error
-
-
 def _mnist1d() -> Arrays:
     """MNIST-1D's own 4,000 training and 1,000 test signals of 40 points, generated offline."""
-    make_dataset = _import("mnist1d.data", "mnist1d", "mnist1d").make_dataset
+    make_dataset = require("--data mnist1d", "mnist1d", "mnist1d.data").make_dataset
     # The generator seeds the global generators of Python and NumPy, which are not ours to change.
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -82,7 +72,7 @@ def _mnist1d() -> Arrays:
 
 def _digits() -> Arrays:
     """scikit-learn's 1,797 digits of 8×8 in a fixed split: 1,437 to train on, 360 to test."""
-    datasets = _import("sklearn.datasets", "scikit-learn", "digits")
+    datasets = require("--data digits", "scikit-learn", "sklearn.datasets")
     x, y = datasets.load_digits(return_X_y=True)
     order = fixed_order(len(y))
     x = x.reshape(-1, 1, 8, 8).astype(np.uint8)[order]
@@ -111,7 +101,8 @@ def _npz(path: Path) -> Arrays:
 
 def _cifar(kind: str, folder: Path, download: bool) -> Arrays:
     """CIFAR-10 or CIFAR-100 as torchvision reads and checks it, from files below `folder`."""
-    source = getattr(_import("torchvision.datasets", "torchvision", kind), kind.upper())
+    datasets = require(f"--data {kind}", "torchvision", "torchvision.datasets")
+    source = getattr(datasets, kind.upper())
     folder = folder.expanduser()
     try:
         train, test = (source(folder, train, download=download) for train in (True, False))
@@ -134,7 +125,7 @@ def _imagefolder(path: Path, size: int) -> Arrays:
     The training images come in a fixed, shuffled order: in that of the folders a chunk would hold
     one class alone.
     """
-    datasets = _import("torchvision.datasets", "torchvision", f"imagefolder:{path}")
+    datasets = require(f"--data imagefolder:{path}", "torchvision", "torchvision.datasets")
     folders = []
     for part in ("train", "test"):
         try:
@@ -164,10 +155,9 @@ def _pixels(files: list[str], size: int) -> np.ndarray:
     with contextlib.suppress(OSError, ValueError, EOFError):
         return np.load(cached)
     pixels = _decode(files, size)
-    partial = cached.with_suffix(f".{os.getpid()}")
+    partial = cached.with_name(f"{os.getpid()}-{cached.name}")
     try:
-        with open(partial, "wb") as file:
-            np.save(file, pixels)
+        np.save(partial, pixels)
         partial.replace(cached)
     except OSError:  # a full disk: the run needs no cache
         partial.unlink(missing_ok=True)

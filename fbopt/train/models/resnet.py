@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from types import ModuleType
 
 from torch import Tensor, nn
+
+from fbopt.train.config.dataspec import require
 
 _BLOCKS = {  # per stage, He et al. (arXiv 1512.03385), table 1
     18: (2, 2, 2, 2),
@@ -32,8 +33,8 @@ def resnet(
     """
     block, expansion, last = BasicBlock, 1, "bn2"
     if depth >= 50:
-        block, expansion = torchvision_models(f"resnet{depth}").resnet.Bottleneck, 4
-        last = "bn3"
+        torchvision = require(f"--model resnet{depth}", "torchvision", "torchvision.models.resnet")
+        block, expansion, last = torchvision.Bottleneck, 4, "bn3"
     layers, features = _stages(channels, width, _BLOCKS[depth], block, expansion, _shortcut)
     model = classifier(layers, features, classes, dropout)
     for module in model.modules():
@@ -68,17 +69,6 @@ def classifier(
     tail = [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]
     tail += [("dropout", nn.Dropout(dropout))] if dropout else []
     return nn.Sequential(OrderedDict([*layers, *tail, ("linear", nn.Linear(features, classes))]))
-
-
-def torchvision_models(name: str) -> ModuleType:
-    """torchvision.models, for the network `name`. Raises ValueError where it is not installed."""
-    try:
-        from torchvision import models
-    except ImportError as error:
-        raise ValueError(
-            f"--model {name} needs the package torchvision: pip install torchvision"
-        ) from error
-    return models
 
 
 def _stages(
