@@ -67,7 +67,12 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
     grid = list(page.subplots(rows, 2, sharex=True).flat)
     for axes, (title, unit, lines) in zip(grid, panels, strict=False):
         for (key, label), color in zip(lines.items(), (BLUE, ORANGE), strict=False):
-            _line(axes, records, key, color, label)
+            scale = 100 if key.endswith("accuracy") else 1
+            points = [(r["pass"], r[key] * scale) for r in records if r.get(key) is not None]
+            style = {"color": color, "linewidth": 1.5, "markersize": 3}
+            marker = "o" if len(points) < 30 else None  # few points are hard to see in a line
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, marker=marker, **style)
         if "gradient_norm" in lines and options.max_norm is not None:
             axes.axhline(options.max_norm, color=GREY, linestyle="--", label="clipped to")
         axes.set(ylabel=unit, title=title)
@@ -108,13 +113,3 @@ def _panels(options: Options) -> list[tuple[str, str, dict[str, str]]]:
         ("Learning rate", "learning rate", {"lr": "learning rate"}),
         *(tracked[name] for name in options.tracked),
     ]
-
-
-def _line(axes: Any, records: list[dict[str, Any]], key: str, color: str, label: str) -> None:
-    """Draw a metric against passes, where the records have it; few points with markers."""
-    scale = 100 if key.endswith("accuracy") else 1
-    points = [(r["pass"], r[key] * scale) for r in records if r.get(key) is not None]
-    if points:
-        style = {"color": color, "linewidth": 1.5, "markersize": 3}
-        marker = "o" if len(points) < 30 else None
-        axes.plot(*zip(*points, strict=True), label=label, marker=marker, **style)
