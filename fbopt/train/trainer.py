@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -50,7 +49,7 @@ class Trainer:
         device: torch.device,
         context: DistributedContext | None = None,
     ) -> None:
-        self.options, self.device = options, device
+        self.options, self.data, self.device = options, data, device
         self.context = context or DistributedContext()
         self.model = build.build_model(options, data, device)
         self.loss_fn = partial(cross_entropy, label_smoothing=options.label_smoothing)
@@ -66,7 +65,6 @@ class Trainer:
         )
         self.batches = chunks(stochastic=True) if self.epochs else None
         self.chunks = self.batches if options.stochastic else chunks(stochastic=False)
-        self.data = replace(data, train=self.chunks.split)
         self.total_steps = self._steps(options.passes)
         self.step, self.seconds = 0, 0.0
         self.first_pass = 0  # where `finite_passes` counts from, in a resumed run

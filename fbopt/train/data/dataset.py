@@ -115,7 +115,7 @@ class Chunks:
 class Data:
     """A training and a test split with labels 0 … classes − 1."""
 
-    train: Split | Augmented
+    train: Split
     test: Split
     classes: int
 
