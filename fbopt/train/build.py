@@ -61,8 +61,7 @@ def build_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer
 
 def build_grad_transform(options: Options, model: nn.Module) -> GradientTransform | None:
     """Norm bias, clipping and noise; None where the optimizer's own clipping is all there is."""
-    params = list(model.parameters())
-    return GradientTransform(params, options) if _transforms_gradient(options) else None
+    return GradientTransform(model.parameters(), options) if _transforms_gradient(options) else None
 
 
 def _transforms_gradient(options: Options) -> bool:

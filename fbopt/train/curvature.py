@@ -10,7 +10,6 @@ from fbopt.analysis.hessian import Hessian
 from fbopt.analysis.lanczos import eigenpairs
 from fbopt.analysis.objective import Objective
 from fbopt.analysis.stability import stability_threshold
-from fbopt.train.data.augment import unaugmented
 from fbopt.train.data.dataset import Chunks
 from fbopt.train.precision import autocast_dtype
 from fbopt.train.trainer import Trainer
@@ -21,7 +20,7 @@ def training_loss(trainer: Trainer, **options: Any) -> Objective:
 
     `options` are Objective's batchnorm, dropout and seed.
     """
-    chunks = Chunks(unaugmented(trainer.data.train), trainer.chunks.size)
+    chunks = Chunks(trainer.data.train, trainer.chunks.size)
     # The copy shares all but torch.compile, which cannot be differentiated twice.
     model, autocast = copy.copy(trainer.model), autocast_dtype(trainer.options.precision)
     return Objective(model, trainer.loss_fn, chunks, autocast=autocast, **options)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from fbopt.train.data.dataset import Chunks, Split
-from fbopt.train.precision import autocast, cross_entropy
+from fbopt.train.precision import cross_entropy
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def evaluate(
     model.eval()
     correct = loss = torch.zeros((), dtype=torch.float64, device=split.y.device)
     for input, target in Chunks(split, size):
-        with autocast(split.device, dtype):
+        with torch.autocast(split.device.type, dtype, enabled=dtype is not None):
             output = model(input)
             mirrored = model(input.flip(-1)) if flip else None
         if mirrored is not None:

@@ -10,7 +10,7 @@ Their release adds sign(x) for |x|, without the factor 2θ of its gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class GradientTransform:
     The noise is a function of (seed, step), the same on every rank.
     """
 
-    def __init__(self, params: Sequence[Tensor], options: Options) -> None:
+    def __init__(self, params: Iterable[Tensor], options: Options) -> None:
         self.params, self.options = list(params), options
 
     @torch.no_grad()

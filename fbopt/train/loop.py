@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from fbopt.train import models, precision
-from fbopt.train.checkpoint import format
 from fbopt.train.checkpoint.provenance import environment
 from fbopt.train.checkpoint.resume import Start, find_start, restore
 from fbopt.train.checkpoint.run_dir import RunFolder
@@ -105,9 +104,8 @@ def _broadcast_model(trainer: Trainer, digest: str) -> None:
     context = trainer.context
     if context.is_single:
         return
-    theirs, state = context.from_rank_zero(
-        lambda: (digest, format.plain(trainer.model.state_dict()))
-    )
+    model = {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}
+    theirs, state = context.from_rank_zero(lambda: (digest, model))
     with context.raising_together():
         if theirs != digest:
             raise DataError(
@@ -123,11 +121,8 @@ def _open_folder(trainer: Trainer, start: Start, facts: dict[str, Any], lock: Ex
     folder = start.folder
     where = f"run folder: {folder.path}/"
     if start.state is None:
-        with folder.beginning():
-            folder.path.mkdir(parents=True, exist_ok=True)
-            folder.lock(lock)
-        folder.check_free(trainer.options.overwrite)  # again, now that no other can change it
-        folder.create(trainer.options.as_json() | {"resume": None})
+        options = trainer.options.as_json() | {"resume": None}
+        folder.create(options, trainer.options.overwrite, lock)
     else:
         folder.forget_after(trainer.step)
         path = folder.path_of(trainer.step)

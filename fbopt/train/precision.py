@@ -5,8 +5,6 @@ Parameters, sums over chunks, the loss and the update are float32 in each of the
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,13 +24,6 @@ def set_float32_precision(precision: str, device: torch.device) -> None:
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """The dtype that `--precision` autocasts forward passes to, None for no autocast."""
     return torch.bfloat16 if precision == "bf16" else None
-
-
-def autocast(
-    device: torch.device, dtype: torch.dtype | None
-) -> contextlib.AbstractContextManager[None]:
-    """torch.autocast to `dtype`; a null context for None."""
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def cross_entropy(

@@ -15,7 +15,6 @@ class Interrupted(Exception):
 
     def __init__(self, what: str, folder: RunFolder) -> None:
         super().__init__(f"{what}; go on with\n  {folder.resume_command}")
-        self.folder = folder
 
 
 class SignalHandler:

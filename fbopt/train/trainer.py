@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fbopt import FullBatchGD
+from fbopt._random import seed_generators
 from fbopt.reference import clip_coefficient
 from fbopt.train import build
 from fbopt.train.config.options import Options
 from fbopt.train.data.dataset import Chunks, Data
-from fbopt.train.data.rng import seed_chunk
+from fbopt.train.data.rng import DROPOUT
 from fbopt.train.distributed import DistributedContext
 from fbopt.train.evaluate import evaluate, moving_average
-from fbopt.train.precision import autocast, autocast_dtype, cross_entropy
+from fbopt.train.precision import autocast_dtype, cross_entropy
 
 GRADIENTS = {None: 1, "forward": 2, "central": 3, "exact": 2}  # backward passes per chunk
 _PARTS = ("model", "optimizer", "scheduler", "closure", "average")  # with a state_dict, or None
@@ -49,7 +49,7 @@ class Trainer:
         device: torch.device,
         context: DistributedContext | None = None,
     ) -> None:
-        self.options, self.device = options, device
+        self.options, self.data, self.device = options, data, device
         self.context = context or DistributedContext()
         self.model = build.build_model(options, data, device)
         self.loss_fn = partial(cross_entropy, label_smoothing=options.label_smoothing)
@@ -65,7 +65,6 @@ class Trainer:
         )
         self.batches = chunks(stochastic=True) if self.epochs else None
         self.chunks = self.batches if options.stochastic else chunks(stochastic=False)
-        self.data = replace(data, train=self.chunks.split)
         self.total_steps = self._steps(options.passes)
         self.step, self.seconds = 0, 0.0
         self.first_pass = 0  # where `finite_passes` counts from, in a resumed run
@@ -108,11 +107,6 @@ class Trainer:
         return self.epochs + self.step - self._steps(self.epochs), 0
 
     @property
-    def steps_per_pass(self) -> int:
-        """Optimizer steps of the current pass; between two passes, of the next."""
-        return len(self.batches) if self.position[0] < self.epochs else 1
-
-    @property
     def current_chunks(self) -> Chunks:
         """The mini-batches or chunks of the current pass; between two passes, of the next."""
         return self.batches if self.position[0] < self.epochs else self.chunks
@@ -129,7 +123,7 @@ class Trainer:
 
     def seed_chunk(self, chunk: int = 0) -> None:
         """Seed the generators of dropout before a chunk or a mini-batch."""
-        seed_chunk(self.device, self.options.seed, self.step, chunk)
+        seed_generators([self.device], self.options.seed, DROPOUT, self.step, chunk)
 
     def observe(self, output: Tensor, target: Tensor) -> None:
         """Count what was classified right, after every forward pass of training."""
@@ -166,7 +160,8 @@ class Trainer:
         input, target = self.batches[index]
         self.optimizer.zero_grad()
         self.seed_chunk()
-        with autocast(self.device, autocast_dtype(self.options.precision)):
+        dtype = autocast_dtype(self.options.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             output = self.model(input)
             loss = self.loss_fn(output, target)
         loss.backward()
@@ -244,22 +239,19 @@ class Trainer:
         """All that is needed to go on bit for bit, as tensors and plain types."""
         parts = {name: getattr(self, name) for name in _PARTS}
         state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        names = {p: name for name, p in self.model.named_parameters()}
+        groups = self.optimizer.param_groups  # numbers the parameters in its own order
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         return state | {
             "options": self.options.as_json() | {"resume": None},
-            "parameters": self._parameter_names(),
+            "parameters": [names[p] for group in groups for p in group["params"]],
             "step": self.step,
             "seconds": self.seconds,
             "fitted": self.fitted,
             **{name: getattr(self, name) for name in _TOTALS},
             "rng": torch.get_rng_state(),
         }
-
-    def _parameter_names(self) -> list[str]:
-        """The parameters' names in the order in which the optimizer numbers them."""
-        names = {p: name for name, p in self.model.named_parameters()}
-        return [names[p] for group in self.optimizer.param_groups for p in group["params"]]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where `state_dict` was taken."""

@@ -384,5 +384,5 @@ def test_the_sizes_of_a_run(tiny, tmp_path, capsys):
     assert "120 samples in chunks of 32, 3 fixed crops and flips of each)" in out
     wanted = resolve(replace(options, recipe="sgd", steps=None, chunk_size=None, epochs=2))
     trainer = Trainer(wanted, loop.load(tiny), torch.device("cpu"))
-    assert len(trainer.data.train) == 40
+    assert len(trainer.chunks.split) == 40
     assert "3 fixed crops and flips of each, one an epoch" in describe(trainer)

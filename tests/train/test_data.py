@@ -321,7 +321,7 @@ def test_cifar_that_is_not_there(tmp_path, cifar, monkeypatch):
 
 
 def test_cifar_needs_torchvision(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
     with pytest.raises(DataError, match="--data cifar10 needs the package torchvision: pip"):
         load("cifar10")
 

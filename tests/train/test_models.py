@@ -224,6 +224,7 @@ def test_networks_refuse_shapes(name, shape, width, message):
 
 @pytest.mark.parametrize("name", NEEDS_TORCHVISION)
 def test_torchvision_is_asked_for(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
+    module = name.rstrip("0123456789")
+    monkeypatch.setitem(sys.modules, f"torchvision.models.{module}", None)
     with pytest.raises(ValueError, match=f"--model {name} needs the package torchvision: pip"):
         models.build(name, (3, 32, 32), 10, width=4)

@@ -218,7 +218,7 @@ def test_full_batch_rows_draw_nothing(tiny, tmp_path, recipe, monkeypatch):
     for draw in ("epoch_order", "replacements"):
         monkeypatch.setattr(f"fbopt.train.data.dataset.{draw}", lambda *a: pytest.fail("drawn"))
     # Seeding would hide what is drawn.
-    monkeypatch.setattr("fbopt.train.trainer.seed_chunk", lambda *a: None)
+    monkeypatch.setattr("fbopt.train.trainer.seed_generators", lambda *a: None)
 
     def draws(**changes) -> bool:
         options = resolve(tiny_runs.options(tiny, tmp_path / "run", recipe, **changes))

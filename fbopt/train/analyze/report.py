@@ -87,13 +87,11 @@ class Report:
         objective, total = subject.objective, count_passes(name, subject, self.options)
         bar = progress.bar(total=total, desc=title, unit="pass", leave=False, disable=None)
         try:
-            if bar is not None:
-                objective.on_pass = bar.update
+            objective.on_pass = bar.update
             yield
         finally:
             objective.on_pass = lambda: None
-            if bar is not None:
-                bar.close()
+            bar.close()
 
     def draw(self, measure: str) -> None:
         """Draw the figures that show a measure."""

@@ -57,7 +57,8 @@ class Subject:
         times = []
         for _ in range(steps + 1):  # the first warms up
             start = time.perf_counter()
-            for _ in range(self.run.steps_per_pass):
+            self.run.take_step()
+            while self.run.position[1]:  # an epoch of SGD has several steps
                 self.run.take_step()
             if self.run.device.type == "cuda":
                 torch.cuda.synchronize(self.run.device)

@@ -25,11 +25,6 @@ def cure(error: OSError) -> str:
     return CURES.get(error.errno, "see to the disk")
 
 
-def reason(error: OSError) -> str:
-    """The cause of an OSError, without the path."""
-    return error.strerror or str(error) or type(error).__name__
-
-
 def replace(path: Path, content: bytes, temporary: str | None = None) -> None:
     """Write `content` beside `path`, sync it, and rename it over `path`; an error changes nothing.
 
@@ -64,12 +59,6 @@ def _sync_folder(path: Path) -> None:
 def replace_json(path: Path, values: dict[str, Any]) -> None:
     """Write a file of one JSON object."""
     replace(path, (json.dumps(values, indent=2) + "\n").encode())
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one line of JSON."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def replace_lines(path: Path, records: list[dict[str, Any]]) -> None:

@@ -9,8 +9,9 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from fbopt.train.data.dataset import sha256
 
 GROUPS = ("parameters", "momentum", "buffers")
 SHORT = 16  # hexadecimal digits kept of a single tensor's digest
@@ -41,11 +42,3 @@ def groups(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
         "momentum": {name: m for name, m in momenta.items() if m is not None},
         "buffers": {name: tensor for name, tensor in model.items() if name not in set(names)},
     }
-
-
-def sha256(tensor: Tensor) -> str:
-    """The digest of a tensor's dtype, shape and values, for any device and memory layout."""
-    plain = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(str((plain.dtype, tuple(plain.shape))).encode())
-    digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

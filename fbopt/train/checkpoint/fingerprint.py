@@ -6,6 +6,7 @@ RUN is a run folder, finished or not. Exit status: 0 the same, 1 different, 2 an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.digest import GROUPS, SHORT, groups
+from fbopt.train.checkpoint.format import CheckpointError
 from fbopt.train.checkpoint.provenance import WHY, changed
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.diff import differences
@@ -102,7 +104,8 @@ def compare(first: RunRecord, second: RunRecord) -> tuple[int, str]:
             f"{names} have no step in common: they keep {first.steps()}, and {second.steps()}; "
             "train with the same --fingerprint-every"
         )
-    same = [step for step in common if _same(first.fingerprints[step], second.fingerprints[step])]
+    old, new = first.fingerprints, second.fingerprints
+    same = [s for s in common if all(old[s][group] == new[s][group] for group in GROUPS)]
     if same == common:
         span = f"{common[0]} to {common[-1]}" if len(common) > 1 else str(common[0])
         return 0, f"{names} are the same at all {len(common)} steps that both keep ({span})"
@@ -111,7 +114,7 @@ def compare(first: RunRecord, second: RunRecord) -> tuple[int, str]:
     since = "no earlier step is kept by both" if before is None else f"the same up to step {before}"
     lines = [
         f"{names} differ first at step {step} ({since})",
-        *_different_tensors(first.fingerprints[step], second.fingerprints[step]),
+        *_different_tensors(old[step], new[step]),
         _largest_difference(first, second, [s for s in common if s >= step]),
         "likely causes:",
         *(f"  {cause}" for cause in causes(first, second, step)),
@@ -135,20 +138,13 @@ def causes(first: RunRecord, second: RunRecord, step: int) -> list[str]:
     return found
 
 
-def _same(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return all(first[group] == second[group] for group in GROUPS)
-
-
 def _different_tensors(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """The tensors that differ, in the order of the model; the first few by name."""
-    different, total = [], 0
-    for group in GROUPS:
-        old, new = first["tensors"][group], second["tensors"][group]
-        names = dict.fromkeys([*old, *new])
-        total += len(names)
-        different += [f"{group}: {name}" for name in names if old.get(name) != new.get(name)]
+    old, new = _by_name(first["tensors"]), _by_name(second["tensors"])
+    names = dict.fromkeys([*old, *new])
+    different = [name for name in names if old.get(name) != new.get(name)]
     more = len(different) - SHOWN
-    lines = [f"  {len(different)} of {total} tensors, in the model's order:"]
+    lines = [f"  {len(different)} of {len(names)} tensors, in the model's order:"]
     lines += [f"    {name}" for name in different[:SHOWN]]
     return lines + ([f"    and {more} more"] if more > 0 else [])
 
@@ -156,8 +152,8 @@ def _different_tensors(first: dict[str, Any], second: dict[str, Any]) -> list[st
 def _largest_difference(first: RunRecord, second: RunRecord, steps: list[int]) -> str:
     """The largest difference, at the earliest of `steps` that both have a checkpoint of."""
     for step in steps:
-        states = [run.folder.read_checkpoint(step) for run in (first, second)]
-        if None not in states:
+        with contextlib.suppress(CheckpointError):
+            states = [run.folder.read_checkpoint(step) for run in (first, second)]
             return f"  largest difference at step {step}: {_largest(*map(groups, states))}"
     return (
         f"  largest difference unknown: no checkpoint of step {steps[0]} or later is in both; "
@@ -167,17 +163,20 @@ def _largest_difference(first: RunRecord, second: RunRecord, steps: list[int]) -
 
 def _largest(first: dict[str, dict], second: dict[str, dict]) -> str:
     """The largest absolute difference of two sets of tensors, in words."""
-    best = (-1.0, "")
-    for group in GROUPS:
-        for name, old in first[group].items():
-            new = second[group].get(name)
-            if new is None or new.shape != old.shape:
-                return f"{group}: {name} is not in both in the same shape"
-            apart = old.ne(new) & ~(old.isnan() & new.isnan())
-            if apart.any():
-                gaps = (old.double() - new.double())[apart].abs().nan_to_num(nan=float("inf"))
-                best = max(best, (float(gaps.max()), f"{group}: {name}"))
+    best, others = (-1.0, ""), _by_name(second)
+    for name, old in _by_name(first).items():
+        new = others.get(name)
+        if new is None or new.shape != old.shape:
+            return f"{name} is not in both in the same shape"
+        apart = old.ne(new) & ~(old.isnan() & new.isnan())
+        if apart.any():
+            gaps = (old.double() - new.double())[apart].abs().nan_to_num(nan=float("inf"))
+            best = max(best, (float(gaps.max()), name))
     return f"{best[0]:.3g} in {best[1]}" if best[1] else "0, in bits that compare equal (-0, NaN)"
+
+
+def _by_name(tensors: dict[str, dict]) -> dict[str, Any]:
+    return {f"{group}: {name}": t for group in GROUPS for name, t in tensors[group].items()}
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 FORMAT = 3  # raised when the content changes so that other versions cannot go on from it
 _TAG = b"fbopt sha256 "
@@ -26,12 +25,9 @@ class CheckpointError(ValueError):
 
 
 def seal(state: dict[str, Any]) -> bytes:
-    """The bytes of a checkpoint file for `state`, which may hold tensors and plain types.
-
-    Raises TypeError, naming the entry, for anything that would not load as weights only.
-    """
+    """The bytes of a checkpoint file for `state`, which may hold tensors and plain types."""
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **plain(state)}, buffer)
+    torch.save({"format": FORMAT, **state}, buffer)
     archive = buffer.getvalue()
     if archive[-_END_SIZE:][:4] != _END or archive[-2:] != b"\0\0":
         raise RuntimeError(f"torch {torch.__version__} writes archives that cannot be sealed")
@@ -51,8 +47,7 @@ def unseal(content: bytes) -> dict[str, Any]:
     except Exception as error:
         text = str(error).partition("\n")[0]
         raise CheckpointError(f"torch {torch.__version__} cannot read it ({text})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else None
+    if (found := state["format"]) != FORMAT:
         raise CheckpointError(f"it has format {found}, and this version of fbopt reads {FORMAT}")
     return state
 
@@ -63,16 +58,3 @@ def read(path: Path) -> dict[str, Any]:
         return unseal(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"it cannot be read ({error.strerror})") from error
-
-
-def plain(value: Any, name: str = "state") -> Any:
-    """`value` with its tensors on the CPU. Raises TypeError for anything but plain types."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, dict):
-        return {plain(k, f"{name} key"): plain(v, f"{name}[{k!r}]") for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([plain(v, f"{name}[{i}]") for i, v in enumerate(value)])
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    raise TypeError(f"a checkpoint cannot hold {name}, a {type(value).__name__}: plain types only")

@@ -97,20 +97,15 @@ def check_data(where: str, made: str, now: str, spec: str) -> None:
 
 def check_model(where: str, made: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
     """Refuse a model whose parameters or buffers have other names, shapes or dtypes."""
-    found = []
-    for name in dict.fromkeys([*made, *now]):
-        old, new = (_kind(tensors.get(name)) for tensors in (made, now))
-        if old != new:
-            found.append(f"{name} {old}, now {new}")
+    old, new = (
+        {n: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for n, t in model.items()}
+        for model in (made, now)
+    )
+    names = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+    found = [f"{n} {old.get(n, 'absent')}, now {new.get(n, 'absent')}" for n in names]
     if found:
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
         raise OptionsError(
             f"{where} holds another model than these options build: {'; '.join(found[:3])}{more}. "
             "Go on with the version of fbopt that made it, or start a new run with --out"
         )
-
-
-def _kind(tensor: Tensor | None) -> str:
-    if tensor is None:
-        return "absent"
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -37,7 +37,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: FileLock | None = None
+        self._lock = FileLock(path / LOCK)
         (self.options, self.metrics, self.environment, self.fingerprints, self.curves,
          self.result) = (path / name for name in FILES)  # fmt: skip
 
@@ -85,18 +85,17 @@ class RunFolder:
 
     def lock(self, stack: contextlib.ExitStack) -> None:
         """Lock the folder until `stack` closes; raise OptionsError where another process has it."""
-        if self._lock is not None:
+        if self._lock.is_locked:
             return
-        lock = FileLock(self.path / LOCK)
         try:
-            lock.acquire(timeout=LOCK_SECONDS)
+            self._lock.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:
             raise OptionsError(
                 f"{self.path} is in use: another process is training into it; wait for it or "
                 "stop it, or give another --out"
             ) from error
-        stack.callback(lock.release)  # the file stays: one that is removed could be locked twice
-        self._lock = lock
+        # The file stays: one that is removed could be locked twice.
+        stack.callback(self._lock.release)
 
     def lock_existing(self, stack: contextlib.ExitStack) -> None:
         """Lock the folder if it holds a run."""
@@ -104,14 +103,24 @@ class RunFolder:
             with self.writing(self.path):
                 self.lock(stack)
 
-    def create(self, options: dict[str, Any]) -> None:
-        """Make the folder, remove the files of an earlier run (only those), write the options."""
-        with self.beginning():
+    def create(self, options: dict[str, Any], overwrite: bool, stack: contextlib.ExitStack) -> None:
+        """Make and lock the folder, remove an earlier run's files (only those), write the options.
+
+        Raises OptionsError where a run cannot begin here.
+        """
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.lock(stack)
+            self.check_free(overwrite)  # again, now that no other can change it
             for path in self.path.iterdir():
                 if _of_a_run(path) and path.name[0] != ".":
                     path.unlink()
             atomic.replace_json(self.options, options)
+        except OSError as error:
+            raise OptionsError(
+                f"--out {self.path}: cannot be written ({error.strerror or error}); "
+                f"{atomic.cure(error)}, or give another --out"
+            ) from error
 
     def save(self, state: dict[str, Any], keep: int) -> None:
         """Write the checkpoint of `state["step"]`, then remove all but the newest `keep`."""
@@ -134,7 +143,7 @@ class RunFolder:
             )
         for step, path in found:
             try:
-                return self._read(step, path)
+                return self.read_checkpoint(step)
             except CheckpointError as error:
                 print(f"warning: {path} is passed over: {error}", file=sys.stderr, flush=True)
         raise OptionsError(
@@ -143,15 +152,9 @@ class RunFolder:
             "again with --overwrite instead of --resume"
         )
 
-    def read_checkpoint(self, step: int) -> dict[str, Any] | None:
-        """The checkpoint of a step; None where there is no sound one."""
-        with contextlib.suppress(CheckpointError):
-            return self._read(step, self.path_of(step))
-        return None
-
-    def _read(self, step: int, path: Path) -> dict[str, Any]:
-        """A sound checkpoint of this run, at the step that its name says."""
-        state = format.read(path)
+    def read_checkpoint(self, step: int) -> dict[str, Any]:
+        """The checkpoint of a step. Raises CheckpointError where there is no sound one."""
+        state = format.read(self.path_of(step))
         if state["step"] != step:
             raise CheckpointError(f"it holds step {state['step']}: it was renamed")
         made = self.read_options()
@@ -183,8 +186,8 @@ class RunFolder:
 
     def append(self, path: Path, record: dict[str, Any]) -> None:
         """Add one line to metrics, fingerprints or environment."""
-        with self.writing(path):
-            atomic.append_line(path, record)
+        with self.writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of all passes that were logged."""
@@ -200,17 +203,6 @@ class RunFolder:
             atomic.replace_json(self.result, result)
 
     @contextlib.contextmanager
-    def beginning(self) -> Iterator[None]:
-        """Turn an OSError into the OptionsError of a run that cannot begin here."""
-        try:
-            yield
-        except OSError as error:
-            raise OptionsError(
-                f"--out {self.path}: cannot be written ({atomic.reason(error)}); "
-                f"{atomic.cure(error)}, or give another --out"
-            ) from error
-
-    @contextlib.contextmanager
     def writing(self, path: Path) -> Iterator[None]:
         """Turn an OSError into a WriteError that says how to go on from the last checkpoint."""
         try:
@@ -219,7 +211,7 @@ class RunFolder:
             kept = self.checkpoints()
             then = f"then go on from step {kept[0][0]} with\n  {self.resume_command}"
             raise atomic.WriteError(
-                f"{path} cannot be written ({atomic.reason(error)}): {atomic.cure(error)}, "
+                f"{path} cannot be written ({error.strerror or error}): {atomic.cure(error)}, "
                 f"{then if kept else 'then start again'}"
             ) from error
 

@@ -31,7 +31,9 @@ class Saver:
 
     def after_step(self, at_once: bool) -> None:
         """Save what is due after a step; with `at_once`, a checkpoint in any case."""
-        if at_once or self._is_due():
+        every = self.trainer.options.save_every
+        by_time = every is None and time.monotonic() - self.time > SAVE_SECONDS
+        if at_once or by_time or (every and self.trainer.step % every == 0):
             self.save()
         elif self.every and self.trainer.step % self.every == 0:
             self._write_fingerprint(self.trainer.state_dict())
@@ -46,11 +48,6 @@ class Saver:
         self._write_fingerprint(state)
         self.folder.save(state, self.trainer.options.keep)
         self.saved, self.time = self.trainer.step, time.monotonic()
-
-    def _is_due(self) -> bool:
-        if self.trainer.options.save_every is None:
-            return time.monotonic() - self.time > SAVE_SECONDS
-        return self.trainer.step % self.trainer.options.save_every == 0
 
     def _write_fingerprint(self, state: dict[str, Any]) -> None:
         self.folder.append(self.folder.fingerprints, fingerprint(state))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 NAMED = ("mnist1d", "digits", "cifar10", "cifar100")
 KINDS = f"{', '.join(NAMED)}, npz:PATH or imagefolder:PATH"
@@ -10,6 +12,14 @@ KINDS = f"{', '.join(NAMED)}, npz:PATH or imagefolder:PATH"
 
 class DataError(ValueError):
     """A data set that cannot be used; the message says which file or array and what to do."""
+
+
+def require(option: str, package: str, module: str) -> ModuleType:
+    """Import what an option's value needs; raises DataError where the package is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DataError(f"{option} needs the package {package}: pip install {package}") from error
 
 
 def parse(spec: str) -> tuple[str, Path | None]:

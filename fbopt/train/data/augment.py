@@ -119,11 +119,6 @@ def augmented(
     return Augmented(split, key, options.replicas, one_replica_per_pass, options.with_clean)
 
 
-def unaugmented(split: Split | Augmented) -> Split:
-    """The samples as they are in the data set."""
-    return split.split if isinstance(split, Augmented) else split
-
-
 def describe_sampling(options: Options) -> str:
     """Chunks and augmentation of resolved options in words; "" for the usual ones."""
     order = {"fixed": "in fixed order", "replacement": "drawn with replacement"}

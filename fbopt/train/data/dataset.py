@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,7 +86,6 @@ class Chunks:
     sampling: str = "fixed"
     seed: int = 0
     current_pass: Callable[[], int] = lambda: 0
-    _drawn: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     rank: int = 0
     world_size: int = 1
 
@@ -107,27 +106,16 @@ class Chunks:
         number = self.current_pass()
         positions = slice(index * self.size, (index + 1) * self.size)
         if self.sampling != "fixed":
-            positions = self._order_of_samples(number)[positions]
+            draw = epoch_order if self.sampling == "shuffled" else replacements
+            positions = draw(len(self.split), self.seed, number, self.split.device)[positions]
         return self.split.batch(positions, number)
-
-    def _order_of_samples(self, number: int) -> Tensor:
-        """The positions of all samples of a pass, kept until the next one."""
-        if number not in self._drawn:
-            draw = (len(self.split), self.seed, number)
-            device = self.split.device
-            shuffled = self.sampling == "shuffled"
-            self._drawn.clear()
-            self._drawn[number] = (
-                epoch_order(*draw).to(device) if shuffled else replacements(*draw, device)
-            )
-        return self._drawn[number]
 
 
 @dataclass(frozen=True)
 class Data:
     """A training and a test split with labels 0 … classes − 1."""
 
-    train: Split | Augmented
+    train: Split
     test: Split
     classes: int
 
@@ -143,11 +131,17 @@ class Data:
 
     def sha256(self) -> str:
         """A digest of every sample and label, by which a resumed run recognises its data."""
-        digest = hashlib.sha256()
-        for tensor in (self.train.x, self.train.y, self.test.x, self.test.y):
-            digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-            digest.update(tensor.cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        return sha256(self.train.x, self.train.y, self.test.x, self.test.y)
+
+
+def sha256(*tensors: Tensor) -> str:
+    """The digest of tensors' dtypes, shapes and values, for any device and memory layout."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(str((plain.dtype, tuple(plain.shape))).encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def from_arrays(
@@ -181,7 +175,9 @@ def from_arrays(
         x_train, y_train = x_train[:samples], y_train[:samples]
     mean = std = None
     if x_train.dtype == torch.uint8:
-        mean, std = _measured(x_train) if moments is None else _published(x_train, moments)
+        measured = _moments(x_train) if moments is None else np.multiply(moments, 255.0)
+        column = (2, -1, *(1 for _ in x_train.shape[2:]))
+        mean, std = torch.as_tensor(measured).float().view(column)
     return Data(Split(x_train, y_train, mean, std), Split(x_test, y_test, mean, std), classes)
 
 
@@ -205,8 +201,8 @@ def _check(x, y, x_name: str, y_name: str) -> tuple[Tensor, Tensor]:
     return (x[:, None] if x.ndim == 2 else x), torch.from_numpy(y.astype(np.int64))
 
 
-def _measured(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of a uint8 tensor, float32 (channels, 1, …)."""
+def _moments(x: Tensor) -> Tensor:
+    """Means and standard deviations of the channels of a uint8 tensor: float64 (2, channels)."""
     others = [d for d in range(x.ndim) if d != 1]
     total = squares = torch.zeros(x.shape[1], dtype=torch.float64)
     for part in x.split(1024):  # a copy of the whole set in float64 would be eight times as large
@@ -215,11 +211,4 @@ def _measured(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = total / (x.numel() / x.shape[1])
     std = (squares / (x.numel() / x.shape[1]) - mean.square()).clamp_min(0).sqrt()
     std[std == 0] = 1
-    column = (-1, *(1 for _ in others[1:]))
-    return mean.float().view(column), std.float().view(column)
-
-
-def _published(x: Tensor, moments: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:
-    """The given means and standard deviations of a uint8 tensor, float32 (channels, 1, …)."""
-    column = (-1, *(1 for _ in x.shape[2:]))
-    return tuple((torch.tensor(m, dtype=torch.float64) * 255).float().view(column) for m in moments)
+    return torch.stack([mean, std])

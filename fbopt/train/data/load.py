@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fbopt._build.cache import cache_folder, writable
-from fbopt.train.config.dataspec import DataError, parse
+from fbopt.train.config.dataspec import DataError, parse, require
 from fbopt.train.data.dataset import Data, from_arrays
 
 Arrays = tuple[Any, Any, Any, Any]  # x_train, y_train, x_test, y_test
@@ -57,16 +57,9 @@ def fixed_order(samples: int) -> np.ndarray:
     return np.random.RandomState(0).permutation(samples)
 
 
-def _missing(package: str, spec: str) -> DataError:
-    return DataError(f"--data {spec} needs the package {package}: pip install {package}")
-
-
 def _mnist1d() -> Arrays:
     """MNIST-1D's own 4,000 training and 1,000 test signals of 40 points, generated offline."""
-    try:
-        from mnist1d.data import make_dataset
-    except ImportError as error:
-        raise _missing("mnist1d", "mnist1d") from error
+    make_dataset = require("--data mnist1d", "mnist1d", "mnist1d.data").make_dataset
     # The generator seeds the global generators of Python and NumPy, which are not ours to change.
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -79,11 +72,8 @@ def _mnist1d() -> Arrays:
 
 def _digits() -> Arrays:
     """scikit-learn's 1,797 digits of 8×8 in a fixed split: 1,437 to train on, 360 to test."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise _missing("scikit-learn", "digits") from error
-    x, y = load_digits(return_X_y=True)
+    datasets = require("--data digits", "scikit-learn", "sklearn.datasets")
+    x, y = datasets.load_digits(return_X_y=True)
     order = fixed_order(len(y))
     x = x.reshape(-1, 1, 8, 8).astype(np.uint8)[order]
     y, cut = y[order], 1437
@@ -95,27 +85,23 @@ def _npz(path: Path) -> Arrays:
         raise DataError(f"--data npz:{path}: there is no such file")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if missing := [name for name in NAMES if name not in archive]:
-                raise DataError(
-                    f"--data npz:{path}: no array {', '.join(missing)}; save it with "
-                    f"numpy.savez(path, {', '.join(f'{n}={n}' for n in NAMES)})"
-                )
-            return tuple(archive[name] for name in NAMES)
-    except DataError:
-        raise
+            arrays = {name: archive[name] for name in NAMES if name in archive}
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(
             f"--data npz:{path}: not an .npz file of plain arrays (pickled objects are "
             f"never read): {error}"
         ) from error
+    if missing := [name for name in NAMES if name not in arrays]:
+        raise DataError(
+            f"--data npz:{path}: no array {', '.join(missing)}; save it with "
+            f"numpy.savez(path, {', '.join(f'{n}={n}' for n in NAMES)})"
+        )
+    return tuple(arrays.values())
 
 
 def _cifar(kind: str, folder: Path, download: bool) -> Arrays:
     """CIFAR-10 or CIFAR-100 as torchvision reads and checks it, from files below `folder`."""
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        raise _missing("torchvision", kind) from error
+    datasets = require(f"--data {kind}", "torchvision", "torchvision.datasets")
     source = getattr(datasets, kind.upper())
     folder = folder.expanduser()
     try:
@@ -139,14 +125,11 @@ def _imagefolder(path: Path, size: int) -> Arrays:
     The training images come in a fixed, shuffled order: in that of the folders a chunk would hold
     one class alone.
     """
-    try:
-        from torchvision.datasets import ImageFolder
-    except ImportError as error:
-        raise _missing("torchvision", f"imagefolder:{path}") from error
+    datasets = require(f"--data imagefolder:{path}", "torchvision", "torchvision.datasets")
     folders = []
     for part in ("train", "test"):
         try:
-            folders.append(ImageFolder(str(path / part)))
+            folders.append(datasets.ImageFolder(str(path / part)))
         except FileNotFoundError as error:
             raise DataError(
                 f"--data imagefolder:{path}: expected images as "
@@ -170,14 +153,11 @@ def _pixels(files: list[str], size: int) -> np.ndarray:
         return _decode(files, size)
     cached = writable(cache_folder()) / f"images-{_key(files, size)}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):
-        pixels = np.load(cached)
-        if pixels.dtype == np.uint8 and pixels.shape == (len(files), 3, size, size):
-            return pixels
+        return np.load(cached)
     pixels = _decode(files, size)
-    partial = cached.with_suffix(f".{os.getpid()}")
+    partial = cached.with_name(f"{os.getpid()}-{cached.name}")
     try:
-        with open(partial, "wb") as file:
-            np.save(file, pixels)
+        np.save(partial, pixels)
         partial.replace(cached)
     except OSError:  # a full disk: the run needs no cache
         partial.unlink(missing_ok=True)
@@ -198,15 +178,14 @@ def _key(files: list[str], size: int) -> str:
 def _decode(files: list[str], size: int) -> np.ndarray:
     """Decode images to uint8 (n, 3, size, size), resizing those of another size."""
     from PIL import Image
+    from torchvision.datasets.folder import default_loader
 
     pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)
     for index, file in enumerate(files):
         try:
-            with Image.open(file) as image:
-                image = image.convert("RGB")
+            image = default_loader(file)
         except OSError as error:
             raise DataError(f"{file}: not a readable image ({error}); remove it") from error
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
         pixels[index] = np.asarray(image).transpose(2, 0, 1)
     return pixels

@@ -7,24 +7,24 @@ draws the same.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from fbopt._random import mix, seed_generators
+from fbopt._random import mix
 
 DROPOUT, CROPS, REPLACEMENT, NOISE = 0, 1, 2, 3  # the purposes, a part of every seed
 
 
-def seed_chunk(device: torch.device, seed: int, step: int, chunk: int = 0) -> None:
-    """Seed the generators that the model draws from, before a chunk's first forward pass."""
-    seed_generators([device], seed, DROPOUT, step, chunk)
-
-
-def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+@lru_cache(maxsize=1)  # every chunk of a pass asks for it
+def epoch_order(samples: int, seed: int, epoch: int, device: torch.device) -> Tensor:
     """The order of the samples in an epoch, int64 (samples,): a function of seed and epoch."""
-    return torch.randperm(samples, generator=torch.Generator().manual_seed(mix(seed, epoch)))
+    generator = torch.Generator().manual_seed(mix(seed, epoch))
+    return torch.randperm(samples, generator=generator).to(device)
 
 
+@lru_cache(maxsize=1)
 def replacements(samples: int, seed: int, number: int, device: torch.device) -> Tensor:
     """Draws with replacement for pass `number`, as many as there are samples: int64 (samples,)."""
     index = torch.arange(samples, device=device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from fbopt.train.models.resnet import classifier, torchvision_models
+from fbopt.train.config.dataspec import require
+from fbopt.train.models.resnet import classifier
 
 _VGG_LAYERS = {  # 3×3 convolutions before each of five max-pools
     11: (1, 1, 2, 2, 2),
@@ -81,7 +82,8 @@ def densenet(
     """
     if width < 2:
         raise ValueError(f"--width {width}: densenet{depth} grows by half of it, so at least 2")
-    network = torchvision_models(f"densenet{depth}").DenseNet(
+    torchvision = require(f"--model densenet{depth}", "torchvision", "torchvision.models.densenet")
+    network = torchvision.DenseNet(
         growth_rate=width // 2,
         block_config=_DENSENET_BLOCKS[depth],
         num_init_features=width,

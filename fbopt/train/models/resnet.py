@@ -6,11 +6,11 @@ relu(x + f(x)), with f two 3×3 convolutions, or a bottleneck of 1×1, 3×3 and 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fbopt.train.config.dataspec import require
 
 _BLOCKS = {  # per stage, He et al. (arXiv 1512.03385), table 1
     18: (2, 2, 2, 2),
@@ -33,17 +33,10 @@ def resnet(
     """
     block, expansion, last = BasicBlock, 1, "bn2"
     if depth >= 50:
-        block, expansion = torchvision_models(f"resnet{depth}").resnet.Bottleneck, 4
-        last = "bn3"
-    layers, inner = _stem(channels, width), width
-    for index, count in enumerate(_BLOCKS[depth]):
-        planes, stride = width * 2**index, 1 if index == 0 else 2
-        outer = planes * expansion
-        blocks = [block(inner, planes, stride, _shortcut(inner, outer, stride))]
-        blocks += [block(outer, planes) for _ in range(count - 1)]
-        layers.append((f"stage{index + 1}", nn.Sequential(*blocks)))
-        inner = outer
-    model = classifier(layers, inner, classes, dropout)
+        torchvision = require(f"--model resnet{depth}", "torchvision", "torchvision.models.resnet")
+        block, expansion, last = torchvision.Bottleneck, 4, "bn3"
+    layers, features = _stages(channels, width, _BLOCKS[depth], block, expansion, _shortcut)
+    model = classifier(layers, features, classes, dropout)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -60,15 +53,9 @@ def cifar_resnet(
     Three stages of (depth − 2)/6 blocks with 16, 32 and 64 channels, no parameter in a shortcut
     (option A), convolutions from Kaiming-normal (fan-in, arXiv 1502.01852, equation 10).
     """
-    layers, inner = _stem(channels, width), width
-    for index in range(3):
-        outer, stride = width * 2**index, 1 if index == 0 else 2
-        shortcut = None if index == 0 else PaddedShortcut(outer - inner)
-        blocks = [BasicBlock(inner, outer, stride, shortcut)]
-        blocks += [BasicBlock(outer, outer) for _ in range((depth - 2) // 6 - 1)]
-        layers.append((f"stage{index + 1}", nn.Sequential(*blocks)))
-        inner = outer
-    model = classifier(layers, inner, classes, dropout)
+    counts = [(depth - 2) // 6] * 3
+    layers, features = _stages(channels, width, counts, BasicBlock, 1, _padded_shortcut)
+    model = classifier(layers, features, classes, dropout)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -84,23 +71,29 @@ def classifier(
     return nn.Sequential(OrderedDict([*layers, *tail, ("linear", nn.Linear(features, classes))]))
 
 
-def torchvision_models(name: str) -> ModuleType:
-    """torchvision.models, for the network `name`. Raises ValueError where it is not installed."""
-    try:
-        from torchvision import models
-    except ImportError as error:
-        raise ValueError(
-            f"--model {name} needs the package torchvision: pip install torchvision"
-        ) from error
-    return models
-
-
-def _stem(channels: int, width: int) -> list[tuple[str, nn.Module]]:
-    return [
+def _stages(
+    channels: int,
+    width: int,
+    counts: Sequence[int],
+    block: type[nn.Module],
+    expansion: int,
+    shortcut: Callable[[int, int, int], nn.Module | None],
+) -> tuple[list[tuple[str, nn.Module]], int]:
+    """The stem, a stage for each of `counts` blocks, and the number of features they end in."""
+    layers = [
         ("stem", nn.Conv2d(channels, width, 3, padding=1, bias=False)),
         ("norm", nn.BatchNorm2d(width)),
         ("relu", nn.ReLU(inplace=True)),
     ]
+    inner = width
+    for index, count in enumerate(counts):
+        planes, stride = width * 2**index, 1 if index == 0 else 2
+        outer = planes * expansion
+        blocks = [block(inner, planes, stride, shortcut(inner, outer, stride))]
+        blocks += [block(outer, planes) for _ in range(count - 1)]
+        layers.append((f"stage{index + 1}", nn.Sequential(*blocks)))
+        inner = outer
+    return layers, inner
 
 
 def _shortcut(inner: int, outer: int, stride: int) -> nn.Module | None:
@@ -112,16 +105,13 @@ def _shortcut(inner: int, outer: int, stride: int) -> nn.Module | None:
     return nn.Sequential(*pool, nn.Conv2d(inner, outer, 1, bias=False), nn.BatchNorm2d(outer))
 
 
-class PaddedShortcut(nn.Module):
+def _padded_shortcut(inner: int, outer: int, stride: int) -> nn.Module | None:
     """Every other pixel, and zeros for the new channels: no parameters (option A)."""
-
-    def __init__(self, new: int) -> None:
-        super().__init__()
-        self.new = new
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (n, c + new, ⌈h/2⌉, ⌈w/2⌉) for x (n, c, h, w)."""
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new))
+    if inner == outer:
+        return None
+    return nn.Sequential(
+        nn.AvgPool2d(1, stride), nn.ConstantPad3d((0, 0, 0, 0, 0, outer - inner), 0.0)
+    )
 
 
 class BasicBlock(nn.Module):

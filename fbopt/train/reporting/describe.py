@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fbopt.train import models
 from fbopt.train.config.options import Options
-from fbopt.train.data.augment import describe_sampling, unaugmented
+from fbopt.train.data.augment import describe_sampling
 from fbopt.train.trainer import Trainer
 
 
@@ -31,7 +31,7 @@ def describe(trainer: Trainer) -> str:
 def _sorted_labels(trainer: Trainer) -> str:
     """A warning where chunks hold few classes, which BatchNorm and the penalty feel."""
     chunks = trainer.chunks
-    y = unaugmented(chunks.split).y
+    y = trainer.data.train.y
     if chunks.sampling != "fixed" or len(chunks) == 1 or y[0] == y[-1] or (y.diff() < 0).any():
         return ""
     return (

@@ -8,17 +8,15 @@ import time
 from collections import deque
 from typing import Any, TextIO
 
+import tqdm
+
 LINE_SECONDS = 5.0
 
 
 def bar(**options: Any) -> Any:
-    """A tqdm bar as wide as the terminal; None where tqdm is not installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
+    """A tqdm bar as wide as the terminal."""
     # Without nrows tqdm shows nothing where a pseudo-terminal claims to have no rows.
-    return tqdm(ncols=shutil.get_terminal_size().columns, nrows=20, **options)
+    return tqdm.tqdm(ncols=shutil.get_terminal_size().columns, nrows=20, **options)
 
 
 class Progress:
@@ -63,15 +61,16 @@ class Progress:
         self.recent.append((time.monotonic(), record["pass"]))
         (begin, first), (end, last) = self.recent[0], self.recent[-1]
         rate = (last - first) / max(end - begin, 1e-9)
-        left = (self.passes - record["pass"]) / rate if rate else float("inf")
+        left = (self.passes - record["pass"]) / rate if rate else None
+        clock, short = tqdm.tqdm.format_interval, tqdm.tqdm.format_sizeof
         parts = [
-            f"{_clock(left)} left",
+            f"{'?' if left is None else clock(left)} left",
             f"loss {record['loss']:.4f}",
             f"train {record['train_accuracy']:.1%}",
             f"|g| {record['gradient_norm']:.3g}",
             f"lr {record['lr']:.3g}",
-            f"{_short(rate * record['step'] / record['pass'])} steps/s",
-            f"{_short(rate * self.samples)} samples/s",
+            f"{short(rate * record['step'] / record['pass'])} steps/s",
+            f"{short(rate * self.samples)} samples/s",
         ]
         if self.test_accuracy is not None:
             parts.insert(3, f"test {self.test_accuracy:.1%}")
@@ -82,20 +81,3 @@ class Progress:
         if self.bar is not None:
             self.bar.refresh()
             self.bar.close()
-
-
-def _clock(seconds: float) -> str:
-    if seconds == float("inf"):
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _short(number: float) -> str:
-    """A number with three digits and a letter: 124k."""
-    for unit in ("", "k", "M"):
-        if number < 999.5:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g}G"
