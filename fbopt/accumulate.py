@@ -53,8 +53,13 @@ class GradientAccumulator:
 
     def __init__(self, params: Iterable[Tensor], accumulation: str = "float32") -> None:
         self._sums = GradientSums(params, accumulation)
-        self.params, self.accumulation = self._sums.params, accumulation
+        self.accumulation = accumulation
         self._additions = 0
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters, each once."""
+        return self._sums.params
 
     @property
     def total_weight(self) -> float:

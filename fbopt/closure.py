@@ -14,12 +14,13 @@ from fbopt._engine.chunk import ChunkGradient
 from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.cuda_graphs import ChunkGraphs, graph_device, refuse_nested
 from fbopt._engine.forward import ChunkLoss
-from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
+from fbopt._engine.gradient_sums import MOST_PASSES
 from fbopt._engine.inputs import check_arguments, refuse_compiled, weigh
 from fbopt._engine.perturb import Perturbation
 from fbopt._engine.reduce import Reduction
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._ops.flat import scalar_on
+from fbopt.accumulate import GradientAccumulator
 from fbopt.penalty import GradientPenalty
 
 
@@ -94,6 +95,7 @@ class FullBatchClosure:
         mean_sqnorm: with a penalty, ``chunk_max_norm`` or ``chunk_norms``, the last call's
             ``sum_c (n_c/N) ||g_c||^2``, of gradients without penalty and clip (0-dim float64); else
             None.
+        accumulator: the :class:`GradientAccumulator` at work.
         cuda_graph: whether chunks are captured. Set to False, the next call frees all graphs; set
             to True, captures begin again.
 
@@ -135,7 +137,8 @@ class FullBatchClosure:
         self.cuda_graph = cuda_graph
         check_arguments(vars(self) | {"chunks": chunks})
         self._given = None if params is None else check_params(params)
-        self.sums = GradientSums(self._trainable(), accumulation)
+        self.accumulator = GradientAccumulator(self._trainable(), accumulation)
+        self.sums = self.accumulator._sums
         self._statistics = RunningStatistics(model, accumulation)
         self._reduction = Reduction(model, self.sums, self._statistics, process_group)
         self._graphs: ChunkGraphs | None = None
@@ -185,7 +188,8 @@ class FullBatchClosure:
     def _complete(self, coefficient: float | Tensor | None) -> tuple[Tensor, Tensor]:
         """Visit all chunks, again where the units of exact sums did not fit; return the means."""
         start = GeneratorSnapshot({p.device for p in self.sums.params})
-        start.begin()
+        if self.accumulation == "exact":
+            start.begin()  # which a CUDA graph of the whole step does not allow
         for attempt in range(MOST_PASSES):
             if attempt:
                 self._before.restore()
@@ -264,8 +268,9 @@ class FullBatchClosure:
             )
         self._follow_cuda_graph()
         coefficient = self._coefficient()
+        before = self.sums.params
         self.sums.reset(self._trainable())
-        for p in self.sums.params:
+        for p in (*before, *self.sums.params):  # also of those that have been frozen since
             p.grad = None
         if coefficient is not None and self.penalty and self.penalty.method != "exact":
             if self._perturbation is None or not self._perturbation.fits(self.sums.buckets):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
+from fbopt._engine.snapshot import GeneratorSnapshot
 
 PENALTIES = [None, *(GradientPenalty(coefficient=0.1, method=m) for m in ("forward", "central"))]
 
@@ -272,10 +273,17 @@ def test_freezing_later_is_followed():
     closure = FullBatchClosure(model, F.cross_entropy, chunked(x, y), penalty=PENALTIES[1])
     closure()
     model[0].requires_grad_(False)
-    model[0].weight.grad = None
-    closure()
-    assert model[0].weight.grad is None
-    assert model[2].weight.grad is not None
+    before = model[0].weight.clone()
+    FullBatchGD(model.parameters(), lr=1.0).step(closure)  # not with the gradient of the last call
+    assert model[0].weight.grad is None and torch.equal(model[0].weight, before)
+    assert closure.accumulator.params == list(model[2].parameters())
+    assert torch.equal(closure.accumulator.mean()[0], model[2].weight.grad)
+
+
+def test_generators_are_not_read_without_need(monkeypatch: pytest.MonkeyPatch):
+    x, y = data()
+    monkeypatch.setattr(GeneratorSnapshot, "_get", lambda self: pytest.fail("in a CUDA graph"))
+    FullBatchClosure(mlp(), F.cross_entropy, chunked(x, y))()
 
 
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)

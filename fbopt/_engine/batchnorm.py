@@ -58,9 +58,11 @@ class RunningStatistics:
         layers = [m for m in self._layers if m.running_mean is not None]
         active = [m for m in layers if m.training]
         momenta = [m.momentum for m in active]
-        self._begin([t for m in layers for t in (m.running_mean, m.running_var)])
+        self._begin(layers)
         self._choose({id(t) for m in active for t in (m.running_mean, m.running_var)})
-        self._count(active)
+        if self._active:
+            for counter in self._counters:
+                counter.begin()
         try:
             for m in active:
                 m.momentum = 1.0
@@ -69,7 +71,8 @@ class RunningStatistics:
             for m, momentum in zip(active, momenta, strict=True):
                 m.momentum = momentum
 
-    def _begin(self, running: list[Tensor]) -> None:
+    def _begin(self, layers: list[_NormBase]) -> None:
+        running = [t for m in layers for t in (m.running_mean, m.running_var)]
         if [id(t) for t in running] != [id(t) for t in self._running]:
             self._running = running
             self._lists = [[running[i] for i in group] for group in by_device_and_dtype(running)]
@@ -81,6 +84,9 @@ class RunningStatistics:
                 flat_views(flat, wide) for flat, wide in zip(flats, self._wide, strict=True)
             ]
             self.store.allocate(self.means, flats)
+            # Of all layers: a CUDA graph keeps their memory while other layers change their mode.
+            groups = by_device_and_dtype([m.running_mean for m in layers])
+            self._counters = [_Counter([layers[i] for i in group]) for group in groups]
         self.store.zero_()
 
     def _choose(self, wanted: set[int]) -> None:
@@ -90,16 +96,6 @@ class RunningStatistics:
             chosen = [i for i, t in enumerate(running) if id(t) in wanted]
             if chosen:
                 self._active.append(([running[i] for i in chosen], [means[i] for i in chosen]))
-
-    def _count(self, active: list[_NormBase]) -> None:
-        """Note what the layers in training mode hold, and which runs they have counted."""
-        by_device: dict[torch.device, list[_NormBase]] = {}
-        for m in active:
-            by_device.setdefault(m.running_mean.device, []).append(m)
-        if [c.layers for c in self._counters] != list(by_device.values()):
-            self._counters = [_Counter(layers) for layers in by_device.values()]
-        for counter in self._counters:
-            counter.begin()
 
     def clear(self) -> None:
         """Zero the running statistics before a pass that is recorded.
@@ -115,10 +111,11 @@ class RunningStatistics:
         Args:
             weight: returns the chunk's weight on a device, 0-dim.
         """
-        if self._active:
-            for k, (running, wide) in enumerate(zip(self._lists, self._wide, strict=True)):
-                torch._foreach_copy_(wide, running)
-                self.store.add(k, wide, weight(wide[0].device))
+        if not self._active:
+            return
+        for k, (running, wide) in enumerate(zip(self._lists, self._wide, strict=True)):
+            torch._foreach_copy_(wide, running)
+            self.store.add(k, wide, weight(wide[0].device))
         for counter in self._counters:
             counter.record(weight(counter.weights.device))
 
@@ -142,8 +139,9 @@ class RunningStatistics:
 
     def commit(self, total_weight: float) -> None:
         """Write the means over all passes recorded."""
-        if self._active:
-            self.store.mean_(total_weight)
+        if not self._active:
+            return
+        self.store.mean_(total_weight)
         for running, means in self._active:
             torch._foreach_copy_(running, means)
         for counter in self._counters:
@@ -151,7 +149,7 @@ class RunningStatistics:
 
 
 class _Counter:
-    """Which chunks ran which normalisation layers of a device, without asking the device."""
+    """Which chunks ran which normalisation layers, of one device, without asking the device."""
 
     def __init__(self, layers: list[_NormBase]) -> None:
         self.layers, device = layers, layers[0].running_mean.device

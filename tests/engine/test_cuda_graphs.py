@@ -311,6 +311,15 @@ CASES = [
     ),
     Case("nothing but parameters that move", 1, {}, before=reallocate),
     Case("a dtype that changes", 2, PENALISED, before=widen, chunks=lambda: ragged(8, 8, 5, 5)),
+    *(
+        Case(
+            f"BatchNorm in eval mode and back, {accumulation}",
+            3,
+            {"accumulation": accumulation},
+            before=lambda model, closure, call: model[1].train(call != 1),
+        )
+        for accumulation in ("float32", "exact")
+    ),
     Case("freezing", 2, PENALISED, before=freeze, chunks=lambda: ragged(8, 8, 5, 5)),
     Case(
         "switched off and on",
