@@ -33,10 +33,10 @@ class FullBatchClosure:
         g'_c      = g_c + lambda H_c g_c
         p.grad    = sum_c (n_c / N) g'_c min(1, chunk_max_norm / (||g'_c|| + 1e-6))
 
-    without penalty or ``chunk_max_norm`` less their parts. A ragged last chunk counts by its
-    samples. Follows torch's closure convention, so it serves ``FullBatchGD``,
-    ``torch.optim.LBFGS``, Adam or SGD alike. Gradients replace what ``p.grad`` held and live in a
-    buffer that the next call overwrites: clone what you keep.
+    where lambda is 0 without a penalty, and the factor is 1 without ``chunk_max_norm``. A ragged
+    last chunk counts by its samples. Follows torch's closure convention, so it serves
+    ``FullBatchGD``, ``torch.optim.LBFGS``, Adam or SGD alike. Gradients replace what ``p.grad``
+    held and live in a buffer that the next call overwrites: clone what you keep.
 
     Afterwards BatchNorm's running statistics are the n_c-weighted mean over all chunks of what the
     passes at theta recorded. The passes at perturbed parameters change nothing but the gradient:
