@@ -1,4 +1,4 @@
-"""Bad input to fbopt.analysis: clear errors that name the cause, and nothing changed."""
+"""Invalid input to fbopt.analysis: errors that name the cause and change nothing."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_torchs_draws_can_be_seeded(case):
 
 
 def ctc(output, target):
-    """A loss that torch differentiates only once."""
+    """A loss that torch can differentiate only once."""
     n = len(output)
     lengths = torch.tensor([n]), torch.tensor([1])
     return nn.functional.ctc_loss(output.log_softmax(1)[:, None], torch.ones(1, 1).long(), *lengths)

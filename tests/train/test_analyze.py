@@ -1,4 +1,4 @@
-"""`fbopt analyze`: results and figures of runs, what it keeps when stopped, and what it refuses."""
+"""`fbopt analyze`: results and figures, what an interrupt keeps, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_ctrl_c_keeps_what_was_finished(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_a_bar_counts_passes(folder, tmp_path, monkeypatch):
-    """On a terminal: as many as were announced."""
+    """On a terminal the bar ends at its announced total."""
     tqdm = pytest.importorskip("tqdm")
     bars = []
 

@@ -20,6 +20,7 @@ from fbopt.analysis import (
     random_direction,
     stability_threshold,
 )
+from fbopt.reference import clip_coefficient
 from fbopt.train.analyze.options import Analysis
 from fbopt.train.analyze.runs import Subject
 from fbopt.train.checkpoint.resume import check_model
@@ -146,11 +147,10 @@ def _hessian(subject: Subject, options: Analysis) -> Hessian:
 
 def _clip(subject: Subject) -> float:
     """The clip coefficient that the next step would apply to the full-batch gradient of L."""
-    limit = subject.run.options.max_norm
-    if limit is None:
+    max_norm = subject.run.options.max_norm
+    if max_norm is None:
         return 1.0
-    norm = float(subject.objective.gradient().double().norm())
-    return min(1.0, limit / (norm + 1e-6))
+    return float(clip_coefficient(max_norm, subject.objective.gradient().double().norm()))
 
 
 def _losses(
