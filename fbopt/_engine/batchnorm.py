@@ -33,7 +33,7 @@ class RunningStatistics:
 
     Attributes:
         store: the strategy that keeps the sums.
-        means: the sums' own memory; another list once they have moved.
+        means: where :meth:`commit` finds the means; another list once they have been reallocated.
     """
 
     def __init__(self, model: torch.nn.Module, accumulation: str = "float32") -> None:

@@ -89,7 +89,7 @@ class Reduction:
 
     @contextlib.contextmanager
     def visiting(self) -> Iterator[None]:
-        """Begin a visit of all chunks; tell the other processes, as above, of an error in it."""
+        """Begin a visit of all chunks; an error in it reaches the others in :meth:`combine`."""
         self._losses: list[Tensor] = []
         self._squares: list[Tensor] = []
         self._weights: list[float] = []
