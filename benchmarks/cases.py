@@ -1,4 +1,4 @@
-"""What is benchmarked: tensors, models and data by size, and the results that are right.
+"""Benchmark cases: tensors, models and data by size, and the expected results.
 
 Expected results come from fbopt.reference, in float64 unless said otherwise.
 """
@@ -33,7 +33,7 @@ Shapes = Sequence[torch.Size]
 
 
 class WrongResult(AssertionError):
-    """A contender computes something else than the reference."""
+    """A contender's result differs from the reference."""
 
 
 def distance(found: Tensors, expected: Tensors, norm: float) -> float:

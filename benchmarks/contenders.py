@@ -1,4 +1,4 @@
-"""The work of a step besides its passes, by fbopt and in plain torch.
+"""The work of a step besides forward and backward passes, by fbopt and in plain torch.
 
 Penalised chunk update: norm, perturb, [second pass], restore, add w (g + lambda H g) to the sums.
 Finishing step: norm, clip, weight decay, momentum, update.

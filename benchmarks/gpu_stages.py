@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_stages build|tests|sanitize [--device cpu] [--seconds N]
 
-The exit status is 0, 1 for a finding, and 77 for what this machine does not have.
+The exit status is 0, 1 for a finding, and 77 if this machine lacks what the stage needs.
 """
 
 from __future__ import annotations

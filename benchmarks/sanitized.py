@@ -36,7 +36,7 @@ def misaligned(tensors: Tensors) -> Tensors:
 
 
 def gapped(tensors: Tensors) -> Tensors:
-    """In every second element of memory."""
+    """Strided: in every second element of memory."""
     return [torch.stack([t, t], -1)[..., 0] for t in tensors]
 
 

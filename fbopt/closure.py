@@ -221,7 +221,7 @@ class FullBatchClosure:
         self.step = self._step_before
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has to be saved to go on: the number of calls, the units of exact sums."""
+        """Return what resuming needs: the number of calls, and the units of exact sums."""
         return {
             "step": self.step,
             "sums": self.sums.store.state_dict(),
@@ -251,7 +251,7 @@ class FullBatchClosure:
         return None if isinstance(value, (int, float)) and value == 0 else value
 
     def _follow_cuda_graph(self) -> None:
-        """Let there be graphs, on the model's device, if and only if ``cuda_graph`` is set."""
+        """Make or free the CUDA graphs, as ``cuda_graph`` says."""
         if not self.cuda_graph:
             self._graphs = None
             return
@@ -261,7 +261,7 @@ class FullBatchClosure:
             self._graphs = ChunkGraphs(device)
 
     def _begin(self) -> float | Tensor | None:
-        """Do all that has to be done before the first chunk; return lambda."""
+        """Prepare for the first chunk; return lambda."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "FullBatchClosure needs gradients: call it outside torch.inference_mode()"
