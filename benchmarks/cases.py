@@ -63,7 +63,7 @@ def shapes(size: str) -> list[torch.Size]:
 
 
 def model(size: str, device: torch.device = CPU) -> nn.Module:
-    """The network that a size is named after, with a gradient everywhere."""
+    """The network that a size is named after; every parameter gets a gradient."""
     from fbopt.train import models
 
     torch.manual_seed(0)

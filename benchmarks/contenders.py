@@ -72,8 +72,8 @@ class FboptUpdate(ChunkUpdate):
 class FboptExactUpdate(FboptUpdate):
     """The same with exact sums, in the units of a pass over CIFAR-10 in chunks of 128.
 
-    Once it has been checked, its weight changes sign from call to call: the sum of one chunk a
-    hundred times over would wrap far more often than the sums of a pass.
+    After the check its weight alternates in sign: one chunk summed a hundred times would wrap far
+    more often than the sums of a pass.
     """
 
     name, words, accumulation = "fbopt, exact sums", 10, "exact"

@@ -50,7 +50,7 @@ def transposed(tensors: Tensors) -> Tensors:
 
 
 def pooled(tensors: Tensors) -> Tensors:
-    """In one allocation; many are slow under a sanitizer."""
+    """All in one allocation; many allocations are slow under a sanitizer."""
     views = flat_views(tensors[0].new_zeros(flat_size(tensors)), tensors)
     torch._foreach_copy_(views, tensors)
     return views

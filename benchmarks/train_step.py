@@ -79,7 +79,7 @@ class Job:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def network(self) -> nn.Module:
-        """ResNet-18 with a gradient everywhere."""
+        """ResNet-18 in which every parameter gets a gradient."""
         torch.manual_seed(0)
         network = models.build("resnet18", SHAPE, CLASSES, self.width)
         return with_gradients(network).to(self.device, memory_format=self.layout)

@@ -202,9 +202,9 @@ class FullBatchClosure:
             if found is not None:
                 return found
         raise RuntimeError(
-            f'accumulation="exact" visited all chunks {MOST_PASSES} times, and the gradients never '
-            "had the size of the time before: let chunks, model and loss give the same at every "
-            "pass (draws from torch's generators are repeated, others are not), or pass "
+            f'accumulation="exact" visited all chunks {MOST_PASSES} times, and the gradients changed '
+            "in size every time: make chunks, model and loss give the same values in every pass "
+            "(draws from torch's generators are repeated, others are not), or pass "
             'accumulation="float32"'
         )
 
@@ -270,7 +270,7 @@ class FullBatchClosure:
         coefficient = self._coefficient()
         before = self.sums.params
         self.sums.reset(self._trainable())
-        for p in (*before, *self.sums.params):  # also of those that have been frozen since
+        for p in (*before, *self.sums.params):  # also of parameters that have been frozen since
             p.grad = None
         if coefficient is not None and self.penalty and self.penalty.method != "exact":
             if self._perturbation is None or not self._perturbation.fits(self.sums.buckets):

@@ -27,7 +27,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 class Report:
-    """The findings line by line, and the cures of what is missing."""
+    """The findings, a line each, and cures for what is missing."""
 
     def __init__(self):
         self.lines, self.cures = [], []

@@ -16,7 +16,7 @@ from fbopt._ops.flat import accumulator_dtype, scalar_on
 from fbopt.clip import check_finite, check_norm_type, total_norm
 from fbopt.closure import FullBatchClosure
 
-# The clip is of the whole gradient: one value for all groups.
+# The whole gradient is clipped at once: one value for all groups.
 GLOBAL = ("max_norm", "norm_type", "error_if_nonfinite")
 RULE = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
 

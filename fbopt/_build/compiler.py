@@ -29,7 +29,7 @@ FLAGS = (
     # No fused multiply-add unless written: the bits have to be the reference's.
     "-ffp-contract=off -fno-math-errno -fno-trapping-math " + TORCH_TARGET
 )
-# # Instruction sets in a wheel, one library each, widest first, by their names in
+# Instruction sets in a wheel, one library each, widest first, by their names in
 # torch.backends.cpu.get_cpu_capability().
 _AVX2 = "-march=x86-64 -mavx2 -mfma -mf16c"
 _AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"

@@ -19,7 +19,7 @@ from fbopt._build.compiler import BuildError, Toolchain, run, toolchain
 USUAL = Path("/usr/local/cuda")
 # As in torch's own builds; code for an architecture runs on later minors of its major.
 COMMON = ("7.0", "7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
-# # The runtime's header and one of CCCL's, which the runtime's headers include; and the line in
+# The runtime's header and one of CCCL's, which the runtime's headers include; and the line in
 # which a preprocessor names the folder of a header.
 HEADERS = ("cuda_runtime.h", "nv/target")
 FOUND = r'^# \d+ "(.*)/{}"'

@@ -30,7 +30,7 @@ NVCC_FLAGS = (
     *("-Xptxas", "-v"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
 )
-# Strip local symbols.
+# Strip symbols that are not exported.
 LINK_FLAGS = ("-undefined", "dynamic_lookup", "-Wl,-x") if sys.platform == "darwin" else ("-s",)
 # What marks errors of the compilers, of the linker, and of nvcc about a host compiler.
 ERRORS = ("error:", "undefined reference", "fatal   :", "#error")
@@ -101,7 +101,7 @@ class Recipe:
         # Messages name files as csrc/… and torch/…, wherever they were compiled.
         prefixes = [f"-ffile-prefix-map={path}/=" for path in (CSRC.parent, *folders)]
         cpp = [*self.tools.compiler, *self.tools.flags, *includes, *prefixes]
-        # # No rpath: torch, with CUDA's runtime, is loaded before the library, and may be another
+        # No rpath: torch, with CUDA's runtime, is loaded before the library, and may be another
         # version by then.
         link = [*LINK_FLAGS, f"-L{home / 'lib'}", "-ltorch_cpu"]
         commands = {}

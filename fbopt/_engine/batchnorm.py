@@ -100,7 +100,7 @@ class RunningStatistics:
     def clear(self) -> None:
         """Zero the running statistics before a pass that is recorded.
 
-        With momentum 1 the old value is multiplied by zero, which is NaN for a NaN.
+        With momentum 1 the old value is multiplied by zero, but zero times NaN is NaN.
         """
         for running, _ in self._active:
             torch._foreach_zero_(running)

@@ -163,7 +163,7 @@ class ChunkGraphs:
             raise
         finally:
             sums.unseen = before
-            torch.clear_autocast_cache()  # its tensors were captured, not computed
+            torch.clear_autocast_cache()  # its casts were only captured, never computed
         self._check_buffers(work.forward.model, captured=True)
         inputs = [x for x in static if isinstance(x, Tensor)]
         return _Graph(inputs, loss, square, seen, unseen, launch)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fbopt.train.config.options import Options, OptionsError, flag
 
-# # Options that do not change the numbers of a run, only its place, speed and records: first those
+# Options that do not change the numbers of a run, only its place, speed and records: first those
 # that may be given with --resume RUN, then the others.
 RESUMABLE = (
     "data_dir", "download", "device", "threads", "save_every", "keep", "fingerprint_every",
