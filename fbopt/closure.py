@@ -202,9 +202,9 @@ class FullBatchClosure:
             if found is not None:
                 return found
         raise RuntimeError(
-            f'accumulation="exact" visited all chunks {MOST_PASSES} times, and the gradients changed '
-            "in size every time: make chunks, model and loss give the same values in every pass "
-            "(draws from torch's generators are repeated, others are not), or pass "
+            f'accumulation="exact" visited all chunks {MOST_PASSES} times, and the gradients '
+            "changed in size each time: make chunks, model and loss give the same values in every "
+            "pass (draws from torch's generators are repeated, others are not), or pass "
             'accumulation="float32"'
         )
 
