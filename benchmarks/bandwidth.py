@@ -1,4 +1,4 @@
-"""The memory limit: what reads and writes a number of words and computes next to nothing.
+"""The memory limit: code that only reads and writes so many words, and hardly computes.
 
 On the CPU a triad a = b + s c, with streaming and with plain stores; on a GPU a copy.
 """

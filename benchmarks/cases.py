@@ -1,4 +1,4 @@
-"""What is benchmarked: tensors, models and data by size, and the results that are right.
+"""Benchmark cases: tensors, models and data by size, and the expected results.
 
 Expected results come from fbopt.reference, in float64 unless said otherwise.
 """
@@ -33,7 +33,7 @@ Shapes = Sequence[torch.Size]
 
 
 class WrongResult(AssertionError):
-    """A contender computes something else than the reference."""
+    """A contender's result differs from the reference."""
 
 
 def distance(found: Tensors, expected: Tensors, norm: float) -> float:
@@ -63,7 +63,7 @@ def shapes(size: str) -> list[torch.Size]:
 
 
 def model(size: str, device: torch.device = CPU) -> nn.Module:
-    """The network that a size is named after, with a gradient everywhere."""
+    """The network that a size is named after; every parameter gets a gradient."""
     from fbopt.train import models
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The work of a step besides its passes, by fbopt and in plain torch.
+"""The work of a step besides forward and backward passes, by fbopt and in plain torch.
 
 Penalised chunk update: norm, perturb, [second pass], restore, add w (g + lambda H g) to the sums.
 Finishing step: norm, clip, weight decay, momentum, update.
@@ -72,8 +72,8 @@ class FboptUpdate(ChunkUpdate):
 class FboptExactUpdate(FboptUpdate):
     """The same with exact sums, in the units of a pass over CIFAR-10 in chunks of 128.
 
-    Once it has been checked, its weight changes sign from call to call: the sum of one chunk a
-    hundred times over would wrap far more often than the sums of a pass.
+    After the check its weight alternates in sign: one chunk summed a hundred times would wrap far
+    more often than the sums of a pass.
     """
 
     name, words, accumulation = "fbopt, exact sums", 10, "exact"

@@ -90,7 +90,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 def run_stage(stage: str, choice: argparse.Namespace) -> dict[str, Any]:
-    """Run a stage and return what is kept of it, however it ended."""
+    """Run a stage and return its record, however it ended."""
     command, start = command_of(stage, choice), time.monotonic()
     # On a GPU the kernels or an error, never plain torch in their place.
     backend = {"FBOPT_BACKEND": "kernels"} if choice.device == "cuda" else {}
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="three rounds, to see that all works")
+    parser.add_argument("--quick", action="store_true", help="three rounds, as a smoke test")
     parser.add_argument("--stage-seconds", type=float, default=540, help="limit for each stage")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     choice = parser.parse_args(argv)

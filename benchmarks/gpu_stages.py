@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_stages build|tests|sanitize [--device cpu] [--seconds N]
 
-The exit status is 0, 1 for a finding, and 77 for what this machine does not have.
+The exit status is 0, 1 for a finding, and 77 if this machine lacks what the stage needs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOOL = "compute-sanitizer"
 CHECKS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # torch probes for what a driver has, so failed API calls are expected.
 OPTIONS = ("--error-exitcode", "86", "--report-api-errors", "no", "--print-limit", "20")
-OPTIONS += ("--target-processes", "application-only")  # not the compilers it asks for a version
+OPTIONS += ("--target-processes", "application-only")  # not compilers run for their version
 DRIVER = (sys.executable, "-m", "benchmarks.sanitized")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 

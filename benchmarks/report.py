@@ -43,7 +43,7 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="limit for a table")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", type=torch.device, default=CPU, help="cpu or cuda")
-    parser.add_argument("--quick", action="store_true", help="three rounds, to see that all works")
+    parser.add_argument("--quick", action="store_true", help="three rounds, as a smoke test")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     return parser
 

@@ -36,7 +36,7 @@ def misaligned(tensors: Tensors) -> Tensors:
 
 
 def gapped(tensors: Tensors) -> Tensors:
-    """In every second element of memory."""
+    """Strided: in every second element of memory."""
     return [torch.stack([t, t], -1)[..., 0] for t in tensors]
 
 
@@ -50,7 +50,7 @@ def transposed(tensors: Tensors) -> Tensors:
 
 
 def pooled(tensors: Tensors) -> Tensors:
-    """In one allocation; many are slow under a sanitizer."""
+    """All in one allocation; many allocations are slow under a sanitizer."""
     views = flat_views(tensors[0].new_zeros(flat_size(tensors)), tensors)
     torch._foreach_copy_(views, tensors)
     return views

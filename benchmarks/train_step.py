@@ -47,7 +47,7 @@ TOLERANCES = {"fp32": 2e-2, "tf32": 3e-2, "bf16": 3e-2}
 
 @dataclass(frozen=True)
 class Job:
-    """What a step is over: random images in chunks, a network, and how it is computed."""
+    """What is timed: a step over random images in chunks, its network and precision."""
 
     images: int
     chunk: int
@@ -69,7 +69,7 @@ class Job:
 
     @property
     def data(self) -> Data:
-        """The same as the training program holds them."""
+        """The same in the form that the training program uses."""
         x, y = self.arrays
         data = from_arrays(x, y, x[:1], y[:1], "random images", MOMENTS["cifar10"])
         return data.to(self.device, self.channels_last)
@@ -79,7 +79,7 @@ class Job:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def network(self) -> nn.Module:
-        """ResNet-18 with a gradient everywhere."""
+        """ResNet-18 in which every parameter gets a gradient."""
         torch.manual_seed(0)
         network = models.build("resnet18", SHAPE, CLASSES, self.width)
         return with_gradients(network).to(self.device, memory_format=self.layout)

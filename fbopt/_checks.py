@@ -31,7 +31,7 @@ def check_params(params: Iterable[Tensor], name: str = "params") -> list[Tensor]
 
 
 def check_storage(tensor: Tensor, name: str) -> None:
-    """Raise for what kernels cannot work on: lazy, meta, sparse, complex, integer, overlapping."""
+    """Refuse tensors that are lazy, meta, sparse, complex, integer or overlap themselves."""
     if torch.nn.parameter.is_lazy(tensor):
         raise ValueError(
             f"{name} is uninitialized (of a lazy module): run the model on one input first"

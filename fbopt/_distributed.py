@@ -34,7 +34,7 @@ class Failure(NamedTuple):
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """Return what to send for an exception."""
+        """Describe an exception."""
         return cls(type(error).__name__, str(error))
 
     def as_error(self, rank: int) -> PeerError:
@@ -142,7 +142,7 @@ class Collectives:
         device: torch.device,
         maxima: Tensor | None = None,
     ) -> None:
-        """Answer the other processes' :meth:`agree`, of the same lengths, with an error.
+        """Report an error to the others, which wait in :meth:`agree` with the same lengths.
 
         Returns quietly if that fails too, so that the caller raises the error itself.
         """
@@ -158,7 +158,7 @@ class Collectives:
                 dist.all_reduce(tensor, group=self.group)
 
     def all_reduce_coalesced_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by its sum; one all-reduce, in float64 on the first's device."""
+        """The same in one all-reduce of float64 values, on the first tensor's device."""
         if self.is_single or not tensors:
             return
         device = tensors[0].device
@@ -192,7 +192,7 @@ class Collectives:
         if self.is_single:
             return value
         found = [value]
-        with self._sending("receive what process 0 read"):
+        with self._sending("share what process 0 read"):
             dist.broadcast_object_list(found, group=self.group, group_src=0)
         return found[0]
 

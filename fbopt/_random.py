@@ -1,4 +1,4 @@
-"""Seeds derived from a base seed and a key, so that draws do not depend on those before them."""
+"""Seeds derived from a base seed and a key, so that no draw depends on earlier draws."""
 
 from __future__ import annotations
 

@@ -202,8 +202,8 @@ class FullBatchClosure:
             if found is not None:
                 return found
         raise RuntimeError(
-            f'accumulation="exact" visited all chunks {MOST_PASSES} times, and the gradients never '
-            "had the size of the time before: let chunks, model and loss give the same at every "
+            f'accumulation="exact" visited all chunks {MOST_PASSES} times, and the gradients '
+            "changed in size each time: make chunks, model and loss give the same values in every "
             "pass (draws from torch's generators are repeated, others are not), or pass "
             'accumulation="float32"'
         )
@@ -221,7 +221,7 @@ class FullBatchClosure:
         self.step = self._step_before
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has to be saved to go on: the number of calls, the units of exact sums."""
+        """Return what resuming needs: the number of calls, and the units of exact sums."""
         return {
             "step": self.step,
             "sums": self.sums.store.state_dict(),
@@ -251,7 +251,7 @@ class FullBatchClosure:
         return None if isinstance(value, (int, float)) and value == 0 else value
 
     def _follow_cuda_graph(self) -> None:
-        """Let there be graphs, on the model's device, if and only if ``cuda_graph`` is set."""
+        """Make or free the CUDA graphs, as ``cuda_graph`` says."""
         if not self.cuda_graph:
             self._graphs = None
             return
@@ -261,7 +261,7 @@ class FullBatchClosure:
             self._graphs = ChunkGraphs(device)
 
     def _begin(self) -> float | Tensor | None:
-        """Do all that has to be done before the first chunk; return lambda."""
+        """Prepare for the first chunk; return lambda."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "FullBatchClosure needs gradients: call it outside torch.inference_mode()"
@@ -270,7 +270,7 @@ class FullBatchClosure:
         coefficient = self._coefficient()
         before = self.sums.params
         self.sums.reset(self._trainable())
-        for p in (*before, *self.sums.params):  # also of those that have been frozen since
+        for p in (*before, *self.sums.params):  # also of parameters that have been frozen since
             p.grad = None
         if coefficient is not None and self.penalty and self.penalty.method != "exact":
             if self._perturbation is None or not self._perturbation.fits(self.sums.buckets):

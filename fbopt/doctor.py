@@ -27,7 +27,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 class Report:
-    """The findings line by line, and the cures of what is missing."""
+    """The findings, a line each, and cures for what is missing."""
 
     def __init__(self):
         self.lines, self.cures = [], []
@@ -85,7 +85,7 @@ def _examine(report: Report) -> bool:
 
 
 def _quietly(find: Callable[[], Any]) -> Any:
-    """Return what is found; what is broken has a line of its own in the report."""
+    """Return what ``find`` returns, or None on an error, which another line reports."""
     with contextlib.suppress(Exception), warnings.catch_warnings(record=True):
         return find()
 
@@ -140,7 +140,7 @@ def _toolkit() -> str:
 
 
 def _in_use(what: str, library: Path | None, able: bool, *variables: str) -> str:
-    """Say what computes; ``variables`` are those that can ask for it."""
+    """Say what is in use; ``variables`` are the environment variables that can ask for it."""
     if load.requested_backend() == "reference":
         return "plain torch, as FBOPT_BACKEND asks"
     if "FBOPT_CUDA" in variables and not cuda.wanted():

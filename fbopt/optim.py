@@ -16,7 +16,7 @@ from fbopt._ops.flat import accumulator_dtype, scalar_on
 from fbopt.clip import check_finite, check_norm_type, total_norm
 from fbopt.closure import FullBatchClosure
 
-# The clip is of the whole gradient: one value for all groups.
+# The whole gradient is clipped at once: one value for all groups.
 GLOBAL = ("max_norm", "norm_type", "error_if_nonfinite")
 RULE = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
@@ -37,7 +37,7 @@ class FullBatchGD(torch.optim.Optimizer):
     momentum. Without a closure, or with any other, it steps on ``p.grad`` like SGD. With a
     :class:`FullBatchClosure` it reads the sums over chunks directly (half-precision parameters get
     their gradient in float32), divides by N in the same pass (1 word more) and leaves the mean, not
-    clipped, in ``p.grad``. State dicts load into ``torch.optim.SGD``, and its load here.
+    clipped, in ``p.grad``. State dicts are interchangeable with ``torch.optim.SGD``'s.
 
     Args:
         params: parameters or parameter groups, named or not, as for any torch optimizer.
@@ -56,7 +56,7 @@ class FullBatchGD(torch.optim.Optimizer):
     section 3-4.
     """
 
-    # GradScaler then announces itself by attributes, so that it can be refused with a reason.
+    # GradScaler then sets attributes, by which `step` recognises and refuses it.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -170,7 +170,7 @@ class FullBatchGD(torch.optim.Optimizer):
         self.last_grad_norm = norm
 
     def _batches(self, sums: GradientSums | None) -> Iterator[_Batch]:
-        """Group what one call can update: the same group, device, dtypes and first step."""
+        """Batch tensors for one kernel call: the same group, device, dtypes and first step."""
         index = {} if sums is None else {id(p): i for i, p in enumerate(sums.params)}
         for group in self.param_groups:
             batches: dict[tuple[Any, ...], _Batch] = {}
@@ -249,7 +249,7 @@ class FullBatchGD(torch.optim.Optimizer):
 class _Batch:
     """Tensors that one kernel call updates.
 
-    Where gradients are sums, `indices` are their places in these and `divisor` is their weight.
+    Where gradients are sums over chunks, `indices` locate them and `divisor` is their weight.
     """
 
     group: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What the ops are tried with: shapes, layouts, dtypes and lists; how results are compared."""
+"""Inputs for tests of the ops: shapes, layouts, dtypes and lists; how results are compared."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A stand-in for CUDA graphs on the CPU: it records what is done on tensors and does it again.
 
 It keeps to what a CUDA graph does. A capture changes nothing; a replay repeats the work on the very
-memory of the capture, and no Python; memory that nothing refers to after the capture is anyone's;
+memory of the capture, and no Python; memory that nothing refers to after the capture may be reused;
 reading a value during a capture fails, and spoils the rest of the capture.
 """
 

@@ -1,8 +1,8 @@
 """Bad input is refused with an error that names the argument and the cure, and changes nothing.
 
-Every row of ROWS meets a world in training: a model with BatchNorm and dropout, momentum, a penalty
-and an accumulator under way. Afterwards that world is bit for bit what it was, and its next step
-gives what it gives where nothing went wrong.
+Every row of ROWS is tried in the middle of training: a model with BatchNorm and dropout, momentum,
+a penalty and a partly filled accumulator. Afterwards all of it is bit for bit what it was, and the
+next step has the result that it has without the error.
 """
 
 from __future__ import annotations

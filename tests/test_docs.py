@@ -1,4 +1,4 @@
-"""The README and the site hold: Python blocks run; commands, options, files and links exist."""
+"""The README and the site are true: Python blocks run; commands, options, files and links exist."""
 
 from __future__ import annotations
 

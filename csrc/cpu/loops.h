@@ -1,4 +1,4 @@
-// Threads over tensor lists: an elementwise loop, and a sum whose order follows from the shapes
+// Threads over tensor lists: an elementwise loop, and a sum whose order depends on the shapes
 // alone.
 #pragma once
 

@@ -1,5 +1,5 @@
 // The two kernels: one applies a rule to every element of some lists of tensors, the other sums
-// squares in an order that follows from the shapes alone.
+// squares in an order that depends on the shapes alone.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -12,7 +12,7 @@
 
 namespace fbopt::cuda {
 
-// What CUDA >= 12.1 hands a kernel by value; and that, less what stands beside the table.
+// What CUDA >= 12.1 hands a kernel by value; and that minus what is passed beside the table.
 constexpr int64_t kParameterBytes = 32764, kTableBytes = kParameterBytes - 256;
 // A small table for short lists: what the driver copies for a launch then stays under 4 KB.
 constexpr int kFew = 72;

@@ -1,8 +1,8 @@
-"""Where compiled libraries are kept, under which names, and how processes share the place.
+"""The cache of compiled libraries: its folder, file names, and locks between processes.
 
-A library's file name has a hash of all that goes into it and a hash of its own bytes. It is built
-under a lock that the system releases when its holder dies, and moved into place as the last act:
-a build killed at any moment leaves nothing that stops the next one.
+A library's file name holds a hash of its inputs and a hash of its own bytes. It is built under a
+lock that the system releases when the process dies, and moved into place as the last step: a build
+killed at any moment leaves nothing that blocks the next one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fbopt._build.compiler import BuildError
 
 
 def cache_folder() -> Path:
-    """Return where libraries are kept: FBOPT_CACHE_DIR, or else fbopt in the user's cache."""
+    """Return the cache folder: FBOPT_CACHE_DIR, or else fbopt in the user's cache folder."""
     if folder := os.environ.get("FBOPT_CACHE_DIR"):
         return Path(folder).absolute()
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -29,7 +29,7 @@ def cache_folder() -> Path:
 
 
 def cached(folder: Path, stem: str) -> Path | None:
-    """Return the library if the folder has it with the bytes that were written."""
+    """Return the library if it is in the folder and its bytes match the hash in its name."""
     for path in folder.glob(f"{stem}.*.so"):
         # Another process may be replacing it just now.
         with contextlib.suppress(OSError):
@@ -64,7 +64,7 @@ def _temporary_cache() -> Path:
 
 @contextlib.contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
-    """Hold the system's lock on a file; it ends with its holder, however that dies."""
+    """Hold a system lock on a file, which is released when the process ends, even if killed."""
     import fcntl
 
     with path.open("w") as file:
@@ -81,7 +81,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path, stem: str) -> None:
-    """Remove what killed builds of this key left, and broken libraries; the lock is held."""
+    """Remove leftovers of killed builds of this key, and broken libraries; needs the lock."""
     for path in (p for end in ("build-*", "*.so", "log") for p in folder.glob(f"{stem}.{end}")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 

@@ -1,6 +1,6 @@
 """The C++ compiler and its flags, ninja, pybind11, Python's headers, and parallel jobs.
 
-Whatever is missing is a ``BuildError`` with cause and cure. Nothing is compiled here, and torch is
+Anything missing raises a ``BuildError`` with cause and cure. Nothing is compiled here, and torch is
 not imported.
 """
 
@@ -24,12 +24,12 @@ INSTALL_COMPILER = "install one (apt install g++, dnf install gcc-c++, xcode-sel
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 FLAGS = (
     "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra "
-    # No vector is passed between libraries.
+    # No vector type is passed between libraries.
     "-Wno-psabi "
-    # Every sum and product is rounded as written, so that the bits are the reference's.
+    # No fused multiply-add unless written: the bits have to be the reference's.
     "-ffp-contract=off -fno-math-errno -fno-trapping-math " + TORCH_TARGET
 )
-# What a wheel is compiled for, one library each, widest first, under the names of
+# Instruction sets in a wheel, one library each, widest first, by their names in
 # torch.backends.cpu.get_cpu_capability().
 _AVX2 = "-march=x86-64 -mavx2 -mfma -mf16c"
 _AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
@@ -38,12 +38,12 @@ NATIVE = {"aarch64": "-mcpu=native", "arm64": "-mcpu=native"}.get(platform.machi
 if platform.machine() == "x86_64":
     TARGETS = {"avx512": _AVX512, "avx2": _AVX2, "default": "-march=x86-64"}
     NATIVE = "-march=native"
-# One compilation takes half of it at its peak, g++'s and nvcc's alike.
+# Twice the peak memory of one compilation, by g++ or by nvcc.
 BYTES_PER_JOB = 10**9
 
 
 class BuildError(RuntimeError):
-    """The kernels cannot be built or loaded here, for this cause, with that cure."""
+    """The kernels cannot be built or loaded; the message gives the cause and the cure."""
 
     def __init__(self, cause: str, cure: str):
         super().__init__(cause, cure)
@@ -55,7 +55,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Toolchain:
-    """A compiler, its flags, and all the macros it defines under them.
+    """A compiler, its flags, and all macros that it predefines with these flags.
 
     The macros tell the compiler's version and what ``native`` means on this processor.
     """

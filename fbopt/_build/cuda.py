@@ -1,7 +1,7 @@
 """The CUDA toolkit to build with, and the GPU architectures to build for.
 
-A toolkit is looked for by CUDA_HOME or CUDA_PATH; without them on the PATH, among Python's packages
-(PyPI has an nvcc), and in /usr/local/cuda. Architectures are spelled as torch spells them: ``9.0``,
+CUDA_HOME or CUDA_PATH names the toolkit; if unset, it is searched for on the PATH, among Python's
+packages (PyPI has an nvcc), and in /usr/local/cuda. Architectures are spelled as in torch: ``9.0``,
 ``9.0a``, and ``9.0+PTX`` to add code that the drivers of later GPUs can compile.
 """
 
@@ -17,10 +17,10 @@ from pathlib import Path
 from fbopt._build.compiler import BuildError, Toolchain, run, toolchain
 
 USUAL = Path("/usr/local/cuda")
-# What torch's own builds contain; code for one architecture runs on later ones of its major.
+# As in torch's own builds; code for an architecture runs on later minors of its major.
 COMMON = ("7.0", "7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
-# The runtime's header and one of CCCL's, which the runtime's include, and how a preprocessor says
-# in which folder it has found one.
+# The runtime's header and one of CCCL's, which the runtime's headers include; and the line in
+# which a preprocessor names the folder of a header.
 HEADERS = ("cuda_runtime.h", "nv/target")
 FOUND = r'^# \d+ "(.*)/{}"'
 
@@ -30,7 +30,7 @@ class Toolkit:
     """A CUDA toolkit that works with the C++ compiler.
 
     Attributes:
-        nvcc: what to call; a wrapper script stays one, as it may set what its nvcc needs.
+        nvcc: the command to call; may be a wrapper script, which sets variables that nvcc needs.
         release: its version, such as ``13.0``.
         includes: the folders of the headers.
     """
@@ -106,7 +106,7 @@ def architectures(tools: Toolkit) -> tuple[str, ...]:
 
 
 def _nearest(gpu: tuple[int, int], known: Sequence[str]) -> str:
-    """Return the GPU's architecture, or for its driver PTX of the last older one nvcc knows."""
+    """Return the GPU's architecture, or if nvcc does not know it, PTX of the newest older one."""
     name = "{}.{}".format(*gpu)
     older = [one for one in known if tuple(map(int, one.split("."))) < gpu]
     return name if name in known or not older else f"{older[-1]}+PTX"
@@ -141,11 +141,11 @@ def _packaged() -> list[Path]:
 
 
 def _inspect(nvcc: Path, release: str, host: Toolchain) -> Toolkit:
-    """Let nvcc preprocess an empty file: whether it works with the compiler, and its headers.
+    """Preprocess an empty file: does nvcc work with the compiler, and where are its headers?
 
-    Called through a link, nvcc does not find its own folders; a link to ccache works only as one.
+    Called through a symlink, nvcc does not find its own folders, but ccache needs its symlink.
     """
-    # nvcc can be in a virtual environment, and the runtime with torch in the Python it extends.
+    # nvcc can be in a virtual environment, and the runtime, with torch, in its base Python.
     homes = [home for home in _packaged() if home.name == f"cu{release.split('.')[0]}"]
     extra = [home / name for home in homes for name in ("include", "include/cccl")]
     extra = extra if nvcc.parent.parent in homes else []

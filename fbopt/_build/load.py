@@ -1,5 +1,5 @@
 """Load the compiled kernels: a binary wheel's, or else a library built at first use for this
-machine, compiler and torch. The CUDA kernels are a library of their own.
+machine, compiler and torch. The CUDA kernels are a separate library.
 """
 
 from __future__ import annotations

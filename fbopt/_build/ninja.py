@@ -1,4 +1,4 @@
-"""The recipe of a library, as a key for the cache and as ninja's rules, and its build."""
+"""The recipe of a library, from which follow its cache key and ninja's rules; and its build."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from fbopt._build.compiler import TORCH_TARGET, BuildError, Toolchain
 from fbopt._build.cuda import Toolkit, gencode
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# Inside the package where it is installed, beside it in a checkout.
+# In an installed package inside it, in a checkout beside it.
 CSRC = next((p for p in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if p.is_dir()), PACKAGE)
 NVCC_FLAGS = (
     *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", TORCH_TARGET),
-    # A rule is rounded as it is written, as on the CPU.
+    # No fused multiply-add unless written, as on the CPU.
     "-fmad=false",
     # Report each kernel's registers and spills, for the log.
     *("-Xptxas", "-v"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
 )
-# Without the symbols that only the library itself uses.
+# Strip symbols that are not exported.
 LINK_FLAGS = ("-undefined", "dynamic_lookup", "-Wl,-x") if sys.platform == "darwin" else ("-s",)
-# Marks of the compilers' errors, the linker's, and nvcc's about a host compiler.
+# What marks errors of the compilers, of the linker, and of nvcc about a host compiler.
 ERRORS = ("error:", "undefined reference", "fatal   :", "#error")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A library to be: what is compiled, with which tools.
+    """How to build a library: what is compiled, with which tools.
 
     Attributes:
-        name: what the file's name starts with, and the name of the Python module inside.
-        what: what it is and for which machines, for the line that is printed.
+        name: the first part of the file's name, and the name of the Python module inside.
+        what: a description for the line that is printed, with the machines it is for.
     """
 
     name: str
@@ -92,17 +92,17 @@ class Recipe:
         import torch
 
         home = Path(torch.__file__).parent
-        # Torch brings a pybind11 of its own, which refuses to go with the stable ABI.
+        # Torch's own copy of pybind11 cannot be used with the stable ABI.
         folders = [compiler.require("pybind11").get_include(), home / "include"]
         folders += [compiler.find_headers(), *(self.toolkit.includes if self.toolkit else ())]
-        # Compilers search the system's folder anyway; named, it would hide the C++ library's.
+        # Compilers search the system's folder anyway; naming it would hide the C++ library's.
         folders = [folder for folder in map(str, folders) if folder != "/usr/include"]
         includes = [f"-I{CSRC}", *(word for path in folders for word in ("-isystem", path))]
         # Messages name files as csrc/… and torch/…, wherever they were compiled.
         prefixes = [f"-ffile-prefix-map={path}/=" for path in (CSRC.parent, *folders)]
         cpp = [*self.tools.compiler, *self.tools.flags, *includes, *prefixes]
-        # No search path inside the library: torch is loaded before it, with CUDA's runtime, and
-        # may be another one by then.
+        # No rpath: torch, with CUDA's runtime, is loaded before the library, and may be another
+        # version by then.
         link = [*LINK_FLAGS, f"-L{home / 'lib'}", "-ltorch_cpu"]
         commands = {}
         if self.toolkit:

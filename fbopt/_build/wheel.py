@@ -1,4 +1,4 @@
-"""The prebuilt libraries of a binary wheel, and which of them this machine takes: one library of
+"""The prebuilt libraries of a binary wheel, and which one this machine loads: one library of
 CPU kernels per instruction set, so that no code for AVX-512 runs on a processor without it.
 """
 
@@ -45,8 +45,8 @@ def cuda() -> Path | None:
 def covers(architectures: Iterable[str], gpu: tuple[int, int]) -> bool:
     """Return whether code for these architectures runs on a GPU of that compute capability.
 
-    Binaries run on later minors of their major version, PTX on everything later; of the specific
-    kinds ``9.0a`` runs on that capability alone, and ``10.0f`` where a binary would.
+    Binaries run on later minors of their major version, PTX on everything later. Of the specific
+    kinds ``9.0a`` runs on 9.0 alone, and ``10.0f`` wherever a binary for 10.0 does.
     """
     for architecture in architectures:
         number, kind, ptx = re.fullmatch(r"([\d.]+)([af]?)(\+PTX)?", architecture).groups()

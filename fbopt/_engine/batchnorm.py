@@ -33,7 +33,7 @@ class RunningStatistics:
 
     Attributes:
         store: the strategy that keeps the sums.
-        means: where :meth:`commit` finds the means; another list once they have been reallocated.
+        means: the memory of the sums; a new list once they have moved.
     """
 
     def __init__(self, model: torch.nn.Module, accumulation: str = "float32") -> None:
@@ -54,7 +54,7 @@ class RunningStatistics:
 
     @contextlib.contextmanager
     def averaging(self) -> Iterator[None]:
-        """Let the layers in training mode record each pass alone."""
+        """Make layers in training mode record each pass by itself, with momentum 1."""
         layers = [m for m in self._layers if m.running_mean is not None]
         active = [m for m in layers if m.training]
         momenta = [m.momentum for m in active]
@@ -84,7 +84,7 @@ class RunningStatistics:
                 flat_views(flat, wide) for flat, wide in zip(flats, self._wide, strict=True)
             ]
             self.store.allocate(self.means, flats)
-            # Of all layers: a CUDA graph keeps their memory while other layers change their mode.
+            # For all layers: a CUDA graph keeps using this memory when modes change.
             groups = by_device_and_dtype([m.running_mean for m in layers])
             self._counters = [_Counter([layers[i] for i in group]) for group in groups]
         self.store.zero_()
@@ -100,7 +100,7 @@ class RunningStatistics:
     def clear(self) -> None:
         """Zero the running statistics before a pass that is recorded.
 
-        With momentum 1 the old value enters times zero, which NaN would survive.
+        With momentum 1 the old value is multiplied by zero, but zero times NaN is NaN.
         """
         for running, _ in self._active:
             torch._foreach_zero_(running)
@@ -149,11 +149,11 @@ class RunningStatistics:
 
 
 class _Counter:
-    """Which chunks ran which normalisation layers, of one device, without asking the device."""
+    """Counts on one device which chunks ran which normalisation layers, without a host sync."""
 
     def __init__(self, layers: list[_NormBase]) -> None:
         self.layers, device = layers, layers[0].running_mean.device
-        # Others than BatchNorm do not count their passes: they are taken to run in every chunk.
+        # Layers other than BatchNorm count no passes: they are assumed to run in every chunk.
         always = [not isinstance(m, _BatchNorm) or m.num_batches_tracked is None for m in layers]
         self._always = torch.tensor(always, device=device)
         self._before = torch.zeros(len(layers), dtype=torch.int64, device=device)
@@ -178,7 +178,7 @@ class _Counter:
         self._before.copy_(now)
 
     def commit(self, total_weight: float) -> None:
-        """Turn means over all chunks, in the running statistics, into those over a layer's own."""
+        """Turn each layer's mean over all chunks into its mean over the chunks that ran it."""
         ratios = total_weight / self.weights  # one, where every chunk ran the layer
         for k, (now, old) in enumerate(zip(self._running, self._old, strict=True)):
             ratio = ratios[k // 2]

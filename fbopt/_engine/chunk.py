@@ -24,7 +24,7 @@ Observe = Callable[[Any, Any], None] | None
 
 @dataclass(frozen=True)
 class ChunkGradient:
-    """The work of a closure's call on each of its chunks.
+    """What a closure call does with each chunk.
 
     Args:
         forward: the chunk's loss.
@@ -59,7 +59,7 @@ class ChunkGradient:
         draws: GeneratorSnapshot | None,
         observe: Observe,
     ) -> tuple[Tensor, Tensor | None]:
-        """Add one chunk's gradient; return its loss and ||g||^2 (float64; None if not wanted)."""
+        """Add one chunk's gradient; return its loss and ||g||^2 (float64; None if not needed)."""
         exact = self.penalty is not None and self.penalty.method == "exact"
         if self.repetitions:
             draws.begin()
@@ -88,7 +88,7 @@ class ChunkGradient:
         products = hessian_gradient_product([g for g in grads if g is not None], self.sums.params)
         parts = self.sums.gather([None if g is None else g.detach() for g in grads])
         square = squared_norm(parts)
-        # H g is a central difference from zero where ||g|| / (2 radius) is one.
+        # With g+ = H g, g- = 0 and ||g|| / (2 radius) = 1 the kernel's central difference is H g.
         plus = self.sums.buckets.gather(products, "plus")
         minus, one = [[torch.zeros_like(h) for h in part] for part in plus], torch.ones_like(square)
         (self.clip or self.sums).add_penalised(parts, plus, minus, weight, coefficient, one, 0.5)

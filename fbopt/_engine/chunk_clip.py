@@ -16,7 +16,7 @@ from fbopt._ops.reference import clip_coefficient
 
 
 class ChunkClip:
-    """Adds chunks' gradients to the sums as these do themselves, but clipped.
+    """Clips each chunk's gradient, then adds it to the sums; has the sums' interface.
 
     Args:
         sums: where the gradients of all chunks are added.
@@ -31,7 +31,7 @@ class ChunkClip:
         self._sums, self._buckets = sums, sums.buckets
 
     def fits(self, sums: GradientSums) -> bool:
-        """Whether this was made for these sums and their parameters as they are now."""
+        """Whether this was made for these sums and their current parameters."""
         return sums is self._sums and sums.buckets is self._buckets
 
     def weight(self, weight: float | Tensor, squared_norm: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class ChunkClip:
 
     @functools.cached_property
     def _whole(self) -> GradientSums:
-        """One chunk's gradient with its penalty's part, in float32: its norm has to be known."""
+        """One chunk's gradient, penalty included, in float32: the clip needs its norm."""
         return GradientSums(self._sums.params)
 
     def _add_whole(self, weight: float | Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Capture of work in a CUDA graph: torch's own, made safe for repeated draws and for failures."""
+"""CUDA graph capture by torch, made safe for repeated random draws and failed captures."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-# Before torch 2.14 the allocator still uses a graph whose capture failed: it may not be freed.
+# Before torch 2.14 the allocator still uses a graph whose capture failed: it must not be freed.
 _FAILED: list[torch.cuda.CUDAGraph] = []
 # Central differences repeat a chunk's draws twice.
 REPETITIONS = 2
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-# From this version on a graph registers the generators that are drawn from in its capture.
+# From this version on a graph registers the generators that are used during its capture.
 FINDS_GENERATORS = (2, 14)
 
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream of all captures on a device: libraries keep workspaces per stream."""
+    """Return the stream of all captures on a device, as libraries keep workspaces per stream."""
     return torch.cuda.Stream(device)
 
 
@@ -42,7 +42,7 @@ class CudaRecorder:
 
     @contextlib.contextmanager
     def warming(self) -> Iterator[None]:
-        """Run work on the stream of the captures, for which libraries then allocate workspaces."""
+        """Run work on the capture stream, so that libraries allocate their workspaces for it."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:
@@ -55,7 +55,7 @@ class CudaRecorder:
         """Capture ``work(draws)`` without executing it; return its result and the replay.
 
         Args:
-            work: launches work on the device; ``draws`` stands for a GeneratorSnapshot, which a
+            work: launches work on the device; ``draws`` replaces a GeneratorSnapshot, which a
                 capture does not allow.
             repetitions: how often the work repeats its draws.
 
@@ -129,8 +129,8 @@ class CudaRecorder:
 class Draws:
     """Repeats random draws within a capture, where no generator's state can be read or set.
 
-    Each repetition draws from a state of its own; before every replay these are set to the
-    generator's, from which the chunk's draws begin.
+    Each repetition draws from a state of its own; before every replay these are all set to the
+    generator's state, where the chunk's draws begin.
     """
 
     def __init__(self, generator: torch.Generator, states: list[torch.Generator]) -> None:

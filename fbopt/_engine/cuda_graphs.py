@@ -24,7 +24,7 @@ from fbopt._ops.flat import overlaps_itself
 # libraries choose algorithms, compile and allocate; the second runs as the capture will.
 LIMIT, WARM_UP = 8, 2
 RECORDERS = {"cuda": CudaRecorder}
-# What a chunk may hold besides tensors: a graph keeps their values.
+# What a chunk may hold besides tensors: values that a graph bakes in.
 VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -59,7 +59,7 @@ class ChunkGraphs:
 
     A graph works on the addresses it was captured with: when parameters, buffers or sums have
     moved, all graphs are dropped. Weight and coefficient are read on the device, so they can
-    change; numbers and flags in chunks and modules cannot: other ones make another kind of chunk.
+    change; numbers and flags in chunks and modules cannot: other values make another kind of chunk.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -163,7 +163,7 @@ class ChunkGraphs:
             raise
         finally:
             sums.unseen = before
-            torch.clear_autocast_cache()  # its tensors were captured, not computed
+            torch.clear_autocast_cache()  # its casts were only captured, never computed
         self._check_buffers(work.forward.model, captured=True)
         inputs = [x for x in static if isinstance(x, Tensor)]
         return _Graph(inputs, loss, square, seen, unseen, launch)
@@ -232,7 +232,7 @@ def _explain(error: RuntimeError, index: int) -> None:
 
 
 def _baked(work: ChunkGradient, device: torch.device) -> tuple:
-    """The settings that a capture keeps, besides addresses."""
+    """The settings that a capture bakes in, besides addresses."""
     return (
         None if work.penalty is None else (work.penalty.method, work.penalty.radius),
         None if work.clip is None else work.clip.max_norm,
@@ -251,7 +251,7 @@ def _baked(work: ChunkGradient, device: torch.device) -> tuple:
 
 
 def _describe(index: int, leaf: Any) -> tuple:
-    """The part of a chunk's kind that a tensor or value in it makes."""
+    """What a tensor or value in a chunk contributes to the chunk's kind."""
     if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
     if isinstance(leaf, VALUES):

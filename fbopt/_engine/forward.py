@@ -35,7 +35,7 @@ class ChunkLoss:
             return self.loss_fn(output, target), output, target
 
     def differentiable(self, index: int, chunk: Any) -> tuple[Tensor, Any, Any]:
-        """Return the same with a graph behind the loss, which has to depend on a parameter."""
+        """Return the same with an autograd graph; the loss has to depend on a parameter."""
         with torch.enable_grad():
             found = self(index, chunk)
         check_loss(index, found[0], "evaluate" if self.evaluate else "loss_fn")

@@ -14,7 +14,7 @@ from fbopt._checks import check_number, check_params
 from fbopt._ops.buckets import FlatBuckets
 from fbopt._ops.sums import make_sums
 
-# The most passes until the units of exact sums must fit: the second does, unless gradients change.
+# The most passes until the units of exact sums fit; two suffice unless gradients change.
 MOST_PASSES = 4
 Parts = list[list[Tensor]]
 
@@ -22,8 +22,8 @@ Parts = list[list[Tensor]]
 class GradientSums:
     """Weighted sums of gradients, and their means.
 
-    Gradients are added as :meth:`gather` returns them. Whoever adds them counts their weight in
-    ``total_weight``: a weight on the device is not read.
+    Gradients are added in the form that :meth:`gather` returns. The caller adds their weight to
+    ``total_weight``, as a weight on the device is not read.
 
     Args:
         params: the parameters, each once.
@@ -33,7 +33,7 @@ class GradientSums:
         params: the parameters.
         accumulation: as given.
         store: the strategy that keeps the sums.
-        buckets: how the parameters are handed to kernels; another object once they have changed.
+        buckets: groups the parameters for kernels; a new object once they have changed.
         views: for each parameter its sum and later its mean: of its shape, in the sums' dtype.
         unseen: the indices of parameters for which no gradient was added.
         total_weight: the sum of the weights.
@@ -113,7 +113,7 @@ class GradientSums:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Note that all is added: exact sums become means, others are left to be divided."""
+        """End the sum: exact sums become means, float sums are left to be divided."""
         self.is_mean = self.store.finish(self.total_weight)
 
     @torch.no_grad()

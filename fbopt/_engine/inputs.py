@@ -88,7 +88,7 @@ def weigh(index: int, chunk: Any, weight: Callable[[Any], float] | None) -> floa
 
 
 def check_loss(index: int, loss: Any, source: str) -> None:
-    """Check that a chunk's loss is a 0-dim tensor with a graph behind it."""
+    """Check that a chunk's loss is a 0-dim tensor with an autograd graph."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"{source} returned {_kind(loss)} for chunk {index}: return a 0-dim tensor")
     if loss.dim() != 0:

@@ -29,7 +29,7 @@ class Perturbation:
         self._views = buckets.views(self._flats)
 
     def fits(self, buckets: FlatBuckets) -> bool:
-        """Whether the buffer was made for these parameters as they lie in memory now."""
+        """Whether the buffer was made for these parameters and their current memory."""
         return buckets is self.buckets and all(
             p.data_ptr() == o.data_ptr()
             for p, o in zip(buckets.params, self._originals, strict=True)
@@ -37,7 +37,7 @@ class Perturbation:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Read theta, for all perturbations until the next call."""
+        """Read theta, which all perturbations start from until the next call."""
         self._theta = self.buckets.gather(self._originals, "params")
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class Perturbation:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the parameters point to the buffer meanwhile."""
+        """Point the parameters to the buffer within this context."""
         try:
             self._point_to(self._views)
             yield
@@ -70,7 +70,7 @@ class Perturbation:
 
 
 def hessian_gradient_product(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-    """Return ``H g``, the gradient of ``||g||^2 / 2``, from gradients with a graph behind them."""
+    """Return ``H g``, the gradient of ``||g||^2 / 2``, from gradients with an autograd graph."""
     with torch.enable_grad():
         squares = [g.to(accumulator_dtype(g.dtype)).square() for g in grads if g.requires_grad]
         half = sum(square.sum() for square in squares) / 2

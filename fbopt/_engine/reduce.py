@@ -19,7 +19,7 @@ from fbopt._engine.gradient_sums import GradientSums
 
 
 class Reduction:
-    """The losses of a step's chunks, and what the processes of a group do with their sums.
+    """Collects the losses of a step's chunks, and reduces all sums over the processes of a group.
 
     Args:
         model: the module that is trained.
@@ -47,7 +47,7 @@ class Reduction:
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
-        """Tell the other processes, which would wait in :meth:`begin`, of an error in this one."""
+        """Report an error in this process to the others, which would wait in :meth:`begin`."""
         try:
             yield
         except Exception as error:
@@ -55,10 +55,10 @@ class Reduction:
             raise
 
     def begin(self, **facts: Any) -> None:
-        """Compare the processes before the first chunk: their parameters where these are new.
+        """Check before the first chunk that the processes agree; compare new parameters, too.
 
         Args:
-            **facts: what else has to be the same on all.
+            **facts: what else has to be the same on all processes.
 
         Raises:
             PeerError: another process failed.
@@ -116,7 +116,7 @@ class Reduction:
 
     @torch.no_grad()
     def combine(self) -> tuple[Tensor, Tensor] | None:
-        """Leave the sums of all chunks in the gradients' sums, means in BatchNorm's statistics.
+        """Reduce over the processes: sums of gradients, and means of BatchNorm's statistics.
 
         Exact sums become means. Returns the mean loss and the mean of ||g||^2 (0 where none was
         noted), 0-dim; or None where the units of exact sums did not fit, and all chunks have to be
@@ -124,7 +124,7 @@ class Reduction:
 
         Raises:
             PeerError: another process failed.
-            ValueError: none had a chunk.
+            ValueError: no process had a chunk.
         """
         sums, statistics, device = self._sums, self._statistics, self._sums.params[0].device
         seen = [i not in sums.unseen for i in range(len(sums.params))]
@@ -151,7 +151,7 @@ class Reduction:
     ) -> tuple[Tensor, Tensor]:
         """The means of losses and of ||g||^2 over all chunks, 0-dim, float64.
 
-        The products are sorted before they are added, so that no order of the chunks matters.
+        The products are sorted before they are added: the order of the chunks does not matter.
         """
         losses, squares = (_products(v, self._weights) for v in (self._losses, self._squares))
         if not self.collectives.is_single:

@@ -33,7 +33,7 @@ class BufferSnapshot:
             (m._buffers, name, b)
             for m in self._modules
             for name, b in m._buffers.items()
-            if b is not None and not overlaps_itself(b)  # which nothing can write to
+            if b is not None and not overlaps_itself(b)  # which cannot be written to
         ]
         now = [b for _, _, b in self._places]
         fits = len(now) == len(self._copies) and all(
@@ -75,7 +75,7 @@ class GeneratorSnapshot:
 
     @contextlib.contextmanager
     def repeated(self) -> Iterator[Callable[[], None]]:
-        """Yield :meth:`rewind`; afterwards restore the states of now."""
+        """Yield :meth:`rewind`; afterwards restore the current states."""
         after = self._get()
         try:
             yield self.rewind

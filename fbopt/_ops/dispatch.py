@@ -1,5 +1,5 @@
 """The ops as the rest of the library calls them: the compiled kernels where there are some for the
-device, fbopt.reference elsewhere. The only file that says torch.ops.
+device, fbopt.reference elsewhere. The only file that uses torch.ops.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class FixedPointSums:
     """Sums of lists of tensors as integers; the same interface as :class:`FloatSums`.
 
     A sum is an int64 that wraps and an int32 that counts how often, 96 bits together. The units
-    follow from the largest contribution M to a tensor in the last pass, which depends on no order:
+    follow from the largest contribution M to a tensor in the last pass, whatever the order:
     u is about 2^-58 M, and less from 128 additions on. A pass for which a unit does not fit has to
     be repeated: one in which n additions could exceed 2^94 u, or be wrong by ``n u / 2 > 2^-49 M``.
     For the sums that are kept therefore ``|S u - sum_c w_c v_c| <= 2^-49 M``. (For float64 values
@@ -129,7 +129,7 @@ class FixedPointSums:
         return joined.nan_to_num(nan=math.inf, posinf=math.inf)
 
     def fit(self, maxima: Tensor, additions: int) -> bool:
-        """Whether the sums are right; choose the units of the next pass. Reads the device.
+        """Whether the units fitted; choose those of the next pass. Reads the device.
 
         Args:
             maxima: M of each tensor over all processes, as from :meth:`maxima`. A tensor whose M

@@ -45,7 +45,7 @@ def _starts(like: Sequence[Tensor], align: int) -> list[int]:
 def scalar_on(device: torch.device, value: float | Tensor) -> Tensor:
     """Return a number or a tensor of one element as a 0-dim float64 tensor on a device.
 
-    A number is filled in on the device: a copy from the host would wait for it.
+    A number is filled in on the device: a copy from the host would wait for the device.
     """
     if isinstance(value, Tensor):
         value = value.detach().reshape(())

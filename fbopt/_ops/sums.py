@@ -23,7 +23,7 @@ ACCUMULATIONS = ("float32", "exact")
 class FloatSums:
     """Sums of lists of tensors in float32, or float64, in the memory of their means.
 
-    Nothing has to be fitted to the size of the contributions: what tells of it is empty.
+    There are no units to fit: :meth:`maxima` and :meth:`state_dict` are empty.
     """
 
     width = 0
@@ -33,7 +33,7 @@ class FloatSums:
         self._flats: Sequence[Tensor] = ()
 
     def allocate(self, means: Sequence[list[Tensor]], flats: Sequence[Tensor]) -> None:
-        """Sum other tensors; see :meth:`fbopt._ops.fixed_point.FixedPointSums.allocate`."""
+        """Sum new tensors; see :meth:`fbopt._ops.fixed_point.FixedPointSums.allocate`."""
         self._sums, self._flats = means, flats
 
     @torch.no_grad()
@@ -59,11 +59,11 @@ class FloatSums:
         dispatch.accumulate_penalty_(self._sums[part], grads, plus, minus, weight, *penalty)
 
     def maxima(self) -> Tensor:
-        """Nothing, as a 1-D float64 tensor."""
+        """An empty 1-D float64 tensor."""
         return torch.zeros(0, dtype=torch.float64)
 
     def fit(self, maxima: Tensor, additions: int) -> bool:
-        """Whether the sums are right: always. Reads nothing."""
+        """Return True: there are no units that could fail to fit."""
         return True
 
     def finish(self, weight: float) -> bool:
@@ -83,7 +83,7 @@ class FloatSums:
             collectives.all_reduce_(self._flats)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the next sums depend on none before."""
+        """Return an empty dict: sums do not depend on earlier ones."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -165,7 +165,7 @@ def measure_flatness(
 def _distance(
     objective: Objective, direction: Tensor, bound: float, limit: float, precision: float
 ) -> float | None:
-    """The distance at which the loss first reaches the bound; None if it does not by the limit."""
+    """The distance at which the loss first reaches the bound; None if not within the limit."""
 
     def reaches(distance: float) -> bool:
         loss = objective.loss(distance * direction)

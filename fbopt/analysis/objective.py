@@ -104,7 +104,7 @@ class Objective(ParameterSpace):
             params=params,
             autocast=autocast,
         )
-        assert chunks is not None  # the closure refuses it
+        assert chunks is not None  # refused by the closure
         self.model, self.loss_fn, self.chunks = model, loss_fn, chunks
         self.evaluate, self.weight, self.autocast = evaluate, weight, autocast
         self.batchnorm, self.dropout, self.seed = batchnorm, dropout, seed

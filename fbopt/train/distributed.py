@@ -40,7 +40,7 @@ class DistributedContext(Collectives):
 
     @contextlib.contextmanager
     def raising_together(self) -> Iterator[None]:
-        """Where any rank fails in this context, raise on all: its own error there, else PeerError.
+        """If a rank fails in this context, raise on all: its own error there, PeerError elsewhere.
 
         No collective may be called within.
         """

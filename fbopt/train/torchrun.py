@@ -1,6 +1,6 @@
 """The rank that torchrun gives a process, and which rank prints. Imports no torch.
 
-Help and typing errors should not wait for it.
+Help and mistyped options should not wait for torch.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Trainer:
         self.total_steps = self._steps(options.passes)
         self.step, self.seconds = 0, 0.0
         self.first_pass = 0  # where `finite_passes` counts from, in a resumed run
-        self.fitted = 0  # passes in a row that classified everything right
+        self.fitted = 0  # passes in a row that classified every sample correctly
         self.on_samples: Callable[[int], object] = lambda samples: None
         # Summed on the device and read only to log: no step waits for the device.
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -126,7 +126,7 @@ class Trainer:
         seed_generators([self.device], self.options.seed, DROPOUT, self.step, chunk)
 
     def observe(self, output: Tensor, target: Tensor) -> None:
-        """Count what was classified right, after every forward pass of training."""
+        """Count correctly classified samples, after every forward pass of training."""
         self.correct += (output.argmax(1) == target).sum()
         self.on_samples(len(target) * self.context.world_size)
 

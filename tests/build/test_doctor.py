@@ -1,4 +1,4 @@
-"""`fbopt doctor`: its lines, its advice, and that nothing broken makes it fail or compile."""
+"""`fbopt doctor`: its lines and advice; it never compiles, and never fails on a broken setup."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Wheels: what they bring, with a compiler and without, and which of their libraries is taken."""
+"""Wheels: their content, with a compiler and without, and which of their libraries is loaded."""
 
 from __future__ import annotations
 

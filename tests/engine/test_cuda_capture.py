@@ -1,5 +1,5 @@
-"""CudaRecorder against a torch.cuda that only notes what it is asked for, so that its every line
-runs without a GPU. What a graph computes, tests/test_graphs.py shows on one.
+"""CudaRecorder on a fake torch.cuda that records its calls, so that every line of it runs without a
+GPU. What a graph computes is tested in test_cuda_graphs.py.
 """
 
 from __future__ import annotations

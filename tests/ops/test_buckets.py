@@ -1,4 +1,4 @@
-"""Packing many small tensors changes what a call costs, and not a bit of what it computes."""
+"""Packing many small tensors changes the cost of a call, and no bit of its result."""
 
 from __future__ import annotations
 

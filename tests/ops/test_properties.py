@@ -1,4 +1,4 @@
-"""What holds for any list of tensors: ops equal fbopt.reference, launches cover every element."""
+"""Properties of any list of tensors: ops equal fbopt.reference, launches cover every element."""
 
 from __future__ import annotations
 

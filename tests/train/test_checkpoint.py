@@ -186,7 +186,7 @@ def patched(name: str, number: int):
         (full_device, "No space left on device\\): free some space"),
         (patched("fsync", errno.ENOSPC), "No space left on device\\): free some space"),
         (patched("fsync", errno.EDQUOT), r"[\w ]+\): free some space"),
-        (patched("fsync", errno.EIO), "Input/output error\\): see to the disk"),
+        (patched("fsync", errno.EIO), "Input/output error\\): check the disk"),
         (patched("replace", errno.EROFS), "Read-only file system\\): make the folder writable"),
         (patched("replace", errno.EACCES), "Permission denied\\): make the folder writable"),
     ],

@@ -139,7 +139,7 @@ DRAWINGS = {f.__name__: f for f in (sharpness, flatness, line, plane, between)}
 
 
 def short(names: Iterable[str]) -> list[str]:
-    """Names of runs without the words at either end that all have in common."""
+    """Names of runs without the leading and trailing words that all of them share."""
     words = [re.split(r"(-|, )", name) for name in names]
     for end, rest in ((0, slice(2, None)), (-1, slice(-2))):
         while len(words) > 1 and len({w[end] for w in words}) == 1 and min(map(len, words)) > 2:

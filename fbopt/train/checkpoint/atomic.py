@@ -22,7 +22,7 @@ class WriteError(RuntimeError):
 
 def cure(error: OSError) -> str:
     """What the user can do about a file that cannot be written."""
-    return CURES.get(error.errno, "see to the disk")
+    return CURES.get(error.errno, "check the disk")
 
 
 def replace(path: Path, content: bytes, temporary: str | None = None) -> None:

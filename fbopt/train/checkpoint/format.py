@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 3  # raised when the content changes so that other versions cannot go on from it
+FORMAT = 3  # increased when the content changes so that other versions cannot read it
 _TAG = b"fbopt sha256 "
 _DIGITS = 64
 _END = b"PK\x05\x06"  # the zip record whose last two bytes are the length of the comment

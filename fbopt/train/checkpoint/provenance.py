@@ -12,7 +12,7 @@ import fbopt
 from fbopt._ops import dispatch, reference
 from fbopt.train.trainer import Trainer
 
-# What may differ between two runs with different values of a fact.
+# Why another value of a fact may change the last bits of a run.
 WHY = {
     "fbopt": "versions may round in another order",
     "torch": "versions may round in another order",
@@ -22,7 +22,7 @@ WHY = {
     "threads": "torch splits some sums by the number of threads",
     "processes": "float32 sums depend on how the chunks are spread over them",
     "precision": "products are rounded to another precision",
-    "deterministic": "without it some of torch's kernels sum in an order that chance decides",
+    "deterministic": "without it some of torch's kernels sum in a nondeterministic order",
     "kernels": "the compiled kernels and plain torch sum in another order",
     "accumulation": "sums over the chunks are rounded differently",
     "chunk_order": "float32 sums depend on the order of the chunks",

@@ -87,7 +87,7 @@ def restore(trainer: Trainer, start: Start, environment: dict[str, Any]) -> None
 
 
 def check_data(where: str, made: str, now: str, spec: str) -> None:
-    """Refuse other samples or labels than the run began with, by their SHA-256."""
+    """Refuse samples or labels that differ, by SHA-256, from those the run began with."""
     if made != now:
         raise OptionsError(
             f"{where}: {spec} is not the data that the run began with (SHA-256 {made[:12]}…, now "

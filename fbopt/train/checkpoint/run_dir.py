@@ -62,7 +62,7 @@ class RunFolder:
         return sorted(found, reverse=True)
 
     def check_free(self, overwrite: bool) -> None:
-        """Raise OptionsError where a new run here would replace a run or meet foreign files."""
+        """Raise OptionsError where a new run here would replace a run or mix with other files."""
         if self.path.exists() and not self.path.is_dir():
             raise OptionsError(f"--out {self.path}: is a file; give another --out")
         if overwrite or not self.path.exists():
@@ -172,7 +172,7 @@ class RunFolder:
         return options if isinstance(options, dict) else None
 
     def forget_after(self, step: int) -> None:
-        """Undo what was written after `step`, which a resumed run will write again."""
+        """Remove records made after `step`, which a resumed run writes again."""
         with self.writing(self.path):
             self.result.unlink(missing_ok=True)
             for later, path in self.checkpoints():

@@ -8,8 +8,8 @@ from typing import Any
 
 from fbopt.train.config.options import Options, OptionsError, flag
 
-# Options for the place, the speed and the records of a run, which do not change its numbers: those
-# that may be given with --resume RUN, and the others.
+# Options that do not change the numbers of a run, only its place, speed and records: first those
+# that may be given with --resume RUN, then the others.
 RESUMABLE = (
     "data_dir", "download", "device", "threads", "save_every", "keep", "fingerprint_every",
     "cuda_graph",

@@ -1,7 +1,7 @@
 """Command lines from dataclasses: one option per field, with the docstring below it as its help.
 
 A type gives the metavar (INT, FLOAT, PATH or the choices), `GROUPS` the titles: {title: first
-field}. A field without a default is positional. A typing error names the nearest option or value.
+field}. A field without a default is positional. For a mistyped word the error names the nearest.
 """
 
 from __future__ import annotations

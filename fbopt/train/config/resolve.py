@@ -76,7 +76,7 @@ def _without_effect(values: dict[str, Any]) -> dict[str, Any]:
 def device_type(name: str) -> str:
     """The type of a `--device`: "cuda" or "cpu"."""
     if name == "auto":
-        import torch  # here, since help and typing errors should not wait for it
+        import torch  # imported here: help and mistyped options should not wait for it
 
         return "cuda" if torch.cuda.is_available() else "cpu"
     return "cuda" if name.partition(":")[0] == "cuda" else "cpu"

@@ -60,7 +60,7 @@ def fixed_order(samples: int) -> np.ndarray:
 def _mnist1d() -> Arrays:
     """MNIST-1D's own 4,000 training and 1,000 test signals of 40 points, generated offline."""
     make_dataset = require("--data mnist1d", "mnist1d", "mnist1d.data").make_dataset
-    # The generator seeds the global generators of Python and NumPy, which are not ours to change.
+    # The generator seeds the global generators of Python and NumPy, whose states must not change.
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         made = make_dataset()

@@ -29,7 +29,7 @@ def describe(trainer: Trainer) -> str:
 
 
 def _sorted_labels(trainer: Trainer) -> str:
-    """A warning where chunks hold few classes, which BatchNorm and the penalty feel."""
+    """A warning where chunks hold few classes, which affects BatchNorm and the penalty."""
     chunks = trainer.chunks
     y = trainer.data.train.y
     if chunks.sampling != "fixed" or len(chunks) == 1 or y[0] == y[-1] or (y.diff() < 0).any():

@@ -115,7 +115,7 @@ def _panels(options: Options) -> list[tuple[str, str, dict[str, str]]]:
     }
     return [
         ("Loss", "mean cross-entropy (nats)", {"loss": "train", "test_loss": "test"}),
-        ("Accuracy", "samples classified right (%)", accuracies),
+        ("Accuracy", "correctly classified samples (%)", accuracies),
         (f"Gradient norm, {batch}", "Euclidean norm", {"gradient_norm": "before clipping"}),
         ("Learning rate", "learning rate", {"lr": "learning rate"}),
         *(tracked[name] for name in options.tracked),
