@@ -158,7 +158,7 @@ class Collectives:
                 dist.all_reduce(tensor, group=self.group)
 
     def all_reduce_coalesced_(self, tensors: Sequence[Tensor]) -> None:
-        """The same in one all-reduce of float64 values, on the first tensor's device."""
+        """Replace every tensor by its sum; one all-reduce, in float64 on the first's device."""
         if self.is_single or not tensors:
             return
         device = tensors[0].device
