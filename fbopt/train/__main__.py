@@ -21,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: Options) -> int:
     """Train, print what went wrong, if anything, and return the exit status."""
+    from fbopt._build.compiler import BuildError
+    from fbopt._build.load import requested_backend
     from fbopt._distributed import PeerError
     from fbopt.train.checkpoint.atomic import WriteError
     from fbopt.train.distributed import peer_error_status
@@ -32,8 +34,12 @@ def run(options: Options) -> int:
     prints = is_rank_zero()  # errors that all ranks raise alike are printed by rank 0 alone
     keep_freed()
     try:
+        requested_backend()
+    except ValueError as error:  # a mistyped FBOPT_BACKEND
+        return fail(f"fbopt train: {error}" if prints else "", 2)
+    try:
         train(options)
-    except (OptionsError, DataError) as error:
+    except (OptionsError, DataError, BuildError) as error:
         return fail(f"fbopt train: {error}", 2)
     except (Diverged, WriteError) as error:
         return fail(f"fbopt train: {error}" if prints else "", 1)

@@ -184,3 +184,12 @@ def test_bad_input_creates_nothing(tmp_path, capsys, monkeypatch):
         assert main(arguments) == 2, arguments
         assert message in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_unknown_backend_is_one_line(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("FBOPT_BACKEND", "kernel")
+    assert main(["--data", "digits", "--steps", "1", "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == (
+        "fbopt train: FBOPT_BACKEND is 'kernel'; set it to kernels or reference, or unset it\n"
+    )
+    assert not (tmp_path / "run").exists()
