@@ -111,12 +111,10 @@ class GradientSums:
             penalty = coefficient.to(device), squared_norm.to(device), radius
             self.store.add_penalised(k, *passes, self.scalar(weight, device), *penalty)
 
-    @torch.no_grad()
     def finish(self) -> None:
         """End the sum: exact sums become means, float sums are left to be divided."""
         self.is_mean = self.store.finish(self.total_weight)
 
-    @torch.no_grad()
     def settle(self, done: set[int] | None = None) -> None:
         """Turn sums into means, except those that the optimizer's step has divided already."""
         if self.is_mean:

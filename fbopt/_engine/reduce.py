@@ -128,15 +128,17 @@ class Reduction:
         """
         sums, statistics, device = self._sums, self._statistics, self._sums.params[0].device
         seen = [i not in sums.unseen for i in range(len(sums.params))]
-        maxima = torch.cat([store.maxima().to(device) for store in self._stores])
+        widths, maxima = [store.width for store in self._stores], None
+        if any(widths):
+            maxima = torch.cat([store.maxima().to(device) for store in self._stores])
         found = self.collectives.agree(seen, self._counts(), device, maxima=maxima)
         counts, weights, wide = zip(*found.table, strict=True)
         if not any(counts):
             raise ValueError("chunks is empty: there is no sample to average over")
-        shares = found.maxima.split([store.width for store in self._stores])
-        pairs = zip(self._stores, shares, strict=True)
-        if not all([store.fit(share, int(sum(counts))) for store, share in pairs]):
-            return None
+        if found.maxima is not None:
+            pairs = zip(self._stores, found.maxima.split(widths), strict=True)
+            if not all([store.fit(share, int(sum(counts))) for store, share in pairs]):
+                return None
         sums.store.all_reduce_(self.collectives)
         sums.unseen = {i for i, by_any in enumerate(found.flags) if not by_any}
         sums.total_weight = math.fsum(weights)

@@ -88,7 +88,6 @@ class FixedPointSums:
         """The length of :meth:`maxima`: the number of tensors."""
         return len(self._exponents)
 
-    @torch.no_grad()
     def zero_(self) -> None:
         """Start over, with the units that :meth:`fit` has chosen."""
         for tensors in (*self._flats, self._maxima):

@@ -36,7 +36,6 @@ class FloatSums:
         """Sum new tensors; see :meth:`fbopt._ops.fixed_point.FixedPointSums.allocate`."""
         self._sums, self._flats = means, flats
 
-    @torch.no_grad()
     def zero_(self) -> None:
         """Start over."""
         for flat in self._flats:
