@@ -18,7 +18,7 @@ import targets
 import torch
 from torch import Tensor, nn
 
-from fbopt._build import load as _build
+from fbopt._build import load
 from fbopt._ops import dispatch, reference
 
 BACKENDS = ("kernels", "reference")
@@ -79,7 +79,7 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the library use one back end; skips where there is no compiler for the kernels."""
     if name == "reference":
         monkeypatch.setattr(dispatch, "table", lambda device_type: reference)
-    elif _build.backend() != "kernels":
+    elif load.backend() != "kernels":
         pytest.skip("no kernels on this machine")
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from op_cases import clone, fences_hold
 
-from fbopt._build import load as _build
+from fbopt._build import load
 from fbopt._ops import dispatch
 
 EMULATED = Path(__file__).parent / "emulated"
@@ -58,7 +58,7 @@ def emulator() -> ctypes.CDLL:
     """Compile and load the emulated kernels, as the ops fbopt_emulated::*."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXXFLAGS", EMULATED_FLAGS)
-        library = _build.build("emulated", [EMULATED / "kernels.cpp"], "the emulated CUDA kernels")
+        library = load.build("emulated", [EMULATED / "kernels.cpp"], "the emulated CUDA kernels")
     torch.ops.load_library(library)
     return ctypes.CDLL(str(library))
 
@@ -68,7 +68,7 @@ def target(name: str) -> Target:
         emulator()
         return Target(name, "cpu", lambda op: getattr(torch.ops.fbopt_emulated, op).default, few=1)
     if name == "cuda":
-        assert _build.cuda_kernels() is not None  # not plain torch in their place
+        assert load.cuda_kernels() is not None  # not plain torch in their place
     return Target(name, name, lambda op: getattr(dispatch.table(name), op))
 
 

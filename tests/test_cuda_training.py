@@ -20,7 +20,7 @@ from fbopt import (
     GradientPenalty,
     clip_grad_norm_,
 )
-from fbopt._build import load as _build
+from fbopt._build import load
 from fbopt._ops import dispatch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -35,7 +35,7 @@ OPTIONS = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "
 def device(request, kernels):
     """A device whose kernels are compiled."""
     if request.param == "cuda":
-        assert _build.cuda_kernels() is not None
+        assert load.cuda_kernels() is not None
     return torch.device(request.param)
 
 
@@ -120,7 +120,7 @@ def deterministic():
 @pytest.mark.parametrize("options", [{}, {"max_norm": None, "momentum": 0, "nesterov": False}])
 @pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
 def test_a_step_reads_nothing_from_the_device(penalty, options):
-    assert _build.cuda_kernels() is not None
+    assert load.cuda_kernels() is not None
     data, model = chunks("cuda"), network(nn.Dropout(0.3), device="cuda")
     optimizer = FullBatchGD(model.parameters(), **(OPTIONS | options))
     closure = FullBatchClosure(model, F.cross_entropy, data, penalty=penalty, optimizer=optimizer)

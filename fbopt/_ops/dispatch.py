@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fbopt._build import load as _build
+from fbopt._build import load
 from fbopt._ops import reference
 from fbopt._ops.flat import by_device_and_dtype
 
@@ -29,7 +29,7 @@ NAMES = (
     "clip_",
     "sgd_step_",
 )
-LIBRARIES = {"cpu": _build.kernels, "cuda": _build.cuda_kernels}
+LIBRARIES = {"cpu": load.kernels, "cuda": load.cuda_kernels}
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
-from fbopt._build import load as _build
+from fbopt._build import load
 from fbopt._engine import cuda_graphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +37,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if request.param == "cuda":
-        assert _build.backend() == "reference" or _build.cuda_kernels() is not None
+        assert load.backend() == "reference" or load.cuda_kernels() is not None
         return torch.device("cuda", torch.cuda.current_device())
     monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", Tape)
     return torch.device("cpu")

@@ -21,13 +21,13 @@ from op_cases import (
     some_cases,
 )
 
-from fbopt._build import load as _build
+from fbopt._build import load
 from fbopt._ops import dispatch, reference
 from fbopt._ops.flat import accumulator_dtype, flat_size, flat_views
 
 OTHERS = ["emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
 pytestmark = [
-    pytest.mark.skipif(_build.kernels() is None, reason="no compiled kernels here"),
+    pytest.mark.skipif(load.kernels() is None, reason="no compiled kernels here"),
     pytest.mark.usefixtures("one_thread"),  # bits do not depend on the threads, as a test shows
 ]
 

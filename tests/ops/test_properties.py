@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from op_cases import DTYPES, STRIDES, added, assert_same, cases, clone
 from targets import emulator, rows, span
 
-from fbopt._build import load as _build
+from fbopt._build import load
 from fbopt._ops import dispatch, reference
 
-pytestmark = pytest.mark.skipif(_build.kernels() is None, reason="no compiled kernels here")
+pytestmark = pytest.mark.skipif(load.kernels() is None, reason="no compiled kernels here")
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
