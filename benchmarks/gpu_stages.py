@@ -41,7 +41,7 @@ SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 
 def build(device: str, seconds: float) -> int:
     """Compile or find the kernels, and tell how long it takes."""
-    subprocess.run([sys.executable, "-m", "fbopt.doctor"], check=False)
+    subprocess.run([sys.executable, "-m", "fbopt.cli", "doctor"], check=False)
     kinds = {"CPU": load.kernels} | ({"CUDA": load.cuda_kernels} if device == "cuda" else {})
     for name, kernels in kinds.items():
         start = time.perf_counter()

@@ -11,7 +11,6 @@ import os
 import platform
 import shlex
 import shutil
-import sys
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -154,7 +153,3 @@ def _in_use(what: str, library: Path | None, able: bool, *variables: str) -> str
             cure = f"see above, or unset {name} to use plain torch"
             raise BuildError(f"nothing: {name} asks for {what}", cure)
     return f"plain torch, as {what} cannot be compiled"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
