@@ -3,21 +3,25 @@
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
+TRAINERS := $(VENV)/.trainers
 # A terminal sees pip's progress; a log does not need it.
 PIP_FLAGS := --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet --quiet)
 CXX_FILES = $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: help train test lint format docs bench wheel-check gpu-check clean
+.PHONY: help train test test-integrations lint format docs bench wheel-check gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 train: $(READY)  ## train; options go in ARGS, such as make train ARGS="--help"
 	$(VENV)/bin/fbopt train $(ARGS)
 
 test: $(READY)  ## run the tests; ARGS go to pytest, such as make test ARGS="-k penalty"
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+
+test-integrations: $(TRAINERS)  ## test with Lightning, Accelerate and Transformers, which it installs
+	$(VENV)/bin/python -m pytest tests/integrations tests/test_docs.py $(ARGS)
 
 lint: $(READY)  ## check style, formatting and types
 	$(VENV)/bin/ruff check .
@@ -51,4 +55,8 @@ $(READY): pyproject.toml setup.py build_backend.py
 	@echo "Installing fbopt and what it needs, torch above all, into $(VENV): some minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e '.[train,test,dev,docs]'
+	@touch $@
+
+$(TRAINERS): $(READY)
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e '.[integrations]'
 	@touch $@

@@ -21,7 +21,7 @@ FLOORS = (
     ("_engine", "accumulate", "penalty", "clip"),
     ("closure",),
     ("optim",),
-    ("analysis",),
+    ("analysis", "integrations"),
     ("train.config",),
     ("train.data", "train.models"),
     ("train",),
