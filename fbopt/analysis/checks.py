@@ -5,6 +5,7 @@ same bits when it is evaluated again.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from fbopt.analysis.objective import Objective
@@ -68,7 +69,20 @@ def _chunk_loss(objective: Objective, index: int, chunk: object) -> float:
             f"the loss of chunk {index} is {float(loss)}: the weights are finite, so check this "
             "chunk's samples and the loss function"
         )
+    objective.computed_in |= _graph_dtypes(loss)
     return float(loss)
+
+
+def _graph_dtypes(loss: Tensor) -> set[torch.dtype]:
+    """The dtypes of what was computed from the parameters: under autocast, wherever it began."""
+    found, seen, waiting = set(), set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found |= {meta.dtype for meta in node._input_metadata}
+            waiting += [before for before, _ in node.next_functions]
+    return {dtype for dtype in found if dtype.is_floating_point}
 
 
 def _random_model(objective: Objective, index: int, losses: list[float]) -> str:
@@ -82,8 +96,9 @@ def _random_model(objective: Objective, index: int, losses: list[float]) -> str:
             return f"{text}, though dropout ({name}) is seeded: something else is random as well"
     return (
         f"{text}. Likely causes: dropout or noise that is drawn in a forward() or in the loss "
-        "rather than by a Dropout module (pass dropout='seeded' if torch's generators draw it, "
-        "else fix its seed), or operations that add in no fixed order (try "
+        "whether or not the module is in eval mode (draw it only where self.training, which "
+        "model.eval() and dropout='off' turn off; or pass dropout='seeded' if torch's generators "
+        "draw it, else fix its seed), or operations that add in no fixed order (try "
         "torch.use_deterministic_algorithms(True))"
     )
 

@@ -5,6 +5,7 @@ by Hutchinson's estimator: tr(H) = E z.(H z) for random signs z.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from fbopt._checks import check_number
 from fbopt._engine.inputs import refuse_compiled
 from fbopt.analysis.checks import check
+from fbopt.analysis.conditions import Conditions
 from fbopt.analysis.objective import Objective
 
 METHODS = ("exact", "central", "forward")
@@ -30,23 +32,30 @@ class Hessian:
 
     Where the gradient jumps (ReLU, max pooling) finite differences count the jumps within the
     radius and do not converge as it shrinks; the exact product leaves them out. docs/analysis.md
-    has numbers. Under bfloat16 autocast finite differences are inaccurate, since the gradients'
-    rounding is as large as their difference: use exact products there.
+    has numbers. In bfloat16 or float16, also by autocast within ``evaluate``, finite differences
+    are inaccurate, since the gradients' rounding is as large as their difference: a RuntimeWarning
+    says so, use exact products there.
+
+    The operator belongs to the parameters, and buffers that the loss reads, at which it was made.
+    Once they have changed, by a step or otherwise, products are refused until :meth:`refresh`. To
+    find out it keeps a copy of them.
 
     Args:
         objective: the loss.
         method: one of the above.
         radius: r, a length in parameter space. Default: for central differences
             ``eps**(1/3) max(1, |theta|)/4``, for forward ones ``eps**(1/2) max(1, |theta|)/4``,
-            with eps the machine epsilon of the parameters or, if it is larger, of autocast's dtype:
-            rounding and truncation errors are then about equal.
+            with eps the machine epsilon of the coarsest dtype that the passes compute in: rounding
+            and truncation errors are then about equal.
 
     Attributes:
         products: the number of products so far.
+        radius: r.
 
     Raises:
         TypeError, ValueError: an invalid argument; weights or a loss that are not finite.
-        RuntimeError: a loss that is not deterministic; ``exact`` and a compiled model.
+        RuntimeError: a loss that is not deterministic; ``exact`` and a compiled model; a product
+            after the model has changed.
     """
 
     def __init__(
@@ -58,16 +67,38 @@ class Hessian:
             check_number("radius", radius, above=0)
         if method == "exact":
             refuse_compiled(objective.model)
-        check(objective)
         self.objective, self.method = objective, method
+        self._given_radius = radius
+        self.products = 0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Move the operator to the model's current parameters."""
+        objective, method = self.objective, self.method
+        check(objective)
+        if method != "exact" and objective.epsilon > 1e-4:
+            warnings.warn(
+                f"method={method!r} differences gradients that are rounded to "
+                f"{objective.epsilon:g} of their size (bfloat16 or float16): products are "
+                "inaccurate; pass method='exact', or measure in float32",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         order = 1 / 3 if method == "central" else 1 / 2
         length = max(1.0, float(objective.theta().double().norm()))
-        self.radius = objective.epsilon**order * length / 4 if radius is None else radius
-        self.products = 0
+        default = objective.epsilon**order * length / 4
+        self.radius = default if self._given_radius is None else self._given_radius
+        self._conditions = Conditions(objective)
         self._gradient = objective.gradient() if method == "forward" else None
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Return H v for a vector of the parameter space (see :class:`Objective`)."""
+        changed = self._conditions.changed(self.objective)
+        if changed is not None:
+            raise RuntimeError(
+                f"{changed} has changed since this Hessian was made: call hessian.refresh() for "
+                "the Hessian at the current parameters, or make a new one"
+            )
         self.products += 1
         if self.method == "exact":
             try:

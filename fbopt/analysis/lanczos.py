@@ -78,7 +78,7 @@ class Eigenpairs:
         residuals: ``|H v - lambda v|`` of each pair, computed by one more product if the pairs were
             verified, else estimated by the iteration. The operator has an eigenvalue within the
             residual of each value.
-        converged: whether each pair met the tolerance.
+        converged: whether each pair's residual, as given here, met the tolerance.
         products: the number of products with the operator.
     """
 
@@ -129,12 +129,18 @@ def eigenpairs(
     found = matrix.result(basis, _iterate(hessian, basis, matrix, max_products))
     if not verify:
         return found
-    residuals = [
-        float((hessian(vector) - float(value) * vector).double().norm())
-        for value, vector in zip(found.values, found.vectors, strict=True)
-    ]
-    products = found.products + len(residuals)
-    return replace(found, residuals=np.array(residuals), products=products)
+    residuals = np.array(
+        [
+            float((hessian(vector) - float(value) * vector).double().norm())
+            for value, vector in zip(found.values, found.vectors, strict=True)
+        ]
+    )
+    return replace(
+        found,
+        residuals=residuals,
+        converged=matrix.converged(found.values, residuals),
+        products=found.products + len(residuals),
+    )
 
 
 def _iterate(hessian: Hessian, basis: Basis, matrix: _Tridiagonal, max_products: int) -> int:
@@ -193,7 +199,7 @@ class _Tridiagonal:
 
     def converged(self, values: Array, residuals: Array) -> Array:
         """Whether each residual meets the tolerance."""
-        scale = np.maximum(np.abs(values), 1e-3 * np.abs(values).max())
+        scale = np.maximum(np.abs(values), 1e-3 * self.norm_bound(np.abs(values).max()))
         return np.asarray(residuals <= self.tolerance * scale)
 
     def is_done(self, last: bool) -> bool:

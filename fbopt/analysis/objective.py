@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.inputs import weigh
@@ -21,31 +19,16 @@ from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._ops.buckets import FlatBuckets
 from fbopt._random import seed_generators
 from fbopt.accumulate import GradientAccumulator
+from fbopt.analysis.cost import Cost
+from fbopt.analysis.modes import measuring
 from fbopt.analysis.parameter_space import ParameterSpace
 from fbopt.closure import FullBatchClosure
 
 BATCHNORM, DROPOUT = ("chunk", "frozen"), ("off", "seeded")
 
 
-@dataclass
-class Cost:
-    """Numbers of passes over all chunks: losses alone, gradients, and second backward passes.
-
-    An exact Hessian-vector product counts as one of `gradients` and one of `second_backwards`; one
-    by central differences as two of `gradients`.
-    """
-
-    losses: int = 0
-    gradients: int = 0
-    second_backwards: int = 0
-
-    def since(self, start: Cost) -> Cost:
-        """The passes made after `start`, an earlier :meth:`copy`."""
-        return Cost(**{name: value - getattr(start, name) for name, value in vars(self).items()})
-
-    def copy(self) -> Cost:
-        """A copy that later passes do not change."""
-        return replace(self)
+def _nothing() -> None:
+    """Do nothing after a pass; unlike a lambda it can be pickled."""
 
 
 class Objective(ParameterSpace):
@@ -62,10 +45,14 @@ class Objective(ParameterSpace):
         autocast: ``torch.bfloat16`` or ``torch.float16`` for a model that is trained under
             ``torch.autocast``: losses, gradients and Hessian-vector products are then those of the
             autocast forward pass. None: the precision of the parameters.
-        batchnorm: ``"chunk"``: BatchNorm layers normalise by the chunk's own statistics, as in
-            training. ``"frozen"``: by the model's running statistics.
-        dropout: ``"off"``, or ``"seeded"``: modules keep their modes, and random draws depend on
-            `seed` and the chunk's index alone.
+        batchnorm: ``"chunk"``: BatchNorm, and every layer with buffers ``running_…`` or
+            ``moving_…``, normalises by the chunk's own statistics, as in training. ``"frozen"``: by
+            the model's running statistics.
+        dropout: ``"off"``: all other modules are in eval mode, which turns off dropout in
+            attention, in recurrent layers and of modules that read ``self.training`` (for a model
+            that returns something else in eval mode, such as no auxiliary outputs, pass
+            ``"seeded"``). ``"seeded"``: modules keep their modes, and random draws depend on `seed`
+            and the chunk's index alone.
         seed: of the dropout draws.
 
     Attributes:
@@ -110,16 +97,30 @@ class Objective(ParameterSpace):
         self.batchnorm, self.dropout, self.seed = batchnorm, dropout, seed
         self.accumulator = GradientAccumulator(closure.sums.params)
         super().__init__(self.accumulator.params)
+        names = {id(p): name for name, p in model.named_parameters()}
+        self._names = [names.get(id(p)) for p in self.params]
         self.cost = Cost()
-        self.on_pass: Callable[[], object] = lambda: None
-        self.is_deterministic = False  # set by checks.check
+        self.on_pass: Callable[[], object] = _nothing
+        # Both are set by checks.check.
+        self.is_deterministic, self.computed_in = False, set[torch.dtype]()
         self._buffers = BufferSnapshot(model)
         self._perturbation: Perturbation | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but flat memory, which a copy makes anew."""
+        rebuilt = ("accumulator", "_buffers", "_perturbation")
+        return {name: value for name, value in vars(self).items() if name not in rebuilt}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a pickled or deep-copied state."""
+        vars(self).update(state)
+        self.accumulator = GradientAccumulator(self.params)
+        self._buffers, self._perturbation = BufferSnapshot(self.model), None
+
     @property
     def epsilon(self) -> float:
-        """The machine epsilon of the passes: of autocast's or the parameters' coarsest dtype."""
-        dtypes = {p.dtype for p in self.params}
+        """The machine epsilon of the passes: of the coarsest dtype that they compute in."""
+        dtypes = {p.dtype for p in self.params} | self.computed_in
         if self.autocast is not None:
             dtypes.add(self.autocast)
         return max(torch.finfo(dtype).eps for dtype in dtypes)
@@ -161,12 +162,14 @@ class Objective(ParameterSpace):
     def product(self, vector: Tensor) -> Tensor:
         """H v, with H the Hessian of L at theta, by a second backward pass per chunk.
 
+        Fused attention has no second derivative, so that attention is computed step by step.
+
         Raises:
             RuntimeError: an operation of the model cannot be differentiated twice.
         """
         parts = self.unflatten(vector)
         self.accumulator.reset()
-        with self.evaluating(), torch.enable_grad():
+        with self.evaluating(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for index, chunk, weight in self.visit():
                 loss = self.chunk_loss(index, chunk)
                 self.accumulator.add(self._second_backward(loss, parts), weight)
@@ -215,19 +218,26 @@ class Objective(ParameterSpace):
     @contextlib.contextmanager
     def evaluating(self, shift: Tensor | None = None) -> Iterator[None]:
         """Set the modules' modes, move the parameters to theta + shift, and restore all after."""
+        self._check_params()
         with contextlib.ExitStack() as stack:
             stack.enter_context(GeneratorSnapshot(self.devices).repeated())
-            for module in self.model.modules():
-                stack.callback(setattr, module, "training", module.training)
-                if isinstance(module, _BatchNorm):
-                    module.training = self.batchnorm == "chunk"
-                elif isinstance(module, _DropoutNd) and self.dropout == "off":
-                    module.training = False
+            stack.enter_context(measuring(self.model, self.batchnorm, self.dropout))
             self._buffers.save()
             stack.callback(self.restore_buffers)
             if shift is not None:
                 stack.enter_context(self._shifted(shift))
             yield
+
+    def _check_params(self) -> None:
+        """Refuse parameters that were frozen, or replaced in the model, since they were given."""
+        now = {id(p) for p in self.model.parameters()}
+        for i, (p, name) in enumerate(zip(self.params, self._names, strict=True)):
+            if not p.requires_grad or (name is not None and id(p) not in now):
+                what = "been replaced" if p.requires_grad else "been frozen (requires_grad=False)"
+                raise RuntimeError(
+                    f"{name or f'params[{i}]'} has {what} since this Objective was made: make a "
+                    "new one"
+                )
 
     def _shifted(self, shift: Tensor) -> contextlib.AbstractContextManager[None]:
         """Let the parameters point to a second buffer that holds theta + shift."""

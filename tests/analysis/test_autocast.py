@@ -95,3 +95,38 @@ def test_finite_differences_step_beyond_the_rounding_of_bfloat16(case, method):
 def test_another_dtype_is_refused(case, dtype):
     with pytest.raises(ValueError, match=r"autocast must be torch\.bfloat16 or torch\.float16"):
         Objective(case.model, case.loss_fn, case.chunks, autocast=dtype)
+
+
+def inside(case):
+    """An objective whose evaluate begins autocast itself."""
+
+    def evaluate(model, chunk):
+        with torch.autocast("cpu", torch.bfloat16):
+            return case.loss_fn(model(chunk[0]), chunk[1])
+
+    return Objective(case.model, chunks=case.chunks, evaluate=evaluate)
+
+
+@pytest.mark.parametrize("method", ["central", "forward"])
+def test_autocast_inside_evaluate_is_seen(case, method):
+    """At float32's radius forward differences found 7.2 for 1.9 and called it converged."""
+    objective = inside(case)
+    exact = eigenpairs(Hessian(objective), 1).values[0]
+    with pytest.warns(RuntimeWarning, match=r"bfloat16.*method='exact'"):
+        hessian = Hessian(objective, method)
+    low = case.objective(autocast=torch.bfloat16)
+    with pytest.warns(RuntimeWarning):
+        assert hessian.radius == Hessian(low, method).radius
+    found = eigenpairs(hessian, 1, max_products=12)
+    assert found.values[0] == pytest.approx(exact, rel=0.2)
+    assert found.converged == (found.residuals <= 1e-3 * found.values)
+
+
+def test_converged_follows_the_verified_residual(case):
+    """A radius below bfloat16's rounding: the iteration's own residual is far too small."""
+    with pytest.warns(RuntimeWarning):
+        hessian = Hessian(inside(case), "forward", radius=5e-4)
+    estimated = eigenpairs(hessian, 1, max_products=30, verify=False)
+    verified = eigenpairs(hessian, 1, max_products=30)
+    assert estimated.converged.all() and not verified.converged.any()
+    assert verified.residuals[0] > 0.1 * verified.values[0]
