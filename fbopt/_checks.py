@@ -111,3 +111,26 @@ def check_number(
     if least is not None and not value >= least:
         raise ValueError(f"{name} must be at least {least:g}, got {value}")
     return value
+
+
+def check_scalar(
+    name: str,
+    value: float | Tensor,
+    *,
+    read: bool = True,
+    above: float | None = None,
+    least: float | None = None,
+    finite: bool = True,
+) -> None:
+    """Check a number, or a real tensor of one element: its value only with `read`."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(
+                f"{name} must be a number or a real tensor of one element, got {value.dtype} of "
+                f"shape {tuple(value.shape)}"
+            )
+        if not read:
+            return
+        value = value.item()
+    if finite or value != math.inf:
+        check_number(name, value, above=above, least=least)

@@ -6,14 +6,17 @@ Clipping is part of the training in Geiping et al., ICLR 2022, section 4.
 from __future__ import annotations
 
 import math
+import types
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from fbopt._checks import check_number, check_storage
+from fbopt._checks import check_number, check_scalar, check_storage
 from fbopt._ops import dispatch
-from fbopt._ops.flat import accumulator_dtype, by_device_and_dtype
+from fbopt._ops.flat import accumulator_dtype, by_device_and_dtype, scalar_on
+from fbopt._ops.reference import CLIP_EPS
 
 BLOCK = 16384
 
@@ -21,8 +24,8 @@ BLOCK = 16384
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
-    max_norm: float,
-    norm_type: float = 2.0,
+    max_norm: float | Tensor,
+    norm_type: float | str = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
@@ -31,12 +34,13 @@ def clip_grad_norm_(
     ``g <- g min(1, max_norm / (||g|| + 1e-6))`` over all parameters' gradients taken as one vector;
     parameters without a gradient are skipped. A drop-in for ``torch.nn.utils.clip_grad_norm_``
     that reads 1 word per parameter for the norm and, only if it exceeds ``max_norm``, reads 1 and
-    writes 1 more.
+    writes 1 more. In a function that ``torch.compile`` traces it is one operator.
 
     Args:
         parameters: tensors with ``.grad`` of float32, float64, bfloat16 or float16, on any devices.
-        max_norm: the bound, at least 0; ``inf`` only measures.
-        norm_type: the p of the p-norm, ``inf`` for the maximum.
+        max_norm: the bound, at least 0; ``inf`` only measures. A tensor of one element is read on
+            the device; where it is negative there, the gradients become NaN.
+        norm_type: the p of the p-norm, ``inf`` (or ``"inf"``) for the maximum.
         error_if_nonfinite: raise instead of scaling when the norm is NaN or infinite; reads the
             norm on the host.
         foreach: accepted for compatibility; there is one implementation.
@@ -49,32 +53,88 @@ def clip_grad_norm_(
         TypeError, ValueError: an argument that does not fit, before anything is changed.
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; nothing was changed.
     """
-    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    for i, p in enumerate(parameters):
+    grads = [p.grad for p in _listed(parameters) if p.grad is not None]
+    if grads and torch.compiler.is_compiling():
+        tensor, number = (max_norm, 0.0) if isinstance(max_norm, Tensor) else (None, max_norm)
+        norm: Tensor = _traced_clip(
+            grads, tensor, float(number), float(norm_type), error_if_nonfinite
+        )
+        return norm
+    return _clip(grads, max_norm, norm_type, error_if_nonfinite)
+
+
+def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    found = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not found and isinstance(parameters, types.GeneratorType):
+        warnings.warn(
+            "parameters is a generator without any element left: nothing is clipped. Pass "
+            "model.parameters() anew, or a list",
+            stacklevel=4,  # torch.no_grad adds one
+        )
+    for i, p in enumerate(found):
         if not isinstance(p, Tensor):
             raise TypeError(f"parameters[{i}] must be a tensor, got {type(p).__name__}")
-    if max_norm != math.inf:
-        check_number("max_norm", max_norm, least=0)
-    check_norm_type(norm_type)
-    grads = [p.grad for p in parameters if p.grad is not None]
+    return found
+
+
+def _clip(
+    grads: Sequence[Tensor],
+    max_norm: float | Tensor,
+    norm_type: float | str,
+    error_if_nonfinite: bool,
+) -> Tensor:
+    if isinstance(max_norm, Tensor) or max_norm != math.inf:
+        on_host = isinstance(max_norm, Tensor) and max_norm.device.type == "cpu"
+        check_scalar("max_norm", max_norm, read=on_host, least=0, finite=False)
+    p = norm_order(norm_type)
     for i, g in enumerate(grads):
         check_storage(g, f"gradient {i}")
-    norm = total_norm(grads, norm_type)
+    norm = total_norm(grads, p)
     if error_if_nonfinite:
         check_finite(norm)
+    scaled, bound = clip_operands(norm, max_norm)
     for group in by_device_and_dtype(grads):
         part = [grads[i] for i in group]
-        dispatch.clip_(part, norm.to(part[0].device), max_norm)
+        dispatch.clip_(part, scaled.to(part[0].device), bound)
         torch.autograd.graph.increment_version(part)
     return norm
+
+
+@torch.library.custom_op("fbopt::clip_grad_norm_", mutates_args={"grads"})
+def _traced_clip(
+    grads: list[Tensor],
+    max_norm_tensor: Tensor | None,
+    max_norm: float,
+    norm_type: float,
+    error_if_nonfinite: bool,
+) -> Tensor:
+    """:func:`_clip` as one operator for torch.compile: the checks need real tensors."""
+    bound = max_norm if max_norm_tensor is None else max_norm_tensor
+    return _clip(grads, bound, norm_type, error_if_nonfinite)
+
+
+@_traced_clip.register_fake
+def _(grads: list[Tensor], *args: object) -> Tensor:
+    return grads[0].new_empty((), dtype=_norm_dtype(grads))
+
+
+def clip_operands(norm: Tensor, max_norm: float | Tensor) -> tuple[Tensor, float]:
+    """Return a norm and a bound, a number, that the kernels clip by as by these.
+
+    For a bound M that is a tensor: 1 and n' with 1 / (n' + eps) = M / (n + eps).
+    """
+    if not isinstance(max_norm, Tensor):
+        return norm, max_norm
+    bound = scalar_on(norm.device, max_norm)
+    bound = torch.where(bound < 0, math.nan, bound)
+    return (norm.double() + CLIP_EPS) / bound - CLIP_EPS, 1.0
 
 
 def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """Return the norm of all tensors as one vector: 0-dim, float64 if any is, else float32."""
     if not grads:
         return torch.zeros(())
-    wide = any(g.dtype == torch.float64 for g in grads)
-    dtype = torch.float64 if wide else torch.float32
+    dtype = _norm_dtype(grads)
     if norm_type != 2:
         exact = [g.to(accumulator_dtype(g.dtype)).reshape(-1) for g in grads]
         # Torch reduces a block on one thread, so that the bits do not depend on their number.
@@ -83,10 +143,20 @@ def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     return dispatch.squared_norm(grads).sqrt().to(dtype)
 
 
-def check_norm_type(norm_type: float) -> None:
-    """Raise for a p that does not make a norm."""
-    if norm_type != math.inf:
-        check_number("norm_type", norm_type, above=0)
+def _norm_dtype(grads: Sequence[Tensor]) -> torch.dtype:
+    wide = any(g.dtype == torch.float64 for g in grads)
+    return torch.float64 if wide else torch.float32
+
+
+def norm_order(norm_type: float | str) -> float:
+    """Return the p of a norm as a number; as in torch it may be a string, such as ``"inf"``."""
+    try:
+        p = float(norm_type) if isinstance(norm_type, str) else norm_type
+    except ValueError:
+        raise ValueError(f'norm_type must be a number or "inf", got {norm_type!r}') from None
+    if p != math.inf:
+        check_number("norm_type", p, above=0)
+    return float(p)
 
 
 def check_finite(norm: Tensor) -> None:

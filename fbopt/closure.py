@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fbopt._checks import check_params
+from fbopt._eager import eager
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.chunk import ChunkGradient
 from fbopt._engine.chunk_clip import ChunkClip
@@ -155,12 +156,14 @@ class FullBatchClosure:
         """How the sum over chunks is kept."""
         return self.sums.accumulation
 
+    @eager
     def __call__(self) -> Tensor:
         """Fill ``p.grad`` and return the mean loss: 0-dim, float32 (float64 for a float64 loss)."""
         loss = self.accumulate()
         self.assign()
         return loss
 
+    @eager
     def accumulate(self) -> Tensor:
         """Visit every chunk, keep the weighted sum for :meth:`assign`, return the mean loss.
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbopt._checks import check_disjoint, check_number, check_storage
+from fbopt._checks import check_disjoint, check_scalar, check_storage
+from fbopt._eager import eager
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._ops import dispatch
 from fbopt._ops.flat import accumulator_dtype, scalar_on
-from fbopt.clip import check_finite, check_norm_type, total_norm
+from fbopt.clip import check_finite, clip_operands, norm_order, total_norm
 from fbopt.closure import FullBatchClosure
 
 # The whole gradient is clipped at once: one value for all groups.
@@ -40,11 +41,16 @@ class FullBatchGD(torch.optim.Optimizer):
     clipped, in ``p.grad``. State dicts are interchangeable with ``torch.optim.SGD``'s.
 
     Args:
-        params: parameters or parameter groups, named or not, as for any torch optimizer.
-        lr: learning rate; a 0-dim tensor is read on the device.
-        momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
-        max_norm: bound of the global gradient norm; None does not clip.
-        norm_type: the p of that norm, ``inf`` for the maximum.
+        params: parameters or parameter groups, named or not, as for any torch optimizer. Frozen
+            ones may be of any dtype and layout.
+        lr: learning rate; a tensor of one element is read on the device.
+        momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``; tensors
+            of one element are read on the host.
+        foreach, fused: accepted for compatibility; there is one implementation.
+        differentiable: must be False.
+        max_norm: bound of the global gradient norm; None does not clip. A tensor of one element is
+            read on the device.
+        norm_type: the p of that norm, ``inf`` (or ``"inf"``) for the maximum.
         error_if_nonfinite: raise before anything is changed if the norm is NaN or infinite. Reads
             the norm on the host.
 
@@ -62,15 +68,18 @@ class FullBatchGD(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
+        lr: float | Tensor = 1e-3,
+        momentum: float | Tensor = 0,
+        dampening: float | Tensor = 0,
+        weight_decay: float | Tensor = 0,
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_norm: float | Tensor | None = None,
+        norm_type: float | str = 2.0,
         error_if_nonfinite: bool = False,
     ) -> None:
         defaults = {
@@ -80,11 +89,14 @@ class FullBatchGD(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
             "max_norm": max_norm,
             "norm_type": norm_type,
             "error_if_nonfinite": error_if_nonfinite,
         }
-        _check_options(defaults)
+        _check_options(defaults, read=True)
         if isinstance(params, Tensor):
             raise TypeError(
                 "params must be an iterable of tensors or groups, not one tensor: pass [params]"
@@ -96,10 +108,12 @@ class FullBatchGD(torch.optim.Optimizer):
         """Add a group, as in torch; refuses tensors that the kernels cannot work on."""
         super().add_param_group(param_group)
         try:
-            _check_options(self.param_groups[-1])
+            _check_options(self.param_groups[-1], read=True)
             for i, p in enumerate(self.param_groups[-1]["params"]):
-                check_storage(p, f"params[{i}]")
-            check_disjoint([p for group in self.param_groups for p in group["params"]], "params")
+                if not _frozen(p):
+                    check_storage(p, f"params[{i}]")
+            held = [p for group in self.param_groups for p in group["params"] if not _frozen(p)]
+            check_disjoint(held, "params")
             self._clipping()
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -113,6 +127,7 @@ class FullBatchGD(torch.optim.Optimizer):
                 group.setdefault(name, value)
         self.__dict__.setdefault("last_grad_norm", None)
 
+    @eager
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step and return what the closure returned.
@@ -135,7 +150,7 @@ class FullBatchGD(torch.optim.Optimizer):
             )
         clipping = self._clipping()
         for group in self.param_groups:
-            _check_options(group)
+            _check_options(group, read=False)
         whole = closure if isinstance(closure, FullBatchClosure) else None
         loss = None
         if closure is not None:
@@ -155,7 +170,7 @@ class FullBatchGD(torch.optim.Optimizer):
     def _update(
         self,
         sums: GradientSums | None,
-        max_norm: float | None,
+        max_norm: float | Tensor | None,
         norm_type: float,
         error_if_nonfinite: bool,
     ) -> None:
@@ -163,8 +178,9 @@ class FullBatchGD(torch.optim.Optimizer):
         norm = _mean_norm(batches, norm_type)
         if error_if_nonfinite:
             check_finite(norm)
+        clip = (None, None) if max_norm is None else clip_operands(norm, max_norm)
         for batch in batches:
-            self._step(batch, norm, max_norm)
+            self._step(batch, *clip)
         if sums is not None:
             sums.settle({i for batch in batches for i in batch.indices})
         self.last_grad_norm = norm
@@ -172,7 +188,8 @@ class FullBatchGD(torch.optim.Optimizer):
     def _batches(self, sums: GradientSums | None) -> Iterator[_Batch]:
         """Batch tensors for one kernel call: the same group, device, dtypes and first step."""
         index = {} if sums is None else {id(p): i for i, p in enumerate(sums.params)}
-        for group in self.param_groups:
+        for options in self.param_groups:
+            group = {**options, **{name: _number(options[name]) for name in RULE}}
             batches: dict[tuple[Any, ...], _Batch] = {}
             for p in group["params"]:
                 i, grad = index.get(id(p)), p.grad
@@ -182,6 +199,7 @@ class FullBatchGD(torch.optim.Optimizer):
                     continue
                 buffer = self.state.get(p, {}).get("momentum_buffer")
                 if i is None:
+                    check_storage(p, "a parameter")
                     check_storage(grad, "a gradient")
                     _check_fit(grad, p, "gradient", accumulator_dtype(p.dtype))
                 if buffer is not None and group["momentum"] != 0:
@@ -198,7 +216,7 @@ class FullBatchGD(torch.optim.Optimizer):
                     batch.indices.append(i)
             yield from batches.values()
 
-    def _step(self, batch: _Batch, norm: Tensor, max_norm: float | None) -> None:
+    def _step(self, batch: _Batch, norm: Tensor | None, max_norm: float | None) -> None:
         group, params, device = batch.group, batch.params, batch.params[0].device
         buffers = []
         if group["momentum"] != 0 and batch.first:
@@ -212,7 +230,7 @@ class FullBatchGD(torch.optim.Optimizer):
             buffers,
             scalar_on(device, group["lr"]),
             batch.divisor,
-            None if max_norm is None else norm.to(device),
+            None if norm is None else norm.to(device),
             max_norm,
             first=batch.first,
             **rule,
@@ -223,14 +241,17 @@ class FullBatchGD(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = buffer
 
     def _clipping(self) -> dict[str, Any]:
-        values = {name: self.param_groups[0][name] for name in GLOBAL}
-        for name, value in values.items():
-            if any(group[name] != value for group in self.param_groups):
+        found = [
+            {name: group[name] for name in GLOBAL} | {"norm_type": norm_order(group["norm_type"])}
+            for group in self.param_groups
+        ]
+        for name in GLOBAL:
+            if not all(_same(options[name], found[0][name]) for options in found):
                 raise ValueError(
                     f"{name} differs between parameter groups, but the clip is of the whole "
                     f"gradient: set one {name} for all groups"
                 )
-        return values
+        return found[0]
 
     def _refuse_grad_scaler(self) -> None:
         announced = [self.__dict__.pop(name, None) for name in ("grad_scale", "found_inf")]
@@ -290,19 +311,36 @@ def _check_fit(tensor: Tensor, param: Tensor, name: str, wide: torch.dtype) -> N
     )
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    """Check the options of the optimizer or of one group."""
-    lr = options["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1 or not lr.is_floating_point():
-            raise ValueError("lr must be a number or a floating-point tensor of one element")
-    else:
-        check_number("lr", lr, least=0)
+def _frozen(param: Tensor) -> bool:
+    return not param.requires_grad and param.grad is None
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two options are equal, without a read from the device."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b
+    return bool(a == b)
+
+
+def _check_options(options: dict[str, Any], *, read: bool) -> None:
+    """Check the options of the optimizer or of one group; `read`: also tensors on the device."""
+    check_scalar("lr", options["lr"], read=read, least=0)
     for name in ("momentum", "weight_decay"):
-        check_number(name, options[name], least=0)
-    check_number("dampening", options["dampening"])
+        check_scalar(name, options[name], least=0)
+    check_scalar("dampening", options["dampening"])
     if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
         raise ValueError("nesterov needs momentum > 0 and dampening = 0")
     if options["max_norm"] is not None:
-        check_number("max_norm", options["max_norm"], above=0)
-    check_norm_type(options["norm_type"])
+        check_scalar("max_norm", options["max_norm"], read=read, above=0)
+    norm_order(options["norm_type"])
+    if options["differentiable"]:
+        raise ValueError(
+            "differentiable must be False: FullBatchGD updates in place, and autograd does not "
+            "follow. Use torch.optim.SGD(differentiable=True)"
+        )
+    if options["foreach"] and options["fused"]:
+        raise ValueError("foreach and fused are both True, which torch refuses: set one")

@@ -356,12 +356,6 @@ OPTIMIZER = [
         r"params\[0\] is torch.complex64.*view_as_real",
     ),
     Row(
-        "integer params",
-        lambda w: gd([w.loose[0], torch.ones(2, dtype=torch.int64)]),
-        TypeError,
-        r"params\[1\] is torch.int64.*float32",
-    ),
-    Row(
         "sparse params",
         lambda w: gd([Parameter(sparse(2, 2))]),
         TypeError,
@@ -391,7 +385,18 @@ OPTIMIZER = [
     Row("lr is text", lambda w: gd(lr="0.1"), TypeError, "lr must be a number, got str"),
     Row("lr is None", lambda w: gd(lr=None), TypeError, "lr must be a number, got NoneType"),
     Row("lr has two elements", lambda w: gd(lr=torch.ones(2)), ValueError, "lr .*one element"),
-    Row("lr is an integer tensor", lambda w: gd(lr=torch.tensor(1)), ValueError, "lr .*floating"),
+    Row("lr is a flag", lambda w: gd(lr=torch.tensor(True)), ValueError, "lr .*real.*torch.bool"),
+    Row("lr tensor negative", lambda w: gd(lr=torch.tensor(-1.0)), ValueError, "lr must be at le"),
+    Row(
+        "momentum tensor negative",
+        lambda w: gd(momentum=torch.tensor(-1.0)),
+        ValueError,
+        "momentum must be at least",
+    ),
+    Row(
+        "differentiable", lambda w: gd(differentiable=True), ValueError, "differentiable.*torch.opt"
+    ),
+    Row("fused and foreach", lambda w: gd(fused=True, foreach=True), ValueError, "foreach and fus"),
     Row("momentum is negative", lambda w: gd(momentum=-1), ValueError, "momentum must be at least"),
     Row("momentum is NaN", lambda w: gd(momentum=NAN), ValueError, "momentum must be finite"),
     Row("weight_decay is negative", lambda w: gd(weight_decay=-1), ValueError, "weight_decay must"),
@@ -404,9 +409,17 @@ OPTIMIZER = [
         "nesterov.*dampening = 0",
     ),
     Row("max_norm is zero", lambda w: gd(max_norm=0), ValueError, "max_norm must be greater"),
+    Row("max_norm tensor", lambda w: gd(max_norm=torch.ones(2)), ValueError, "max_norm .*one elem"),
+    Row(
+        "max_norm tensor zero",
+        lambda w: gd(max_norm=torch.zeros(())),
+        ValueError,
+        "max_norm must be greater",
+    ),
     Row("max_norm is NaN", lambda w: gd(max_norm=NAN), ValueError, "max_norm must be finite"),
     Row("norm_type is zero", lambda w: gd(norm_type=0), ValueError, "norm_type must be greater"),
-    Row("norm_type is text", lambda w: gd(norm_type="two"), TypeError, "norm_type must be a num"),
+    Row("norm_type is text", lambda w: gd(norm_type="two"), ValueError, "norm_type .*'two'"),
+    Row("norm_type is None", lambda w: gd(norm_type=None), TypeError, "norm_type must be a num"),
     Row(
         "max_norm differs between groups",
         lambda w: gd([{"params": [p], "max_norm": i + 1} for i, p in enumerate(w.loose)]),
@@ -922,6 +935,18 @@ CLIP = [
     Row("max_norm NaN", lambda w: clip_grad_norm_(w.loose, NAN), ValueError, "max_norm must be"),
     Row(
         "max_norm text", lambda w: clip_grad_norm_(w.loose, "1"), TypeError, "max_norm must be a n"
+    ),
+    Row(
+        "max_norm tensor negative",
+        lambda w: clip_grad_norm_(w.loose, torch.tensor(-1.0)),
+        ValueError,
+        "max_norm must be at least 0",
+    ),
+    Row(
+        "max_norm tensor of two",
+        lambda w: clip_grad_norm_(w.loose, torch.ones(2)),
+        ValueError,
+        "max_norm .*one element",
     ),
     Row(
         "norm_type zero", lambda w: clip_grad_norm_(w.loose, 1, 0), ValueError, "norm_type must be"

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fbopt._ops.flat import flat_views
 
+CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
 
 def _wide(tensor: Tensor) -> Tensor:
     """The tensor in the dtype of the arithmetic: float64 for float64, float32 for the rest."""
@@ -172,7 +174,7 @@ def exact_mean_(
 
 def clip_coefficient(max_norm: float, total_norm: Tensor) -> Tensor:
     """Return min(1, max_norm / (total_norm + 1e-6)), a 0-dim float64 tensor."""
-    return (max_norm / (total_norm.double() + 1e-6)).clamp(max=1.0)
+    return (max_norm / (total_norm.double() + CLIP_EPS)).clamp(max=1.0)
 
 
 def clip_(grads: list[Tensor], total_norm: Tensor, max_norm: float) -> None:
