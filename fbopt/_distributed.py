@@ -72,6 +72,17 @@ class Collectives:
         self.group = group
         self.rank, self.world_size = (0, 1) if group is None else (group.rank(), group.size())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.group is not None:
+            raise TypeError(
+                "a process_group exists in its own job alone and cannot be pickled: save "
+                "state_dict() instead, and make the object anew with the new job's group"
+            )
+        return Collectives, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Collectives:
+        return Collectives(self.group)
+
     @property
     def is_single(self) -> bool:
         """Whether there is no other process."""

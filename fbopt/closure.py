@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.cuda_graphs import ChunkGraphs, graph_device, refuse_nested
 from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.gradient_sums import MOST_PASSES
-from fbopt._engine.inputs import check_arguments, refuse_compiled, weigh
+from fbopt._engine.inputs import check_arguments, check_covered, refuse_compiled, weigh
 from fbopt._engine.perturb import Perturbation
 from fbopt._engine.reduce import Reduction
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
@@ -138,7 +140,7 @@ class FullBatchClosure:
         self.cuda_graph = cuda_graph
         check_arguments(vars(self) | {"chunks": chunks})
         self._given = None if params is None else check_params(params)
-        self.accumulator = GradientAccumulator(self._trainable(), accumulation)
+        self.accumulator = GradientAccumulator(self._trainable(self._candidates()), accumulation)
         self.sums = self.accumulator._sums
         self._statistics = RunningStatistics(model, accumulation)
         self._reduction = Reduction(model, self.sums, self._statistics, process_group)
@@ -147,9 +149,21 @@ class FullBatchClosure:
         self._perturbation: Perturbation | None = None
         self._clip: ChunkClip | None = None
         self._before, self._between = BufferSnapshot(model), BufferSnapshot(model)
+        self._running = threading.Lock()
         self.step = self._step_before = 0
         self.mean_sqnorm: Tensor | None = None
         self._coefficient()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle all but what every call makes anew; CUDA graphs are captured again."""
+        transient = {"_perturbation": None, "_clip": None, "_graphs": None}
+        state = vars(self) | transient
+        del state["_running"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._running = threading.Lock()
 
     @property
     def accumulation(self) -> str:
@@ -170,8 +184,30 @@ class FullBatchClosure:
         ``p.grad`` is None afterwards; :meth:`assign` fills it. An exception leaves parameters and
         buffers as they were.
         """
+        return self._accumulate(self.optimizer)
+
+    def _accumulate(self, optimizer: torch.optim.Optimizer | None) -> Tensor:
+        """Accumulate for a step of this optimizer."""
+        with self._alone("called"):
+            return self._visit_all(optimizer)
+
+    @contextlib.contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Refuse a call while another one is at work on the same sums."""
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError(
+                f"this FullBatchClosure is {what} while it is at work (from evaluate, loss_fn, "
+                "observe, or another thread), which would mix the sums of both: make a closure of "
+                "its own for the other call, or wait for the first"
+            )
+        try:
+            yield
+        finally:
+            self._running.release()
+
+    def _visit_all(self, optimizer: torch.optim.Optimizer | None) -> Tensor:
         with self._reduction.preparing():
-            coefficient = self._begin()
+            coefficient = self._begin(optimizer)
         self._reduction.begin(
             accumulation=self.accumulation,
             penalty=self.penalty and self.penalty.method,
@@ -181,7 +217,7 @@ class FullBatchClosure:
         try:
             loss, square = self._complete(coefficient)
         except BaseException:
-            self.rollback()
+            self._rollback()
             raise
         noted = coefficient is not None or self.chunk_norms or self.chunk_max_norm is not None
         self.mean_sqnorm = square if noted else None
@@ -213,13 +249,18 @@ class FullBatchClosure:
 
     def assign(self) -> None:
         """Set ``p.grad`` to the mean over all chunks, None for parameters that no chunk used."""
-        if self.sums.total_weight == 0:
-            raise RuntimeError("assign(): nothing was accumulated; call accumulate() first")
-        for p, g in zip(self.sums.params, self.sums.means(), strict=True):
-            p.grad = g
+        with self._alone("assigned"):
+            if self.sums.total_weight == 0:
+                raise RuntimeError("assign(): nothing was accumulated; call accumulate() first")
+            for p, g in zip(self.sums.params, self.sums.means(), strict=True):
+                p.grad = g
 
     def rollback(self) -> None:
         """Put all buffers and the count of steps back to what they were before the last call."""
+        with self._alone("rolled back"):
+            self._rollback()
+
+    def _rollback(self) -> None:
         self._before.restore()
         self.step = self._step_before
 
@@ -237,9 +278,11 @@ class FullBatchClosure:
         self.sums.store.load_state_dict(state["sums"])
         self._statistics.store.load_state_dict(state["statistics"])
 
-    def _trainable(self) -> list[Tensor]:
-        params = self.model.parameters() if self._given is None else self._given
-        found: list[Tensor] = [p for p in params if p.requires_grad]
+    def _candidates(self) -> list[Tensor]:
+        return list(self.model.parameters()) if self._given is None else self._given
+
+    def _trainable(self, candidates: Iterable[Tensor]) -> list[Tensor]:
+        found = [p for p in candidates if p.requires_grad]
         if not found:
             raise ValueError("model has no parameters that require grad: there is nothing to train")
         return found
@@ -258,12 +301,12 @@ class FullBatchClosure:
         if not self.cuda_graph:
             self._graphs = None
             return
-        device = graph_device(self.model, self._trainable())
+        device = graph_device(self.model, self._candidates())
         if self._graphs is None or self._graphs.device != device:
             refuse_nested(self.model)
             self._graphs = ChunkGraphs(device)
 
-    def _begin(self) -> float | Tensor | None:
+    def _begin(self, optimizer: torch.optim.Optimizer | None) -> float | Tensor | None:
         """Prepare for the first chunk; return lambda."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
@@ -271,9 +314,13 @@ class FullBatchClosure:
             )
         self._follow_cuda_graph()
         coefficient = self._coefficient()
-        before = self.sums.params
-        self.sums.reset(self._trainable())
-        for p in (*before, *self.sums.params):  # also of parameters that have been frozen since
+        candidates, before = self._candidates(), self.sums.params
+        trainable = self._trainable(candidates)
+        frozen = check_covered(optimizer, trainable, self.model)
+        if optimizer is not self.optimizer:
+            frozen += check_covered(self.optimizer, trainable, self.model)
+        self.sums.reset(trainable)
+        for p in (*before, *candidates, *frozen):  # a frozen one could keep an old gradient
             p.grad = None
         if coefficient is not None and self.penalty and self.penalty.method != "exact":
             if self._perturbation is None or not self._perturbation.fits(self.sums.buckets):

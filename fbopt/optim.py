@@ -155,7 +155,7 @@ class FullBatchGD(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure() if whole is None else whole.accumulate()
+                loss = closure() if whole is None else whole._accumulate(self)
         try:
             self._update(None if whole is None else whole.sums, **clipping)
         except (RuntimeError, TypeError, ValueError):
@@ -197,6 +197,12 @@ class FullBatchGD(torch.optim.Optimizer):
                     grad = None if i in sums.unseen else sums.views[i]
                 if grad is None:
                     continue
+                if i is None and not p.requires_grad:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(p.shape)} does not require grad but has a "
+                        "gradient, from before it was frozen: call optimizer.zero_grad() (or set "
+                        "p.grad = None) after freezing"
+                    )
                 buffer = self.state.get(p, {}).get("momentum_buffer")
                 if i is None:
                     check_storage(p, "a parameter")

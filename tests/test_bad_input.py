@@ -322,7 +322,7 @@ def embedding_step(w: World) -> None:
     closure = FullBatchClosure(
         model, None, [chunk], evaluate=lambda m, c: m[1](c).sum() + m[0].weight.sum()
     )
-    w.optimizer.step(closure)
+    closure()
 
 
 def add(change: Callable[[list[Tensor]], Any], **options: Any) -> Callable[[World], None]:

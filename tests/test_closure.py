@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -501,3 +502,37 @@ def test_step_count_is_saved():
     seen.clear()
     other()
     assert seen == [2]
+
+
+@pytest.mark.parametrize("how", ["call", "accumulate", "assign", "rollback", "step", "thread"])
+@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
+def test_a_closure_that_is_at_work_refuses_to_be_entered(how, penalty):
+    """From the loss function, in the second pass or chunk; then the call goes on as if nothing
+    had happened, and without the attempt the next ones are right.
+    """
+    x, y = data()
+    model = mlp(nn.BatchNorm1d(16))
+    optimizer = FullBatchGD(model.parameters(), lr=0.1)
+    refused, calls = [], []
+
+    def enter():
+        try:
+            {"step": lambda: optimizer.step(closure), "call": closure, "thread": closure}.get(
+                how, getattr(closure, how, None)
+            )()
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    def loss_fn(output, target):
+        calls.append(1)
+        if len(calls) == 2:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(enter).result() if how == "thread" else enter()
+        return F.cross_entropy(output, target)
+
+    closure = FullBatchClosure(model, loss_fn, chunked(x, y), penalty=penalty)
+    fresh = FullBatchClosure(model, F.cross_entropy, chunked(x, y), penalty=penalty)
+    loss, grads = fresh(), grads_of(model)
+    for _ in range(2):
+        torch.testing.assert_close((closure(), grads_of(model)), (loss, grads), rtol=0, atol=0)
+    assert len(refused) == 1 and "at work" in refused[0] and closure.step == 2

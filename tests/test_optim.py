@@ -818,7 +818,9 @@ def test_an_optimizer_of_some_of_the_closure_s_parameters(backend):
 
 
 @pytest.mark.parametrize("norm_type", [2.0, math.inf, 1.0])
-def test_parameters_outside_the_closure_are_stepped_on_by_their_own_grad(norm_type, backend):
+def test_parameters_with_gradients_of_their_own_are_stepped_on_without_the_closure(
+    norm_type, backend
+):
     model, twin = small_model(), small_model()
     outside = parameters(shapes=[(3,), (2, 2), (4,)])
     twins_outside = twins(outside)
@@ -828,7 +830,10 @@ def test_parameters_outside_the_closure_are_stepped_on_by_their_own_grad(norm_ty
     closures = small_closure(model), small_closure(twin)
     for step in range(4):
         set_gradients(step, outside[:2], twins_outside[:2])
-        a.step(closures[0])
+        with pytest.raises(ValueError, match=r"3 parameters.*never be trained.*params\[0\] \[3\]"):
+            a.step(closures[0])
+        closures[0]()
+        a.step()
         closures[1]()
         norm = sgd_step(b, 0.5, norm_type)
         torch.testing.assert_close(a.last_grad_norm, norm, rtol=1e-12, atol=0)

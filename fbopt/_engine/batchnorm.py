@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,11 @@ class RunningStatistics:
 
     def __init__(self, model: torch.nn.Module, accumulation: str = "float32") -> None:
         self._layers = [m for m in model.modules() if isinstance(m, _NormBase)]
-        self.store = make_sums(accumulation)
+        self._accumulation = accumulation
+        self._forget()
+
+    def _forget(self) -> None:
+        self.store = make_sums(self._accumulation)
         self._running: list[Tensor] = []
         self._lists: list[list[Tensor]] = []  # the running statistics by device and dtype
         self._wide: list[list[Tensor]] = []  # their copies in float64
@@ -46,6 +50,17 @@ class RunningStatistics:
         self._active: list[tuple[list[Tensor], list[Tensor]]] = []
         self._counters: list[_Counter] = []
         self._passes: list[Tensor] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the layers and the units of exact sums: the rest is made anew in every call."""
+        state = {name: vars(self)[name] for name in ("_layers", "_accumulation")}
+        return state | {"units": self.store.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        units = state.pop("units")
+        vars(self).update(state)
+        self._forget()
+        self.store.load_state_dict(units)
 
     @property
     def modes(self) -> str:

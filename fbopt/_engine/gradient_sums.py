@@ -51,22 +51,46 @@ class GradientSums:
         """Start over, with other parameters if given. Buffers are kept where nothing changed."""
         if params is not None and [*map(id, params)] != [*map(id, self.params)]:
             self.params = check_params(params)
-        layout = [(id(p), p.device, p.dtype, p.shape, p.stride()) for p in self.params]
-        if layout != self._layout:
+        if self._describe() != self._layout:
+            self.buckets = FlatBuckets(self.params)
             self._allocate()
-            self._layout = layout
         self.store.zero_()
         self.total_weight = 0.0
         self.unseen = set(range(len(self.params)))
         self.is_mean = False
 
+    def _describe(self) -> list[tuple[Any, ...]]:
+        return [(id(p), p.device, p.dtype, p.shape, p.stride()) for p in self.params]
+
     @torch.no_grad()
-    def _allocate(self) -> None:
-        self.buckets = FlatBuckets(self.params)
-        flats = self.buckets.buffers(wide=True)
-        self.views = self.buckets.views(flats)
-        self.parts: Parts = self.buckets.operands(flats, self.views)
-        self.store.allocate(self.parts, flats)
+    def _allocate(
+        self, flats: Sequence[Tensor] = (), memory: Sequence[Sequence[Tensor]] = ()
+    ) -> None:
+        """Make buffers and views, or the views alone of buffers that hold sums."""
+        self._flats = flats or self.buckets.buffers(wide=True)
+        self.views = self.buckets.views(self._flats)
+        self.parts: Parts = self.buckets.operands(self._flats, self.views)
+        self.store.allocate(self.parts, self._flats, memory)
+        self._layout = self._describe()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle flat buffers once, and only if they hold sums; views would come back as copies."""
+        made_anew = ("store", "views", "parts", "_flats", "_layout", "_scalars")
+        state = {name: value for name, value in vars(self).items() if name not in made_anew}
+        state["units"] = self.store.state_dict()
+        if self.total_weight:
+            state["flats"] = self._flats
+            state["memory"] = () if self.is_mean else self.store.memory
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Only views are made here: torch.load may read the tensors' values later.
+        flats, memory = state.pop("flats", ()), state.pop("memory", ())
+        units = state.pop("units")
+        vars(self).update(state)
+        self._scalars, self.store = {}, make_sums(self.accumulation)
+        self.store.load_state_dict(units)
+        self._allocate(flats, memory)
 
     def check_weight(self, weight: float) -> None:
         """Raise TypeError or ValueError for a weight that cannot be used."""

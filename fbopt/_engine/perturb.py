@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ class Perturbation:
         self._originals = [p.detach() for p in buckets.params]
         self._flats = buckets.buffers()
         self._views = buckets.views(self._flats)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the parameters alone: the buffer holds nothing between calls."""
+        return Perturbation, (self.buckets,)
 
     def fits(self, buckets: FlatBuckets) -> bool:
         """Whether the buffer was made for these parameters and their current memory."""

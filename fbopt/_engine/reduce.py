@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fbopt._distributed import Collectives, checksum
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.gradient_sums import GradientSums
+from fbopt._ops.sums import Sums
 
 
 class Reduction:
@@ -35,7 +36,6 @@ class Reduction:
         self, model: nn.Module, sums: GradientSums, statistics: RunningStatistics, group: Any
     ) -> None:
         self._sums, self._statistics = sums, statistics
-        self._stores = sums.store, statistics.store
         self.collectives = Collectives(group)
         devices = {p.device for p in sums.params}
         self.collectives.check_devices(devices)
@@ -43,7 +43,7 @@ class Reduction:
             _refuse_wrapped(model)
         self._device = min(devices, key=str)
         self._compared: object = None
-        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._model = model
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
@@ -79,11 +79,16 @@ class Reduction:
             )
             self._compared = sums.buckets
 
+    @property
+    def _stores(self) -> tuple[Sums, Sums]:
+        return self._sums.store, self._statistics.store
+
     def _describe(self) -> dict[str, str]:
         params = self._sums.params
+        names = {id(p): name for name, p in self._model.named_parameters()}
         found = {"the number of parameters": str(len(params))}
         for i, (p, bits) in enumerate(zip(params, checksum(params), strict=True)):
-            name = f"parameter {i} ({self._names.get(id(p), 'unnamed')})"
+            name = f"parameter {i} ({names.get(id(p), 'unnamed')})"
             found[name] = f"{str(p.dtype).removeprefix('torch.')} {list(p.shape)}, checksum {bits},"
         return found
 

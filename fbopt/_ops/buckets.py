@@ -7,6 +7,7 @@ tensors are therefore copied into one flat buffer first, and the kernels then se
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ class FlatBuckets:
         self._members = [[self.params[i] for i in group] for group in self.indices]
         self._packed = [_worth_packing(members) for members in self._members]
         self._buffers: dict[str, list[Tensor | None]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the parameters alone: the buffers hold nothing between calls."""
+        return FlatBuckets, (self.params,)
 
     def gather(self, tensors: Sequence[Tensor], slot: str) -> list[list[Tensor]]:
         """Return the tensors of each bucket; those of a packed one as one flat tensor.

@@ -52,28 +52,32 @@ class FixedPointSums:
         self.allocate([], [])
 
     @torch.no_grad()
-    def allocate(self, means: Sequence[list[Tensor]], flats: Sequence[Tensor]) -> None:
+    def allocate(
+        self,
+        means: Sequence[list[Tensor]],
+        flats: Sequence[Tensor],
+        memory: Sequence[Sequence[Tensor]] = (),
+    ) -> None:
         """Make the sums of other tensors; units are kept where their number is the same.
 
         Args:
             means: lists of float32 or float64 tensors, each list on one device and of one dtype.
                 Sums have their shapes, and :meth:`mean_` writes to them.
             flats: for each list the flat buffer that it lies in.
+            memory: sums to go on with, the attribute `memory` of others of the same shapes; by
+                default they begin with zeros.
         """
+        self.memory = memory or [_zeros(part) for part in means]
         self._means = means
         self._flats: list[tuple[Tensor, Tensor]] = []
         self._sums: list[list[Tensor]] = []
         self._carries: list[list[Tensor]] = []
         self._maxima: list[Tensor] = []
         self._scales: list[Tensor] = []
-        for part in means:
-            size, device = flat_size(part), part[0].device
-            sums = torch.zeros(size, dtype=torch.int64, device=device)
-            carries = torch.zeros(size, dtype=torch.int32, device=device)
+        for part, (sums, carries, numbers) in zip(means, self.memory, strict=True):
             self._flats.append((sums, carries))
             self._sums.append(flat_views(sums, part))
             self._carries.append(flat_views(carries, part))
-            numbers = torch.zeros(2, len(part), dtype=torch.float64, device=device)
             self._maxima.append(numbers[0])
             self._scales.append(numbers[1])
         self._set_exponents(self._chosen(sum(map(len, means))))
@@ -206,3 +210,13 @@ class FixedPointSums:
                 "significant bits, so that nothing is rounded: pass the number of samples, or "
                 'accumulation="float32"'
             )
+
+
+def _zeros(part: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums and carries of a list of tensors, and two numbers for each: M, and one over the unit."""
+    size, device = flat_size(part), part[0].device
+    return (
+        torch.zeros(size, dtype=torch.int64, device=device),
+        torch.zeros(size, dtype=torch.int32, device=device),
+        torch.zeros(2, len(part), dtype=torch.float64, device=device),
+    )

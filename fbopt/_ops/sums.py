@@ -27,12 +27,18 @@ class FloatSums:
     """
 
     width = 0
+    memory: Sequence[Sequence[Tensor]] = ()
 
     def __init__(self) -> None:
         self._sums: Sequence[list[Tensor]] = ()
         self._flats: Sequence[Tensor] = ()
 
-    def allocate(self, means: Sequence[list[Tensor]], flats: Sequence[Tensor]) -> None:
+    def allocate(
+        self,
+        means: Sequence[list[Tensor]],
+        flats: Sequence[Tensor],
+        memory: Sequence[Sequence[Tensor]] = (),
+    ) -> None:
         """Sum new tensors; see :meth:`fbopt._ops.fixed_point.FixedPointSums.allocate`."""
         self._sums, self._flats = means, flats
 
