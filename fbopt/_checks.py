@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fbopt._ops.flat import DTYPES, is_dense, overlaps_itself
+from fbopt._sharding import any_sharded, local
 
 
 def check_params(params: Iterable[Tensor], name: str = "params") -> list[Tensor]:
@@ -32,6 +33,7 @@ def check_params(params: Iterable[Tensor], name: str = "params") -> list[Tensor]
 
 def check_storage(tensor: Tensor, name: str) -> None:
     """Refuse tensors that are lazy, meta, sparse, complex, integer or overlap themselves."""
+    tensor = local(tensor)
     if torch.nn.parameter.is_lazy(tensor):
         raise ValueError(
             f"{name} is uninitialized (of a lazy module): run the model on one input first"
@@ -59,6 +61,8 @@ def check_disjoint(tensors: Sequence[Tensor], name: str) -> None:
 
     Strided views may interleave without overlap: of those only the first element is compared.
     """
+    if any_sharded(tensors):
+        tensors = [local(t) for t in tensors]
     spans = sorted(
         (t.data_ptr(), t.nbytes if is_dense(t) else 1, i)
         for i, t in enumerate(tensors)

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fbopt._sharding import local
+
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -242,6 +244,6 @@ class Collectives:
 
 
 def checksum(tensors: Sequence[Tensor]) -> list[int]:
-    """Return for each tensor the sum of its bits, read as integers: exact in any order."""
-    words = [t.detach().view(_INTEGERS[t.element_size()]) for t in tensors]
+    """Return for each tensor, or its local shard, the sum of its bits: exact in any order."""
+    words = [local(t).detach().view(_INTEGERS[t.element_size()]) for t in tensors]
     return torch.stack([w.sum(dtype=torch.int64).to(words[0].device) for w in words]).tolist()

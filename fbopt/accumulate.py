@@ -88,7 +88,7 @@ class GradientAccumulator:
 
     def _finish(self) -> bool:
         store = self._sums.store
-        fits = store.fit(store.maxima(), self._additions)
+        fits = store.fit(self._sums.maxima(), self._additions)
         if fits:
             self._sums.finish()
         return fits

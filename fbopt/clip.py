@@ -17,6 +17,7 @@ from fbopt._checks import check_number, check_scalar, check_storage
 from fbopt._ops import dispatch
 from fbopt._ops.flat import accumulator_dtype, by_device_and_dtype, scalar_on
 from fbopt._ops.reference import CLIP_EPS
+from fbopt._sharding import Groups, all_groups, combine, locals_of, summed
 
 BLOCK = 16384
 
@@ -78,7 +79,7 @@ def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 
 def _clip(
-    grads: Sequence[Tensor],
+    grads: list[Tensor],
     max_norm: float | Tensor,
     norm_type: float | str,
     error_if_nonfinite: bool,
@@ -89,7 +90,9 @@ def _clip(
     p = norm_order(norm_type)
     for i, g in enumerate(grads):
         check_storage(g, f"gradient {i}")
-    norm = total_norm(grads, p)
+    whole = summed(grads)
+    norm = total_norm(locals_of(whole), p, all_groups(whole))
+    grads = locals_of(grads)
     if error_if_nonfinite:
         check_finite(norm)
     scaled, bound = clip_operands(norm, max_norm)
@@ -130,8 +133,18 @@ def clip_operands(norm: Tensor, max_norm: float | Tensor) -> tuple[Tensor, float
     return (norm.double() + CLIP_EPS) / bound - CLIP_EPS, 1.0
 
 
-def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
-    """Return the norm of all tensors as one vector: 0-dim, float64 if any is, else float32."""
+def total_norm(
+    grads: Sequence[Tensor], norm_type: float = 2.0, groups: Sequence[Groups] | None = None
+) -> Tensor:
+    """Return the norm of all tensors as one vector: 0-dim, float64 if any is, else float32.
+
+    Args:
+        grads: plain tensors.
+        norm_type: the p of the norm.
+        groups: for each tensor the processes over which it is spread, if any is.
+    """
+    if groups is not None and any(groups):
+        return _spread_norm(grads, norm_type, groups)
     if not grads:
         return torch.zeros(())
     dtype = _norm_dtype(grads)
@@ -157,6 +170,26 @@ def norm_order(norm_type: float | str) -> float:
     if p != math.inf:
         check_number("norm_type", p, above=0)
     return float(p)
+
+
+def _spread_norm(grads: Sequence[Tensor], p: float, groups: Sequence[Groups]) -> Tensor:
+    """The norm of sharded tensors: a number for each kind of sharding is summed over processes."""
+    kinds: dict[Groups, list[Tensor]] = {}
+    for g, names in zip(grads, groups, strict=True):
+        kinds.setdefault(names, []).append(g)
+    if p == 2:
+        parts = [dispatch.squared_norm(part) for part in kinds.values()]
+    else:
+        norms = [total_norm([g for g in part if g.numel()], p).double() for part in kinds.values()]
+        parts = norms if p == math.inf else [norm**p for norm in norms]
+    values = torch.stack([x.to(grads[0].device) for x in parts])
+    if p == math.inf:
+        broken = combine(values.isnan().double(), list(kinds), largest=True).any()
+        found = combine(values.nan_to_num(posinf=math.inf), list(kinds), largest=True).max()
+        norm = torch.where(broken, math.nan, found)
+    else:
+        norm = combine(values, list(kinds)).sum() ** (1 / p)
+    return norm.to(_norm_dtype(grads))
 
 
 def check_finite(norm: Tensor) -> None:

@@ -18,7 +18,13 @@ from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.cuda_graphs import ChunkGraphs, graph_device, refuse_nested
 from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.gradient_sums import MOST_PASSES
-from fbopt._engine.inputs import check_arguments, check_covered, refuse_compiled, weigh
+from fbopt._engine.inputs import (
+    check_arguments,
+    check_covered,
+    refuse_compiled,
+    refuse_sharded,
+    weigh,
+)
 from fbopt._engine.perturb import Perturbation
 from fbopt._engine.reduce import Reduction
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
@@ -293,6 +299,7 @@ class FullBatchClosure:
             return None
         if self.penalty.method == "exact":
             refuse_compiled(self.model)
+            refuse_sharded(self.sums.params)
         value = self.penalty.coefficient_at(self.step, self.optimizer)
         return None if isinstance(value, (int, float)) and value == 0 else value
 

@@ -14,6 +14,14 @@ from fbopt._eager import eager
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._ops import dispatch
 from fbopt._ops.flat import accumulator_dtype, scalar_on
+from fbopt._sharding import (
+    all_groups,
+    any_sharded,
+    check_same_placement,
+    local,
+    locals_of,
+    placed_as,
+)
 from fbopt.clip import check_finite, clip_operands, norm_order, total_norm
 from fbopt.closure import FullBatchClosure
 
@@ -188,6 +196,7 @@ class FullBatchGD(torch.optim.Optimizer):
     def _batches(self, sums: GradientSums | None) -> Iterator[_Batch]:
         """Batch tensors for one kernel call: the same group, device, dtypes and first step."""
         index = {} if sums is None else {id(p): i for i, p in enumerate(sums.params)}
+        sharded = any_sharded(p for group in self.param_groups for p in group["params"])
         for options in self.param_groups:
             group = {**options, **{name: _number(options[name]) for name in RULE}}
             batches: dict[tuple[Any, ...], _Batch] = {}
@@ -208,8 +217,12 @@ class FullBatchGD(torch.optim.Optimizer):
                     check_storage(p, "a parameter")
                     check_storage(grad, "a gradient")
                     _check_fit(grad, p, "gradient", accumulator_dtype(p.dtype))
+                    if sharded:
+                        grad = local(placed_as(grad, p, "a gradient"))
                 if buffer is not None and group["momentum"] != 0:
                     _check_fit(buffer, p, "momentum_buffer", p.dtype)
+                    if sharded:
+                        check_same_placement(buffer, p, "a momentum_buffer")
                 first = group["momentum"] != 0 and buffer is None
                 key = (p.device, p.dtype, grad.dtype, first, i is None)
                 if key not in batches:
@@ -224,11 +237,12 @@ class FullBatchGD(torch.optim.Optimizer):
 
     def _step(self, batch: _Batch, norm: Tensor | None, max_norm: float | None) -> None:
         group, params, device = batch.group, batch.params, batch.params[0].device
-        buffers = []
+        held = []
         if group["momentum"] != 0 and batch.first:
-            buffers = [torch.empty_like(p, requires_grad=False) for p in params]
+            held = [torch.empty_like(p, requires_grad=False) for p in params]
         elif group["momentum"] != 0:
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            held = [self.state[p]["momentum_buffer"] for p in params]
+        params, buffers = locals_of(params), locals_of(held)
         rule = {name: group[name] for name in RULE}
         dispatch.sgd_step_(
             params,
@@ -243,7 +257,7 @@ class FullBatchGD(torch.optim.Optimizer):
         )
         torch.autograd.graph.increment_version([*params, *buffers])
         if batch.first:
-            for p, buffer in zip(params, buffers, strict=True):
+            for p, buffer in zip(batch.params, held, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
 
     def _clipping(self) -> dict[str, Any]:
@@ -292,9 +306,10 @@ def _mean_norm(batches: list[_Batch], norm_type: float) -> Tensor:
     norms: list[Tensor] = []
     divisors = [batch.divisor for batch in batches if batch.divisor is not None]
     for of_sums in (True, False):
-        grads = [g for b in batches if (b.divisor is not None) == of_sums for g in b.grads]
+        some = [b for b in batches if (b.divisor is not None) == of_sums]
+        grads = [g for b in some for g in b.grads]
         if grads:
-            norm = total_norm(grads, norm_type)
+            norm = total_norm(grads, norm_type, all_groups([p for b in some for p in b.params]))
             norms.append(norm / divisors[0].to(norm) if of_sums else norm)
     if len(norms) == 2:
         both: Tensor = torch.linalg.vector_norm(

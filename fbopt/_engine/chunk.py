@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fbopt._engine.batchnorm import RunningStatistics
-from fbopt._engine.chunk_clip import ChunkClip, squared_norm
+from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.perturb import Perturbation, hessian_gradient_product
@@ -76,7 +76,9 @@ class ChunkGradient:
 
     def _add_plain(self, grads: Sequence[Tensor | None], weight: float | Tensor) -> Tensor | None:
         parts = self.sums.gather(grads)
-        square = squared_norm(parts) if self.chunk_norms or self.clip is not None else None
+        square = (
+            self.sums.squared_norm(parts) if self.chunk_norms or self.clip is not None else None
+        )
         if self.clip is not None:
             weight = self.clip.weight(weight, square)
         self.sums.add(parts, weight)
@@ -87,7 +89,7 @@ class ChunkGradient:
     ) -> Tensor:
         products = hessian_gradient_product([g for g in grads if g is not None], self.sums.params)
         parts = self.sums.gather([None if g is None else g.detach() for g in grads])
-        square = squared_norm(parts)
+        square = self.sums.squared_norm(parts)
         # With g+ = H g, g- = 0 and ||g|| / (2 radius) = 1 the kernel's central difference is H g.
         plus = self.sums.buckets.gather(products, "plus")
         minus, one = [[torch.zeros_like(h) for h in part] for part in plus], torch.ones_like(square)

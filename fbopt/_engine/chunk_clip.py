@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from fbopt._engine.gradient_sums import GradientSums, Parts
-from fbopt._ops import dispatch
 from fbopt._ops.reference import clip_coefficient
 
 
@@ -54,9 +53,4 @@ class ChunkClip:
 
     def _add_whole(self, weight: float | Tensor) -> None:
         parts = self._whole.parts
-        self._sums.add(parts, self.weight(weight, squared_norm(parts)))
-
-
-def squared_norm(parts: Parts) -> Tensor:
-    """||g||^2 of a gathered gradient: 0-dim, float64."""
-    return dispatch.squared_norm([g for part in parts for g in part])
+        self._sums.add(parts, self.weight(weight, self._whole.squared_norm(parts)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fbopt._engine.inputs import check_loss, pair
+from fbopt._sharding import gathered
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class ChunkLoss:
     def differentiable(self, index: int, chunk: Any) -> tuple[Tensor, Any, Any]:
         """Return the same with an autograd graph; the loss has to depend on a parameter."""
         with torch.enable_grad():
-            found = self(index, chunk)
-        check_loss(index, found[0], "evaluate" if self.evaluate else "loss_fn")
-        return found
+            loss, output, target = self(index, chunk)
+            loss = gathered(loss)
+        check_loss(index, loss, "evaluate" if self.evaluate else "loss_fn")
+        return loss, output, target
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:

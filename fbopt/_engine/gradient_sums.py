@@ -13,6 +13,7 @@ from torch import Tensor
 from fbopt._checks import check_number, check_params
 from fbopt._ops.buckets import FlatBuckets
 from fbopt._ops.sums import make_sums
+from fbopt._sharding import any_sharded, groups_of, local, sharded_as
 
 # The most passes until the units of exact sums fit; two suffice unless gradients change.
 MOST_PASSES = 4
@@ -34,7 +35,8 @@ class GradientSums:
         accumulation: as given.
         store: the strategy that keeps the sums.
         buckets: groups the parameters for kernels; a new object once they have changed.
-        views: for each parameter its sum and later its mean: of its shape, in the sums' dtype.
+        views: for each parameter its sum and later its mean: of its shape, or of that of its shard
+            on this process, in the sums' dtype.
         unseen: the indices of parameters for which no gradient was added.
         total_weight: the sum of the weights.
         is_mean: whether ``views`` are means already.
@@ -60,7 +62,12 @@ class GradientSums:
         self.is_mean = False
 
     def _describe(self) -> list[tuple[Any, ...]]:
-        return [(id(p), p.device, p.dtype, p.shape, p.stride()) for p in self.params]
+        found: list[tuple[Any, ...]] = [
+            (id(p), p.device, p.dtype, p.shape, p.stride()) for p in self.params
+        ]
+        if any_sharded(self.params):
+            found += [(groups_of(p), local(p).shape) for p in self.params]
+        return found
 
     @torch.no_grad()
     def _allocate(
@@ -135,6 +142,14 @@ class GradientSums:
             penalty = coefficient.to(device), squared_norm.to(device), radius
             self.store.add_penalised(k, *passes, self.scalar(weight, device), *penalty)
 
+    def squared_norm(self, parts: Parts) -> Tensor:
+        """Return ``||g||^2`` of a gathered gradient, over all shards: 0-dim, float64."""
+        return self.buckets.squared_norm(parts)
+
+    def maxima(self) -> Tensor:
+        """Return what :meth:`fit` of the store needs, over all shards."""
+        return self.buckets.maxima(self.store.maxima())
+
     def finish(self) -> None:
         """End the sum: exact sums become means, float sums are left to be divided."""
         self.is_mean = self.store.finish(self.total_weight)
@@ -154,12 +169,19 @@ class GradientSums:
     def means(self) -> list[Tensor | None]:
         """For each parameter the mean in its dtype, None where no gradient was added.
 
-        The tensors share the buffers' memory, but in half precision, where they are copies.
+        The tensors share the buffers' memory, but in half precision, where they are copies. Of
+        sharded parameters they are DTensors.
         """
         self.settle()
-        return [
+        means = [
             None if i in self.unseen else view if view.dtype == p.dtype else view.to(p.dtype)
             for i, (view, p) in enumerate(zip(self.views, self.params, strict=True))
+        ]
+        if self.buckets.sharding is None:
+            return means
+        return [
+            None if mean is None else sharded_as(p, mean)
+            for mean, p in zip(means, self.params, strict=True)
         ]
 
     def divisor(self, device: torch.device) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fbopt._checks import check_number
+from fbopt._sharding import any_sharded
 from fbopt.penalty import GradientPenalty
 
 FUNCTIONS = ("loss_fn", "evaluate", "observe", "on_pass_start", "weight")
@@ -104,6 +105,15 @@ def refuse_compiled(model: nn.Module) -> None:
                 f"method='exact' differentiates twice, which a compiled model ({name or 'model'}) "
                 "cannot: use method='forward' or 'central', or the model before torch.compile"
             )
+
+
+def refuse_sharded(params: Sequence[Tensor]) -> None:
+    """Refuse double backward through DTensors, where torch's own loses terms without a word."""
+    if any_sharded(params):
+        raise RuntimeError(
+            "method='exact' differentiates twice, which gives wrong values for sharded parameters "
+            "(DTensor): use method='forward' or 'central'"
+        )
 
 
 def weigh(index: int, chunk: Any, weight: Callable[[Any], float] | None) -> float:

@@ -19,15 +19,20 @@ from fbopt._ops.flat import accumulator_dtype
 class Perturbation:
     """A second buffer for the parameters, which point to it while they are perturbed.
 
-    The parameters' own memory is never written: afterwards they are bit for bit what they were,
-    also if the pass in between raises.
+    The memory of plain parameters is never written: afterwards they are bit for bit what they were,
+    also if the pass in between raises. Shards of DTensors, whose memory FSDP2 keeps pointers to,
+    are saved, overwritten and copied back.
     """
 
     def __init__(self, buckets: FlatBuckets) -> None:
         self.buckets = buckets
-        self._originals = [p.detach() for p in buckets.params]
+        self._originals = [p.detach() for p in buckets.locals]
         self._flats = buckets.buffers()
         self._views = buckets.views(self._flats)
+        whole = [p is shard for p, shard in zip(buckets.params, buckets.locals, strict=True)]
+        self._pointed = [i for i, is_whole in enumerate(whole) if is_whole]
+        self._in_place = [i for i, is_whole in enumerate(whole) if not is_whole]
+        self._saved = [torch.empty_like(self._originals[i]) for i in self._in_place]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the parameters alone: the buffer holds nothing between calls."""
@@ -37,13 +42,16 @@ class Perturbation:
         """Whether the buffer was made for these parameters and their current memory."""
         return buckets is self.buckets and all(
             p.data_ptr() == o.data_ptr()
-            for p, o in zip(buckets.params, self._originals, strict=True)
+            for p, o in zip(buckets.current(), self._originals, strict=True)
         )
 
     @torch.no_grad()
     def begin(self) -> None:
         """Read theta, which all perturbations start from until the next call."""
-        self._theta = self.buckets.gather(self._originals, "params")
+        theta = list(self._originals)
+        for i, saved in zip(self._in_place, self._saved, strict=True):
+            theta[i] = saved.copy_(theta[i])
+        self._theta = self.buckets.group(theta, "params")
 
     @torch.no_grad()
     def fill(
@@ -53,8 +61,8 @@ class Perturbation:
 
         The gradients are gathered (:meth:`FlatBuckets.gather`); the radius may be negative.
         """
-        if squared_norm is None and len(grads) > 1:
-            squared_norm = dispatch.squared_norm([g for part in grads for g in part])
+        if squared_norm is None and (len(grads) > 1 or self.buckets.sharding is not None):
+            squared_norm = self.buckets.squared_norm(grads)
         for flat, theta, part in zip(self._flats, self._theta, grads, strict=True):
             known = None if squared_norm is None else squared_norm.to(flat.device)
             result = dispatch.perturb_(flat, theta, part, radius, known)
@@ -62,16 +70,23 @@ class Perturbation:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Point the parameters to the buffer within this context."""
+        """Point the parameters to the buffer, or copy it to the shards, within this context."""
         try:
             self._point_to(self._views)
+            self._write([self._views[i] for i in self._in_place])
             yield
         finally:
             self._point_to(self._originals)
+            self._write(self._saved)
 
     def _point_to(self, tensors: list[Tensor]) -> None:
-        for p, t in zip(self.buckets.params, tensors, strict=True):
-            p.data = t
+        for i in self._pointed:
+            self.buckets.params[i].data = tensors[i]
+
+    @torch.no_grad()
+    def _write(self, tensors: list[Tensor]) -> None:
+        for i, t in zip(self._in_place, tensors, strict=True):
+            self._originals[i].copy_(t)
 
 
 def hessian_gradient_product(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:

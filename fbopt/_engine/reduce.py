@@ -135,7 +135,8 @@ class Reduction:
         seen = [i not in sums.unseen for i in range(len(sums.params))]
         widths, maxima = [store.width for store in self._stores], None
         if any(widths):
-            maxima = torch.cat([store.maxima().to(device) for store in self._stores])
+            own = sums.maxima(), statistics.store.maxima()
+            maxima = torch.cat([m.to(device) for m in own])
         found = self.collectives.agree(seen, self._counts(), device, maxima=maxima)
         counts, weights, wide = zip(*found.table, strict=True)
         if not any(counts):

@@ -14,19 +14,43 @@ from torch import Tensor
 
 from fbopt._ops import dispatch
 from fbopt._ops.flat import ALIGN, accumulator_dtype, by_device_and_dtype, flat_size, flat_views
+from fbopt._sharding import Sharding, combine, local
 
 # Copying a tensor of this mean size costs about what it saves; fewer tensors are not worth a call.
 PACK_NUMEL, PACK_COUNT = 512, 16
 
 
 class FlatBuckets:
-    """Hands parameters, and lists of tensors of their shapes, to the kernels."""
+    """Hands parameters, and lists of tensors of their shapes, to the kernels.
+
+    Of sharded parameters (DTensors) the kernels get this process's shards; those of one bucket lie
+    over the same process groups.
+
+    Attributes:
+        params: the parameters.
+        locals: this process's shard of each parameter, and plain parameters themselves.
+        sharding: where the shards lie; None if all parameters are plain.
+        indices: for each bucket its parameters.
+    """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.params = list(params)
-        self.indices = by_device_and_dtype(self.params)
-        self._members = [[self.params[i] for i in group] for group in self.indices]
-        self._packed = [_worth_packing(members) for members in self._members]
+        self.sharding = Sharding.of(self.params)
+        self.locals = self.params if self.sharding is None else self.sharding.locals
+        # What is packed, and so the units of exact sums, follows from the sizes of whole tensors.
+        kinds = by_device_and_dtype(self.params)
+        packed = [_worth_packing([self.params[i] for i in kind]) for kind in kinds]
+        if self.sharding is None:
+            self.indices, self._packed = kinds, packed
+        else:
+            split = [self.sharding.split(kind) for kind in kinds]
+            self.indices = [bucket for buckets in split for bucket in buckets]
+            self._packed = [p for p, b in zip(packed, split, strict=True) for _ in b]
+        # Packed tensors lie row by row; a shard may be a view that does not.
+        self._members = [
+            [self.locals[i].contiguous() if packed else self.locals[i] for i in group]
+            for group, packed in zip(self.indices, self._packed, strict=True)
+        ]
         self._buffers: dict[str, list[Tensor | None]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -38,6 +62,12 @@ class FlatBuckets:
 
         The next call with the same slot overwrites that tensor.
         """
+        if self.sharding is not None:
+            tensors = self.sharding.shards(tensors)
+        return self.group(tensors, slot)
+
+    def group(self, tensors: Sequence[Tensor], slot: str) -> list[list[Tensor]]:
+        """:meth:`gather` for tensors that are local already."""
         if len(self.indices) == 1:
             parts = [list(tensors)]
         else:
@@ -53,6 +83,10 @@ class FlatBuckets:
                 parts[k] = [buffers[k]]
         return parts
 
+    def current(self) -> list[Tensor]:
+        """Return ``locals`` as they are now: a parameter may have got other memory."""
+        return self.params if self.sharding is None else [local(p) for p in self.params]
+
     def buffers(self, *, wide: bool = False) -> list[Tensor]:
         """Return flat zeros for each bucket, in its dtype or (wide) in that of its sums."""
         return [
@@ -62,7 +96,7 @@ class FlatBuckets:
 
     def views(self, flats: Sequence[Tensor]) -> list[Tensor]:
         """Return for each parameter its view into the flat buffers of the buckets."""
-        found: list[Tensor] = list(self.params)
+        found: list[Tensor] = list(self.locals)
         for k, (group, flat) in enumerate(zip(self.indices, flats, strict=True)):
             for i, view in zip(
                 group, flat_views(flat, self._members[k], self._align(k)), strict=True
@@ -76,6 +110,36 @@ class FlatBuckets:
             [flat] if packed else [views[i] for i in group]
             for group, packed, flat in zip(self.indices, self._packed, flats, strict=True)
         ]
+
+    def squared_norm(self, parts: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Return ``||x||^2`` of gathered tensors, over all processes: 0-dim, float64."""
+        if self.sharding is None:
+            return dispatch.squared_norm([x for part in parts for x in part])
+        device = self._members[0][0].device
+        squares = torch.stack([dispatch.squared_norm(part).to(device) for part in parts])
+        groups = [self.sharding.groups[group[0]] for group in self.indices]
+        return combine(squares, groups).sum()
+
+    def maxima(self, maxima: Tensor) -> Tensor:
+        """Return the largest over all processes of a number for each tensor of :meth:`operands`.
+
+        Buckets that are one where nothing is sharded, and packed, share one number.
+        """
+        if self.sharding is None or not len(maxima):
+            return maxima
+        counts = [1 if p else len(g) for p, g in zip(self._packed, self.indices, strict=True)]
+        pairs = zip(self.indices, counts, strict=True)
+        groups = [self.sharding.groups[group[0]] for group, n in pairs for _ in range(n)]
+        maxima = combine(maxima, groups, largest=True)
+        parts = maxima.split(counts)
+        kinds = [(m[0].device, m[0].dtype) for m in self._members]
+        for kind in set(kinds):
+            alike = [parts[k] for k, other in enumerate(kinds) if other == kind and self._packed[k]]
+            if len(alike) > 1:
+                largest = torch.stack(alike).max()
+                for part in alike:
+                    part.fill_(largest)
+        return maxima
 
     def _flat(self, group: int, dtype: torch.dtype) -> Tensor:
         members = self._members[group]
