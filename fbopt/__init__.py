@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fbopt.accumulate import GradientAccumulator
     from fbopt.clip import clip_grad_norm_
     from fbopt.closure import FullBatchClosure
+    from fbopt.diagnosis import check
     from fbopt.optim import FullBatchGD
     from fbopt.penalty import GradientPenalty
 
@@ -20,6 +21,7 @@ __all__ = [
     "FullBatchGD",
     "GradientAccumulator",
     "GradientPenalty",
+    "check",
     "clip_grad_norm_",
 ]
 __version__ = "0.1.0"
@@ -29,6 +31,7 @@ _HOMES = {
     "FullBatchGD": "optim",
     "GradientAccumulator": "accumulate",
     "GradientPenalty": "penalty",
+    "check": "diagnosis",
     "clip_grad_norm_": "clip",
 }
 

@@ -19,6 +19,8 @@ FLOORS = (
     ("_ops", "reference", "_checks", "_random", "_eager", "_sharding"),
     ("_distributed",),
     ("_engine", "accumulate", "penalty", "clip"),
+    ("_diagnosis",),
+    ("diagnosis",),
     ("closure",),
     ("optim",),
     ("analysis", "integrations"),

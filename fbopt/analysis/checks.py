@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
+from fbopt._engine.repeatability import DRAWN_ELSEWHERE, first_nonfinite, other_chunks
 from fbopt.analysis.objective import Objective
 
 
@@ -26,14 +27,12 @@ def check(objective: Objective) -> None:
 
 def check_finite(objective: Objective) -> None:
     """Raise ValueError for a parameter or buffer that is infinite or NaN, by its name."""
-    ids, model = {id(p) for p in objective.params}, objective.model
-    params = [(name, p) for name, p in model.named_parameters() if id(p) in ids]
-    for name, tensor in [*params, *model.named_buffers()]:
-        if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"{name} of the model holds infinite or undefined values: training diverged, so "
-                "measure an earlier checkpoint, or train with a smaller learning rate"
-            )
+    name = first_nonfinite(objective.model, objective.params)
+    if name is not None:
+        raise ValueError(
+            f"{name} of the model holds infinite or undefined values: training diverged, so "
+            "measure an earlier checkpoint, or train with a smaller learning rate"
+        )
 
 
 @torch.no_grad()
@@ -58,7 +57,11 @@ def check_deterministic(objective: Objective) -> None:
         again = [_chunk_loss(objective, index, chunk) for index, chunk, _ in objective.visit()]
     objective.count("losses")
     if first != again:
-        raise RuntimeError(_other_chunks(first, again))
+        found, cause, cure = other_chunks(first, again)
+        raise RuntimeError(
+            "the loss is not deterministic: every chunk gives the same loss twice, but the second "
+            f"pass {found}. Likely cause: {cause}; {cure}"
+        )
 
 
 def _chunk_loss(objective: Objective, index: int, chunk: object) -> float:
@@ -95,31 +98,9 @@ def _random_model(objective: Objective, index: int, losses: list[float]) -> str:
         if objective.dropout == "seeded" and dropout:
             return f"{text}, though dropout ({name}) is seeded: something else is random as well"
     return (
-        f"{text}. Likely causes: dropout or noise that is drawn in a forward() or in the loss "
-        "whether or not the module is in eval mode (draw it only where self.training, which "
+        f"{text}. Likely causes: {DRAWN_ELSEWHERE} whether or not the module is in eval mode (draw "
+        "it only where self.training, which "
         "model.eval() and dropout='off' turn off; or pass dropout='seeded' if torch's generators "
         "draw it, else fix its seed), or operations that add in no fixed order (try "
         "torch.use_deterministic_algorithms(True))"
-    )
-
-
-def _other_chunks(first: list[float], again: list[float]) -> str:
-    if len(first) != len(again):
-        found = (
-            f"had {len(again)} chunks and the first {len(first)}: chunks must be the same each "
-            "time they are iterated over"
-        )
-    elif sorted(first) == sorted(again):
-        found = (
-            "visited them in another order. Likely cause: chunks are shuffled; pass a list of "
-            "them, or a DataLoader with shuffle=False"
-        )
-    else:
-        found = (
-            "had other samples in them. Likely causes: a DataLoader with shuffle=True (pass "
-            "shuffle=False), or random augmentation (leave it out, or pass a list of chunks)"
-        )
-    return (
-        "the loss is not deterministic: every chunk gives the same loss twice, but the second pass "
-        f"{found}"
     )

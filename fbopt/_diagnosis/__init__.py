@@ -1,0 +1,1 @@
+"""The checks of fbopt.check: each compares what a closure computes with what it should."""
