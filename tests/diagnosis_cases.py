@@ -137,7 +137,7 @@ def contrastive_loss():
     return FullBatchClosure(mlp(), loss_fn, chunked(*samples())), None
 
 
-@mistake("optimizer", "never trained")
+@mistake("optimizer", "never be trained")
 def coefficients_outside_the_model():
     model, extra = mlp(), nn.Parameter(torch.ones(2))
     optimizer = torch.optim.Adam([*model.parameters(), extra])
@@ -151,21 +151,11 @@ def a_layer_without_an_optimizer():
     return FullBatchClosure(model, F.cross_entropy, chunked(*samples())), optimizer
 
 
-@mistake("optimizer", "no step moves one")
+@mistake("optimizer", "holds none of the closure's")
 def closure_over_a_copy():
     model = mlp()
     chunks, optimizer = chunked(*samples()), torch.optim.SGD(model.parameters(), 0.1)
     return FullBatchClosure(copy.deepcopy(model), F.cross_entropy, chunks), optimizer
-
-
-@mistake("optimizer", "frozen during training")
-def frozen_layer_with_an_old_gradient():
-    model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    x, y = samples()
-    F.cross_entropy(model(x), y).backward()
-    model[0].requires_grad_(False)
-    return FullBatchClosure(model, F.cross_entropy, chunked(x, y)), optimizer
 
 
 @mistake("optimizer", "another optimizer")

@@ -17,6 +17,7 @@ from fbopt._diagnosis.report import Report
 from fbopt._diagnosis.setup import some
 from fbopt._engine.inputs import tensors
 from fbopt._engine.repeatability import DRAWN_ELSEWHERE, other_chunks
+from fbopt._sharding import local
 
 Gradient = tuple[Tensor, list[Tensor | None]]
 
@@ -133,7 +134,7 @@ def _check_finite(probe: Probe, index: int, found: Gradient, report: Report) -> 
     bad = [
         name
         for name, g in zip(probe.names, grads, strict=True)
-        if g is not None and not torch.isfinite(g).all()
+        if g is not None and not torch.isfinite(local(g)).all()
     ]
     if bad:
         half = probe.closure.autocast is torch.float16
@@ -210,13 +211,13 @@ def fingerprint(chunk: Any) -> int:
 
 
 def distance(a: Sequence[Tensor | None], b: Sequence[Tensor | None] | None = None) -> float:
-    """||a - b||, or ||a||, in float64; None counts as zero."""
+    """||a - b||, or ||a||, in float64, of this process's shards; None counts as zero."""
     total = 0.0
     for i, x in enumerate(a):
         y = None if b is None else b[i]
         if x is None and y is None:
             continue
-        wide = torch.zeros_like(y) if x is None else x.detach()
-        wide = wide.double() if y is None else wide.double() - y.detach().double()
+        wide = torch.zeros_like(local(y)) if x is None else local(x.detach())
+        wide = wide.double() if y is None else wide.double() - local(y.detach()).double()
         total += float(wide.square().sum())
     return total**0.5

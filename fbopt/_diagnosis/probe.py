@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.inputs import weigh
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
+from fbopt._sharding import any_sharded, local
 
 if TYPE_CHECKING:
     from fbopt.closure import FullBatchClosure
@@ -38,7 +39,7 @@ class Probe:
 
     def __init__(self, closure: FullBatchClosure) -> None:
         self.closure, self.model = closure, closure.model
-        self.params = closure._trainable()
+        self.params = closure._trainable(closure._candidates())
         known = {id(p): name for name, p in self.model.named_parameters()}
         self.names = [known.get(id(p), f"params[{i}]") for i, p in enumerate(self.params)]
         self.devices = {p.device for p in self.params}
@@ -52,7 +53,7 @@ class Probe:
     @property
     def is_sharded(self) -> bool:
         """Whether a parameter is a DTensor, of which this process holds a part."""
-        return any(hasattr(p, "device_mesh") for p in self.params)
+        return any_sharded(self.params)
 
     def few_chunks(self) -> list[Any]:
         """The first chunks of a new visit."""
@@ -99,7 +100,7 @@ class Probe:
         """Restore everything after the checks; note in ``changed`` which parameters had changed."""
         every = list(self.model.parameters())
         every += [p for p in self.params if all(p is not q for q in every)]
-        grads, copies = [p.grad for p in every], [p.detach().clone() for p in every]
+        grads, copies = [p.grad for p in every], [local(p.detach()).clone() for p in every]
         python, numpy_state = random.getstate(), np.random.get_state()
         own = [(g, g.get_state()) for g in _generators(self.closure.chunks)]
         modules = list(self.model.modules())
@@ -129,8 +130,9 @@ class Probe:
         known = {id(p): name for name, p in self.model.named_parameters()}
         for p, copy, g in zip(every, copies, grads, strict=True):
             p.grad = g
-            if ((p != copy) & ~(p.isnan() & copy.isnan())).any():
-                p.copy_(copy)
+            own = local(p.detach())
+            if ((own != copy) & ~(own.isnan() & copy.isnan())).any():
+                own.copy_(copy)
                 self.changed.append(known.get(id(p), "one of params"))
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fbopt._diagnosis.probe import Probe
 from fbopt._diagnosis.report import Report
-from fbopt._engine.inputs import tensors
+from fbopt._engine.inputs import check_covered, tensors
 from fbopt._engine.repeatability import first_nonfinite
 
 TINY = 3  # samples: too few to normalise by
@@ -39,46 +39,24 @@ def check_setup(probe: Probe, optimizer: torch.optim.Optimizer | None, report: R
 
 def _check_optimizer(probe: Probe, optimizer: torch.optim.Optimizer, report: Report) -> None:
     report.note("optimizer")
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    stepped, known = {id(p) for p in held}, {id(p) for p in probe.params}
-    names = {id(p): name for name, p in probe.model.named_parameters()}
-    untrained = [p for p in held if p.requires_grad and id(p) not in known]
-    unmoved = [name for p, name in zip(probe.params, probe.names, strict=True)
-               if id(p) not in stepped]  # fmt: skip
-    if len(unmoved) == len(probe.params):
-        report.error(
-            "optimizer",
-            f"the optimizer holds none of the closure's {len(known)} parameters: no step moves one",
-            "optimizer and closure were made with different models, such as a copy",
-            "make the optimizer with the parameters of the closure's model",
-        )
-    elif unmoved:
+    try:
+        check_covered(optimizer, probe.params, probe.model)
+    except ValueError as error:
+        found, _, cure = str(error).rpartition("): ")
+        cause = "parameters outside the closure's model, or a copy of it"
+        report.error("optimizer", f"{found})", cause, cure)
+        return
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    pairs = zip(probe.names, probe.params, strict=True)
+    unmoved = [name for name, p in pairs if id(p) not in stepped]
+    if unmoved:
+        moved = len(probe.params) - len(unmoved)
         report.doubt(
             "optimizer",
-            f"the closure differentiates {len(known)} parameters, the optimizer steps on "
-            f"{len(known) - len(unmoved)}; the others never move: {some(unmoved)}",
+            f"the closure differentiates {len(probe.params)} parameters, the optimizer steps on "
+            f"{moved}; the others never move: {some(unmoved)}",
             "a layer that was not given to the optimizer",
             "add it to the optimizer, or freeze it with requires_grad_(False)",
-        )
-    if untrained and len(unmoved) < len(probe.params):
-        found = [names.get(id(p), f"a tensor of shape {tuple(p.shape)}") for p in untrained]
-        report.error(
-            "optimizer",
-            f"{len(untrained)} of the optimizer's {len(held)} parameters get no gradient from the "
-            f"closure, so they are never trained: {some(found)}",
-            "parameters outside the closure's model",
-            "pass the closure params=[*model.parameters(), ...] with all that are trained",
-        )
-    cleared = {id(p) for p in probe.closure.sums.params}  # by the next call, frozen or not
-    frozen = [names.get(id(p), "one of them") for p in held
-              if not p.requires_grad and p.grad is not None and id(p) not in cleared]  # fmt: skip
-    if frozen:
-        report.error(
-            "optimizer",
-            f"{len(frozen)} frozen parameters still have an old gradient, on which the optimizer "
-            f"steps: {some(frozen)}",
-            "a layer that was frozen during training",
-            "set p.grad = None where you freeze p",
         )
     _check_followed(probe, optimizer, report)
 

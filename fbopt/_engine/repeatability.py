@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fbopt._sharding import local
+
 DRAWN_ELSEWHERE = "dropout or noise that is drawn in a forward() or in the loss"
 
 
@@ -18,7 +20,7 @@ def first_nonfinite(model: nn.Module, params: Iterable[Tensor]) -> str | None:
     ids = {id(p) for p in params}
     wanted = [(name, p) for name, p in model.named_parameters() if id(p) in ids]
     tensors = [*wanted, *model.named_buffers()]
-    return next((name for name, t in tensors if not torch.isfinite(t).all()), None)
+    return next((name for name, t in tensors if not torch.isfinite(local(t.detach())).all()), None)
 
 
 def other_chunks(first: Sequence[Any], again: Sequence[Any]) -> tuple[str, str, str]:

@@ -100,6 +100,6 @@ def _random_model(objective: Objective, index: int, losses: list[float]) -> str:
     return (
         f"{text}. Likely causes: {DRAWN_ELSEWHERE} whether or not the module is in eval mode (draw "
         "it only where self.training, which model.eval() and dropout='off' turn off; or pass "
-        "dropout='seeded' if torch's generators draw it, else fix its seed), or operations that add in no fixed order (try "
-        "torch.use_deterministic_algorithms(True))"
+        "dropout='seeded' if torch's generators draw it, else fix its seed), or operations that "
+        "add in no fixed order (try torch.use_deterministic_algorithms(True))"
     )
