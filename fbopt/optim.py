@@ -214,7 +214,8 @@ class FullBatchGD(torch.optim.Optimizer):
                     )
                 buffer = self.state.get(p, {}).get("momentum_buffer")
                 if i is None:
-                    check_storage(p, "a parameter")
+                    if not p.is_contiguous():  # was it frozen when its group was added?
+                        check_storage(p, "a parameter")
                     check_storage(grad, "a gradient")
                     _check_fit(grad, p, "gradient", accumulator_dtype(p.dtype))
                     if sharded:
