@@ -6,7 +6,8 @@ for step in …:  take a step;  after each pass: log, evaluate, move the learnin
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,12 @@ from fbopt.train.distributed import DistributedContext, distributed_context, sel
 from fbopt.train.reporting.describe import describe
 from fbopt.train.reporting.plots import draw_curves
 from fbopt.train.reporting.progress import Progress
+from fbopt.train.reporting.tensorboard import TensorBoard, check_installed
 from fbopt.train.signals import Interrupted, SignalHandler
 from fbopt.train.trainer import Trainer
+
+Write = Callable[[dict[str, Any]], None]
+Callback = Callable[[Mapping[str, Any]], object]
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,11 @@ class Result:
     model: nn.Module
 
 
-def train(options: Options) -> Result:
+def train(options: Options, callbacks: Sequence[Callback] = ()) -> Result:
     """Train as `options` say, write the run folder, and return the result.
+
+    Each of `callbacks` is called with every row that goes to metrics.jsonl, a dict of numbers,
+    after it was written, on rank 0. A resumed run begins with the first row after its checkpoint.
 
     Under torchrun all processes train together, each on its share of the chunks. Rank 0 alone reads
     and writes the folder, and prints. An error is raised on the rank where it happened; the others
@@ -54,11 +62,13 @@ def train(options: Options) -> Result:
         WriteError: a full disk and the like; earlier checkpoints are whole.
     """
     with distributed_context() as context, ExitStack() as lock:
-        return _train(options, context, lock)
+        return _train(options, callbacks, context, lock)
 
 
-def _train(options: Options, context: DistributedContext, lock: ExitStack) -> Result:
-    start = context.from_rank_zero(lambda: find_start(options, lock))
+def _train(
+    options: Options, callbacks: Sequence[Callback], context: DistributedContext, lock: ExitStack
+) -> Result:
+    start = context.from_rank_zero(lambda: _find_start(options, lock))
     with context.raising_together():
         trainer, digest = _build(start.options, context)
         facts = environment(trainer, digest)
@@ -69,15 +79,38 @@ def _train(options: Options, context: DistributedContext, lock: ExitStack) -> Re
     summary = context.from_rank_zero(lambda: _summary_if_finished(trainer, start.folder))
     if summary is None:
         context.from_rank_zero(lambda: _open_folder(trainer, start, facts, lock))
-        saver = None
-        with SignalHandler(start.folder) as signals:
+        saver = write = None
+        with SignalHandler(start.folder) as signals, ExitStack() as logs:
             if context.is_rank_zero:
                 saved = None if start.state is None else trainer.step
                 extra = {"data": digest, "environment": facts}
                 saver = Saver(trainer, start.folder, extra, saved)
-            _fit(trainer, start.folder, saver, signals)
+                write = logs.enter_context(_logging(trainer.options, start.folder, callbacks))
+            _fit(trainer, saver, signals, write)
         summary = context.from_rank_zero(lambda: _write_summary(trainer, start.folder))
     return Result(trainer.options, start.folder, summary, trainer.model)
+
+
+def _find_start(options: Options, lock: ExitStack) -> Start:
+    start = find_start(options, lock)
+    if start.options.log:
+        check_installed()
+    return start
+
+
+@contextmanager
+def _logging(options: Options, folder: RunFolder, callbacks: Sequence[Callback]) -> Iterator[Write]:
+    """A function that writes a row of metrics to all who want it."""
+    board = TensorBoard(folder) if options.log else None
+    receivers = [*([board] if board else []), *callbacks]
+
+    def write(row: dict[str, Any]) -> None:
+        folder.append(folder.metrics, row)
+        for receive in receivers:
+            receive(dict(row))
+
+    with closing(board) if board else nullcontext():
+        yield write
 
 
 def _build(options: Options, context: DistributedContext) -> tuple[Trainer, str]:
@@ -140,10 +173,12 @@ def _summary_if_finished(trainer: Trainer, folder: RunFolder) -> dict[str, Any] 
     return summary
 
 
-def _fit(trainer: Trainer, folder: RunFolder, saver: Saver | None, signals: SignalHandler) -> None:
+def _fit(
+    trainer: Trainer, saver: Saver | None, signals: SignalHandler, write: Write | None
+) -> None:
     """Take the remaining steps; log, save now and then, and stop after a signal.
 
-    Rank 0 has the saver and writes. It also evaluates the test set alone, which is small and needs
+    Rank 0 has `saver` and `write`. It also evaluates the test set alone, which is small and needs
     no backward pass: no number of it then depends on the number of processes.
     """
     progress = Progress(
@@ -156,7 +191,7 @@ def _fit(trainer: Trainer, folder: RunFolder, saver: Saver | None, signals: Sign
             trainer.take_step()
             trainer.seconds = before + time.monotonic() - begin
             if trainer.position[1] == 0:
-                _log(trainer, folder, progress, tracker)
+                _log(trainer, write, progress, tracker)
                 trainer.scheduler.step()
             last = trainer.step == trainer.total_steps
             stop = trainer.context.any(signals.requested) and not last
@@ -164,25 +199,25 @@ def _fit(trainer: Trainer, folder: RunFolder, saver: Saver | None, signals: Sign
                 saver.after_step(at_once=stop or last)
             if stop:
                 what = f"saved at step {trainer.step} of {trainer.total_steps}"
-                raise Interrupted(what, folder)
+                raise Interrupted(what, signals.folder)
     finally:
         progress.close()
 
 
 def _log(
-    trainer: Trainer, folder: RunFolder, progress: Progress, tracker: CurvatureTracker
+    trainer: Trainer, write: Write | None, progress: Progress, tracker: CurvatureTracker
 ) -> None:
     """Evaluate, measure and write one line of metrics after a pass, where they are due."""
-    options, done, writes = trainer.options, trainer.position[0], trainer.context.is_rank_zero
+    options, done = trainer.options, trainer.position[0]
     test = done % options.eval_every == 0 or trainer.step == trainer.total_steps
     track = tracker.is_due(done)
     if test or track or done == 1 or done % options.log_every == 0:
-        record = trainer.record(with_test=test and writes)
-        if track and writes:
+        record = trainer.record(with_test=test and write is not None)
+        if track and write is not None:
             record |= tracker.measure()
         progress.report(record)
-        if writes:
-            folder.append(folder.metrics, record)
+        if write is not None:
+            write(record)
 
 
 def _write_summary(trainer: Trainer, folder: RunFolder) -> dict[str, Any]:

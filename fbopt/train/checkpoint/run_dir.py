@@ -1,7 +1,7 @@
 """The run folder and its lock: options, metrics, checkpoints, fingerprints, result.
 
 runs/mnist1d-fb-penalty-s0/{options.json, metrics.jsonl, environment.jsonl, fingerprints.jsonl,
-checkpoint-STEP.pt, curves.png, result.json}
+checkpoint-STEP.pt, curves.png, result.json}, and events.out.tfevents.* of TensorBoard
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ FILES = (
 )  # fmt: skip
 PARTIAL = ".checkpoint.pt" + atomic.PARTIAL  # one name for all steps, so a crash leaves one file
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)\.pt(\.unsound)?")
+EVENTS = "events.out.tfevents."
 LOCK = ".lock"
 LOCK_SECONDS = 1.0  # how long to wait for it: a killed process may be about to disappear
 
@@ -36,7 +37,7 @@ class RunFolder:
     """The folder of one run; its files are attributes, each a path."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = Path(path)  # also where Python code gives a string
         self._lock = FileLock(path / LOCK)
         (self.options, self.metrics, self.environment, self.fingerprints, self.curves,
          self.result) = (path / name for name in FILES)  # fmt: skip
@@ -60,6 +61,10 @@ class RunFolder:
         matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in self.path.iterdir())
         found = [(int(m[1]), path) for m, path in matches if m and m[2] is None]
         return sorted(found, reverse=True)
+
+    def event_files(self) -> list[Path]:
+        """The files that TensorBoard reads."""
+        return sorted(self.path.glob(EVENTS + "*"))
 
     def check_free(self, overwrite: bool) -> None:
         """Raise OptionsError where a new run here would replace a run or mix with other files."""
@@ -219,4 +224,6 @@ class RunFolder:
 def _of_a_run(path: Path) -> bool:
     """Whether a file is one that a run writes, or a hidden one."""
     name = path.name
-    return name in FILES or name[0] == "." or _CHECKPOINT.fullmatch(name) is not None
+    if name in FILES or name[0] == "." or name.startswith(EVENTS):
+        return True
+    return _CHECKPOINT.fullmatch(name) is not None

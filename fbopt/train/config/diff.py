@@ -12,7 +12,7 @@ from fbopt.train.config.options import Options, OptionsError, flag
 # that may be given with --resume RUN, then the others.
 RESUMABLE = (
     "data_dir", "download", "device", "threads", "save_every", "keep", "fingerprint_every",
-    "cuda_graph",
+    "cuda_graph", "log",
 )  # fmt: skip
 FREE = (*RESUMABLE, "out", "resume", "overwrite", "chunk_norms", "track", "every")
 

@@ -169,6 +169,9 @@ class Options:
     """Passes between two evaluations on the test set. Default: a hundredth of the run."""
     log_every: int | None = None
     """Passes between two lines of metrics.jsonl. Default: a four-hundredth of the run."""
+    log: Literal["tensorboard"] | None = None
+    """Write the metrics as TensorBoard's scalars too, into the run folder: look at them with
+    `tensorboard --logdir runs`."""
     chunk_norms: bool = False
     """Log the mean squared gradient norm of chunks or mini-batches even without a penalty."""
     track: str = ""
@@ -201,7 +204,7 @@ class Options:
     @property
     def folder(self) -> Path:
         """The run folder: `out`, or runs/DATA-RECIPE-sSEED."""
-        return self.out or Path("runs") / f"{self.data_name}-{self.recipe}-s{self.seed}"
+        return Path(self.out or f"runs/{self.data_name}-{self.recipe}-s{self.seed}")
 
     @property
     def data_name(self) -> str:
