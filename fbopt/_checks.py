@@ -138,3 +138,9 @@ def check_scalar(
         value = value.item()
     if finite or value != math.inf:
         check_number(name, value, above=above, least=least)
+
+
+def check_weight(value: float | Tensor) -> float:
+    """Return a weight, given as a number or a tensor of one element: at least 0, finite."""
+    check_scalar("weight", value, least=0)
+    return value.item() if isinstance(value, Tensor) else value

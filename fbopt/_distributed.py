@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fbopt._sharding import any_sharded
 
 from fbopt._sharding import local
 
@@ -58,17 +60,20 @@ class Collectives:
     All processes of the group have to call the same methods in the same order.
 
     Args:
-        group: a ``torch.distributed.ProcessGroup`` or None.
+        group: the processes that have different data, a ``torch.distributed.ProcessGroup``; None
+            in a job of one process; ``"local"``: this process trains on its own.
 
     Raises:
         TypeError: ``group`` is something else.
     """
 
     def __init__(self, group: Any = None) -> None:
+        self._is_local = isinstance(group, str) and group == "local"
+        group = None if self._is_local else group
         if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
             raise TypeError(
                 "process_group must be a torch.distributed.ProcessGroup that this process is in, "
-                f"or None, got {type(group).__name__}: call "
+                f"'local' or None, got {type(group).__name__}: call "
                 "torch.distributed.init_process_group(), then pass torch.distributed.group.WORLD"
             )
         self.group = group
@@ -80,10 +85,28 @@ class Collectives:
                 "a process_group exists in its own job alone and cannot be pickled: save "
                 "state_dict() instead, and make the object anew with the new job's group"
             )
-        return Collectives, ()
+        return Collectives, ("local" if self._is_local else None,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Collectives:
-        return Collectives(self.group)
+        return Collectives("local" if self._is_local else self.group)
+
+    def refuse_unknown_processes(self, params: Iterable[Tensor]) -> None:
+        """Raise ValueError for None in a job of several processes: their gradients would be lost.
+
+        The job may begin later, so that this has to be called again at use. Where all parameters
+        are sharded (DTensors), None means that all processes visit the same chunks.
+        """
+        known = self.group is not None or self._is_local or not dist.is_available()
+        if known or not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        if all(any_sharded([p]) for p in params):
+            return
+        raise ValueError(
+            f"this is one of {dist.get_world_size()} processes, and process_group is not given: "
+            "each would follow the gradient of its own data. Pass "
+            "process_group=torch.distributed.group.WORLD to sum over all, or "
+            'process_group="local" if this process trains on its own'
+        )
 
     @property
     def is_single(self) -> bool:

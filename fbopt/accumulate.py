@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fbopt._checks import check_grads
+from fbopt._checks import check_grads, check_weight
+from fbopt._distributed import Collectives
+from fbopt._engine.backward import ChunkAddition, drop, taking
 from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
+from fbopt._engine.processes import Comparison, combine_sums
 
 
 class GradientAccumulator:
@@ -26,11 +31,21 @@ class GradientAccumulator:
         accumulation: ``"float32"``: sums are kept in float32, for float64 parameters in float64,
             and their last bits depend on the order of the chunks. ``"exact"``: in integers, so that
             the mean has the same bits in any order, see below.
+        process_group: the processes that have different chunks, a
+            ``torch.distributed.ProcessGroup``; ``"local"`` for a process that trains on its own;
+            see below.
 
     Attributes:
         params: the parameters, each once.
         accumulation: as given.
-        total_weight: the sum of the weights since the last :meth:`reset`.
+        total_weight: the sum of the weights since the last :meth:`reset`; after :meth:`mean` that
+            of all processes.
+
+    **Several processes.** Every process adds its own chunks: as many as it likes, or none. The
+    first :meth:`mean` or :meth:`to_grad` after them sums over all processes, once, and all have to
+    call it. Gradients in :meth:`chunk` are taken before DistributedDataParallel averages them;
+    what it sends then is zeros, which ``model.no_sync()`` saves. A job of several processes has to
+    pass a group or ``"local"``.
 
     **Exact sums.** ``w_c g_c`` is rounded to a multiple of a unit u, a power of two for each tensor
     (many small tensors share one), and added as an integer of 96 bits. With M the largest
@@ -45,16 +60,31 @@ class GradientAccumulator:
         >>> accumulator = GradientAccumulator(model.parameters(), accumulation="exact")
         >>> for _ in accumulator.passes():  # one, or two if the units did not fit
         ...     for x, y in chunks:
-        ...         loss = loss_fn(model(x), y)
-        ...         accumulator.add(torch.autograd.grad(loss, accumulator.params), weight=len(x))
-        >>> for p, g in zip(accumulator.params, accumulator.mean()):
-        ...     p.grad = g
+        ...         with accumulator.chunk(weight=len(x)):
+        ...             loss_fn(model(x), y).backward()
+        >>> accumulator.to_grad()
+        >>> optimizer.step()
     """
 
-    def __init__(self, params: Iterable[Tensor], accumulation: str = "float32") -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        accumulation: str = "float32",
+        *,
+        process_group: torch.distributed.ProcessGroup | str | None = None,
+    ) -> None:
         self._sums = GradientSums(params, accumulation)
         self.accumulation = accumulation
+        self._collectives = Collectives(process_group)
+        self._collectives.refuse_unknown_processes(self.params)
+        self._comparison = Comparison(self._collectives, self._sums)
         self._additions = 0
+        self._is_open = self._is_spoiled = False
+        self._assigned: list[weakref.ref[Tensor]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Forget which gradients are this object's own: a copy has its own parameters."""
+        return vars(self) | {"_assigned": []}
 
     @property
     def params(self) -> list[Tensor]:
@@ -68,8 +98,9 @@ class GradientAccumulator:
 
     def reset(self) -> None:
         """Start over: forget every gradient added so far. Buffers are kept, and cleared."""
+        self._refuse_open()
         self._sums.reset()
-        self._additions = 0
+        self._additions, self._is_spoiled = 0, False
 
     def passes(self) -> Iterator[int]:
         """Yield 0, then 1, 2, ... as long as all gradients have to be added once more.
@@ -82,58 +113,101 @@ class GradientAccumulator:
         for attempt in range(MOST_PASSES):
             self.reset()
             yield attempt
-            if not self._additions or self._finish():
+            if (self._collectives.is_single and not self._additions) or self._finish():
                 return
         raise _unsettled()
 
-    def _finish(self) -> bool:
-        store = self._sums.store
-        fits = store.fit(self._sums.maxima(), self._additions)
-        if fits:
-            self._sums.finish()
-        return fits
-
     @torch.no_grad()
-    def add(self, grads: Sequence[Tensor | None], weight: float = 1.0) -> None:
+    def add(self, grads: Sequence[Tensor | None], weight: float | Tensor = 1.0) -> None:
         """Add ``weight * grads``.
 
         Args:
             grads: one gradient for each of ``params``, of its shape, dtype and device; None counts
                 as zero.
-            weight: the number of samples that the gradients are the mean over; positive.
+            weight: the number of samples that the gradients are the mean over, a number or a
+                tensor of one element; 0 adds nothing.
 
         Raises:
             TypeError, ValueError: an argument that does not fit, before anything is added.
         """
         grads = grads if isinstance(grads, Tensor) else list(grads)
         check_grads(grads, self.params)
-        sums = self._sums
-        sums.check_weight(weight)
-        if sums.is_mean:
-            self.reset()
-        sums.add(sums.gather(grads), weight)
-        sums.total_weight += weight
-        self._additions += 1
+        weight = self._begin(weight)
+        if weight:
+            self._sums.add(self._sums.gather(grads), weight)
+            self._count(weight, 1)
+
+    @contextlib.contextmanager
+    def chunk(self, weight: float | Tensor = 1.0) -> Iterator[None]:
+        """Add ``weight`` times the gradients that ``loss.backward()`` makes in this context.
+
+        Each gradient is added as soon as autograd has made it, and freed: there is never a second
+        copy of all gradients, and ``p.grad`` stays None. Several backward passes in one context are
+        one chunk: their gradients are added up.
+
+        Args:
+            weight: the number of samples that the loss is the mean over, a number or a tensor of
+                one element; with 0 the gradients are dropped.
+
+        Raises:
+            ValueError: a parameter has a gradient already that :meth:`to_grad` did not set: call
+                ``optimizer.zero_grad()``. Nothing has been changed.
+            RuntimeError: no gradient was made in the context; chunks are nested, or entered from
+                two threads.
+
+        An exception inside leaves the sums as they were before the chunk, unless gradients had been
+        added to them already: then an error says so at the next use, and :meth:`reset` starts over.
+        """
+        weight = self._begin(weight)
+        self._drop_old_mean()
+        addition = ChunkAddition(self._sums, weight)
+        self._is_open = True
+        try:
+            with taking(self.params, addition.take if weight else drop):
+                yield
+            addition.finish()
+        except BaseException:
+            self._is_spoiled = addition.repetitions > 0
+            raise
+        finally:
+            self._is_open = False
+        if weight and not addition.repetitions:
+            raise RuntimeError(
+                "no gradient was made in chunk(): call loss.backward() inside the with block (not "
+                "torch.autograd.grad), or pass weight=0 if the loss uses none of params"
+            )
+        self._count(weight, addition.repetitions)
+
+    def backward(self, loss: Tensor, weight: float | Tensor = 1.0) -> None:
+        """Add ``weight`` times the gradient of ``loss``: ``loss.backward()`` in a :meth:`chunk`."""
+        with self.chunk(weight):
+            torch.autograd.backward(loss)
 
     def mean(self) -> list[Tensor | None]:
         """Return the weighted mean: for each parameter a tensor of its shape and dtype.
 
         None where no gradient was ever added. The tensors share the accumulator's memory (for half
-        precision they are rounded copies) and hold their values until the next :meth:`add` or
-        :meth:`reset`, which begin a new sum.
+        precision they are rounded copies) and hold their values until the next :meth:`add`,
+        :meth:`chunk` or :meth:`reset`, which begin a new sum.
 
         Raises:
-            RuntimeError: nothing was added, or the units of exact sums did not fit: add all
-                gradients once more, or use :meth:`passes`.
+            RuntimeError: nothing was added, or a chunk failed half-way; or the units of exact sums
+                did not fit: add all gradients once more, or use :meth:`passes`.
         """
-        if self.total_weight == 0:
-            raise RuntimeError(
-                "GradientAccumulator.mean(): nothing was added; call add(grads, weight)"
-            )
-        if not self._sums.is_mean and not self._finish():
+        if not self._finish():
             self.reset()
             raise _unsettled()
         return self._sums.means()
+
+    def to_grad(self) -> None:
+        """Set ``p.grad`` to the :meth:`mean`, to None where no gradient was added.
+
+        The next :meth:`chunk` drops these gradients by itself; ``zero_grad()`` is not needed.
+        """
+        means = self.mean()
+        for p, g in zip(self.params, means, strict=True):
+            p.grad = g
+        self._assigned = [weakref.ref(g) for g in means if g is not None]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the units of exact sums: the bits of the next mean depend on them."""
@@ -143,6 +217,64 @@ class GradientAccumulator:
         """Go on from a saved :meth:`state_dict`, and start over as :meth:`reset` does."""
         self._sums.store.load_state_dict(state)
         self.reset()
+
+    def _drop_old_mean(self) -> None:
+        """Forget the gradients that :meth:`to_grad` has set: the sums take their memory."""
+        own = {id(grad) for ref in self._assigned if (grad := ref()) is not None}
+        for p in self.params:
+            if p.grad is not None and id(p.grad) in own:
+                p.grad = None
+        self._assigned = []
+
+    def _begin(self, weight: float | Tensor) -> float:
+        """Check that gradients can be added, and begin a new sum after a mean."""
+        value = check_weight(weight)
+        self._sums.store.check_weight(value)
+        self._refuse_open()
+        self._refuse_spoiled()
+        self._collectives.refuse_unknown_processes(self.params)
+        if self._sums.is_mean:
+            self.reset()
+        return value
+
+    def _count(self, weight: float, additions: int) -> None:
+        self._sums.total_weight += weight
+        self._additions += additions
+
+    def _finish(self) -> bool:
+        """Sum over the processes, once; return whether the units of exact sums fitted."""
+        with self._comparison.reporting():
+            self._refuse_open()
+            self._refuse_spoiled()
+            self._collectives.refuse_unknown_processes(self.params)
+        begun = self._comparison({"accumulation": self.accumulation}, not self._sums.is_mean)
+        if not begun:
+            return True
+        if self._sums.is_mean:  # of the last step: this process has no share in this one
+            self.reset()
+        counts = self._additions, self._sums.total_weight
+        empty = RuntimeError(
+            "GradientAccumulator: nothing was added, or with weight 0 alone; call "
+            "add(grads, weight), or loss.backward() within chunk(weight)"
+        )
+        if combine_sums(self._sums, self._collectives, counts, empty) is None:
+            return False
+        self._sums.settle()
+        return True
+
+    def _refuse_open(self) -> None:
+        if self._is_open:
+            raise RuntimeError(
+                "GradientAccumulator.chunk() is open, here or in another thread: leave the with "
+                "block first"
+            )
+
+    def _refuse_spoiled(self) -> None:
+        if self._is_spoiled:
+            raise RuntimeError(
+                "a chunk() raised an error half-way through its backward pass, so that the sums "
+                "hold a part of its gradients: call reset() and add all chunks of the step again"
+            )
 
 
 def _unsettled() -> RuntimeError:

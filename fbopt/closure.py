@@ -23,6 +23,8 @@ from fbopt._engine.inputs import (
     check_covered,
     refuse_compiled,
     refuse_sharded,
+    refuse_twice,
+    unwrapped,
     weigh,
 )
 from fbopt._engine.perturb import Perturbation
@@ -74,8 +76,11 @@ class FullBatchClosure:
         on_pass_start: called without arguments before all chunks are visited, again where exact
             sums visit them once more: the place to reset what ``observe`` counts.
         cuda_graph: capture the work on a chunk in a CUDA graph and replay it, see below.
-        process_group: the processes that share the step, a ``torch.distributed.ProcessGroup``; see
-            below.
+        backward: take gradients from ``loss.backward()`` rather than ``torch.autograd.grad``, for
+            models that need it, see below.
+        process_group: the processes that have different chunks, a
+            ``torch.distributed.ProcessGroup``; ``"local"`` for a process that trains on its own;
+            see below.
 
     **Exact sums.** With ``accumulation="exact"`` gradients, BatchNorm statistics and loss have the
     same bits in any order of the chunks and on any number of processes. Where the units of the sums
@@ -87,9 +92,16 @@ class FullBatchClosure:
     the same gradients, loss, ``mean_sqnorm`` and BatchNorm statistics, bit for bit: those of all
     chunks, summed once per call. How chunks are spread changes gradients by rounding (exact sums
     not at all), loss and ``mean_sqnorm`` not. The back end has to fit the model: gloo on the CPU,
-    nccl on CUDA (then one read from the device per call; none with ``"cpu:gloo,cuda:nccl"``). Where
-    a process fails, all put their buffers back; it raises its own error, the others one that names
-    it. Buffers of other than normalisation layers stay each process's own.
+    nccl on CUDA (then one read from the device per call; none with ``"cpu:gloo,cuda:nccl"``). A job
+    of several processes has to pass a group or ``"local"``: without, each would follow its own
+    data. Where a process fails, all put their buffers back; it raises its own error, the others one
+    that names it. Buffers of other than normalisation layers stay each process's own.
+
+    **Backward.** With ``backward=True`` hooks take each gradient as ``loss.backward()`` makes it:
+    for reentrant checkpointing, and for a model in DistributedDataParallel, which is unwrapped
+    (``evaluate`` gets the module in it): one reduction per call takes the place of its own. Without
+    penalty, norms and exact sums there is then no second copy of all gradients. ``p.grad`` of
+    tensors other than ``params`` stays as it was. Not with ``method="exact"`` or ``cuda_graph``.
 
     **CUDA graphs.** With ``cuda_graph=True`` all device work on a chunk is captured at the third
     visit of its kind and then replayed on copies of the chunk's tensors, which may come from the
@@ -135,7 +147,8 @@ class FullBatchClosure:
         observe: Callable[[Any, Any], None] | None = None,
         on_pass_start: Callable[[], object] | None = None,
         cuda_graph: bool = False,
-        process_group: torch.distributed.ProcessGroup | None = None,
+        backward: bool = False,
+        process_group: torch.distributed.ProcessGroup | str | None = None,
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
         self.chunks: Iterable[Any] = () if chunks is None else chunks
@@ -143,10 +156,14 @@ class FullBatchClosure:
         self.evaluate, self.weight, self.autocast = evaluate, weight, autocast
         self.chunk_max_norm, self.chunk_norms = chunk_max_norm, chunk_norms
         self.observe, self.on_pass_start = observe, on_pass_start
-        self.cuda_graph = cuda_graph
+        self.cuda_graph, self.backward = cuda_graph, backward
         check_arguments(vars(self) | {"chunks": chunks})
+        if backward:
+            self.model = model = unwrapped(model)
         self._given = None if params is None else check_params(params)
-        self.accumulator = GradientAccumulator(self._trainable(self._candidates()), accumulation)
+        self.accumulator = GradientAccumulator(
+            self._trainable(self._candidates()), accumulation, process_group="local"
+        )
         self.sums = self.accumulator._sums
         self._statistics = RunningStatistics(model, accumulation)
         self._reduction = Reduction(model, self.sums, self._statistics, process_group)
@@ -297,6 +314,8 @@ class FullBatchClosure:
         """Lambda for this step; None where no second pass is needed."""
         if self.penalty is None:
             return None
+        if self.backward:
+            refuse_twice(self.penalty)
         if self.penalty.method == "exact":
             refuse_compiled(self.model)
             refuse_sharded(self.sums.params)
@@ -359,6 +378,7 @@ class FullBatchClosure:
             self._perturbation,
             self._clip,
             self.chunk_norms,
+            self.backward,
         )
         if self._graphs is not None:
             self._graphs.begin(work, scale, self.observe)

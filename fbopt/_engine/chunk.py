@@ -11,6 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fbopt._engine.backward import (
+    ChunkAddition,
+    ChunkCollection,
+    Take,
+    hint_at_checkpoints,
+    leaves,
+    set_aside,
+    taking,
+)
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.forward import ChunkLoss
@@ -34,6 +43,7 @@ class ChunkGradient:
         perturbation: for a penalty by finite differences.
         clip: None where chunks are not clipped.
         chunk_norms: as for the closure.
+        backward: whether gradients come from ``loss.backward()``.
     """
 
     forward: ChunkLoss
@@ -44,6 +54,7 @@ class ChunkGradient:
     perturbation: Perturbation | None
     clip: ChunkClip | None
     chunk_norms: bool
+    backward: bool = False
 
     @property
     def repetitions(self) -> int:
@@ -65,6 +76,10 @@ class ChunkGradient:
             draws.begin()
         self.statistics.clear()
         loss = self._forward(index, chunk, observe)
+        if self._is_streamed:
+            self._stream(loss, weight)
+            self.statistics.record(lambda device: self.sums.scalar(weight, device))
+            return loss.detach(), None
         grads = self._gradient(loss, create_graph=exact)
         self.statistics.record(lambda device: self.sums.scalar(weight, device))
         loss = loss.detach()  # frees the activations, whose memory the next pass needs
@@ -73,6 +88,24 @@ class ChunkGradient:
         if exact:
             return loss, self._add_exact(grads, weight, coefficient)
         return loss, self._add_finite_difference(index, chunk, grads, weight, coefficient, draws)
+
+    @property
+    def _is_streamed(self) -> bool:
+        """Whether gradients are added one by one: exact sums count one addition for each chunk."""
+        whole = self.penalty or self.clip or self.chunk_norms or self.sums.accumulation == "exact"
+        return self.backward and not whole
+
+    def _stream(self, loss: Tensor, weight: float | Tensor) -> None:
+        addition = ChunkAddition(self.sums, weight)
+        self._backward(loss, addition.take)
+        addition.finish()
+
+    def _backward(self, loss: Tensor, take: Take) -> None:
+        """Run ``loss.backward()``, which leaves no gradient anywhere."""
+        params = set(self.sums.params)
+        others = {*self.forward.model.parameters(), *leaves(loss)} - params
+        with set_aside(list(others)), taking(self.sums.params, take):
+            loss.backward()
 
     def _add_plain(self, grads: Sequence[Tensor | None], weight: float | Tensor) -> Tensor | None:
         parts = self.sums.gather(grads)
@@ -138,7 +171,12 @@ class ChunkGradient:
 
     def _gradient(self, loss: Tensor, create_graph: bool = False) -> Sequence[Tensor | None]:
         params = self.sums.params
-        grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
+        if self.backward:
+            collection = ChunkCollection(len(params))
+            self._backward(loss, collection.take)
+            return collection.grads
+        with hint_at_checkpoints():
+            grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
         for i, g in enumerate(grads):
             if g is not None and g.layout != torch.strided:
                 raise TypeError(

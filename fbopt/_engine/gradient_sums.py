@@ -4,16 +4,17 @@ GradientAccumulator share: in flat buffers by device and dtype, in floating poin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fbopt._checks import check_number, check_params
+from fbopt._ops import dispatch
 from fbopt._ops.buckets import FlatBuckets
-from fbopt._ops.sums import make_sums
-from fbopt._sharding import any_sharded, groups_of, local, sharded_as
+from fbopt._ops.sums import FloatSums, make_sums
+from fbopt._sharding import any_sharded, groups_of, local, placed_as, sharded_as
 
 # The most passes until the units of exact sums fit; two suffice unless gradients change.
 MOST_PASSES = 4
@@ -121,6 +122,32 @@ class GradientSums:
         """Add ``weight * g``."""
         for k, part in enumerate(parts):
             self.store.add(k, part, self.scalar(weight, part[0].device))
+
+    def add_some(self, grads: Mapping[int, Tensor], weight: float | Tensor) -> None:
+        """Add ``weight * g`` for some of the parameters, given by their indices."""
+        self.unseen.difference_update(grads)
+        if self.buckets.sharding is not None:
+            grads = {
+                i: local(placed_as(g, self.params[i], f"the gradient of parameter {i}"))
+                for i, g in grads.items()
+            }
+        for k, group in enumerate(self.buckets.indices):
+            if members := [i for i in group if i in grads]:
+                scale = self.scalar(weight, self.params[group[0]].device)
+                self._add_members(k, {i: grads[i] for i in members}, scale)
+
+    def _add_members(self, part: int, grads: Mapping[int, Tensor], scale: Tensor) -> None:
+        if isinstance(self.store, FloatSums):
+            dispatch.accumulate_([self.views[i] for i in grads], list(grads.values()), scale)
+        elif len(self.parts[part]) == len(self.buckets.indices[part]):
+            place = {i: j for j, i in enumerate(self.buckets.indices[part])}
+            for i, g in grads.items():
+                self.store.add_one(part, place[i], g, scale)
+        else:  # packed: one sum, with one unit, for all of them
+            group = self.buckets.indices[part]
+            like = self.buckets.locals
+            whole = [grads[i] if i in grads else torch.zeros_like(like[i]) for i in group]
+            self.store.add(part, self.buckets.pack(part, whole, "grads"), scale)
 
     def add_penalised(
         self,

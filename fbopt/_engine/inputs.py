@@ -43,9 +43,25 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError(f"autocast must be torch.bfloat16 or torch.float16, got {autocast}")
     if given["chunk_max_norm"] is not None:
         check_number("chunk_max_norm", given["chunk_max_norm"], above=0)
-    for name in ("chunk_norms", "cuda_graph"):
+    for name in ("chunk_norms", "cuda_graph", "backward"):
         if not isinstance(given[name], bool):
             raise TypeError(f"{name} must be True or False, got {_kind(given[name])}")
+    if given["backward"] and given["cuda_graph"]:
+        raise ValueError("backward=True runs Python in every backward pass: leave cuda_graph out")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module in a DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def refuse_twice(penalty: GradientPenalty | None) -> None:
+    """Refuse double backward with ``backward=True``, whose hooks take gradients without graph."""
+    if penalty is not None and penalty.method == "exact":
+        raise ValueError(
+            "method='exact' differentiates twice, which backward=True cannot: use method='forward' "
+            "or 'central', or leave backward out"
+        )
 
 
 def _check_iterable(chunks: Any) -> None:

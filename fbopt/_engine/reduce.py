@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fbopt._distributed import Collectives, checksum
+from fbopt._distributed import Collectives
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.gradient_sums import GradientSums
+from fbopt._engine.processes import Comparison, combine_sums
 from fbopt._ops.sums import Sums
 
 
@@ -37,22 +37,15 @@ class Reduction:
     ) -> None:
         self._sums, self._statistics = sums, statistics
         self.collectives = Collectives(group)
-        devices = {p.device for p in sums.params}
-        self.collectives.check_devices(devices)
-        if not self.collectives.is_single:
-            _refuse_wrapped(model)
-        self._device = min(devices, key=str)
-        self._compared: object = None
-        self._model = model
+        _refuse_wrapped(model, self.collectives.is_single)
+        self._comparison = Comparison(self.collectives, sums, model)
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
         """Report an error in this process to the others, which would wait in :meth:`begin`."""
-        try:
+        with self._comparison.reporting():
+            self.collectives.refuse_unknown_processes(self._sums.params)
             yield
-        except Exception as error:
-            self.collectives.report_error(error, 1, 1, self._device)
-            raise
 
     def begin(self, **facts: Any) -> None:
         """Check before the first chunk that the processes agree; compare new parameters, too.
@@ -67,30 +60,12 @@ class Reduction:
         if self.collectives.is_single:
             return
         self._statistics.count_passes()
-        sums, modes = self._sums, self._statistics.modes
-        layout = repr((facts, modes, [(p.dtype, p.shape) for p in sums.params]))
-        new, number = self._compared is not sums.buckets, zlib.crc32(layout.encode())
-        found = self.collectives.agree([new], [number], self._device)
-        if found.flags[0] or any(row != found.table[0] for row in found.table):
-            facts["the modes of normalisation layers (E: eval, T: training)"] = modes
-            self.collectives.check_same(
-                facts | self._describe(),
-                "build the same model on all, and load or broadcast the same parameters",
-            )
-            self._compared = sums.buckets
+        facts["the modes of normalisation layers (E: eval, T: training)"] = self._statistics.modes
+        self._comparison(facts)
 
     @property
     def _stores(self) -> tuple[Sums, Sums]:
         return self._sums.store, self._statistics.store
-
-    def _describe(self) -> dict[str, str]:
-        params = self._sums.params
-        names = {id(p): name for name, p in self._model.named_parameters()}
-        found = {"the number of parameters": str(len(params))}
-        for i, (p, bits) in enumerate(zip(params, checksum(params), strict=True)):
-            name = f"parameter {i} ({names.get(id(p), 'unnamed')})"
-            found[name] = f"{str(p.dtype).removeprefix('torch.')} {list(p.shape)}, checksum {bits},"
-        return found
 
     @contextlib.contextmanager
     def visiting(self) -> Iterator[None]:
@@ -132,23 +107,11 @@ class Reduction:
             ValueError: no process had a chunk.
         """
         sums, statistics, device = self._sums, self._statistics, self._sums.params[0].device
-        seen = [i not in sums.unseen for i in range(len(sums.params))]
-        widths, maxima = [store.width for store in self._stores], None
-        if any(widths):
-            own = sums.maxima(), statistics.store.maxima()
-            maxima = torch.cat([m.to(device) for m in own])
-        found = self.collectives.agree(seen, self._counts(), device, maxima=maxima)
-        counts, weights, wide = zip(*found.table, strict=True)
-        if not any(counts):
-            raise ValueError("chunks is empty: there is no sample to average over")
-        if found.maxima is not None:
-            pairs = zip(self._stores, found.maxima.split(widths), strict=True)
-            if not all([store.fit(share, int(sum(counts))) for store, share in pairs]):
-                return None
-        sums.store.all_reduce_(self.collectives)
-        sums.unseen = {i for i, by_any in enumerate(found.flags) if not by_any}
-        sums.total_weight = math.fsum(weights)
-        sums.finish()
+        empty = ValueError("chunks is empty: there is no sample to average over")
+        found = combine_sums(sums, self.collectives, self._counts(), empty, statistics.store)
+        if found is None:
+            return None
+        counts, _, wide = zip(*found.table, strict=True)
         statistics.all_reduce_(self.collectives)
         statistics.commit(sums.total_weight)
         loss, square = self._means([int(n) for n in counts], sums.total_weight, device)
@@ -178,15 +141,16 @@ def _products(values: list[Tensor], weights: list[float]) -> Tensor:
     return torch.stack(torch._foreach_mul(list(wide.unbind()), weights))
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
+def _refuse_wrapped(model: nn.Module, is_single: bool) -> None:
     """Refuse modules that talk to other processes in every pass: shares may be uneven."""
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
-                "model is a DistributedDataParallel, which sums at every chunk: pass the module in "
-                "it (model.module), the closure sums once per step"
+                "model is a DistributedDataParallel, which averages in .backward() alone, at every "
+                "chunk: pass the module in it (model.module) with process_group=, the closure sums "
+                "once per step; or pass backward=True, which does that by itself"
             )
-        if isinstance(module, nn.SyncBatchNorm):
+        if isinstance(module, nn.SyncBatchNorm) and not is_single:
             raise ValueError(
                 "model has a SyncBatchNorm, which mixes chunks of different processes: use "
                 "BatchNorm, whose batch is a chunk; the closure averages its statistics"

@@ -74,14 +74,18 @@ class FlatBuckets:
             parts = [[tensors[i] for i in group] for group in self.indices]
         if not any(self._packed):
             return parts
-        buffers = self._buffers.setdefault(slot, [None] * len(parts))
-        for k, part in enumerate(parts):
-            if self._packed[k]:
-                if buffers[k] is None:
-                    buffers[k] = self._flat(k, part[0].dtype)
-                dispatch.pack_(buffers[k], part)
-                parts[k] = [buffers[k]]
-        return parts
+        return [
+            self.pack(k, part, slot) if self._packed[k] else part for k, part in enumerate(parts)
+        ]
+
+    def pack(self, group: int, tensors: Sequence[Tensor], slot: str) -> list[Tensor]:
+        """Return the tensors of one packed bucket as one flat tensor."""
+        buffers = self._buffers.setdefault(slot, [None] * len(self.indices))
+        flat = buffers[group]
+        if flat is None:
+            flat = buffers[group] = self._flat(group, tensors[0].dtype)
+        dispatch.pack_(flat, list(tensors))
+        return [flat]
 
     def current(self) -> list[Tensor]:
         """Return ``locals`` as they are now: a parameter may have got other memory."""

@@ -104,6 +104,13 @@ class FixedPointSums:
         """Add ``weight * values`` to a list; see :func:`fbopt.reference.accumulate_exact_`."""
         dispatch.accumulate_exact_(*self._kept(part), values, weight, self._scales[part])
 
+    def add_one(self, part: int, index: int, value: Tensor, weight: Tensor) -> None:
+        """Add ``weight * value`` to one tensor of a list."""
+        one = slice(index, index + 1)
+        sums, carries, maxima = self._kept(part)
+        kept = sums[one], carries[one], maxima[one]
+        dispatch.accumulate_exact_(*kept, [value], weight, self._scales[part][one])
+
     def add_penalised(
         self,
         part: int,

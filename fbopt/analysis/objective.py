@@ -90,12 +90,13 @@ class Objective(ParameterSpace):
             weight=weight,
             params=params,
             autocast=autocast,
+            process_group="local",
         )
         assert chunks is not None  # refused by the closure
         self.model, self.loss_fn, self.chunks = model, loss_fn, chunks
         self.evaluate, self.weight, self.autocast = evaluate, weight, autocast
         self.batchnorm, self.dropout, self.seed = batchnorm, dropout, seed
-        self.accumulator = GradientAccumulator(closure.sums.params)
+        self.accumulator = GradientAccumulator(closure.sums.params, process_group="local")
         super().__init__(self.accumulator.params)
         names = {id(p): name for name, p in model.named_parameters()}
         self._names = [names.get(id(p)) for p in self.params]

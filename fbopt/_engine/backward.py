@@ -1,0 +1,232 @@
+"""Gradients taken as ``loss.backward()`` makes them: a hook hands p.grad over and leaves None, so
+that there is no second copy of all gradients. ``torch.autograd.grad`` calls no hooks.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fbopt._engine.gradient_sums import GradientSums
+from fbopt._ops import dispatch
+from fbopt._sharding import locals_of
+
+# Small gradients wait for each other until they have this many bytes: a kernel call costs about as
+# much as reading 20 kB, and what waits takes memory.
+BATCH_BYTES = 4 * 2**20
+
+Take = Callable[[int, Tensor], None]
+_taken: set[int] = set()
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def taking(params: Sequence[Tensor], take: Take) -> Iterator[None]:
+    """Hand every gradient that backward passes make in this context to ``take(index, gradient)``.
+
+    A parameter may come several times (reentrant checkpointing, several backward passes): its
+    gradient is the sum. ``p.grad`` is None afterwards. The calls come from autograd's threads.
+
+    Raises:
+        ValueError: a parameter has a gradient already.
+        RuntimeError: another such context takes the gradients; or something else than autograd
+            left a gradient.
+    """
+    live = [(i, p) for i, p in enumerate(params) if p.requires_grad]
+    for i, p in live:
+        if p.grad is not None:
+            raise ValueError(
+                f"params[{i}] has a gradient already, which backward() would add to: call "
+                "optimizer.zero_grad() (set_to_none=True, the default) before the first chunk"
+            )
+    with _claimed({id(p) for _, p in live}), contextlib.ExitStack() as stack:
+        stack.callback(_clear, [p for _, p in live])
+        for i, p in live:
+            stack.callback(p.register_post_accumulate_grad_hook(_hook(i, take)).remove)
+        yield
+        _check_left(params)
+
+
+@contextlib.contextmanager
+def _claimed(ids: set[int]) -> Iterator[None]:
+    """Refuse parameters whose gradients are being taken: only one of two would get them."""
+    with _lock:
+        if not _taken.isdisjoint(ids):
+            raise RuntimeError(
+                "the gradients of these parameters are being taken already, by an open "
+                "GradientAccumulator.chunk() or a FullBatchClosure with backward=True: leave that "
+                "first, and do not nest them or enter from two threads"
+            )
+        _taken.update(ids)
+    try:
+        yield
+    finally:
+        with _lock:
+            _taken.difference_update(ids)
+
+
+def _clear(params: Sequence[Tensor]) -> None:
+    for p in params:
+        p.grad = None
+
+
+def _hook(index: int, take: Take) -> Callable[[Tensor], None]:
+    def hook(p: Tensor) -> None:
+        grad, p.grad = p.grad, None
+        if grad is None:
+            raise RuntimeError(
+                f"the gradient of params[{index}] was gone before it could be added: another "
+                "post-accumulate-grad hook sets p.grad to None (an optimizer in backward?); "
+                "remove that hook"
+            )
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"the gradient of params[{index}] is sparse: fbopt needs dense gradients, for an "
+                "embedding pass sparse=False"
+            )
+        if grad.dtype != p.dtype:
+            raise TypeError(
+                f"the gradient of params[{index}] is {grad.dtype}, its parameter {p.dtype}: leave "
+                "p.grad_dtype as it is, sums are kept in float32 anyway"
+            )
+        take(index, grad.detach() if grad.requires_grad else grad)
+
+    return hook
+
+
+def _check_left(params: Sequence[Tensor]) -> None:
+    """Refuse gradients that were written without autograd; zeros are DistributedDataParallel's.
+
+    It averages gradients that the hooks have taken already: zeros.
+    """
+    left = [(i, p.grad) for i, p in enumerate(params) if p.requires_grad and p.grad is not None]
+    if left and float(dispatch.squared_norm(locals_of([g for _, g in left]))) != 0:
+        raise RuntimeError(
+            f"params[{left[0][0]}] has a gradient that autograd's hooks did not see: something "
+            "else writes p.grad (a wrapper that reduces gradients by itself, or requires_grad "
+            "turned on inside the chunk), and what belongs to the chunk cannot be known"
+        )
+
+
+class ChunkAddition:
+    """Adds ``weight * g`` to sums gradient by gradient, in batches of some megabytes.
+
+    Attributes:
+        repetitions: the most additions to one sum.
+    """
+
+    def __init__(self, sums: GradientSums, weight: float | Tensor) -> None:
+        self._sums, self._weight = sums, weight
+        self._waiting: dict[torch.cuda.Stream | None, dict[int, Tensor]] = {}
+        self._bytes, self._times = 0, collections.Counter[int]()
+        self._streams: list[torch.cuda.Stream] = []
+        self._lock = threading.Lock()
+        for device in {p.device for p in sums.params}:
+            sums.scalar(weight, device)  # made before other streams read it
+
+    @property
+    def repetitions(self) -> int:
+        return max(self._times.values(), default=0)
+
+    def take(self, index: int, grad: Tensor) -> None:
+        """Add one parameter's gradient."""
+        # Autograd calls hooks on the stream that the gradient was made on.
+        stream = torch.cuda.current_stream(grad.device) if grad.is_cuda else None
+        with self._lock:
+            batch = self._waiting.setdefault(stream, {})
+            batch[index] = batch[index] + grad if index in batch else grad
+            self._bytes += grad.nbytes
+            if self._bytes >= BATCH_BYTES:
+                self._add()
+
+    def finish(self) -> None:
+        """Add what still waits; the current streams then wait for the others."""
+        self._add()
+        for stream in self._streams:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+    @torch.no_grad()
+    def _add(self) -> None:
+        for stream, batch in self._waiting.items():
+            with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+                for other in self._streams:
+                    stream.wait_stream(other)
+                self._sums.add_some(batch, self._weight)
+            self._streams += [] if stream is None or stream in self._streams else [stream]
+            self._times.update(batch.keys())
+        self._waiting, self._bytes = {}, 0
+
+
+class ChunkCollection:
+    """Keeps the gradients of one chunk; `grads` holds those of all parameters, None for none."""
+
+    def __init__(self, count: int) -> None:
+        self.grads: list[Tensor | None] = [None] * count
+        self._lock = threading.Lock()
+
+    def take(self, index: int, grad: Tensor) -> None:
+        """Add one parameter's gradient."""
+        with self._lock, torch.no_grad():
+            known = self.grads[index]
+            self.grads[index] = grad if known is None else known + grad
+
+
+@contextlib.contextmanager
+def hint_at_checkpoints() -> Iterator[None]:
+    """Say what to do where reentrant checkpointing refuses ``torch.autograd.grad``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "heckpoint" not in str(error) or ".grad()" not in str(error):
+            raise
+        raise RuntimeError(
+            "the model uses reentrant checkpointing, which works with loss.backward() alone: pass "
+            "use_reentrant=False to torch.utils.checkpoint (in transformers "
+            "gradient_checkpointing_enable({'use_reentrant': False})), or backward=True to "
+            "FullBatchClosure"
+        ) from error
+
+
+def drop(index: int, grad: Tensor) -> None:
+    """Take a gradient that nobody needs."""
+
+
+@contextlib.contextmanager
+def set_aside(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Leave the gradients of other tensors as they are, whatever backward passes add to them."""
+    live = [t for t in tensors if t.requires_grad]
+    kept = [t.grad for t in live]
+    with contextlib.ExitStack() as stack:
+        stack.callback(_restore, live, kept)
+        for t in live:
+            t.grad = None
+            stack.callback(t.register_post_accumulate_grad_hook(_discard).remove)
+        yield
+
+
+def _discard(tensor: Tensor) -> None:
+    tensor.grad = None
+
+
+def _restore(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    for t, g in zip(tensors, grads, strict=True):
+        t.grad = g
+
+
+def leaves(loss: Tensor) -> list[Tensor]:
+    """The tensors that ``loss.backward()`` gives a gradient, but those inside checkpoints."""
+    found, seen, waiting = [], set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        if (variable := getattr(node, "variable", None)) is not None:
+            found.append(variable)
+    return found
