@@ -315,7 +315,7 @@ def test_float64_gradients_of_any_size(largest):
         (2.0**-25, "weight is 2.98.*multiples of 2"),
         (2.0**30, "weight is 1073741824"),
         (2**29 + 1, "weight is 536870913"),
-        (0, "weight must be greater than 0"),
+        (-1, "weight must be at least 0"),
         (math.nan, "weight must be finite"),
     ],
 )
