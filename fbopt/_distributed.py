@@ -10,9 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fbopt._sharding import any_sharded
-
-from fbopt._sharding import local
+from fbopt._sharding import any_sharded, local
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
