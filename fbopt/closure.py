@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fbopt._checks import check_params
 from fbopt._eager import eager
 from fbopt._engine.batchnorm import RunningStatistics
-from fbopt._engine.chunk import ChunkGradient
+from fbopt._engine.chunk import Checked, ChunkGradient
 from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.cuda_graphs import ChunkGraphs, graph_device, refuse_nested
 from fbopt._engine.forward import ChunkLoss
@@ -172,6 +172,7 @@ class FullBatchClosure:
         self._perturbation: Perturbation | None = None
         self._clip: ChunkClip | None = None
         self._before, self._between = BufferSnapshot(model), BufferSnapshot(model)
+        self._checked = Checked()
         self._running = threading.Lock()
         self.step = self._step_before = 0
         self.mean_sqnorm: Tensor | None = None
@@ -379,6 +380,7 @@ class FullBatchClosure:
             self._clip,
             self.chunk_norms,
             self.backward,
+            self._checked,
         )
         if self._graphs is not None:
             self._graphs.begin(work, scale, self.observe)

@@ -4,13 +4,16 @@ sums. All of it is work on the device, which a CUDA graph can capture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fbopt._engine.autograd_graph import SecondBackward, refuse_unreached
 from fbopt._engine.backward import (
     ChunkAddition,
     ChunkCollection,
@@ -31,6 +34,13 @@ from fbopt.penalty import GradientPenalty
 Observe = Callable[[Any, Any], None] | None
 
 
+@dataclass
+class Checked:
+    """What was checked last: some checks are made once for the same parameters and penalty."""
+
+    last: tuple[object, ...] = ()
+
+
 @dataclass(frozen=True)
 class ChunkGradient:
     """What a closure call does with each chunk.
@@ -44,6 +54,7 @@ class ChunkGradient:
         clip: None where chunks are not clipped.
         chunk_norms: as for the closure.
         backward: whether gradients come from ``loss.backward()``.
+        checked: for which parameters the autograd graph was checked.
     """
 
     forward: ChunkLoss
@@ -55,6 +66,7 @@ class ChunkGradient:
     clip: ChunkClip | None
     chunk_norms: bool
     backward: bool = False
+    checked: Checked = field(default_factory=Checked)
 
     @property
     def repetitions(self) -> int:
@@ -72,7 +84,9 @@ class ChunkGradient:
     ) -> tuple[Tensor, Tensor | None]:
         """Add one chunk's gradient; return its loss and ||g||^2 (float64; None if not needed)."""
         exact = self.penalty is not None and self.penalty.method == "exact"
-        if self.repetitions:
+        known = self.sums.buckets, exact
+        is_new = self.checked.last != known
+        if self.repetitions or (exact and is_new):
             draws.begin()
         self.statistics.clear()
         loss = self._forward(index, chunk, observe)
@@ -80,14 +94,24 @@ class ChunkGradient:
             self._stream(loss, weight)
             self.statistics.record(lambda device: self.sums.scalar(weight, device))
             return loss.detach(), None
+        second = SecondBackward(loss) if exact and is_new else None
         grads = self._gradient(loss, create_graph=exact)
+        if is_new and not self.backward:
+            refuse_unreached(loss, grads)
         self.statistics.record(lambda device: self.sums.scalar(weight, device))
         loss = loss.detach()  # frees the activations, whose memory the next pass needs
         if self.penalty is None:
-            return loss, self._add_plain(grads, weight)
-        if exact:
-            return loss, self._add_exact(grads, weight, coefficient)
-        return loss, self._add_finite_difference(index, chunk, grads, weight, coefficient, draws)
+            square = self._add_plain(grads, weight)
+        elif exact:
+            products = hessian_gradient_product(grads, self.sums.params)
+            if second is not None:  # after the products, whose graph a pass could invalidate
+                again = functools.partial(self._shifted_loss, index, chunk, grads, draws)
+                second.check(self.sums.params, again)
+            square = self._add_exact(grads, products, weight, coefficient)
+        else:
+            square = self._add_finite_difference(index, chunk, grads, weight, coefficient, draws)
+        self.checked.last = known
+        return loss, square
 
     @property
     def _is_streamed(self) -> bool:
@@ -118,9 +142,12 @@ class ChunkGradient:
         return square
 
     def _add_exact(
-        self, grads: Sequence[Tensor | None], weight: float | Tensor, coefficient: Tensor
+        self,
+        grads: Sequence[Tensor | None],
+        products: list[Tensor],
+        weight: float | Tensor,
+        coefficient: Tensor,
     ) -> Tensor:
-        products = hessian_gradient_product([g for g in grads if g is not None], self.sums.params)
         parts = self.sums.gather([None if g is None else g.detach() for g in grads])
         square = self.sums.squared_norm(parts)
         # With g+ = H g, g- = 0 and ||g|| / (2 radius) = 1 the kernel's central difference is H g.
@@ -141,23 +168,45 @@ class ChunkGradient:
         radius, gather = self.penalty.radius, self.sums.gather
         parts = gather(grads)
         square = self.perturbation.fill(parts, radius)
-        with draws.repeated() as rewind:
-            self.buffers.save()
-            try:
-                rewind()
-                plus = gather(self._perturbed_gradient(index, chunk), "plus")
-                minus = []
-                if self.penalty.method == "central":
-                    self.buffers.restore()
-                    self.perturbation.fill(parts, -radius, square)
-                    rewind()
-                    minus = gather(self._perturbed_gradient(index, chunk), "minus")
-            finally:
-                torch.clear_autocast_cache()
+        with self._repeating(draws) as rewind:
+            rewind()
+            plus = gather(self._perturbed_gradient(index, chunk), "plus")
+            minus = []
+            if self.penalty.method == "central":
                 self.buffers.restore()
+                self.perturbation.fill(parts, -radius, square)
+                rewind()
+                minus = gather(self._perturbed_gradient(index, chunk), "minus")
         difference = parts, plus, minus
         (self.clip or self.sums).add_penalised(*difference, weight, coefficient, square, radius)
         return square
+
+    @contextlib.contextmanager
+    def _repeating(self, draws: GeneratorSnapshot) -> Iterator[Callable[[], None]]:
+        """Leave buffers, generators and autocast's cache as they are after passes in this context.
+
+        Yields what rewinds the generators to where the chunk's draws began.
+        """
+        with draws.repeated() as rewind:
+            self.buffers.save()
+            try:
+                yield rewind
+            finally:
+                torch.clear_autocast_cache()
+                self.buffers.restore()
+
+    @contextlib.contextmanager
+    def _shifted_loss(
+        self, index: int, chunk: Any, grads: Sequence[Tensor | None], draws: GeneratorSnapshot
+    ) -> Iterator[Tensor]:
+        """The chunk's loss at theta + radius g / ||g||."""
+        perturbation = Perturbation(self.sums.buckets)
+        perturbation.begin()
+        parts = self.sums.gather([None if g is None else g.detach() for g in grads])
+        perturbation.fill(parts, self.penalty.radius)
+        with self._repeating(draws) as rewind, perturbation.applied():
+            rewind()
+            yield self._forward(index, chunk, observe=None)
 
     def _perturbed_gradient(self, index: int, chunk: Any) -> Sequence[Tensor | None]:
         with self.perturbation.applied():

@@ -5,12 +5,13 @@ by double backward.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fbopt._engine.autograd_graph import naming_methods
 from fbopt._ops import dispatch
 from fbopt._ops.buckets import FlatBuckets
 from fbopt._ops.flat import accumulator_dtype
@@ -89,12 +90,16 @@ class Perturbation:
             self._originals[i].copy_(t)
 
 
-def hessian_gradient_product(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+def hessian_gradient_product(
+    grads: Sequence[Tensor | None], params: Sequence[Tensor]
+) -> list[Tensor]:
     """Return ``H g``, the gradient of ``||g||^2 / 2``, from gradients with an autograd graph."""
+    curved = [g for g in grads if g is not None and g.requires_grad]
     with torch.enable_grad():
-        squares = [g.to(accumulator_dtype(g.dtype)).square() for g in grads if g.requires_grad]
+        squares = [g.to(accumulator_dtype(g.dtype)).square() for g in curved]
         half = sum(square.sum() for square in squares) / 2
     if not isinstance(half, Tensor):  # the loss is linear in every parameter
         return [torch.zeros_like(p) for p in params]
-    products = torch.autograd.grad(half, params, allow_unused=True)
+    with naming_methods():
+        products = torch.autograd.grad(half, params, allow_unused=True)
     return [torch.zeros_like(p) if h is None else h for h, p in zip(products, params, strict=True)]
