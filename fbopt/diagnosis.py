@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fbopt._diagnosis import means, passes, setup
+from fbopt._diagnosis import derivatives, means, passes, setup
 from fbopt._diagnosis.probe import Probe
 from fbopt._diagnosis.report import DOUBT, ERROR, Finding, Report
 
@@ -113,6 +113,7 @@ def _visit(probe: Probe, report: Report) -> int:
     setup.check_last_chunk(probe, chunks, report)
     if passes.check_passes(probe, chunks, report):
         means.check_means(probe, chunks, report)
+        derivatives.check_derivatives(probe, chunks[0], report)
     return len(chunks)
 
 

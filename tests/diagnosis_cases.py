@@ -233,6 +233,83 @@ def evaluate_takes_a_step():
     return FullBatchClosure(model, chunks=chunked(*samples()), evaluate=evaluate), optimizer
 
 
+@mistake("double backward", "weight_norm")
+def exact_penalty_through_weight_norm():
+    model = mlp()
+    model[0] = nn.utils.parametrizations.weight_norm(model[0])
+    return exact(model)
+
+
+def exact(model):
+    penalty = GradientPenalty(coefficient=0.1, method="exact")
+    return FullBatchClosure(model, F.cross_entropy, chunked(*samples()), penalty=penalty), None
+
+
+class Square(torch.autograd.Function):
+    """x^2, with a backward that autograd cannot see into."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return (2 * x * grad).detach()
+
+
+class Once(Square):
+    """The same; differentiating it twice is an error."""
+
+    backward = staticmethod(torch.autograd.function.once_differentiable(Square.backward))
+
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function.apply(x)
+
+
+@mistake("double backward", "makes no graph: Square")
+def exact_penalty_through_a_custom_function():
+    return exact(mlp(Apply(Square)))
+
+
+@mistake("double backward", "makes no graph: Once")
+def exact_penalty_through_a_function_of_first_order():
+    return exact(mlp(Apply(Once)))
+
+
+@mistake("radius", "too small for bfloat16")
+def small_radius_under_autocast_in_evaluate():
+    def evaluate(model, chunk):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(model(chunk[0]), chunk[1])
+
+    penalty = GradientPenalty(coefficient=0.1, radius=1e-4)
+    return FullBatchClosure(
+        mlp(), chunks=chunked(*samples()), evaluate=evaluate, penalty=penalty
+    ), None
+
+
+@mistake("radius", "too small for bfloat16")
+def shift_lost_in_bfloat16_parameters():
+    x, y = samples()
+    model, chunks = mlp().bfloat16(), chunked(x.bfloat16(), y)
+    penalty = GradientPenalty(coefficient=0.1, radius=1e-4, method="central")
+    return FullBatchClosure(model, F.cross_entropy, chunks, penalty=penalty), None
+
+
+@mistake("radius", "times the norm of all parameters")
+def radius_beyond_the_parameters():
+    penalty = GradientPenalty(coefficient=0.1, radius=10.0)
+    return FullBatchClosure(mlp(), F.cross_entropy, chunked(*samples()), penalty=penalty), None
+
+
 @mistake("finite values", "0.weight")
 def undefined_parameter():
     model = mlp()

@@ -5,9 +5,9 @@ same bits when it is evaluated again.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
+from fbopt._engine.graph import dtypes
 from fbopt._engine.repeatability import DRAWN_ELSEWHERE, first_nonfinite, other_chunks
 from fbopt.analysis.objective import Objective
 
@@ -72,20 +72,8 @@ def _chunk_loss(objective: Objective, index: int, chunk: object) -> float:
             f"the loss of chunk {index} is {float(loss)}: the weights are finite, so check this "
             "chunk's samples and the loss function"
         )
-    objective.computed_in |= _graph_dtypes(loss)
+    objective.computed_in |= dtypes(loss)
     return float(loss)
-
-
-def _graph_dtypes(loss: Tensor) -> set[torch.dtype]:
-    """The dtypes of what was computed from the parameters: under autocast, wherever it began."""
-    found, seen, waiting = set(), set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            found |= {meta.dtype for meta in node._input_metadata}
-            waiting += [before for before, _ in node.next_functions]
-    return {dtype for dtype in found if dtype.is_floating_point}
 
 
 def _random_model(objective: Objective, index: int, losses: list[float]) -> str:
