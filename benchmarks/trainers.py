@@ -5,7 +5,9 @@
 
 Three steps of gradient accumulation in float64; the error is the largest difference of a parameter
 from the same steps on one batch that holds all samples (tokens) of each window. A trainer is a
-module of this folder, trainer_NAME.py, whose `run(case, ours)` returns that error.
+module of this folder, trainer_NAME.py, whose `run(case, ours)` returns that error, for CASES and
+its own MORE. With bfloat16 parameters it is the gradient's error in the first step, relative to its
+norm, of 256 batches.
 """
 
 from __future__ import annotations
@@ -26,14 +28,16 @@ CASES = {
     "tokens": [[(4, 4), (4, 1), (4, 2)]] * STEPS,
     "leftover window": [[(8, 4)] * 3, [(8, 4)] * 3, [(8, 4), (2, 4)]],
 }
+BFLOAT16 = "bfloat16 parameters"
 IGNORED = -100
 LENGTH = 4
 
 
-def model() -> nn.Sequential:
+def model(case: str = "") -> nn.Sequential:
     """Return the network; input (sequences, LENGTH, 5), 3 classes."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    network = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    return network.to(torch.bfloat16 if case == BFLOAT16 else torch.float64)
 
 
 def loss_fn(output: Tensor, labels: Tensor) -> Tensor:
@@ -49,6 +53,9 @@ def tokens(labels: Tensor) -> Tensor:
 def windows(case: str) -> list[list[tuple[Tensor, Tensor]]]:
     """Return the (input, labels) batches of each optimizer step."""
     draw = torch.Generator().manual_seed(1)
+    if case == BFLOAT16:
+        batches = [_batch(draw, 1, 4) for _ in range(256)]
+        return [[(x.bfloat16(), labels) for x, labels in batches]]
     return [[_batch(draw, *sizes) for sizes in window] for window in CASES[case]]
 
 
@@ -72,14 +79,24 @@ def error(trained: nn.Module, case: str) -> float:
     return max((p.detach() - q).abs().max().item() for p, q in pairs)
 
 
+def gradient_error(network: nn.Module, case: str) -> float:
+    """Return the distance of p.grad from one batch's in float64, relative to its norm."""
+    (window,) = windows(case)
+    x, labels = (torch.cat(parts) for parts in zip(*window, strict=True))
+    wide = model(case).double()
+    grads = torch.autograd.grad(loss_fn(wide(x.double()), labels), list(wide.parameters()))
+    expected = torch.cat([g.flatten() for g in grads])
+    found = torch.cat([p.grad.double().flatten() for p in network.parameters()])
+    return ((found - expected).norm() / expected.norm()).item()
+
+
 def table(names: list[str]) -> list[str]:
     """Return the rows, in Markdown."""
     rows = ["| trainer | case | by itself | with fbopt |", "| --- | --- | ---: | ---: |"]
     for name in names:
-        run: Callable[[str, bool], float] = importlib.import_module(
-            f"benchmarks.trainer_{name}"
-        ).run
-        for case in CASES:
+        module = importlib.import_module(f"benchmarks.trainer_{name}")
+        run: Callable[[str, bool], float] = module.run
+        for case in (*CASES, *getattr(module, "MORE", ())):
             rows.append(f"| {name} | {case} | {run(case, False):.1e} | {run(case, True):.1e} |")
     return rows
 

@@ -39,8 +39,8 @@ class WeightedTrainer(Trainer):
     state in ``fbopt.pt``. For a subclass of Trainer: ``class Mine(WeightedTrainer, SFTTrainer)``.
 
     Args:
-        penalty, accumulation, chunk_max_norm: as for :class:`fbopt.FullBatchClosure`; a micro-batch
-            is a chunk.
+        penalty, accumulation, chunk_max_norm, backward: as for :class:`fbopt.FullBatchClosure`; a
+            micro-batch is a chunk. Reentrant checkpointing needs ``backward=True``.
         *args, **kwargs: as for the trainer.
 
     Attributes:
@@ -58,6 +58,7 @@ class WeightedTrainer(Trainer):
         penalty: GradientPenalty | None = None,
         accumulation: str = "float32",
         chunk_max_norm: float | None = None,
+        backward: bool = False,
         **kwargs: Any,
     ) -> None:
         self.closure: Any = None
@@ -65,6 +66,7 @@ class WeightedTrainer(Trainer):
             "penalty": penalty,
             "accumulation": accumulation,
             "chunk_max_norm": chunk_max_norm,
+            "backward": backward,
         }
         self._window: list[Any] = []
         self._counted = False

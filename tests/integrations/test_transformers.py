@@ -79,10 +79,18 @@ def smoothed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", tiny.MODELS)
 @pytest.mark.parametrize(("cls", "size"), [(WeightedTrainer, 12), (FullBatchTrainer, 26)])
-def test_a_step_is_that_of_one_batch(name, cls, size, tmp_path):
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_step_is_that_of_one_batch(name, cls, size, backward, tmp_path):
     model = tiny.language_model(name)
     expected = tiny.one_batch(model, windows(size, 4))
-    trainer = train(cls, model, tmp_path, steps=4)
+    arguments: dict[str, Any] = {"options": {"backward": backward}}
+    if backward:
+        reentrant = {"use_reentrant": True}
+        arguments |= {
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": reentrant,
+        }
+    trainer = train(cls, model, tmp_path, steps=4, **arguments)
     assert tiny.distance(model, expected) < 1e-6
     assert trainer.state.global_step == trainer.closure.step == 4
 
@@ -221,11 +229,12 @@ def test_penalty_and_resume_to_the_bit(tmp_path):
     assert bits(resumed) == bits(whole)
 
 
-def test_frozen_parameters_stay(tmp_path):
+def test_frozen_parameters_and_micro_batches_without_targets(tmp_path):
     model = tiny.language_model("llama")
     model.model.embed_tokens.requires_grad_(False)
     before = bits(model.model.embed_tokens)
-    data = DATA[:8]
+    nothing = {name: torch.full_like(t, -100 * (name == "labels")) for name, t in DATA[0].items()}
+    data = [nothing, *DATA[:8]]
     expected = tiny.one_batch(model, [DATA[:8]])
     trainer = train(WeightedTrainer, model, tmp_path, steps=1, data=data)
     assert tiny.distance(model, expected) < 1e-6 and bits(model.model.embed_tokens) == before
@@ -249,7 +258,7 @@ class Count(TrainerCallback):
 def test_logs_clipping_schedules_and_callbacks_are_the_trainers(tmp_path):
     model, count = tiny.language_model("llama"), Count()
     norm = math.sqrt(math.fsum(float(g.square().sum()) for g in gradients(model, DATA)))
-    loss = float(model(**tiny.collate(DATA)).loss)
+    loss = model(**tiny.collate(DATA)).loss.item()
     optimizer = torch.optim.SGD(model.parameters(), lr=tiny.LR)
     before = [p.detach().clone() for p in model.parameters()]
     trainer = train(
@@ -347,4 +356,4 @@ def test_two_processes_find_what_one_batch_gives(found, case, tmp_path):
     assert tiny.distance(model, expected) < 1e-6
     assert log[0]["loss"] == other_log[0]["loss"]
     start = tiny.language_model("gpt2")
-    assert log[0]["loss"] == pytest.approx(float(start(**tiny.collate(batches[0])).loss), rel=1e-6)
+    assert log[0]["loss"] == pytest.approx(start(**tiny.collate(batches[0])).loss.item(), rel=1e-6)
