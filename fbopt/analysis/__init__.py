@@ -4,11 +4,12 @@ of minimum was reached. `fbopt analyze` does the same for a run of `fbopt train`
 
 from fbopt.analysis.cost import Cost
 from fbopt.analysis.directions import difference, random_direction
+from fbopt.analysis.eigen import eigenpairs
 from fbopt.analysis.gradient_noise import GradientStatistics, gradient_statistics
 from fbopt.analysis.hessian import Hessian, Trace, hessian_trace
-from fbopt.analysis.lanczos import Eigenpairs, eigenpairs
 from fbopt.analysis.landscape import Flatness, Landscape, loss_landscape, measure_flatness
 from fbopt.analysis.objective import Objective
+from fbopt.analysis.spectrum import Eigenpairs
 from fbopt.analysis.stability import Threshold, stability_threshold
 
 __all__ = [

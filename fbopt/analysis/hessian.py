@@ -118,6 +118,16 @@ class Hessian:
             return (up - self._gradient) * (norm / self.radius)
         return (up - self.objective.gradient(-shift)) * (norm / (2 * self.radius))
 
+    def finite(self, vector: Tensor) -> Tensor:
+        """Return H v, or raise ValueError where it is not finite."""
+        image = self(vector)
+        if not torch.isfinite(image).all():
+            raise ValueError(
+                f"product {self.products} with the operator is infinite or undefined: with finite "
+                "differences try a smaller radius"
+            )
+        return image
+
 
 @dataclass(frozen=True)
 class Trace:

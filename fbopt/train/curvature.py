@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from fbopt.analysis.eigen import eigenpairs
 from fbopt.analysis.gradient_noise import gradient_statistics
 from fbopt.analysis.hessian import Hessian
-from fbopt.analysis.lanczos import eigenpairs
 from fbopt.analysis.objective import Objective
 from fbopt.analysis.stability import stability_threshold
 from fbopt.train.data.dataset import Chunks
