@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fbopt._checks import check_grads, check_weight
 from fbopt._distributed import Collectives
-from fbopt._engine.backward import ChunkAddition, drop, taking
+from fbopt._engine.backward import ChunkAddition, drop, refuse_static_graph, taking
 from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
 from fbopt._engine.processes import Comparison, combine_sums
 
@@ -79,7 +79,7 @@ class GradientAccumulator:
         self._collectives.refuse_unknown_processes(self.params)
         self._comparison = Comparison(self._collectives, self._sums)
         self._additions = 0
-        self._is_open = self._is_spoiled = False
+        self._is_open = self._is_spoiled = self._is_checked = False
         self._assigned: list[weakref.ref[Tensor]] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -159,6 +159,7 @@ class GradientAccumulator:
         added to them already: then an error says so at the next use, and :meth:`reset` starts over.
         """
         weight = self._begin(weight)
+        self._check_wrapper()
         self._drop_old_mean()
         addition = ChunkAddition(self._sums, weight)
         self._is_open = True
@@ -217,6 +218,11 @@ class GradientAccumulator:
         """Go on from a saved :meth:`state_dict`, and start over as :meth:`reset` does."""
         self._sums.store.load_state_dict(state)
         self.reset()
+
+    def _check_wrapper(self) -> None:
+        if not self._is_checked:
+            refuse_static_graph(self.params)
+            self._is_checked = True
 
     def _drop_old_mean(self) -> None:
         """Forget the gradients that :meth:`to_grad` has set: the sums take their memory."""

@@ -341,6 +341,8 @@ class FullBatchClosure:
             )
         self._follow_cuda_graph()
         coefficient = self._coefficient()
+        if self.backward:
+            self.accumulator._check_wrapper()
         candidates, before = self._candidates(), self.sums.params
         trainable = self._trainable(candidates)
         frozen = check_covered(optimizer, trainable, self.model)

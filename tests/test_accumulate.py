@@ -228,6 +228,7 @@ def test_bfloat16_parameters_keep_float32_sums():
         assert error <= 2**-8 * exact.norm() and error < (rounded - exact).norm() / 3
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")
 def test_several_backward_passes_make_one_chunk():
     model, data = Net(), chunks()
     accumulator = GradientAccumulator(model.parameters())

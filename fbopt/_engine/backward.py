@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fbopt._engine.gradient_sums import GradientSums
@@ -50,6 +52,26 @@ def taking(params: Sequence[Tensor], take: Take) -> Iterator[None]:
             stack.callback(p.register_post_accumulate_grad_hook(_hook(i, take)).remove)
         yield
         _check_left(params)
+
+
+def refuse_static_graph(params: Sequence[Tensor]) -> None:
+    """Refuse parameters of a DistributedDataParallel(static_graph=True) that has not run yet.
+
+    It learns in its first backward pass which parameters have a gradient, and would miss those that
+    the hooks take: it would never synchronise them again. Looks at all objects: call it once.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    ids = {id(p) for p in params}
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    for model in [x for x in gc.get_objects() if issubclass(type(x), wrapper)]:
+        learns = model.static_graph and not model._static_graph_delay_allreduce_enqueued
+        if learns and not ids.isdisjoint(map(id, model.parameters())):
+            raise ValueError(
+                "the parameters are those of a DistributedDataParallel with static_graph=True, "
+                "which would never synchronise gradients again that were taken in its first "
+                "backward pass: leave static_graph out, or do not wrap the model"
+            )
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ class Reduction:
     ) -> None:
         self._sums, self._statistics = sums, statistics
         self.collectives = Collectives(group)
+        self.collectives.refuse_unknown_processes(sums.params)
         _refuse_wrapped(model, self.collectives.is_single)
         self._comparison = Comparison(self.collectives, sums, model)
 
