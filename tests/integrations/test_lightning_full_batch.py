@@ -14,6 +14,7 @@ from conftest import bits
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from test_lightning_accumulation import Language
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
@@ -185,20 +186,8 @@ def test_an_exception_leaves_module_and_trainer_as_they_were():
 def test_language_models_are_weighed_by_tokens(name):
     model, data = tiny.language_model(name), tiny.sequences(26)
     expected = tiny.one_batch(model, [data] * 3)
-
-    class Language(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def training_step(self, batch: Any) -> Tensor:
-            return self.model(**batch).loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(model.parameters(), lr=tiny.LR)
-
     trainer = quiet_trainer(max_epochs=3, callbacks=[FullBatchLoop(tiny.targets)])
-    trainer.fit(Language(), DataLoader(data, batch_size=4, collate_fn=tiny.collate))
+    trainer.fit(Language(model), DataLoader(data, batch_size=4, collate_fn=tiny.collate))
     assert tiny.distance(model, expected) < 1e-6
 
 
