@@ -166,7 +166,7 @@ def _check_radius(probe: Probe, chunk: Any, report: Report) -> str | None:
             f"{distance(h):.3g}, in float64 {size:.3g}: its rounding error is "
             f"{error / size:.2g} times as large as what is measured, expected well below 1",
             f"a radius too small for {_precision(probe, samples)}",
-            f"a larger radius, such as {10 * radius:g}; or method='exact'; or no autocast",
+            f"a larger radius, such as {max(10 * radius, 0.01):g}; or method='exact'; or no autocast",
         )
     whole = distance(theta)
     if radius > whole / 2:
