@@ -17,6 +17,7 @@ COMMANDS = {
     "recipes": ("fbopt.train.config.listing", "list the recipes and the accuracies of the paper"),
     "fingerprint": ("fbopt.train.checkpoint.fingerprint", "print a run's hashes, compare two runs"),
     "analyze": ("fbopt.train.analyze.__main__", "measure what kind of minimum a run reached"),
+    "check": ("fbopt.check_script", "look for mistakes in the closure of a script of your own"),
     "doctor": ("fbopt.doctor", "show what fbopt finds and uses on this machine"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ from fbopt._engine.reduce import Reduction
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._ops.flat import scalar_on
 from fbopt.accumulate import GradientAccumulator
+from fbopt.diagnosis import check
 from fbopt.penalty import GradientPenalty
 
 
@@ -78,6 +80,9 @@ class FullBatchClosure:
         cuda_graph: capture the work on a chunk in a CUDA graph and replay it, see below.
         backward: take gradients from ``loss.backward()`` rather than ``torch.autograd.grad``, for
             models that need it, see below.
+        debug: at the first call look for mistakes in the set-up, as :func:`fbopt.check` does, by a
+            few passes over the first chunks: raise for errors, warn of doubts, print a line if all
+            is right.
         process_group: the processes that have different chunks, a
             ``torch.distributed.ProcessGroup``; ``"local"`` for a process that trains on its own;
             see below.
@@ -148,6 +153,7 @@ class FullBatchClosure:
         on_pass_start: Callable[[], object] | None = None,
         cuda_graph: bool = False,
         backward: bool = False,
+        debug: bool = False,
         process_group: torch.distributed.ProcessGroup | str | None = None,
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
@@ -156,7 +162,7 @@ class FullBatchClosure:
         self.evaluate, self.weight, self.autocast = evaluate, weight, autocast
         self.chunk_max_norm, self.chunk_norms = chunk_max_norm, chunk_norms
         self.observe, self.on_pass_start = observe, on_pass_start
-        self.cuda_graph, self.backward = cuda_graph, backward
+        self.cuda_graph, self.backward, self.debug = cuda_graph, backward, debug
         check_arguments(vars(self) | {"chunks": chunks})
         if backward:
             self.model = model = unwrapped(model)
@@ -231,6 +237,8 @@ class FullBatchClosure:
 
     def _visit_all(self, optimizer: torch.optim.Optimizer | None) -> Tensor:
         with self._reduction.preparing():
+            if self.debug:
+                self._diagnose(optimizer)
             coefficient = self._begin(optimizer)
         self._reduction.begin(
             accumulation=self.accumulation,
@@ -247,6 +255,17 @@ class FullBatchClosure:
         self.mean_sqnorm = square if noted else None
         self.step += 1
         return loss
+
+    def _diagnose(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Check the set-up as :func:`fbopt.check` does, until it has once been right."""
+        diagnosis = check(self, optimizer)
+        if not diagnosis.ok:
+            raise RuntimeError(f"FullBatchClosure(debug=True) found {diagnosis}")
+        if diagnosis.findings:
+            warnings.warn(f"FullBatchClosure(debug=True) found {diagnosis}", stacklevel=6)
+        elif self._reduction.collectives.rank == 0:
+            print(f"fbopt check: {diagnosis}")
+        self.debug = False
 
     def _complete(self, coefficient: float | Tensor | None) -> tuple[Tensor, Tensor]:
         """Visit all chunks, again where the units of exact sums did not fit; return the means."""

@@ -28,7 +28,7 @@ FLOORS = (
     ("train.data", "train.models"),
     ("train",),
     ("train.ladder", "train.analyze"),
-    ("doctor", "cli"),
+    ("doctor", "check_script", "cli"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 Graph = dict[str, set[str]]

@@ -81,3 +81,55 @@ def test_arguments():
         fbopt.check(lambda: None)
     with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer"):
         fbopt.check(closure, closure)
+
+
+def with_debug(name):
+    build = RIGHT[name] if name in RIGHT else MISTAKES[name][0]
+    closure, optimizer = build()
+    closure.debug = True
+    return closure, optimizer
+
+
+def test_debug_raises_for_errors_before_anything_is_changed():
+    closure, _ = with_debug("class_weights")
+    before = everything(closure)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"debug=True\) found 1 error") as error:
+            closure()
+        assert "loss_fn.weight[chunk[1]].sum()" in str(error.value)
+        assert everything(closure) == before
+
+
+def test_debug_warns_of_doubts_once():
+    closure, _ = with_debug("contrastive_loss")
+    with pytest.warns(UserWarning, match=r"debug=True\) found 1 doubt"):
+        closure()
+    closure()  # a second warning would be an error
+    assert closure.step == 2
+
+
+def test_debug_prints_a_line_once_and_changes_no_step(capsys):
+    losses = []
+    for debug in (False, True):
+        torch.manual_seed(0)
+        closure, optimizer = with_debug("cnn_with_batchnorm_dropout_and_penalty")
+        closure.debug = debug
+        losses.append([optimizer.step(closure).item() for _ in range(2)])
+    assert losses[0] == losses[1]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("fbopt check: all right (3 of 4 chunks")
+
+
+def test_debug_sees_the_optimizer_that_steps():
+    closure, _ = with_debug("recurrent_network")
+    optimizer = fbopt.FullBatchGD(list(closure.model.parameters())[:2], lr=0.1)
+    with pytest.warns(UserWarning, match="the others never move: weight_hh_l0|bias_ih_l0"):
+        optimizer.step(closure)
+
+
+def test_gradients_taken_by_backward():
+    build, about, _ = MISTAKES["token_means_weighted_by_sequences"]
+    closure, _ = build()
+    closure.backward = True
+    assert [f.about for f in fbopt.check(closure).findings] == [about]
+    assert all(p.grad is None for p in closure.model.parameters())

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.dropout import _DropoutNd
 
 from fbopt._diagnosis.passes import distance
@@ -17,7 +18,7 @@ from fbopt._diagnosis.probe import Probe
 from fbopt._diagnosis.report import Report
 from fbopt._diagnosis.setup import rows, some
 from fbopt._diagnosis.wide import CopyLoss, take
-from fbopt._engine.graph import dtypes, nodes
+from fbopt._engine.autograd_graph import dtypes, function_name, nodes
 from fbopt._engine.perturb import hessian_gradient_product
 
 FEW_SAMPLES, MOST_SAMPLES = 4, 64
@@ -139,8 +140,7 @@ def _suspect(loss: Tensor) -> str:
     every = list(nodes(loss))
     if any("WeightNorm" in node.name() for node in every):
         return "weight_norm, whose double backward in torch is wrong"
-    functions = [getattr(type(node), "_forward_cls", None) for node in every]
-    custom = sorted({f.__name__ for f in functions if f is not None})
+    custom = sorted({function_name(n) for n in every if isinstance(n, BackwardCFunction)})
     if custom:
         return f"a custom autograd function whose backward makes no graph: {some(custom)}"
     return "an operation whose backward makes no graph, or a detach() in it"
@@ -166,7 +166,7 @@ def _check_radius(probe: Probe, chunk: Any, report: Report) -> str | None:
             f"{distance(h):.3g}, in float64 {size:.3g}: its rounding error is "
             f"{error / size:.2g} times as large as what is measured, expected well below 1",
             f"a radius too small for {_precision(probe, samples)}",
-            f"a larger radius, such as {max(10 * radius, 0.01):g}; or method='exact'; or no autocast",
+            f"a larger radius, such as {max(10 * radius, 0.01):g}; method='exact'; or no autocast",
         )
     whole = distance(theta)
     if radius > whole / 2:

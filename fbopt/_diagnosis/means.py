@@ -211,7 +211,7 @@ def _report(
     text += f"{a:.3f} and {b:.3f}"
     total = sum(fit.shares)
     if abs(total - 1) < 0.05:
-        report.error("weights", text, *_other_weights(probe, split))
+        report.error("weights", text, *_other_weights(probe, split, fit))
     elif abs(fit.shares[0] - 1) < 0.05 and abs(fit.shares[1] - 1) < 0.05:
         cure = "return the mean: divide by the number of samples"
         report.error("loss", text, "the loss sums over samples", cure)
@@ -220,8 +220,15 @@ def _report(
         report.error("loss", text, "a loss that is divided by something else", cure)
 
 
-def _other_weights(probe: Probe, split: Split) -> tuple[str, str]:
-    loss_fn = probe.closure.loss_fn
+def _other_weights(probe: Probe, split: Split, fit: Fit) -> tuple[str, str]:
+    loss_fn, by_samples = probe.closure.loss_fn, split.sizes[0] / sum(split.sizes)
+    if abs(fit.shares[0] - by_samples) < 1e-3:
+        return (
+            "the loss is the mean over samples, which weight= does not count"
+            if probe.closure.weight
+            else "the first tensor of a chunk is not the batch",
+            "return the number of samples from weight=",
+        )
     if getattr(loss_fn, "weight", None) is not None:
         return (
             "class weights: the loss is a mean by the weights of the targets' classes",

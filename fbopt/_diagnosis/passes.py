@@ -81,7 +81,7 @@ def check_passes(probe: Probe, chunks: Sequence[Any], report: Report) -> list[Gr
         try:
             first = probe.gradient(index, chunk)
             if any(p.grad is not None for p in probe.params):
-                _report_backward(report)
+                _report_backward(probe, report)
             probe.draws.rewind()
             again = probe.gradient(index, chunk)
         except Exception as error:
@@ -111,7 +111,9 @@ def _report_failure(probe: Probe, index: int, chunk: Any, error: Exception, repo
     )
 
 
-def _report_backward(report: Report) -> None:
+def _report_backward(probe: Probe, report: Report) -> None:
+    for p in probe.params:
+        p.grad = None
     report.error(
         "evaluate",
         "a pass has filled p.grad, expected None",

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fbopt._engine.backward import ChunkCollection, run_backward
 from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.inputs import weigh
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
@@ -75,13 +76,11 @@ class Probe:
         return loss.detach(), grads
 
     def _backward(self, loss: Tensor) -> list[Tensor | None]:
-        if not getattr(self.closure, "backward", False):
+        if not self.closure.backward:
             return list(torch.autograd.grad(loss, self.params, allow_unused=True))
-        loss.backward()
-        grads = [p.grad for p in self.params]
-        for p in self.params:
-            p.grad = None
-        return grads
+        collection = ChunkCollection(len(self.params))
+        run_backward(loss, self.params, self.model, collection.take)
+        return collection.grads
 
     @contextlib.contextmanager
     def modes(self, modules: list[nn.Module]) -> Iterator[None]:

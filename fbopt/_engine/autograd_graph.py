@@ -1,5 +1,5 @@
-"""Autograd graphs that lose derivatives without a word: a first backward pass that leaves no graph
-for the second, H v = d(g.v)/d(theta), and layers that ``torch.autograd.grad`` does not reach.
+"""The autograd graph of a loss, and what it loses without a word: a first backward pass that leaves
+no graph for the second, H v = d(g.v)/d(theta), and layers that ``autograd.grad`` does not reach.
 """
 
 from __future__ import annotations
@@ -28,6 +28,18 @@ def nodes(loss: Tensor) -> Iterator[Any]:
             seen.add(node)
             yield node
             waiting += [following for following, _ in node.next_functions]
+
+
+def dtypes(loss: Tensor) -> set[torch.dtype]:
+    """The dtypes of what was computed from the parameters: under autocast, wherever it began."""
+    found = {meta.dtype for node in nodes(loss) for meta in node._input_metadata}
+    return {dtype for dtype in found if dtype.is_floating_point}
+
+
+def leaves(loss: Tensor) -> list[Tensor]:
+    """The tensors that ``loss.backward()`` gives a gradient, but those inside checkpoints."""
+    found = [getattr(node, "variable", None) for node in nodes(loss)]
+    return [variable for variable in found if variable is not None]
 
 
 def refuse_unreached(loss: Tensor, grads: Sequence[Tensor | None]) -> None:
@@ -65,7 +77,7 @@ class SecondBackward:
             if isinstance(node, BackwardCFunction) or node.name().startswith(
                 "torch::autograd::Cpp"
             ):
-                node.register_hook(functools.partial(self._note, index, _name(node)))
+                node.register_hook(functools.partial(self._note, index, function_name(node)))
 
     def _note(self, index: int, name: str, results: Sequence[Any], vectors: Sequence[Any]) -> None:
         lost = [t.detach() for t in results if isinstance(t, Tensor) and t.grad_fn is None]
@@ -109,7 +121,8 @@ def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
-def _name(node: Any) -> str:
+def function_name(node: Any) -> str:
+    """The name of the function that a node of the graph is the backward pass of."""
     function = getattr(node, "_forward_cls", None)
     return node.name() if function is None else function.__qualname__
 
@@ -131,7 +144,7 @@ def _refuse_known(node: Any) -> None:
     while function is not None:
         if getattr(function, "__code__", None) is _ONCE:
             raise RuntimeError(
-                f"method='exact' differentiates twice, but {_name(node)} is marked "
+                f"method='exact' differentiates twice, but {function_name(node)} is marked "
                 f"once_differentiable: {CURE}"
             )
         function = getattr(function, "__wrapped__", None)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from fbopt._engine.autograd_graph import leaves
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._ops import dispatch
 from fbopt._sharding import locals_of
@@ -240,15 +241,8 @@ def _restore(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         t.grad = g
 
 
-def leaves(loss: Tensor) -> list[Tensor]:
-    """The tensors that ``loss.backward()`` gives a gradient, but those inside checkpoints."""
-    found, seen, waiting = [], set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
-        if (variable := getattr(node, "variable", None)) is not None:
-            found.append(variable)
-    return found
+def run_backward(loss: Tensor, params: Sequence[Tensor], model: nn.Module, take: Take) -> None:
+    """Run ``loss.backward()``, which leaves no gradient anywhere: `take` gets those of `params`."""
+    others = {*model.parameters(), *leaves(loss)} - set(params)
+    with set_aside(list(others)), taking(params, take):
+        loss.backward()

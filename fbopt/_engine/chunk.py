@@ -19,9 +19,7 @@ from fbopt._engine.backward import (
     ChunkCollection,
     Take,
     hint_at_checkpoints,
-    leaves,
-    set_aside,
-    taking,
+    run_backward,
 )
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.chunk_clip import ChunkClip
@@ -125,11 +123,7 @@ class ChunkGradient:
         addition.finish()
 
     def _backward(self, loss: Tensor, take: Take) -> None:
-        """Run ``loss.backward()``, which leaves no gradient anywhere."""
-        params = set(self.sums.params)
-        others = {*self.forward.model.parameters(), *leaves(loss)} - params
-        with set_aside(list(others)), taking(self.sums.params, take):
-            loss.backward()
+        run_backward(loss, self.sums.params, self.forward.model, take)
 
     def _add_plain(self, grads: Sequence[Tensor | None], weight: float | Tensor) -> Tensor | None:
         parts = self.sums.gather(grads)

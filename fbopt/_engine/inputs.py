@@ -43,7 +43,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError(f"autocast must be torch.bfloat16 or torch.float16, got {autocast}")
     if given["chunk_max_norm"] is not None:
         check_number("chunk_max_norm", given["chunk_max_norm"], above=0)
-    for name in ("chunk_norms", "cuda_graph", "backward"):
+    for name in ("chunk_norms", "cuda_graph", "backward", "debug"):
         if not isinstance(given[name], bool):
             raise TypeError(f"{name} must be True or False, got {_kind(given[name])}")
     if given["backward"] and given["cuda_graph"]:

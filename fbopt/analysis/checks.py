@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch.nn.modules.dropout import _DropoutNd
 
-from fbopt._engine.graph import dtypes
+from fbopt._engine.autograd_graph import dtypes
 from fbopt._engine.repeatability import DRAWN_ELSEWHERE, first_nonfinite, other_chunks
 from fbopt.analysis.objective import Objective
 
