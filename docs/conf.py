@@ -23,6 +23,9 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 
+# Optional, and the same pages with and without them.
+autodoc_mock_imports = ["lightning", "torchmetrics", "accelerate", "transformers"]
+
 default_role = "code"  # single backquotes in docstrings
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
@@ -38,6 +41,7 @@ toc_object_entries_show_parents = "hide"
 # What torch, NumPy and Python document themselves is named, not linked.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|np|numpy|collections|Tensor|Path|Any)\b.*"),
+    ("py:.*", r"(accelerate|transformers|fbopt\.integrations\.accelerate)\..*"),
     ("py:.*", r"(Callable|Iterable|Iterator|Mapping|Sequence|Literal)\b.*"),
     ("py:exc", r"[A-Za-z, ]*(Error|Warning)"),
 ]

@@ -41,10 +41,10 @@ class WeightedTrainer(Trainer):
     Args:
         penalty, accumulation, chunk_max_norm, backward: as for :class:`fbopt.FullBatchClosure`; a
             micro-batch is a chunk. Reentrant checkpointing needs ``backward=True``.
-        *args, **kwargs: as for the trainer.
+        args, kwargs: as for the trainer.
 
     Attributes:
-        closure: the :class:`fbopt.FullBatchClosure` of the last :meth:`train`, or None.
+        closure: the :class:`fbopt.FullBatchClosure` of the last ``train()``, or None.
 
     Raises:
         ValueError: a set-up in which the gradients would be wrong: fp16, FSDP, DeepSpeed, tensor or

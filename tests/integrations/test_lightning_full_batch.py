@@ -27,6 +27,7 @@ SAMPLES, SIZE, STEPS = 22, 8, 4
 OPTIONS = {
     "plain": {},
     "penalty": {"penalty": GradientPenalty(), "accumulation": "exact"},
+    "backward": {"backward": True},
     "clip": {"chunk_max_norm": 0.1, "chunk_norms": True},
 }
 

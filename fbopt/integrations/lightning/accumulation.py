@@ -24,7 +24,7 @@ class WeightedAccumulation(pl.Callback):
 
     Gradient clipping, ``on_after_backward`` of the window's last batch and
     ``on_before_optimizer_step`` see the weighted mean. It works with a loss scale
-    (``precision="16-mixed"``), :class:`GradientAccumulationScheduler` and DDP, where gradients are
+    (``precision="16-mixed"``), ``GradientAccumulationScheduler`` and DDP, where gradients are
     summed over the processes once per window in place of DDP's own averaging; processes may have
     different weights.
 

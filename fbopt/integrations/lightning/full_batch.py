@@ -19,7 +19,7 @@ class FullBatchLoop(pl.Callback):
     """Make one optimizer step per epoch, on the full-batch gradient over the train dataloader.
 
     The module stays as it is: ``training_step(batch, batch_idx)`` returns the batch's mean loss,
-    and a :class:`FullBatchClosure` calls it, whose chunks are the dataloader's batches.
+    and a :class:`fbopt.FullBatchClosure` calls it, whose chunks are the dataloader's batches.
     For Lightning the epoch is a single batch, whose loss is the full-batch loss: clipping,
     schedulers, ``trainer.global_step``, ``max_epochs``, checkpoints and any optimizer, also LBFGS,
     work as usual. ``trainer.limit_train_batches`` is 1 meanwhile; what it was limits the chunks.
@@ -36,11 +36,13 @@ class FullBatchLoop(pl.Callback):
     Args:
         weight: ``weight(batch)`` returns n_c; by default the length of the batch's first tensor.
         loss_name: the name under which the full-batch loss is logged; None does not log it.
-        options: further arguments of :class:`FullBatchClosure`: ``penalty``, ``accumulation``,
-            ``chunk_max_norm``, ``chunk_norms``, ``process_group``.
+        options: further arguments of :class:`fbopt.FullBatchClosure`: ``penalty``,
+            ``accumulation``, ``chunk_max_norm``, ``chunk_norms``, ``process_group``, and
+            ``backward=True`` for modules with reentrant checkpointing.
 
     Attributes:
-        closure: the :class:`FullBatchClosure` at work; its state is in Lightning's checkpoints.
+        closure: the :class:`fbopt.FullBatchClosure` at work; Lightning's checkpoints hold its
+            state.
 
     Raises:
         TypeError: an option that the closure does not have, or that the loop sets itself.
@@ -52,7 +54,14 @@ class FullBatchLoop(pl.Callback):
         >>> Trainer(max_epochs=300, callbacks=[loop]).fit(module, train_dataloader)
     """
 
-    OPTIONS = ("penalty", "accumulation", "chunk_max_norm", "chunk_norms", "process_group")
+    OPTIONS = (
+        "penalty",
+        "accumulation",
+        "chunk_max_norm",
+        "chunk_norms",
+        "backward",
+        "process_group",
+    )
 
     def __init__(
         self,
