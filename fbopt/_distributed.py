@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fbopt._sharding import any_sharded, local
+from fbopt._sharding import local, mesh_size
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -91,13 +91,13 @@ class Collectives:
     def refuse_unknown_processes(self, params: Iterable[Tensor]) -> None:
         """Raise ValueError for None in a job of several processes: their gradients would be lost.
 
-        The job may begin later, so that this has to be called again at use. Where all parameters
-        are sharded (DTensors), None means that all processes visit the same chunks.
+        The job may begin later, so that this has to be called again at use. Where parameters are
+        sharded (DTensors) over all processes, None means that all visit the same chunks.
         """
         known = self.group is not None or self._is_local or not dist.is_available()
         if known or not dist.is_initialized() or dist.get_world_size() == 1:
             return
-        if all(any_sharded([p]) for p in params):
+        if mesh_size(params) == dist.get_world_size():
             return
         raise ValueError(
             f"this is one of {dist.get_world_size()} processes, and process_group is not given: "
@@ -110,6 +110,20 @@ class Collectives:
     def is_single(self) -> bool:
         """Whether there is no other process."""
         return self.world_size == 1
+
+    @classmethod
+    def named(cls, name: str) -> Collectives:
+        """Return the collectives of a process group that this process is in, by its name."""
+        return cls(dist.distributed_c10d._resolve_process_group(name))
+
+    def ranks(self) -> list[int]:
+        """Return the processes of the group by their ranks in the job."""
+        return [0] if self.group is None else dist.get_process_group_ranks(self.group)
+
+    @staticmethod
+    def global_rank() -> int:
+        """Return the rank of this process in the job."""
+        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
     def check_devices(self, devices: set[torch.device]) -> None:
         """Raise ValueError for a device whose tensors the group's back end cannot send."""

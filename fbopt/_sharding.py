@@ -72,6 +72,22 @@ def groups_of(tensor: Any) -> Groups:
     return tuple(mesh.get_group(d).group_name for d in dims if mesh.size(d) > 1)
 
 
+def mesh_groups(tensors: Sequence[Tensor]) -> list[str]:
+    """Return the names of the process groups of all dimensions of the tensors' meshes."""
+    found: dict[str, None] = {}
+    for t in tensors if any_sharded(tensors) else ():
+        mesh: Any = getattr(t, "device_mesh", None)
+        dims = range(0 if mesh is None else mesh.ndim)
+        found |= {mesh.get_group(d).group_name: None for d in dims if mesh.size(d) > 1}
+    return list(found)
+
+
+def mesh_size(tensors: Iterable[Tensor]) -> int:
+    """Return the number of processes in the largest mesh of a DTensor; 1 without any."""
+    meshes: list[Any] = [getattr(t, "device_mesh", None) for t in tensors]
+    return max((mesh.size() for mesh in meshes if mesh is not None), default=1)
+
+
 def all_groups(tensors: Sequence[Tensor]) -> list[Groups] | None:
     """Return :func:`groups_of` each tensor; None where all are plain."""
     return [groups_of(t) for t in tensors] if any_sharded(tensors) else None

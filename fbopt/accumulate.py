@@ -14,6 +14,7 @@ from fbopt._checks import check_grads, check_weight
 from fbopt._distributed import Collectives
 from fbopt._engine.backward import ChunkAddition, drop, refuse_static_graph, taking
 from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
+from fbopt._engine.lockstep import Lockstep
 from fbopt._engine.processes import Comparison, combine_sums
 
 
@@ -47,6 +48,11 @@ class GradientAccumulator:
     what it sends then is zeros, which ``model.no_sync()`` saves. A job of several processes has to
     pass a group or ``"local"``.
 
+    **Sharded parameters.** For DTensors means are DTensors of the same placements. FSDP2 averages
+    gradients over its processes in every backward pass: where they are those of ``process_group``,
+    their k-th chunks count together, so that all need as many, through :meth:`backward` (or
+    :meth:`chunk` where weights are equal). With None all processes have the same chunks.
+
     **Exact sums.** ``w_c g_c`` is rounded to a multiple of a unit u, a power of two for each tensor
     (many small tensors share one), and added as an integer of 96 bits. With M the largest
     ``|w_c g_c|`` in the tensor the sum's error is at most ``2^-49 M``, for up to 2^21 additions;
@@ -78,6 +84,8 @@ class GradientAccumulator:
         self._collectives = Collectives(process_group)
         self._collectives.refuse_unknown_processes(self.params)
         self._comparison = Comparison(self._collectives, self._sums)
+        self._lockstep = Lockstep(self.params, self._collectives, None)
+        self._comparison.is_joint = self._lockstep.is_joint
         self._additions = 0
         self._is_open = self._is_spoiled = self._is_checked = False
         self._assigned: list[weakref.ref[Tensor]] = []
@@ -132,9 +140,9 @@ class GradientAccumulator:
         """
         grads = grads if isinstance(grads, Tensor) else list(grads)
         check_grads(grads, self.params)
-        weight = self._begin(weight)
-        if weight:
-            self._sums.add(self._sums.gather(grads), weight)
+        weight, joint = self._join(weight)
+        if joint:
+            self._sums.add(self._sums.gather(grads), joint)
             self._count(weight, 1)
 
     @contextlib.contextmanager
@@ -158,13 +166,18 @@ class GradientAccumulator:
         An exception inside leaves the sums as they were before the chunk, unless gradients had been
         added to them already: then an error says so at the next use, and :meth:`reset` starts over.
         """
-        weight = self._begin(weight)
+        with self._chunk(weight, is_scaled=False):
+            yield
+
+    @contextlib.contextmanager
+    def _chunk(self, weight: float | Tensor, *, is_scaled: bool) -> Iterator[None]:
+        weight, joint = self._join(weight, is_scaled)
         self._check_wrapper()
         self._drop_old_mean()
-        addition = ChunkAddition(self._sums, weight)
+        addition = ChunkAddition(self._sums, joint)
         self._is_open = True
         try:
-            with taking(self.params, addition.take if weight else drop):
+            with taking(self.params, addition.take if joint else drop):
                 yield
             addition.finish()
         except BaseException:
@@ -172,7 +185,7 @@ class GradientAccumulator:
             raise
         finally:
             self._is_open = False
-        if weight and not addition.repetitions:
+        if joint and not addition.repetitions:
             raise RuntimeError(
                 "no gradient was made in chunk(): call loss.backward() inside the with block (not "
                 "torch.autograd.grad), or pass weight=0 if the loss uses none of params"
@@ -180,9 +193,14 @@ class GradientAccumulator:
         self._count(weight, addition.repetitions)
 
     def backward(self, loss: Tensor, weight: float | Tensor = 1.0) -> None:
-        """Add ``weight`` times the gradient of ``loss``: ``loss.backward()`` in a :meth:`chunk`."""
-        with self.chunk(weight):
-            torch.autograd.backward(loss)
+        """Add ``weight`` times the gradient of ``loss``: ``loss.backward()`` in a :meth:`chunk`.
+
+        Where FSDP2 averages gradients over the processes of the group, losses are scaled so that
+        each counts by its weight.
+        """
+        with self._chunk(weight, is_scaled=True):
+            scale = self._lockstep.scale
+            torch.autograd.backward(loss, None if scale == 1 else torch.full_like(loss, scale))
 
     def mean(self) -> list[Tensor | None]:
         """Return the weighted mean: for each parameter a tensor of its shape and dtype.
@@ -243,6 +261,21 @@ class GradientAccumulator:
             self.reset()
         return value
 
+    def _join(self, weight: float | Tensor, is_scaled: bool = False) -> tuple[float, float]:
+        """Return the weight, and that of the gradient: of all processes where FSDP2 averages."""
+        try:
+            own = self._begin(weight)
+        except Exception as error:
+            self._lockstep.join(0.0, error)
+            raise
+        self._lockstep.join(own)
+        if not is_scaled and len(set(self._lockstep.weights.values())) > 1:
+            raise ValueError(
+                "the processes' chunks have different weights, but FSDP2 averages their gradients "
+                "alike: call accumulator.backward(loss, weight), which scales the losses"
+            )
+        return own, self._lockstep.weight
+
     def _count(self, weight: float, additions: int) -> None:
         self._sums.total_weight += weight
         self._additions += additions
@@ -259,11 +292,12 @@ class GradientAccumulator:
         if self._sums.is_mean:  # of the last step: this process has no share in this one
             self.reset()
         counts = self._additions, self._sums.total_weight
+        sums, joint = self._sums, self._lockstep.is_joint
         empty = RuntimeError(
             "GradientAccumulator: nothing was added, or with weight 0 alone; call "
             "add(grads, weight), or loss.backward() within chunk(weight)"
         )
-        if combine_sums(self._sums, self._collectives, counts, empty) is None:
+        if combine_sums(sums, self._collectives, counts, empty, is_joint=joint) is None:
             return False
         self._sums.settle()
         return True

@@ -18,6 +18,7 @@ from fbopt._engine.chunk import Checked, ChunkGradient
 from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.cuda_graphs import ChunkGraphs, graph_device, refuse_nested
 from fbopt._engine.forward import ChunkLoss
+from fbopt._engine.fully_sharded import FullySharded
 from fbopt._engine.gradient_sums import MOST_PASSES
 from fbopt._engine.inputs import (
     check_arguments,
@@ -166,13 +167,17 @@ class FullBatchClosure:
         check_arguments(vars(self) | {"chunks": chunks})
         if backward:
             self.model = model = unwrapped(model)
+        sharded = FullySharded(model)
+        sharded.reshard()  # gathered parameters would take the place of shards
+        if not backward:
+            sharded.refuse_functional()
         self._given = None if params is None else check_params(params)
         self.accumulator = GradientAccumulator(
             self._trainable(self._candidates()), accumulation, process_group="local"
         )
         self.sums = self.accumulator._sums
         self._statistics = RunningStatistics(model, accumulation)
-        self._reduction = Reduction(model, self.sums, self._statistics, process_group)
+        self._reduction = Reduction(model, self.sums, self._statistics, process_group, sharded)
         self._graphs: ChunkGraphs | None = None
         self._follow_cuda_graph()
         self._perturbation: Perturbation | None = None
@@ -278,7 +283,8 @@ class FullBatchClosure:
                 self.sums.reset()
                 start.rewind()
             with torch.no_grad(), self._statistics.averaging():
-                with self._reduction.visiting():
+                whole = coefficient is not None or self.chunk_norms or self.chunk_max_norm
+                with self._reduction.visiting(apart=not whole):
                     self._visit(coefficient)
                 found = self._reduction.combine()
             if found is not None:
@@ -359,6 +365,7 @@ class FullBatchClosure:
                 "FullBatchClosure needs gradients: call it outside torch.inference_mode()"
             )
         self._follow_cuda_graph()
+        self._reduction.sharded.reshard()
         coefficient = self._coefficient()
         if self.backward:
             self.accumulator._check_wrapper()
@@ -368,11 +375,15 @@ class FullBatchClosure:
         if optimizer is not self.optimizer:
             frozen += check_covered(self.optimizer, trainable, self.model)
         self.sums.reset(trainable)
+        self._reduction.follow_params()
+        self._reduction.sharded.check()
         for p in (*before, *candidates, *frozen):  # a frozen one could keep an old gradient
             p.grad = None
         if coefficient is not None and self.penalty and self.penalty.method != "exact":
             if self._perturbation is None or not self._perturbation.fits(self.sums.buckets):
-                self._perturbation = Perturbation(self.sums.buckets)
+                self._perturbation = Perturbation(
+                    self.sums.buckets, self._reduction.sharded.reshard
+                )
             self._perturbation.begin()
         if self.chunk_max_norm is None:
             self._clip = None
@@ -383,6 +394,12 @@ class FullBatchClosure:
         self._before.save()
         self._step_before = self.step
         return coefficient
+
+    def _weighed(self) -> Iterator[tuple[int, Any, float]]:
+        for index, chunk in enumerate(self.chunks):
+            weight = weigh(index, chunk, self.weight)
+            self.sums.check_weight(weight)
+            yield index, chunk, weight
 
     def _visit(self, coefficient: float | Tensor | None) -> None:
         """Add up this process's chunks."""
@@ -402,12 +419,12 @@ class FullBatchClosure:
             self.chunk_norms,
             self.backward,
             self._checked,
+            self._reduction.sharded,
+            self._reduction.lockstep,
         )
         if self._graphs is not None:
             self._graphs.begin(work, scale, self.observe)
-        for index, chunk in enumerate(self.chunks):
-            weight = weigh(index, chunk, self.weight)
-            self.sums.check_weight(weight)
+        for index, chunk, weight in self._reduction.lockstep(self._weighed(), self.chunks):
             if self._graphs is None:
                 loss, square = work(index, chunk, weight, scale, draws, self.observe)
             else:

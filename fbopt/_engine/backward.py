@@ -8,13 +8,14 @@ import collections
 import contextlib
 import gc
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fbopt._engine.autograd_graph import leaves
+from fbopt._engine.fully_sharded import FullySharded
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._ops import dispatch
 from fbopt._sharding import locals_of
@@ -139,12 +140,20 @@ def _check_left(params: Sequence[Tensor]) -> None:
 class ChunkAddition:
     """Adds ``weight * g`` to sums gradient by gradient, in batches of some megabytes.
 
+    Args:
+        sums: where they are added.
+        weight: of the chunk.
+        are_local: gradients are plain tensors, the shards of this process.
+
     Attributes:
         repetitions: the most additions to one sum.
     """
 
-    def __init__(self, sums: GradientSums, weight: float | Tensor) -> None:
+    def __init__(
+        self, sums: GradientSums, weight: float | Tensor, *, are_local: bool = False
+    ) -> None:
         self._sums, self._weight = sums, weight
+        self._add_some = sums.add_shards if are_local else sums.add_some
         self._waiting: dict[torch.cuda.Stream | None, dict[int, Tensor]] = {}
         self._bytes, self._times = 0, collections.Counter[int]()
         self._streams: list[torch.cuda.Stream] = []
@@ -179,10 +188,44 @@ class ChunkAddition:
             with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
                 for other in self._streams:
                     stream.wait_stream(other)
-                self._sums.add_some(batch, self._weight)
+                self._add_some(batch, self._weight)
             self._streams += [] if stream is None or stream in self._streams else [stream]
             self._times.update(batch.keys())
         self._waiting, self._bytes = {}, 0
+
+
+class ApartAddition:
+    """Adds ``sum_r w_r g_r`` where a gradient comes with the shares g_r of all processes.
+
+    Args:
+        sums: where they are added.
+        weights: w_r by rank.
+        shares: returns a gradient's shares by rank.
+    """
+
+    def __init__(
+        self,
+        sums: GradientSums,
+        weights: Mapping[int, float],
+        shares: Callable[[Tensor], Mapping[int, Tensor]],
+    ) -> None:
+        self._shares = shares
+        self._additions = {
+            rank: ChunkAddition(sums, weight, are_local=True)
+            for rank, weight in weights.items()
+            if weight
+        }
+
+    def take(self, index: int, grad: Tensor) -> None:
+        """Add one parameter's gradients."""
+        shares = self._shares(grad)
+        for rank, addition in self._additions.items():
+            addition.take(index, shares[rank])
+
+    def finish(self) -> None:
+        """Add what still waits."""
+        for addition in self._additions.values():
+            addition.finish()
 
 
 class ChunkCollection:
@@ -241,8 +284,21 @@ def _restore(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         t.grad = g
 
 
-def run_backward(loss: Tensor, params: Sequence[Tensor], model: nn.Module, take: Take) -> None:
-    """Run ``loss.backward()``, which leaves no gradient anywhere: `take` gets those of `params`."""
-    others = {*model.parameters(), *leaves(loss)} - set(params)
-    with set_aside(list(others)), taking(params, take):
-        loss.backward()
+def run_backward(
+    loss: Tensor,
+    params: Sequence[Tensor],
+    model: nn.Module,
+    take: Take,
+    *,
+    sharded: FullySharded | None = None,
+    scale: float = 1.0,
+) -> None:
+    """Run ``(scale * loss).backward()``, which leaves no gradient anywhere.
+
+    `take` gets those of `params`; `sharded` may give the model's FSDP2 modules, to save a search.
+    """
+    sharded = FullySharded(model) if sharded is None else sharded
+    # The leaves of FSDP2 are gathered parameters, whose gradients it needs itself.
+    found = sharded.shards() if sharded else (*model.parameters(), *leaves(loss))
+    with set_aside(list(set(found) - set(params))), taking(params, take):
+        torch.autograd.backward(loss, None if scale == 1 else torch.full_like(loss, scale))

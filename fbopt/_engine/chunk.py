@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fbopt._engine.autograd_graph import SecondBackward, refuse_unreached
 from fbopt._engine.backward import (
+    ApartAddition,
     ChunkAddition,
     ChunkCollection,
     Take,
@@ -24,7 +25,9 @@ from fbopt._engine.backward import (
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.forward import ChunkLoss
+from fbopt._engine.fully_sharded import FullySharded
 from fbopt._engine.gradient_sums import GradientSums
+from fbopt._engine.lockstep import Lockstep
 from fbopt._engine.perturb import Perturbation, hessian_gradient_product
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt.penalty import GradientPenalty
@@ -53,6 +56,7 @@ class ChunkGradient:
         chunk_norms: as for the closure.
         backward: whether gradients come from ``loss.backward()``.
         checked: for which parameters the autograd graph was checked.
+        sharded, lockstep: for a model sharded by FSDP2.
     """
 
     forward: ChunkLoss
@@ -65,6 +69,8 @@ class ChunkGradient:
     chunk_norms: bool
     backward: bool = False
     checked: Checked = field(default_factory=Checked)
+    sharded: FullySharded | None = None
+    lockstep: Lockstep | None = None
 
     @property
     def repetitions(self) -> int:
@@ -88,15 +94,16 @@ class ChunkGradient:
             draws.begin()
         self.statistics.clear()
         loss = self._forward(index, chunk, observe)
+        own, weight = weight, self.lockstep.weight if self.sharded else weight
         if self._is_streamed:
             self._stream(loss, weight)
-            self.statistics.record(lambda device: self.sums.scalar(weight, device))
+            self.statistics.record(lambda device: self.sums.scalar(own, device))
             return loss.detach(), None
         second = SecondBackward(loss) if exact and is_new else None
         grads = self._gradient(loss, create_graph=exact)
         if is_new and not self.backward:
             refuse_unreached(loss, grads)
-        self.statistics.record(lambda device: self.sums.scalar(weight, device))
+        self.statistics.record(lambda device: self.sums.scalar(own, device))
         loss = loss.detach()  # frees the activations, whose memory the next pass needs
         if self.penalty is None:
             square = self._add_plain(grads, weight)
@@ -115,15 +122,26 @@ class ChunkGradient:
     def _is_streamed(self) -> bool:
         """Whether gradients are added one by one: exact sums count one addition for each chunk."""
         whole = self.penalty or self.clip or self.chunk_norms or self.sums.accumulation == "exact"
-        return self.backward and not whole
+        return self.backward and (not whole or self._is_apart)
+
+    @property
+    def _is_apart(self) -> bool:
+        """Whether the gradients of processes are added one by one, for exact sums with FSDP2."""
+        return bool(self.sharded) and self.sharded.contributions is not None
 
     def _stream(self, loss: Tensor, weight: float | Tensor) -> None:
-        addition = ChunkAddition(self.sums, weight)
+        addition: ChunkAddition | ApartAddition = ChunkAddition(self.sums, weight)
+        if self._is_apart:
+            contributions = self.sharded.contributions
+            addition = ApartAddition(self.sums, self.lockstep.weights, contributions.of)
         self._backward(loss, addition.take)
         addition.finish()
 
     def _backward(self, loss: Tensor, take: Take) -> None:
-        run_backward(loss, self.sums.params, self.forward.model, take)
+        scale = self.lockstep.scale if self.sharded and not self._is_apart else 1.0
+        run_backward(
+            loss, self.sums.params, self.forward.model, take, sharded=self.sharded, scale=scale
+        )
 
     def _add_plain(self, grads: Sequence[Tensor | None], weight: float | Tensor) -> Tensor | None:
         parts = self.sums.gather(grads)

@@ -125,12 +125,16 @@ class GradientSums:
 
     def add_some(self, grads: Mapping[int, Tensor], weight: float | Tensor) -> None:
         """Add ``weight * g`` for some of the parameters, given by their indices."""
-        self.unseen.difference_update(grads)
         if self.buckets.sharding is not None:
             grads = {
                 i: local(placed_as(g, self.params[i], f"the gradient of parameter {i}"))
                 for i, g in grads.items()
             }
+        self.add_shards(grads, weight)
+
+    def add_shards(self, grads: Mapping[int, Tensor], weight: float | Tensor) -> None:
+        """:meth:`add_some` for tensors that are local already."""
+        self.unseen.difference_update(grads)
         for k, group in enumerate(self.buckets.indices):
             if members := [i for i in group if i in grads]:
                 scale = self.scalar(weight, self.params[group[0]].device)

@@ -5,7 +5,7 @@ by double backward.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,11 @@ class Perturbation:
 
     The memory of plain parameters is never written: afterwards they are bit for bit what they were,
     also if the pass in between raises. Shards of DTensors, whose memory FSDP2 keeps pointers to,
-    are saved, overwritten and copied back.
+    are saved, overwritten and copied back; `written` is called after each of both.
     """
 
-    def __init__(self, buckets: FlatBuckets) -> None:
-        self.buckets = buckets
+    def __init__(self, buckets: FlatBuckets, written: Callable[[], None] | None = None) -> None:
+        self.buckets, self._written = buckets, written
         self._originals = [p.detach() for p in buckets.locals]
         self._flats = buckets.buffers()
         self._views = buckets.views(self._flats)
@@ -37,7 +37,7 @@ class Perturbation:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the parameters alone: the buffer holds nothing between calls."""
-        return Perturbation, (self.buckets,)
+        return Perturbation, (self.buckets, self._written)
 
     def fits(self, buckets: FlatBuckets) -> bool:
         """Whether the buffer was made for these parameters and their current memory."""
@@ -88,6 +88,8 @@ class Perturbation:
     def _write(self, tensors: list[Tensor]) -> None:
         for i, t in zip(self._in_place, tensors, strict=True):
             self._originals[i].copy_(t)
+        if self._written is not None:
+            self._written()
 
 
 def hessian_gradient_product(

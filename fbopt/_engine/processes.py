@@ -24,6 +24,7 @@ def combine_sums(
     counts: Sequence[float],
     empty: Exception,
     *others: Sums,
+    is_joint: bool = False,
 ) -> Agreement | None:
     """Replace the sums by those of all processes, and finish them: exact sums become means.
 
@@ -33,6 +34,7 @@ def combine_sums(
         counts: this process's number of additions, their weight, and more to exchange.
         empty: the error to raise where no process has added anything.
         *others: stores of sums whose units have to fit, too.
+        is_joint: whether the sums are those of all processes already.
 
     Returns:
         What the processes exchanged; None where the units of exact sums did not fit.
@@ -51,7 +53,8 @@ def combine_sums(
         pairs = zip(stores, found.maxima.split(widths), strict=True)
         if not all([store.fit(share, int(sum(additions))) for store, share in pairs]):
             return None
-    sums.store.all_reduce_(collectives)
+    if not is_joint:
+        sums.store.all_reduce_(collectives)
     sums.unseen = {i for i, by_any in enumerate(found.flags) if not by_any}
     sums.total_weight = math.fsum(weights)
     sums.finish()
@@ -69,6 +72,7 @@ class Comparison:
         collectives.check_devices(devices)
         self.device = min(devices, key=str)
         self._compared: object = None
+        self.is_joint = False  # then processes hold different shards
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
@@ -100,7 +104,8 @@ class Comparison:
         model = self._model or nn.Module()
         names = {id(p): name for name, p in model.named_parameters()}
         found = {"the number of parameters": str(len(params))}
-        for i, (p, bits) in enumerate(zip(params, checksum(params), strict=True)):
+        sums = ["of shards"] * len(params) if self.is_joint else checksum(params)
+        for i, (p, bits) in enumerate(zip(params, sums, strict=True)):
             name = f"parameter {i} ({names.get(id(p), 'unnamed')})"
             found[name] = f"{str(p.dtype).removeprefix('torch.')} {list(p.shape)}, checksum {bits},"
         return found

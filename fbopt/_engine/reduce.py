@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from fbopt._distributed import Collectives
 from fbopt._engine.batchnorm import RunningStatistics
+from fbopt._engine.fully_sharded import FullySharded
 from fbopt._engine.gradient_sums import GradientSums
+from fbopt._engine.lockstep import Lockstep
 from fbopt._engine.processes import Comparison, combine_sums
 from fbopt._ops.sums import Sums
 
@@ -27,19 +29,35 @@ class Reduction:
         sums: of its gradients.
         statistics: of its normalisation layers.
         group: as for :class:`Collectives`.
+        sharded: the modules that FSDP2 has sharded.
 
     Raises:
         TypeError, ValueError: a group or model that cannot be used; the message says why.
     """
 
     def __init__(
-        self, model: nn.Module, sums: GradientSums, statistics: RunningStatistics, group: Any
+        self,
+        model: nn.Module,
+        sums: GradientSums,
+        statistics: RunningStatistics,
+        group: Any,
+        sharded: FullySharded,
     ) -> None:
         self._sums, self._statistics = sums, statistics
         self.collectives = Collectives(group)
         self.collectives.refuse_unknown_processes(sums.params)
         _refuse_wrapped(model, self.collectives.is_single)
         self._comparison = Comparison(self.collectives, sums, model)
+        self.sharded = sharded
+        self.follow_params()
+
+    def follow_params(self) -> None:
+        """Note how parameters are sharded, which may be others than before."""
+        if getattr(self, "_followed", None) is not self._sums.buckets:
+            averaged = self.sharded.averaged
+            self.lockstep = Lockstep(self._sums.params, self.collectives, averaged)
+            self._comparison.is_joint = self.lockstep.is_joint
+            self._followed = self._sums.buckets
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
@@ -69,13 +87,21 @@ class Reduction:
         return self._sums.store, self._statistics.store
 
     @contextlib.contextmanager
-    def visiting(self) -> Iterator[None]:
-        """Begin a visit of all chunks; an error in it reaches the others in :meth:`combine`."""
+    def visiting(self, apart: bool) -> Iterator[None]:
+        """Begin a visit of all chunks; an error in it reaches the others in :meth:`combine`.
+
+        Args:
+            apart: exact sums may add the gradients of FSDP2's processes one by one.
+        """
         self._losses: list[Tensor] = []
         self._squares: list[Tensor] = []
         self._weights: list[float] = []
         try:
-            yield
+            with contextlib.ExitStack() as stack:
+                if self.sharded and self._sums.accumulation == "exact":
+                    apart = apart and self.lockstep.is_joint
+                    stack.enter_context(self.sharded.exactly(apart))
+                yield
         except Exception as error:
             params, numbers = self._sums.params, len(self._counts())
             width = sum(store.width for store in self._stores)
@@ -109,13 +135,16 @@ class Reduction:
         """
         sums, statistics, device = self._sums, self._statistics, self._sums.params[0].device
         empty = ValueError("chunks is empty: there is no sample to average over")
-        found = combine_sums(sums, self.collectives, self._counts(), empty, statistics.store)
+        counts, joint = self._counts(), self.lockstep.is_joint
+        found = combine_sums(
+            sums, self.collectives, counts, empty, statistics.store, is_joint=joint
+        )
         if found is None:
             return None
-        counts, _, wide = zip(*found.table, strict=True)
+        everyones, _, wide = zip(*found.table, strict=True)
         statistics.all_reduce_(self.collectives)
         statistics.commit(sums.total_weight)
-        loss, square = self._means([int(n) for n in counts], sums.total_weight, device)
+        loss, square = self._means([int(n) for n in everyones], sums.total_weight, device)
         return loss.to(torch.float64 if any(wide) else torch.float32), square
 
     def _means(

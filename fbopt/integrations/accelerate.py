@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard
 from torch import Tensor, nn
 
@@ -35,6 +35,11 @@ class AcceleratedAccumulator(GradientAccumulator):
     @contextlib.contextmanager
     def chunk(self, weight: float | Tensor = 1.0) -> Iterator[None]:
         """As :meth:`fbopt.GradientAccumulator.chunk`; ``accelerator.backward`` does not divide."""
+        if any(p.requires_grad and id(p) not in self._known for p in self.model.parameters()):
+            raise ValueError(
+                "a parameter of the model has begun to require grad since this accumulator was "
+                "made: make a new one"
+            )
         steps = self.accelerator.gradient_accumulation_steps
         self.accelerator.gradient_accumulation_steps = 1
         try:
@@ -47,14 +52,6 @@ class AcceleratedAccumulator(GradientAccumulator):
         """As :meth:`fbopt.GradientAccumulator.backward`, with the accelerator's loss scale."""
         scaler = self.accelerator.scaler
         super().backward(loss if scaler is None else scaler.scale(loss), weight)
-
-    def _begin(self, weight: float | Tensor) -> float:
-        if any(p.requires_grad and id(p) not in self._known for p in self.model.parameters()):
-            raise ValueError(
-                "a parameter of the model has begun to require grad since this accumulator was "
-                "made: make a new one"
-            )
-        return super()._begin(weight)
 
     def _refuse_outside(self, _: Tensor) -> None:
         if not self._is_open:
@@ -82,7 +79,7 @@ def accumulator(
         accumulation: see :class:`fbopt.GradientAccumulator`.
 
     Raises:
-        ValueError: DeepSpeed, Megatron-LM, FSDP, XLA, or a parallelism that splits a sample.
+        ValueError: DeepSpeed, Megatron-LM, FSDP1, XLA or a parallelism that splits a sample.
 
     Example:
         >>> accumulator = fbopt.integrations.accelerate.accumulator(accelerator, model)
@@ -147,7 +144,7 @@ def closure(
             accelerator's.
 
     Raises:
-        ValueError: fp16; DeepSpeed, Megatron-LM, FSDP, XLA, or a parallelism that splits a sample;
+        ValueError: fp16; DeepSpeed, Megatron-LM, FSDP1, XLA or a parallelism that splits a sample;
             a loader that repeats samples, ``dispatch_batches`` or an iterable dataset.
     """
     if accelerator.scaler is not None:
@@ -190,11 +187,12 @@ class _EveryOnce:
 def _process_group(accelerator: Accelerator) -> Any:
     """Return the processes that have different data; refuse what reduces gradients by itself."""
     kind, plan = accelerator.distributed_type, accelerator.parallelism_config
-    of_its_own = {"DEEPSPEED", "MEGATRON_LM", "XLA", "FSDP"}
-    if kind.value in of_its_own or (plan is not None and plan.non_dp_dim_names):
+    sharded = kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    alone = {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA}
+    if sharded or kind in alone or (plan is not None and plan.non_dp_dim_names):
         raise ValueError(
             f"{kind.value} with {plan} keeps or reduces gradients by itself, so that chunks cannot "
-            "be weighed: use one process or DistributedDataParallel, and for sharded models "
-            "fbopt.GradientAccumulator itself"
+            "be weighed: use one process, DistributedDataParallel or FSDP2, and for tensor "
+            "parallel models fbopt.GradientAccumulator itself"
         )
     return torch.distributed.group.WORLD if accelerator.num_processes > 1 else None

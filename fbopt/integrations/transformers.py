@@ -36,7 +36,7 @@ class WeightedTrainer(Trainer):
     parameters are bfloat16. Several processes add up once per step, every sample once: where
     Trainer repeats samples to make shards equal, a process visits fewer. Trainer then clips
     (``max_grad_norm``), steps, schedules, logs and saves as always; checkpoints hold the closure's
-    state in ``fbopt.pt``. For a subclass of Trainer: ``class Mine(WeightedTrainer, OtherTrainer)``.
+    state in ``fbopt.pt``. For a subclass of Trainer: ``class Mine(WeightedTrainer, SFTTrainer)``.
 
     Args:
         penalty, accumulation, chunk_max_norm, backward: as for :class:`fbopt.FullBatchClosure`; a

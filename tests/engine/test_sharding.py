@@ -1,21 +1,19 @@
 """Sharded parameters: tensor parallelism, and mixed with plain ones, against one process.
 
-Four processes are started once; a case runs on a mesh of the first two or of all, and leaves what
-it found in a file for each rank, which the tests then read.
+Jobs of two and of four processes are started once; the tests read what each rank found.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
 from conftest import bits
+from ranks import caught, whole
 from torch import nn
 
 from fbopt import (
@@ -83,11 +81,6 @@ def chunks(dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, torch
     ]
 
 
-def whole(tensor: Any) -> Any:
-    """A plain tensor of a DTensor; itself otherwise."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
 
@@ -138,15 +131,6 @@ TABLE = [
 
 
 # --- what the processes do ------------------------------------------------------------------------
-
-
-def caught(call: Callable[[], Any]) -> tuple[str, str]:
-    """The type and text of the error that a call raises."""
-    try:
-        call()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "none", ""
 
 
 def spread(mesh: Any) -> list[Any]:
@@ -274,49 +258,21 @@ def cases(mesh: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "refused", lambda: refused(mesh)
 
 
-def work(rank: int, folder: Path) -> None:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    torch.set_num_threads(1)
-    world = max(WORLDS)
-    store = dist.FileStore(str(folder / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    meshes = {size: DeviceMesh("cpu", list(range(size))) for size in WORLDS}
-    found: dict[str, Any] = {}
-    try:
-        for size, mesh in meshes.items():
-            if rank < size:
-                found |= {f"{size} {name}": case() for name, case in cases(mesh)}
-        torch.save(found, folder / f"{rank}.pt")
-        dist.barrier()
-    except BaseException:
-        (folder / f"{rank}.txt").write_text(traceback.format_exc())
-        raise
+def work(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    return {name: case() for name, case in cases(ranks.mesh(world))}
 
 
 # --- what they found ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> list[dict[str, Any]]:
-    """What each rank left."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "fbopt.optim", "torch.distributed.tensor.parallel"])
-    processes = [context.Process(target=work, args=(r, folder)) for r in range(max(WORLDS))]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        process.kill()  # a rank that hangs
-        process.join()
-    reports = "\n".join(file.read_text() for file in sorted(folder.glob("*.txt")))
-    assert all(process.exitcode == 0 for process in processes), reports
-    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(max(WORLDS))]
+def found(tmp_path_factory) -> dict[int, list[dict[str, Any]]]:
+    """What each rank of each job found."""
+    return ranks.run_all(work, WORLDS, tmp_path_factory.mktemp("ranks"))
 
 
-def on_all(found: list[dict[str, Any]], world: int, case: str) -> list[Any]:
-    return [one[f"{world} {case}"] for one in found[:world]]
+def on_all(found: dict[int, list[dict[str, Any]]], world: int, case: str) -> list[Any]:
+    return [one[case] for one in found[world]]
 
 
 def close(one: Any, other: Any, tolerance: float = 1e-6) -> None:
@@ -327,12 +283,12 @@ def close(one: Any, other: Any, tolerance: float = 1e-6) -> None:
 def test_tensor_parallel_training_is_that_of_one_process(found, world, plan, name):
     penalty, dtype, steps, options = TRAIN[name]
     expected = train(Model(dtype), penalty, steps, **options)
-    ranks = on_all(found, world, f"{plan} {name}")
+    results = on_all(found, world, f"{plan} {name}")
     for key in ("loss", "norm", "square", "grads", "params", "buffers"):
-        assert all(bits(one[key]) == bits(ranks[0][key]) for one in ranks), key
-        close(ranks[0][key], expected[key], 1e-6 if dtype == torch.float32 else 1e-10)
-    assert ranks[0]["kinds"].count("DTensor") == 2 * (4 if plan == "columns" else 8)
-    assert all(ranks[0]["alike"])
+        assert all(bits(one[key]) == bits(results[0][key]) for one in results), key
+        close(results[0][key], expected[key], 1e-6 if dtype == torch.float32 else 1e-10)
+    assert results[0]["kinds"].count("DTensor") == 2 * (4 if plan == "columns" else 8)
+    assert all(results[0]["alike"])
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -1,0 +1,374 @@
+"""FSDP2 (fully_shard): training over several processes against one process.
+
+Jobs of two and of four processes are started once; the tests read what each rank found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from conftest import bits
+from ranks import caught, whole
+from torch import nn
+
+from fbopt import FullBatchClosure, FullBatchGD, GradientAccumulator, GradientPenalty
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORLDS = (2, 4)
+PENALTIES: dict[str, GradientPenalty | None] = {
+    "plain": None,
+    "forward": GradientPenalty(coefficient=0.1),
+    "central": GradientPenalty(coefficient=0.1, method="central"),
+}
+# Which chunks a rank visits: all the same, or each its own; penalty, dtype, steps, arguments.
+TRAIN: dict[str, tuple[str, str, torch.dtype, int, dict[str, Any]]] = {
+    "same": ("same", "plain", torch.float64, 2, {}),
+    "same, exact sums": ("same", "forward", torch.float32, 4, {"accumulation": "exact"}),
+    "same, central": ("same", "central", torch.float64, 2, {}),
+    "same, clipped": ("same", "forward", torch.float64, 2, {"chunk_max_norm": 0.3}),
+    "same, many": ("same", "forward", torch.float32, 20, {}),
+    "own": ("own", "plain", torch.float64, 2, {}),
+    "own, exact sums": ("own", "plain", torch.float32, 4, {"accumulation": "exact"}),
+    "own, forward": ("own", "forward", torch.float64, 2, {}),
+    "own, norms": ("own", "plain", torch.float64, 2, {"chunk_norms": True}),
+    "own, many": ("own", "central", torch.float32, 20, {}),
+}
+MORE = ("same, exact sums", "own, exact sums", "own, many")
+TABLE = [(2, name) for name in TRAIN if name != "own, many"] + [(4, name) for name in MORE]
+EXACT = [(world, name) for world, name in TABLE if "exact sums" in name]
+
+
+class Model(nn.Module):
+    """`last` has fewer rows than four processes; `never` gets no gradient."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Linear(6, 16), nn.LayerNorm(16)
+        self.up, self.last = nn.Linear(16, 18), nn.Linear(18, 3)
+        self.never = nn.Parameter(torch.randn(5))
+        self.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.up(torch.tanh(self.norm(self.first(x))))))
+
+
+def sharded(mesh: Any, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    model = Model(dtype)
+    fully_shard([model.first, model.norm], mesh=mesh, **options)
+    fully_shard(model.up, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def chunks(dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(n, 6, generator=generator, dtype=torch.float64).to(dtype),
+            torch.randint(0, 3, (n,), generator=generator),
+        )
+        for n in (5, 4, 7, 4, 3, 6, 4, 2)
+    ]
+
+
+def joint(world: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
+    """The chunks of one process: the k-th ones of all ranks taken together."""
+    every = chunks(dtype)
+    rows = [every[start : start + world] for start in range(0, len(every), world)]
+    return [tuple(torch.cat(parts) for parts in zip(*row, strict=True)) for row in rows]
+
+
+def train(model: nn.Module, share: Any, penalty: str, steps: int, **options: Any) -> Any:
+    """Clipped steps with momentum."""
+    held = dict(model.named_parameters())
+    optimizer = FullBatchGD(model.parameters(), lr=0.2, momentum=0.9, max_norm=0.2)
+    closure = FullBatchClosure(
+        model,
+        nn.functional.cross_entropy,
+        share,
+        penalty=PENALTIES[penalty],
+        optimizer=optimizer,
+        **options,
+    )
+    found: dict[str, Any] = {"loss": [], "norm": [], "square": []}
+    for _ in range(steps):
+        found["loss"].append(optimizer.step(closure))
+        found["norm"].append(optimizer.last_grad_norm)
+        found["square"].append(closure.mean_sqnorm)
+    found["grads"] = {n: p.grad if p.grad is None else whole(p.grad) for n, p in held.items()}
+    found["params"] = {n: whole(p.detach()).clone() for n, p in held.items()}
+    found["buffers"] = [whole(optimizer.state[p].get("momentum_buffer")) for p in held.values()]
+    return found
+
+
+# --- what the processes do ------------------------------------------------------------------------
+
+
+def trained(mesh: Any, rank: int, name: str) -> Any:
+    data, penalty, dtype, steps, options = TRAIN[name]
+    every, world = chunks(dtype), mesh.size()
+    if data == "own":
+        every, options = every[rank::world], options | {"process_group": dist.group.WORLD}
+    return train(sharded(mesh, dtype), every, penalty, steps, backward=True, **options)
+
+
+def mixed_precision(mesh: Any, rank: int) -> dict[str, Any]:
+    """bf16 in the passes, float32 sums: beside what FSDP2's own backward passes make."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model, share = sharded(mesh, mp_policy=policy), chunks()[rank :: mesh.size()]
+    expected, total = {}, sum(len(x) for x, _ in chunks())
+    for k, (x, y) in enumerate(share):
+        row = chunks()[k * mesh.size() : (k + 1) * mesh.size()]
+        scale = len(x) * mesh.size() / sum(len(other) for other, _ in row)
+        (nn.functional.cross_entropy(model(x), y) * scale).backward()
+        for n, p in model.named_parameters():
+            if p.grad is not None:
+                part = whole(p.grad) * (sum(len(other) for other, _ in row) / total)
+                expected[n] = expected.get(n, 0) + part
+                p.grad = None
+    found = {}
+    for accumulation in ("float32", "exact"):
+        FullBatchClosure(
+            model,
+            nn.functional.cross_entropy,
+            share,
+            accumulation=accumulation,
+            backward=True,
+            process_group=dist.group.WORLD,
+        )()
+        grads = {n: p.grad for n, p in model.named_parameters()}
+        found[accumulation] = {n: whole(g).clone() for n, g in grads.items() if g is not None}
+    return {"expected": expected, **found}
+
+
+def accumulated(mesh: Any, rank: int) -> dict[str, Any]:
+    """GradientAccumulator.backward, whose losses are scaled, and .chunk, for equal weights."""
+    found: dict[str, Any] = {}
+    model, share = sharded(mesh), chunks()[rank :: mesh.size()]
+    accumulator = GradientAccumulator(model.parameters(), process_group=dist.group.WORLD)
+    for x, y in share:
+        accumulator.backward(nn.functional.cross_entropy(model(x), y), weight=len(x))
+    accumulator.to_grad()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    found["backward"] = {n: whole(g).clone() for n, g in grads.items() if g is not None}
+    found["weight"] = accumulator.total_weight
+    for x, y in share:
+        with accumulator.chunk(weight=3):
+            nn.functional.cross_entropy(model(x), y).backward()
+    accumulator.to_grad()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    found["chunk"] = {n: whole(g).clone() for n, g in grads.items() if g is not None}
+    found["uneven"] = caught(lambda: accumulator.chunk(weight=1 + rank).__enter__())
+    found["negative"] = caught(lambda: accumulator.chunk(weight=-rank).__enter__())
+    return found
+
+
+def stale(mesh: Any) -> dict[str, Any]:
+    """Parameters that stay gathered after a pass: the shift has to reach them all the same."""
+    model = sharded(mesh, torch.float64, reshard_after_forward=False)
+    model.set_reshard_after_backward(False)
+    return train(model, chunks(torch.float64), "central", 2, backward=True)
+
+
+def refused(mesh: Any, rank: int) -> dict[str, tuple[str, str]]:
+    loss_fn, everyone = nn.functional.cross_entropy, dist.group.WORLD
+    model = sharded(mesh)
+    found = {"functional": caught(lambda: FullBatchClosure(model, loss_fn, chunks()))}
+
+    def call(share: Any, **options: Any) -> tuple[str, str]:
+        return caught(FullBatchClosure(model, loss_fn, share, backward=True, **options))
+
+    found["lockstep"] = call(chunks()[: 2 + rank], process_group=everyone)
+    found["lockstep, same"] = call(chunks()[: 2 + rank])
+    found["other chunks"] = call(chunks()[rank:] + chunks()[:rank])
+    found["weights"] = call(chunks(), weight=lambda chunk: 1 + rank)
+
+    def failing() -> Iterator[Any]:
+        yield from chunks()[:2]
+        if rank == 1:
+            raise ZeroDivisionError("a fault")
+        yield chunks()[2]
+
+    class Failing:
+        def __iter__(self) -> Iterator[Any]:
+            return failing()
+
+    found["failing"] = call(Failing(), process_group=everyone)
+    found["failing, same"] = call(Failing())
+    found["after"] = call(chunks()[rank :: mesh.size()], process_group=everyone)
+    model.set_gradient_divide_factor(3.0)
+    found["factor"] = call(chunks())
+    other = sharded(mesh)
+    other.set_requires_gradient_sync(False)
+    found["sync"] = caught(FullBatchClosure(other, loss_fn, chunks(), backward=True))
+    return found
+
+
+def hybrid(rank: int) -> Any:
+    """HSDP: two replicas of two shards."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    options = {"backward": True, "process_group": dist.group.WORLD}
+    found = {
+        name: train(
+            sharded(mesh), chunks()[rank::4], penalty, 2, accumulation=accumulation, **options
+        )
+        for name, penalty, accumulation in (
+            ("forward", "forward", "float32"),
+            ("exact sums", "plain", "exact"),
+        )
+    }
+    shards = mesh.get_group("shards")
+    found["part"] = caught(
+        lambda: FullBatchClosure(
+            sharded(mesh),
+            nn.functional.cross_entropy,
+            chunks(),
+            **options | {"process_group": shards},
+        )()
+    )
+    return found
+
+
+def cases(rank: int, mesh: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for world, name in TABLE:
+        if world == mesh.size():
+            yield name, lambda name=name: trained(mesh, rank, name)
+    if mesh.size() == 2:
+        yield "mixed precision", lambda: mixed_precision(mesh, rank)
+        yield "accumulator", lambda: accumulated(mesh, rank)
+        yield "stale", lambda: stale(mesh)
+        yield "refused", lambda: refused(mesh, rank)
+    else:
+        yield "hybrid", lambda: hybrid(rank)
+
+
+def work(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    return {name: case() for name, case in cases(rank, ranks.mesh(world))}
+
+
+# --- what they found ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[int, list[dict[str, Any]]]:
+    """What each rank of each job found."""
+    return ranks.run_all(work, WORLDS, tmp_path_factory.mktemp("ranks"))
+
+
+def on_all(found: dict[int, list[dict[str, Any]]], world: int, case: str) -> list[Any]:
+    return [one[case] for one in found[world]]
+
+
+def close(one: Any, other: Any, tolerance: float = 1e-6) -> None:
+    torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def alone(world: int, name: str) -> Any:
+    """What one process finds that visits all chunks, with a penalty or norms the joint ones."""
+    data, penalty, dtype, steps, options = TRAIN[name]
+    apart = data == "same" or (penalty == "plain" and not options.get("chunk_norms"))
+    every = chunks(dtype) if apart else joint(world, dtype)
+    return train(Model(dtype), every, penalty, steps, **options)
+
+
+@pytest.mark.parametrize(("world", "name"), TABLE)
+def test_training_is_that_of_one_process(found, world, name):
+    expected, results = alone(world, name), on_all(found, world, name)
+    tolerance = 1e-10 if TRAIN[name][2] == torch.float64 else 1e-6
+    for key, value in expected.items():
+        assert all(bits(one[key]) == bits(results[0][key]) for one in results), key
+        if key == "grads":
+            missing = {n for n, g in value.items() if g is None}
+            assert missing == {"never"} == {n for n, g in results[0][key].items() if g is None}
+            value, results[0][key] = (
+                {n: g for n, g in held.items() if g is not None}
+                for held in (value, results[0][key])
+            )
+        if None not in value:
+            close(results[0][key], value, tolerance)
+
+
+@pytest.mark.parametrize(("world", "name"), EXACT)
+def test_exact_sums_have_the_bits_of_one_process(found, world, name):
+    expected = alone(world, name)
+    for one in on_all(found, world, name):
+        for key in ("loss", "params", "buffers"):
+            assert bits(one[key]) == bits(expected[key]), key
+
+
+def test_mixed_precision_reduces_what_fsdp_makes(found):
+    for one in on_all(found, 2, "mixed precision"):
+        close(one["float32"], one["expected"])
+        # Losses are not scaled there, and bf16 rounds otherwise.
+        close(one["exact"], one["expected"], 1e-3)
+
+
+def test_an_accumulator_weighs_the_losses(found):
+    model = Model()
+    accumulator = GradientAccumulator([p for n, p in model.named_parameters() if n != "never"])
+    for weigh in (len, lambda x: 1):
+        accumulator.reset()
+        for x, y in chunks():
+            loss = nn.functional.cross_entropy(model(x), y)
+            accumulator.add(torch.autograd.grad(loss, accumulator.params), weigh(x))
+        for one in on_all(found, 2, "accumulator"):
+            grads = one["backward" if weigh is len else "chunk"]
+            close(list(grads.values()), accumulator.mean())
+    for rank, one in enumerate(on_all(found, 2, "accumulator")):
+        assert one["weight"] == sum(len(x) for x, _ in chunks())
+        assert one["uneven"][0] == "ValueError" and "backward(loss, weight)" in one["uneven"][1]
+        assert one["negative"][0] == ("ValueError" if rank else "PeerError")
+
+
+def test_a_shift_reaches_parameters_that_stay_gathered(found):
+    expected = train(Model(torch.float64), chunks(torch.float64), "central", 2)
+    for one in on_all(found, 2, "stale"):
+        close(one["params"], expected["params"], 1e-10)
+
+
+REFUSED = {
+    "functional": ("ValueError", "backward=True"),
+    "lockstep": ("ValueError", "different numbers of chunks"),
+    "lockstep, same": ("ValueError", "visit different chunks"),
+    "other chunks": ("ValueError", "process_group="),
+    "weights": ("ValueError", "of the same weight"),
+    "factor": ("ValueError", "set_gradient_divide_factor"),
+    "sync": ("ValueError", "set_requires_gradient_sync"),
+    "after": ("none", ""),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_by_all(found, case):
+    results = [one[case] for one in on_all(found, 2, "refused")]
+    kind, text = REFUSED[case]
+    assert results[0] == results[1] and results[0][0] == kind and text in results[0][1]
+
+
+@pytest.mark.parametrize("case", ["failing", "failing, same"])
+def test_a_process_that_fails_between_chunks_lets_none_wait(found, case):
+    first, second = (one[case] for one in on_all(found, 2, "refused"))
+    assert second == ("ZeroDivisionError", "a fault")
+    assert first == ("PeerError", "process 1 failed: ZeroDivisionError: a fault")
+
+
+def test_hybrid_sharding(found):
+    forward = train(Model(), joint(4, torch.float32), "forward", 2)
+    exact = train(Model(), chunks(), "plain", 2, accumulation="exact")
+    for one in on_all(found, 4, "hybrid"):
+        close(one["forward"]["params"], forward["params"])
+        assert bits(one["exact sums"]["params"]) == bits(exact["params"])
+        assert one["part"] == ("none", "")
