@@ -5,13 +5,16 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fbopt._diagnosis import derivatives, means, passes, setup
+from fbopt._diagnosis import means, passes, setup
+from fbopt._diagnosis.double_backward import check_double_backward
 from fbopt._diagnosis.probe import Probe
+from fbopt._diagnosis.radius import check_radius
 from fbopt._diagnosis.report import DOUBT, ERROR, Finding, Report
+from fbopt._engine.modes import measuring
 
 if TYPE_CHECKING:
     from fbopt.closure import FullBatchClosure
@@ -113,8 +116,28 @@ def _visit(probe: Probe, report: Report) -> int:
     setup.check_last_chunk(probe, chunks, report)
     if passes.check_passes(probe, chunks, report):
         means.check_means(probe, chunks, report)
-        derivatives.check_derivatives(probe, chunks[0], report)
+        _check_penalty(probe, chunks[0], report)
     return len(chunks)
+
+
+def _check_penalty(probe: Probe, chunk: Any, report: Report) -> None:
+    """Check how the penalty's product H g is computed, without dropout."""
+    penalty = probe.closure.penalty
+    if penalty is None:
+        return
+    about = "double backward" if penalty.method == "exact" else "radius"
+    try:
+        if probe.is_sharded:
+            raise ValueError("parameters are sharded")
+        with measuring(probe.model, "kept", "off"):  # float64 masks would be others
+            if penalty.method == "exact":
+                reason = check_double_backward(probe, chunk, report)
+            else:
+                reason = check_radius(probe, penalty, chunk, report)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+    if reason:
+        report.skip(about, reason)
 
 
 def _scope(probe: Probe, number: int) -> str:

@@ -55,6 +55,7 @@ class Report:
     def skip(self, about: str, reason: str) -> None:
         """Note why a check could not be made."""
         self.unchecked.setdefault(about, reason)
+        self.checked = [name for name in self.checked if name != about]
 
     @property
     def has_errors(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbopt.analysis.modes import running_statistics
+from fbopt._engine.modes import running_statistics
 from fbopt.analysis.objective import Objective
 
 

@@ -14,13 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.inputs import weigh
+from fbopt._engine.modes import measuring
 from fbopt._engine.perturb import Perturbation
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._ops.buckets import FlatBuckets
 from fbopt._random import seed_generators
 from fbopt.accumulate import GradientAccumulator
 from fbopt.analysis.cost import Cost
-from fbopt.analysis.modes import measuring
 from fbopt.analysis.parameter_space import ParameterSpace
 from fbopt.closure import FullBatchClosure
 

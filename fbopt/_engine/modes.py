@@ -28,7 +28,14 @@ def running_statistics(model: nn.Module) -> set[int]:
 
 @contextlib.contextmanager
 def measuring(model: nn.Module, batchnorm: str, dropout: str) -> Iterator[None]:
-    """Set every module's mode as :class:`Objective` says, and restore all modes after."""
+    """Set every module's mode for a measurement, and restore all modes after.
+
+    Args:
+        model: whose modules.
+        batchnorm: of normalisation layers: ``"chunk"``, ``"frozen"`` (by running statistics), or
+            ``"kept"``, as they are.
+        dropout: ``"off"``, or anything else to leave it as it is.
+    """
     with contextlib.ExitStack() as stack:
         # Its padded outputs differ from those of the passes with gradients, which never take it.
         stack.callback(torch.backends.mha.set_fastpath_enabled, _fastpath())
@@ -36,7 +43,7 @@ def measuring(model: nn.Module, batchnorm: str, dropout: str) -> Iterator[None]:
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
             if normalises(module):
-                module.training = batchnorm == "chunk"
+                module.training = module.training if batchnorm == "kept" else batchnorm == "chunk"
             elif dropout == "off":
                 _turn_off(module, stack)
         yield
