@@ -108,31 +108,31 @@ def gradient_statistics(
     if momentum is not None:
         check_grads(momentum, objective.params, "momentum")
     check(objective)
-    found: list[tuple[float, Tensor, Tensor]] = []
-
-    def observe(weight: float, loss: Tensor, grads: list[Tensor | None]) -> None:
-        found.append((weight, loss.double(), _squared_norm(grads)))
-
-    objective.accumulate(observe)
-    weights, losses, squares = zip(*found, strict=True)
-    mean = objective.accumulator.mean()
-    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    chunk_sqnorms = torch.stack(squares).cpu()
+    squares: list[Tensor] = []
+    objective.accumulate(lambda weight, loss, grads: squares.append(_squared_norm(grads)))
+    mean = objective.sums.means()
+    own = torch.zeros(2, len(squares), dtype=torch.float64)
+    if squares:
+        own[:] = torch.stack([torch.tensor(objective.shares.weights), torch.stack(squares).cpu()])
+    weights, chunk_sqnorms = objective.shares.gather(own).cpu()
+    shares = weights / weights.sum()
     norms = chunk_sqnorms.sqrt()
     norm_mean = float(shares @ norms)
     sqnorm = float(_squared_norm(mean))
     mean_sqnorm, count = float(shares @ chunk_sqnorms), len(weights)
     several = count > 1
     return GradientStatistics(
-        loss=float(shares @ torch.stack(losses).cpu()),
+        loss=objective.shares.loss(),
         chunks=count,
-        samples=sum(weights),
+        samples=float(weights.sum()),
         gradient_norm=math.sqrt(sqnorm),
         chunk_norm_mean=norm_mean,
         chunk_norm_deviation=math.sqrt(float(shares @ (norms - norm_mean).square())),
         mean_squared_chunk_norm=mean_sqnorm,
         squared_signal=(count * sqnorm - mean_sqnorm) / (count - 1) if several else None,
-        noise_trace=(mean_sqnorm - sqnorm) * sum(weights) / (count - 1) if several else None,
+        noise_trace=(mean_sqnorm - sqnorm) * float(weights.sum()) / (count - 1)
+        if several
+        else None,
         momentum_angle=_angle(objective, mean, momentum),
     )
 

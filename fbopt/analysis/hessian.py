@@ -23,8 +23,8 @@ METHODS = ("exact", "central", "forward")
 class Hessian:
     """The Hessian of L at the model's parameters, as a linear operator: ``hessian(v)`` is H v.
 
-    - ``exact``: a second backward pass per chunk. (A custom autograd function marked
-      ``once_differentiable`` is taken for a linear one: torch does not report it.)
+    - ``exact``: a second backward pass per chunk. Functions whose second derivative would be lost
+      without a word are refused at the first product.
     - ``central``: ``(grad L(theta + r u) - grad L(theta - r u)) |v|/2r`` with ``u = v/|v|``, two
       gradients per product, error of second order in r.
     - ``forward``: ``(grad L(theta + r u) - grad L(theta)) |v|/r``, one gradient per product and
@@ -89,6 +89,7 @@ class Hessian:
         default = objective.epsilon**order * length / 4
         self.radius = default if self._given_radius is None else self._given_radius
         self._conditions = Conditions(objective)
+        self._is_differentiable = False  # twice; looked for in the first product
         self._gradient = objective.gradient() if method == "forward" else None
 
     def __call__(self, vector: Tensor) -> Tensor:
@@ -101,14 +102,9 @@ class Hessian:
             )
         self.products += 1
         if self.method == "exact":
-            try:
-                return self.objective.product(vector)
-            except RuntimeError as error:
-                if "derivative" not in str(error) and "double backward" not in str(error):
-                    raise
-                raise RuntimeError(
-                    f"the model cannot be differentiated twice ({error}): pass method='central'"
-                ) from error
+            product = self.objective.product(vector, check=not self._is_differentiable)
+            self._is_differentiable = True
+            return product
         norm = float(vector.double().norm())
         if norm == 0:
             return torch.zeros_like(vector)

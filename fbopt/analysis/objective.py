@@ -5,6 +5,7 @@ gradient and Hessian-vector products, accumulated chunk by chunk.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,16 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fbopt._distributed import Collectives
+from fbopt._engine.autograd_graph import SecondBackward
 from fbopt._engine.forward import ChunkLoss
+from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.inputs import weigh
 from fbopt._engine.modes import measuring
 from fbopt._engine.perturb import Perturbation
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._ops.buckets import FlatBuckets
 from fbopt._random import seed_generators
-from fbopt.accumulate import GradientAccumulator
+from fbopt._sharding import any_sharded
 from fbopt.analysis.cost import Cost
+from fbopt.analysis.derivatives import gradients, products
 from fbopt.analysis.parameter_space import ParameterSpace
+from fbopt.analysis.shares import Shares
 from fbopt.closure import FullBatchClosure
 
 BATCHNORM, DROPOUT = ("chunk", "frozen"), ("off", "seeded")
@@ -54,6 +60,9 @@ class Objective(ParameterSpace):
             ``"seeded"``). ``"seeded"``: modules keep their modes, and random draws depend on `seed`
             and the chunk's index alone.
         seed: of the dropout draws.
+        process_group: the processes that have different chunks, a
+            ``torch.distributed.ProcessGroup``; ``"local"`` for a process that measures on its own.
+            All have to call the same functions, and get the same results: those of all chunks.
 
     Attributes:
         params: the parameters that L is a function of, by default all that require grad.
@@ -77,6 +86,7 @@ class Objective(ParameterSpace):
         batchnorm: str = "chunk",
         dropout: str = "off",
         seed: int = 0,
+        process_group: torch.distributed.ProcessGroup | str | None = None,
     ) -> None:
         if batchnorm not in BATCHNORM:
             raise ValueError(f"batchnorm must be one of {BATCHNORM}, got {batchnorm!r}")
@@ -90,33 +100,41 @@ class Objective(ParameterSpace):
             weight=weight,
             params=params,
             autocast=autocast,
-            process_group="local",
+            process_group=process_group,
         )
+        if any_sharded(closure.sums.params):
+            raise ValueError(
+                "params are sharded (DTensors), but vectors in parameter space are held whole: "
+                "measure a copy with whole parameters (their full_tensor())"
+            )
         assert chunks is not None  # refused by the closure
         self.model, self.loss_fn, self.chunks = model, loss_fn, chunks
         self.evaluate, self.weight, self.autocast = evaluate, weight, autocast
         self.batchnorm, self.dropout, self.seed = batchnorm, dropout, seed
-        self.accumulator = GradientAccumulator(closure.sums.params, process_group="local")
-        super().__init__(self.accumulator.params)
-        names = {id(p): name for name, p in model.named_parameters()}
-        self._names = [names.get(id(p)) for p in self.params]
+        super().__init__(closure.sums.params, model)
         self.cost = Cost()
         self.on_pass: Callable[[], object] = _nothing
         # Both are set by checks.check.
         self.is_deterministic, self.computed_in = False, set[torch.dtype]()
-        self._buffers = BufferSnapshot(model)
+        self._collectives = Collectives(process_group)
+        self._collectives.refuse_unknown_processes(self.params)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        self.sums = GradientSums(self.params)
+        self.shares = Shares(self._collectives, self.sums, self.names)
+        self._buffers = BufferSnapshot(self.model)
         self._perturbation: Perturbation | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but flat memory, which a copy makes anew."""
-        rebuilt = ("accumulator", "_buffers", "_perturbation")
+        rebuilt = ("sums", "shares", "_buffers", "_perturbation")
         return {name: value for name, value in vars(self).items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a pickled or deep-copied state."""
         vars(self).update(state)
-        self.accumulator = GradientAccumulator(self.params)
-        self._buffers, self._perturbation = BufferSnapshot(self.model), None
+        self._allocate()
 
     @property
     def epsilon(self) -> float:
@@ -129,63 +147,70 @@ class Objective(ParameterSpace):
     @torch.no_grad()
     def loss(self, shift: Tensor | None = None) -> float:
         """L(theta + shift), in nats for a cross-entropy; may be infinite or NaN."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        samples = 0.0
-        with self.evaluating(shift):
+        with self.evaluating("losses", shift):
             for index, chunk, weight in self.visit():
-                total += weight * self.chunk_loss(index, chunk).to(total)
-                samples += weight
+                self.shares.add(weight, self.chunk_loss(index, chunk), None)
         self.count("losses")
-        return float(total) / samples
+        return self.shares.loss()
 
     def gradient(self, shift: Tensor | None = None) -> Tensor:
         """The gradient of L at theta + shift, a vector."""
         self.accumulate(lambda weight, loss, grads: None, shift)
-        return self.flatten(self.accumulator.mean())
+        return self.flatten(self.sums.means())
 
     def accumulate(
         self,
         observe: Callable[[float, Tensor, list[Tensor | None]], None],
         shift: Tensor | None = None,
     ) -> None:
-        """Leave the gradient of L in ``accumulator``; pass n_c, L_c and g_c to `observe`."""
-        self.accumulator.reset()
-        with self.evaluating(shift), torch.enable_grad():
+        """Leave the gradient of L in ``sums``; pass n_c, L_c and g_c of own chunks to `observe`."""
+        with self.evaluating("gradients", shift), torch.enable_grad():
             for index, chunk, weight in self.visit():
                 loss = self.chunk_loss(index, chunk)
-                grads: list[Tensor | None] = []
-                grads += torch.autograd.grad(loss, self.params, allow_unused=True)
-                self.accumulator.add(grads, weight)
+                grads = gradients(loss, self.params)
+                self.shares.add(weight, loss, grads)
                 observe(weight, loss.detach(), grads)
                 del loss, grads  # freed before the next chunk's are made
         self.count("gradients")
 
-    def product(self, vector: Tensor) -> Tensor:
+    def product(self, vector: Tensor, check: bool = False) -> Tensor:
         """H v, with H the Hessian of L at theta, by a second backward pass per chunk.
 
         Fused attention has no second derivative, so that attention is computed step by step.
+
+        Args:
+            vector: v.
+            check: look for functions whose second derivative would be lost without a word.
 
         Raises:
             RuntimeError: an operation of the model cannot be differentiated twice.
         """
         parts = self.unflatten(vector)
-        self.accumulator.reset()
-        with self.evaluating(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with (
+            self.evaluating("products", None, vector),
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             for index, chunk, weight in self.visit():
                 loss = self.chunk_loss(index, chunk)
-                self.accumulator.add(self._second_backward(loss, parts), weight)
-                del loss
+                second = SecondBackward(loss) if check else None
+                found = products(loss, self.params, parts)
+                if second is not None:
+                    again = functools.partial(self._moved_loss, index, chunk, vector)
+                    second.check(self.params, again)
+                self.shares.add(weight, loss, found)
+                del loss, found
         self.count("gradients", "second_backwards")
-        return self.flatten(self.accumulator.mean())
+        return self.flatten(self.sums.means())
 
-    def _second_backward(self, loss: Tensor, vector: list[Tensor]) -> list[Tensor | None]:
-        grads = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
-        # The loss is linear in the other parameters.
-        curved = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        if not curved:
-            return [None for _ in self.params]
-        outputs, along = [grads[i] for i in curved], [vector[i] for i in curved]
-        return list(torch.autograd.grad(outputs, self.params, along, allow_unused=True))
+    @contextlib.contextmanager
+    def _moved_loss(self, index: int, chunk: Any, vector: Tensor) -> Iterator[Tensor]:
+        """The chunk's loss at parameters a little further along a vector."""
+        length = self.epsilon ** (1 / 3) * max(1.0, float(self.theta().double().norm()))
+        shift = vector * (length / float(vector.double().norm().clamp_min(1e-300)))
+        self.restore_buffers()
+        with self._shifted(shift):
+            yield self.chunk_loss(index, chunk)
 
     def count(self, *names: str) -> None:
         """Add a pass over the chunks to these fields of ``cost``, and report it to ``on_pass``."""
@@ -197,12 +222,11 @@ class Objective(ParameterSpace):
         """Iterate over (index, chunk, n_c), restoring the buffers before each; only within
         :meth:`evaluating`.
         """
-        index = -1
         for index, chunk in enumerate(self.chunks):
-            self.restore_buffers()
-            yield index, chunk, weigh(index, chunk, self.weight)
-        if index < 0:
-            raise ValueError("chunks is empty: there is no sample to average over")
+            weight = weigh(index, chunk, self.weight)
+            if weight:
+                self.restore_buffers()
+                yield index, chunk, weight
 
     def restore_buffers(self) -> None:
         """Restore the buffers that the model had when :meth:`evaluating` began."""
@@ -210,35 +234,33 @@ class Objective(ParameterSpace):
 
     def chunk_loss(self, index: int, chunk: Any) -> Tensor:
         """The mean loss of a chunk; with gradients enabled, checked to have an autograd graph."""
-        if self.dropout == "seeded":
-            seed_generators(self.devices, self.seed, index)
+        if self.dropout == "seeded":  # as one process, where the shares are chunks[rank::world]
+            ranks = self._collectives
+            seed_generators(self.devices, self.seed, index * ranks.world_size + ranks.rank)
         forward = ChunkLoss(self.model, self.loss_fn, self.evaluate, self.autocast, self.device)
         compute = forward.differentiable if torch.is_grad_enabled() else forward
         return compute(index, chunk)[0]
 
     @contextlib.contextmanager
-    def evaluating(self, shift: Tensor | None = None) -> Iterator[None]:
-        """Set the modules' modes, move the parameters to theta + shift, and restore all after."""
-        self._check_params()
+    def evaluating(
+        self, what: str, shift: Tensor | None = None, vector: Tensor | None = None
+    ) -> Iterator[None]:
+        """Make one pass: set the modules' modes, move the parameters to theta + shift, and restore
+        all after. Then ``shares`` and ``sums`` are those of all processes.
+        """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(GeneratorSnapshot(self.devices).repeated())
-            stack.enter_context(measuring(self.model, self.batchnorm, self.dropout))
-            self._buffers.save()
-            stack.callback(self.restore_buffers)
-            if shift is not None:
-                stack.enter_context(self._shifted(shift))
+            with self.shares.preparing():
+                self.check_current(self.model)
+                stack.enter_context(GeneratorSnapshot(self.devices).repeated())
+                stack.enter_context(measuring(self.model, self.batchnorm, self.dropout))
+                self._buffers.save()
+                stack.callback(self.restore_buffers)
+                if shift is not None:
+                    stack.enter_context(self._shifted(shift))
+            summed = what in ("gradients", "products")
+            self.shares.begin(what, summed, [] if vector is None else [vector])
+            stack.enter_context(self.shares.visiting())
             yield
-
-    def _check_params(self) -> None:
-        """Refuse parameters that were frozen, or replaced in the model, since they were given."""
-        now = {id(p) for p in self.model.parameters()}
-        for i, (p, name) in enumerate(zip(self.params, self._names, strict=True)):
-            if not p.requires_grad or (name is not None and id(p) not in now):
-                what = "been replaced" if p.requires_grad else "been frozen (requires_grad=False)"
-                raise RuntimeError(
-                    f"{name or f'params[{i}]'} has {what} since this Objective was made: make a "
-                    "new one"
-                )
 
     def _shifted(self, shift: Tensor) -> contextlib.AbstractContextManager[None]:
         """Let the parameters point to a second buffer that holds theta + shift."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class ParameterSpace:
@@ -16,10 +16,34 @@ class ParameterSpace:
 
     Args:
         params: the parameters.
+        model: the module that most of them belong to.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], model: nn.Module) -> None:
         self.params = list(params)
+        names = {id(p): name for name, p in model.named_parameters()}
+        self.names = [names.get(id(p)) for p in params]  # None for those that are not the model's
+
+    def check_current(self, model: nn.Module) -> None:
+        """Refuse parameters that have been frozen, or replaced in the model, and the caller's
+        autocast, which would reach what is not a forward pass.
+
+        Raises:
+            RuntimeError: one of these; the message says what to do.
+        """
+        if torch.is_autocast_enabled(self.device.type):
+            raise RuntimeError(
+                "an Objective was called within torch.autocast: call it outside, and pass "
+                "Objective(autocast=...) for a model that is trained with it"
+            )
+        now = {id(p) for p in model.parameters()}
+        for i, (p, name) in enumerate(zip(self.params, self.names, strict=True)):
+            if not p.requires_grad or (name is not None and id(p) not in now):
+                what = "been replaced" if p.requires_grad else "been frozen (requires_grad=False)"
+                raise RuntimeError(
+                    f"{name or f'params[{i}]'} has {what} since this Objective was made: make a "
+                    "new one"
+                )
 
     @property
     def size(self) -> int:

@@ -18,12 +18,14 @@ from fbopt.train.trainer import Trainer
 def training_loss(trainer: Trainer, **options: Any) -> Objective:
     """The mean loss over a run's training set, without augmentation, in chunks of its size.
 
-    `options` are Objective's batchnorm, dropout and seed.
+    `options` are Objective's batchnorm, dropout and seed. Process 0 measures on its own.
     """
     chunks = Chunks(trainer.data.train, trainer.chunks.size)
     # The copy shares all but torch.compile, which cannot be differentiated twice.
     model, autocast = copy.copy(trainer.model), autocast_dtype(trainer.options.precision)
-    return Objective(model, trainer.loss_fn, chunks, autocast=autocast, **options)
+    return Objective(
+        model, trainer.loss_fn, chunks, autocast=autocast, process_group="local", **options
+    )
 
 
 def update_rule(trainer: Trainer) -> dict[str, Any]:

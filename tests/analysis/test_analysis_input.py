@@ -221,7 +221,10 @@ def ctc(output, target):
 
 def test_operations_without_a_second_derivative(case):
     objective = Objective(case.model, ctc, case.chunks)
-    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*method='central'"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"method='exact' differentiates twice.*use method='forward' or 'central'",
+    ):
         Hessian(objective)(torch.ones(objective.size))
     assert torch.isfinite(Hessian(objective, "central")(torch.ones(objective.size))).all()
 
@@ -231,3 +234,56 @@ def test_compiled_models_need_finite_differences(case):
     objective = Objective(compiled, case.loss_fn, case.chunks)
     with pytest.raises(RuntimeError, match="compiled model"):
         Hessian(objective)
+
+
+class Detached(torch.autograd.Function):
+    """x^3 as an adjoint solver: its backward pass leaves no graph."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy((3 * x * x * g).detach().numpy())
+
+
+class Solver(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(20, 8).double(), nn.Linear(8, 4).double()
+
+    def forward(self, x):
+        return self.two(Detached.apply(self.one(x)))
+
+
+def test_functions_that_lose_second_derivatives_are_refused():
+    """An exact product left a part of H out, without a word."""
+    case = analysis_cases.mlp()
+    torch.manual_seed(0)
+    objective = Objective(Solver(), case.loss_fn, case.chunks)
+    with pytest.raises(RuntimeError, match=r"Detached leaves no graph.*'forward' or 'central'"):
+        eigenpairs(Hessian(objective), 1)
+    assert eigenpairs(Hessian(objective, "central"), 1).converged.all()
+
+
+def test_weight_norm_has_no_right_second_derivative():
+    case = analysis_cases.mlp()
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(20, 4).double())
+    objective = Objective(model, case.loss_fn, case.chunks)
+    vector = torch.randn(objective.size, dtype=torch.float64)
+    try:
+        exact = Hessian(objective)(vector)
+    except RuntimeError as error:
+        assert "weight_norm" in str(error)
+    else:
+        torch.testing.assert_close(exact, Hessian(objective, "central")(vector), rtol=1e-4, atol=0)
+
+
+def test_the_callers_autocast_is_refused(case):
+    """It would compute sums and eigenvectors in bfloat16."""
+    objective = case.objective()
+    with torch.autocast("cpu"), pytest.raises(RuntimeError, match=r"Objective\(autocast=\.\.\.\)"):
+        gradient_statistics(objective)
