@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -54,6 +55,36 @@ def check_storage(tensor: Tensor, name: str) -> None:
         )
     if overlaps_itself(tensor):
         raise ValueError(f"{name} overlaps itself (an expanded tensor): pass {name}.contiguous()")
+
+
+def is_flattened(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of the tensors is a piece of a flat parameter of FullyShardedDataParallel."""
+    loaded = "torch.distributed.fsdp" in sys.modules
+    return loaded and any(getattr(t, "_fsdp_flattened", False) for t in tensors)
+
+
+def refuse_flattened(params: Iterable[Tensor], what: str, cure: str) -> None:
+    """Raise ValueError for parameters of FSDP1, which do not say what other processes hold."""
+    if is_flattened(params):
+        raise ValueError(
+            f"{what}: the model is a FullyShardedDataParallel (FSDP1), each process of which holds "
+            f"a piece of the gradient alone: {cure}, or shard the model with "
+            "torch.distributed.fsdp.fully_shard"
+        )
+
+
+def built_by_zero() -> bool:
+    """Whether a ZeroRedundancyOptimizer, which holds some parameters only, makes this optimizer."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe(1) if module is not None else None
+    for _ in range(8):
+        if frame is None:
+            break
+        maker = frame.f_locals.get("self")
+        if isinstance(maker, module.ZeroRedundancyOptimizer):
+            return bool(maker.world_size > 1)
+        frame = frame.f_back
+    return False
 
 
 def check_disjoint(tensors: Sequence[Tensor], name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbopt._checks import check_grads, check_weight
+from fbopt._checks import check_grads, check_weight, refuse_flattened
 from fbopt._distributed import Collectives
 from fbopt._engine.backward import ChunkAddition, drop, refuse_static_graph, taking
 from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
@@ -83,6 +83,9 @@ class GradientAccumulator:
         self.accumulation = accumulation
         self._collectives = Collectives(process_group)
         self._collectives.refuse_unknown_processes(self.params)
+        if not self._collectives.is_single:
+            cure = 'add what FSDP1 has averaged, with process_group="local"'
+            refuse_flattened(self.params, "process_group", cure)
         self._comparison = Comparison(self._collectives, self._sums)
         self._lockstep = Lockstep(self.params, self._collectives, None)
         self._comparison.is_joint = self._lockstep.is_joint

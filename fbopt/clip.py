@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fbopt._checks import check_number, check_scalar, check_storage
+from fbopt._checks import check_number, check_scalar, check_storage, refuse_flattened
 from fbopt._ops import dispatch
 from fbopt._ops.flat import accumulator_dtype, by_device_and_dtype, scalar_on
 from fbopt._ops.reference import CLIP_EPS
@@ -54,7 +54,9 @@ def clip_grad_norm_(
         TypeError, ValueError: an argument that does not fit, before anything is changed.
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; nothing was changed.
     """
-    grads = [p.grad for p in _listed(parameters) if p.grad is not None]
+    listed = _listed(parameters)
+    refuse_flattened(listed, "clip_grad_norm_", "call model.clip_grad_norm_(max_norm)")
+    grads = [p.grad for p in listed if p.grad is not None]
     if grads and torch.compiler.is_compiling():
         tensor, number = (max_norm, 0.0) if isinstance(max_norm, Tensor) else (None, max_norm)
         norm: Tensor = _traced_clip(

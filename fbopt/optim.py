@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbopt._checks import check_disjoint, check_scalar, check_storage
+from fbopt._checks import (
+    built_by_zero,
+    check_disjoint,
+    check_scalar,
+    check_storage,
+    is_flattened,
+    refuse_flattened,
+)
 from fbopt._eager import eager
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._ops import dispatch
@@ -64,7 +71,7 @@ class FullBatchGD(torch.optim.Optimizer):
 
     Attributes:
         last_grad_norm: the norm of the last step's gradient before clipping, 0-dim, on the device;
-            None before the first step.
+            None before the first step, and with FSDP1 or ZeroRedundancyOptimizer.
 
     Source: Geiping et al., "Stochastic Training is Not Necessary for Generalization", ICLR 2022,
     section 3-4.
@@ -105,6 +112,7 @@ class FullBatchGD(torch.optim.Optimizer):
             "error_if_nonfinite": error_if_nonfinite,
         }
         _check_options(defaults, read=True)
+        self._is_partial = built_by_zero()
         if isinstance(params, Tensor):
             raise TypeError(
                 "params must be an iterable of tensors or groups, not one tensor: pass [params]"
@@ -134,6 +142,7 @@ class FullBatchGD(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self.__dict__.setdefault("last_grad_norm", None)
+        self.__dict__.setdefault("_is_partial", False)
 
     @eager
     @torch.no_grad()
@@ -191,7 +200,7 @@ class FullBatchGD(torch.optim.Optimizer):
             self._step(batch, *clip)
         if sums is not None:
             sums.settle({i for batch in batches for i in batch.indices})
-        self.last_grad_norm = norm
+        self.last_grad_norm = None if self._holds_part() else norm
 
     def _batches(self, sums: GradientSums | None) -> Iterator[_Batch]:
         """Batch tensors for one kernel call: the same group, device, dtypes and first step."""
@@ -272,7 +281,24 @@ class FullBatchGD(torch.optim.Optimizer):
                     f"{name} differs between parameter groups, but the clip is of the whole "
                     f"gradient: set one {name} for all groups"
                 )
+        if found[0]["max_norm"] is not None or found[0]["error_if_nonfinite"]:
+            self._refuse_partial_norm()
         return found[0]
+
+    def _holds_part(self) -> bool:
+        return self._is_partial or is_flattened(self.param_groups[0]["params"])
+
+    def _refuse_partial_norm(self) -> None:
+        """Refuse to clip where this process holds a part of the gradient, unknown to torch."""
+        cure = "leave max_norm and error_if_nonfinite out and {} before the step"
+        held = (p for group in self.param_groups for p in group["params"])
+        refuse_flattened(held, "max_norm", cure.format("call model.clip_grad_norm_(max_norm)"))
+        if self._is_partial:
+            raise ValueError(
+                "max_norm: ZeroRedundancyOptimizer gives each process some of the parameters, so "
+                "that each would clip by the norm of its own: "
+                + cure.format("call fbopt.clip_grad_norm_(model.parameters(), max_norm)")
+            )
 
     def _refuse_grad_scaler(self) -> None:
         announced = [self.__dict__.pop(name, None) for name in ("grad_scale", "found_inf")]

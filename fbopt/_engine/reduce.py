@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fbopt._checks import refuse_flattened
 from fbopt._distributed import Collectives
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.fully_sharded import FullySharded
@@ -173,6 +174,7 @@ def _products(values: list[Tensor], weights: list[float]) -> Tensor:
 
 def _refuse_wrapped(model: nn.Module, is_single: bool) -> None:
     """Refuse modules that talk to other processes in every pass: shares may be uneven."""
+    refuse_flattened(model.parameters(), "FullBatchClosure", "train with plain backward passes")
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(

@@ -17,7 +17,13 @@ from conftest import bits
 from ranks import caught, whole
 from torch import nn
 
-from fbopt import FullBatchClosure, FullBatchGD, GradientAccumulator, GradientPenalty
+from fbopt import (
+    FullBatchClosure,
+    FullBatchGD,
+    GradientAccumulator,
+    GradientPenalty,
+    clip_grad_norm_,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -215,6 +221,43 @@ def refused(mesh: Any, rank: int) -> dict[str, tuple[str, str]]:
     return found
 
 
+def older(rank: int) -> dict[str, Any]:
+    """FSDP1 and ZeroRedundancyOptimizer."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    found: dict[str, Any] = {}
+    (x, y), loss_fn, everyone = chunks()[0], nn.functional.cross_entropy, dist.group.WORLD
+    for flat in (True, False):
+        model = FullyShardedDataParallel(
+            Model(), use_orig_params=not flat, device_id=torch.device("cpu")
+        )
+        loss_fn(model(x), y).backward()
+        params = list(model.parameters())
+        calls: dict[str, Callable[[], Any]] = {
+            "clip": lambda p=params: clip_grad_norm_(p, 1.0),
+            "max_norm": lambda p=params: FullBatchGD(p, lr=0.1, max_norm=1.0),
+            "closure": lambda m=model: FullBatchClosure(
+                m, loss_fn, chunks(), backward=True, process_group=everyone
+            ),
+            "accumulator": lambda p=params: GradientAccumulator(p, process_group=everyone),
+        }
+        found |= {f"{name} {flat}": caught(call) for name, call in calls.items()}
+        optimizer = FullBatchGD(params, lr=0.1)
+        optimizer.step()
+        found[f"norm {flat}"] = optimizer.last_grad_norm
+    model = Model()
+    loss_fn(model(x), y).backward()
+
+    def zero(**options: Any) -> ZeroRedundancyOptimizer:
+        return ZeroRedundancyOptimizer(model.parameters(), FullBatchGD, lr=0.1, **options)
+
+    found["zero"] = caught(lambda: zero(max_norm=1.0))
+    zero(momentum=0.9).step()
+    found["params"] = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return found
+
+
 def hybrid(rank: int) -> Any:
     """HSDP: two replicas of two shards."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -251,6 +294,7 @@ def cases(rank: int, mesh: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "accumulator", lambda: accumulated(mesh, rank)
         yield "stale", lambda: stale(mesh)
         yield "refused", lambda: refused(mesh, rank)
+        yield "older", lambda: older(rank)
     else:
         yield "hybrid", lambda: hybrid(rank)
 
@@ -372,3 +416,21 @@ def test_hybrid_sharding(found):
         close(one["forward"]["params"], forward["params"])
         assert bits(one["exact sums"]["params"]) == bits(exact["params"])
         assert one["part"] == ("none", "")
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("case", ["clip", "max_norm", "closure", "accumulator"])
+def test_fsdp1_is_refused_where_it_would_be_wrong(found, case, flat):
+    for one in on_all(found, 2, "older"):
+        kind, text = one[f"{case} {flat}"]
+        assert kind == "ValueError" and "FSDP1" in text and "fully_shard" in text
+        assert one[f"norm {flat}"] is None
+
+
+def test_a_zero_redundancy_optimizer_may_not_clip(found):
+    model, (x, y) = Model(), chunks()[0]
+    nn.functional.cross_entropy(model(x), y).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9).step()
+    for one in on_all(found, 2, "older"):
+        assert one["zero"][0] == "ValueError" and "ZeroRedundancyOptimizer" in one["zero"][1]
+        close(one["params"], dict(model.named_parameters()))
