@@ -104,19 +104,19 @@ def _visit(probe: Probe, report: Report) -> int:
     """Make the checks that need chunks; return how many there were."""
     try:
         chunks = probe.few_chunks()
-        weights = [probe.weight(i, c) for i, c in enumerate(chunks)]
+        weighed = [c for i, c in enumerate(chunks) if probe.weight(i, c)]  # others are not run
     except Exception as error:
         text = " ".join(str(error).split())
         cause, cure = "see the message", "look at the first chunks by themselves"
         report.error("chunks", f"{type(error).__name__}: {text[:400]}", cause, cure)
-        chunks, weights = [], []
+        chunks, weighed = [], []
     passes.check_same_chunks(probe, chunks, report)
-    if not weights:
-        return 0
-    setup.check_last_chunk(probe, chunks, report)
-    if passes.check_passes(probe, chunks, report):
-        means.check_means(probe, chunks, report)
-        _check_penalty(probe, chunks[0], report)
+    if not weighed:
+        return len(chunks)
+    setup.check_last_chunk(probe, weighed, report)
+    if passes.check_passes(probe, weighed, report):
+        means.check_means(probe, weighed, report)
+        _check_penalty(probe, weighed[0], report)
     return len(chunks)
 
 

@@ -29,17 +29,20 @@ def check_means(probe: Probe, chunks: Sequence[Any], report: Report) -> None:
     if probe.is_sharded:
         report.skip("loss", "parameters are sharded")
         return
+    problem = ""
     for index, chunk in enumerate(chunks):
         try:
             split = divide(probe, index, chunk)
             fit, tolerance = _fit(probe, split)
         except Exception as error:
-            report.skip("loss", " ".join(str(error).split())[:150] or type(error).__name__)
-            return
+            problem = " ".join(str(error).split())[:150] or type(error).__name__
+            continue
         report.note("loss")
         if fit.error > tolerance:
             report_other_mean(probe, index, split, fit, tolerance, report)
             return
+    if "loss" not in report.checked:
+        report.skip("loss", problem)
 
 
 def divide(probe: Probe, index: int, chunk: Any) -> Split:

@@ -35,7 +35,7 @@ class CopyLoss:
     """
 
     def __init__(self, probe: Probe, dtype: torch.dtype | None = torch.float64) -> None:
-        self._model, self._dtype, self._call = probe.model, dtype, _Call(probe)
+        self._dtype, self._call = dtype, _Call(probe)
         self._all = dict(probe.model.named_parameters())
         wanted = {id(p) for p in probe.params}
         self.names = [name for name, p in self._all.items() if id(p) in wanted]
@@ -70,10 +70,9 @@ class CopyLoss:
 
     def _derive(self, theta: Tensors, chunk: Any, derive: Callable[[Tensor, Tensors], R]) -> R:
         leaves = [t.detach().requires_grad_() for t in theta]
-        tensors = {n: self._cast(t.detach()) for n, t in self._all.items()}
-        tensors |= {n: self._cast(b.clone()) for n, b in self._model.named_buffers()}
-        tensors |= dict(zip(self.names, leaves, strict=True))
-        held = {f"model.{name}": t for name, t in tensors.items()}
+        held = {n: self._cast(t.detach()) for n, t in self._call.named_parameters()}
+        held |= {n: self._cast(b.clone()) for n, b in self._call.named_buffers()}
+        held |= {f"model.{n}": t for n, t in zip(self.names, leaves, strict=True)}
         with torch.enable_grad():
             torch.clear_autocast_cache()
             arguments = mapped(self._cast, chunk), lambda loss: derive(loss, leaves)
@@ -89,6 +88,8 @@ class _Call(nn.Module):
     def __init__(self, probe: Probe) -> None:
         super().__init__()
         self.model, self._loss = probe.model, probe.forward
+        if isinstance(probe.closure.loss_fn, nn.Module):
+            self.loss_fn = probe.closure.loss_fn  # whose class weights are cast, too
 
     def forward(self, chunk: Any, derive: Callable[[Tensor], R]) -> R:
         """What is derived from the mean loss of a chunk."""
