@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from benchmarks import trainers
 from fbopt.integrations.transformers import WeightedTrainer
 
 LANGUAGE = {"tokens, Llama": "llama", "tokens, GPT-2": "gpt2"}
-MORE = (*LANGUAGE, trainers.BFLOAT16)
+LLAMA = "bfloat16 parameters, Llama"
+MORE = (*LANGUAGE, trainers.BFLOAT16, LLAMA)
 
 
 class Module(nn.Module):
@@ -32,11 +34,11 @@ class Module(nn.Module):
 class FirstGradient(TrainerCallback):
     """Notes the error of the only step's gradient."""
 
-    def __init__(self, case: str) -> None:
-        self.case, self.error = case, 0.0
+    def __init__(self, measure: Callable[[Any], float]) -> None:
+        self.measure, self.error = measure, 0.0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.error = trainers.gradient_error(kwargs["model"].network, self.case)
+        self.error = self.measure(kwargs["model"])
 
 
 def run(case: str, ours: bool) -> float:
@@ -44,9 +46,11 @@ def run(case: str, ours: bool) -> float:
     transformers.logging.set_verbosity_error()
     if case in LANGUAGE:
         return _language(LANGUAGE[case], ours)
+    if case == LLAMA:
+        return _bfloat16(ours)
     windows, model = trainers.windows(case), Module(case)
     data = [{"x": x, "labels": labels} for window in windows for x, labels in window]
-    callback = FirstGradient(case)
+    callback = FirstGradient(lambda model: trainers.gradient_error(model.network, case))
     if case == trainers.BFLOAT16:
         _train(model, data, len(windows[0]), ours, callbacks=[callback])
         return callback.error
@@ -83,29 +87,57 @@ def _train(model: nn.Module, data: list[Any], steps: int, ours: bool, **options:
         trainer.train()
 
 
-def _language(name: str, ours: bool) -> float:
-    """Return the error of a language model on three windows of three sequences, in float32."""
+def _language_model(name: str) -> nn.Module:
     torch.manual_seed(0)
     special = {"vocab_size": 37, "bos_token_id": 0, "eos_token_id": 0}
     if name == "gpt2":
         sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        config = transformers.GPT2Config(**special, **sizes, **dropout)
-    else:
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-        config = transformers.LlamaConfig(**special, **sizes, num_attention_heads=2)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    wide = copy.deepcopy(model).double()
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**special, **sizes, **dropout))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**special, **sizes, num_attention_heads=2)
+    return transformers.LlamaForCausalLM(config)
+
+
+def _sequences(count: int) -> list[Tensor]:
+    """Return sequences of 3 to 20 tokens."""
     draw = torch.Generator().manual_seed(1)
-    tokens = [torch.randint(1, 37, (1, n), generator=draw) for n in (4, 9, 20, 5, 11, 3, 16, 7, 13)]
+    lengths = torch.randint(3, 21, (count,), generator=draw).tolist()
+    return [torch.randint(1, 37, (1, n), generator=draw) for n in lengths]
+
+
+def _backward(model: nn.Module, window: list[Tensor]) -> None:
+    """Add the gradient of the mean loss over all tokens of a window."""
+    count = sum(t.numel() - 1 for t in window)
+    for t in window:
+        (model(input_ids=t, labels=t).loss * (t.numel() - 1) / count).backward()
+
+
+def _language(name: str, ours: bool) -> float:
+    """Return the error after three windows of three sequences, in float32."""
+    model = _language_model(name)
+    wide, tokens = copy.deepcopy(model).double(), _sequences(9)
     _train(model, [{"input_ids": t, "labels": t} for t in tokens], 3, ours)
     optimizer = torch.optim.SGD(wide.parameters(), lr=trainers.LR)
     for i in range(0, len(tokens), 3):
-        window = tokens[i : i + 3]
-        count = sum(t.numel() - 1 for t in window)
         optimizer.zero_grad()
-        for t in window:
-            (wide(input_ids=t, labels=t).loss * (t.numel() - 1) / count).backward()
+        _backward(wide, tokens[i : i + 3])
         optimizer.step()
     pairs = zip(model.parameters(), wide.parameters(), strict=True)
     return max((p.detach() - q.detach()).abs().max().item() for p, q in pairs)
+
+
+def _bfloat16(ours: bool) -> float:
+    """Return the relative error of the gradient of 512 sequences, one at a time."""
+    model = _language_model("llama").bfloat16()
+    wide, tokens = copy.deepcopy(model).double(), _sequences(512)
+    _backward(wide, tokens)
+    expected = torch.cat([p.grad.flatten() for p in wide.parameters()])
+
+    def measure(model: nn.Module) -> float:
+        found = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+        return ((found - expected).norm() / expected.norm()).item()
+
+    callback, data = FirstGradient(measure), [{"input_ids": t, "labels": t} for t in tokens]
+    _train(model, data, len(tokens), ours, callbacks=[callback])
+    return callback.error

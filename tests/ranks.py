@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 PRELOAD = ["torch", "fbopt.optim", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
 Work = Callable[[int, int, Path], Any]
+Job = Callable[[int, int, Path], contextlib.AbstractContextManager[None]]
 
 
 def run_all(work: Work, worlds: Sequence[int], folder: Path) -> dict[int, list[Any]]:
@@ -20,14 +22,21 @@ def run_all(work: Work, worlds: Sequence[int], folder: Path) -> dict[int, list[A
     return {world: run(work, world, folder) for world in worlds}
 
 
-def run(work: Work, world: int, folder: Path) -> list[Any]:
-    """Start one job with gloo and wait for it."""
+def run(
+    work: Work,
+    world: int,
+    folder: Path,
+    *,
+    job: Job | None = None,
+    preload: Sequence[str] = PRELOAD,
+) -> list[Any]:
+    """Start one job and wait for it; `job` begins and ends the process group, by default gloo's."""
     own = folder / f"job of {world}"
     own.mkdir()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(list(preload))
     processes = [
-        context.Process(target=_work, args=(work, rank, world, folder, own))
+        context.Process(target=_work, args=(work, rank, world, folder, own, job or gloo))
         for rank in range(world)
     ]
     for process in processes:
@@ -41,17 +50,24 @@ def run(work: Work, world: int, folder: Path) -> list[Any]:
     return [torch.load(own / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _work(work: Work, rank: int, world: int, folder: Path, own: Path) -> None:
+def _work(work: Work, rank: int, world: int, folder: Path, own: Path, job: Job) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(own / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
-        torch.save(work(rank, world, folder), own / f"{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
+        with job(rank, world, own):
+            torch.save(work(rank, world, folder), own / f"{rank}.pt")
     except BaseException:
         (own / f"{rank}.txt").write_text(traceback.format_exc())
         raise
+
+
+@contextlib.contextmanager
+def gloo(rank: int, world: int, own: Path) -> Iterator[None]:
+    """A process group by way of a file."""
+    store = dist.FileStore(str(own / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def mesh(world: int) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard
 from torch import Tensor, nn
 
@@ -28,18 +28,13 @@ class AcceleratedAccumulator(GradientAccumulator):
         super().__init__(params, accumulation, process_group=group)
         self._known = set(map(id, params))
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            model.require_backward_grad_sync = False
+            model.require_backward_grad_sync = model.require_forward_param_sync = False
             for p in params:
                 p.register_post_accumulate_grad_hook(self._refuse_outside)  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def chunk(self, weight: float | Tensor = 1.0) -> Iterator[None]:
         """As :meth:`fbopt.GradientAccumulator.chunk`; ``accelerator.backward`` does not divide."""
-        if any(p.requires_grad and id(p) not in self._known for p in self.model.parameters()):
-            raise ValueError(
-                "a parameter of the model has begun to require grad since this accumulator was "
-                "made: make a new one"
-            )
         steps = self.accelerator.gradient_accumulation_steps
         self.accelerator.gradient_accumulation_steps = 1
         try:
@@ -52,6 +47,24 @@ class AcceleratedAccumulator(GradientAccumulator):
         """As :meth:`fbopt.GradientAccumulator.backward`, with the accelerator's loss scale."""
         scaler = self.accelerator.scaler
         super().backward(loss if scaler is None else scaler.scale(loss), weight)
+
+    def to_grad(self) -> None:
+        """As :meth:`fbopt.GradientAccumulator.to_grad`; and share the first process's buffers.
+
+        DistributedDataParallel shares them before every forward pass, which waits for the others.
+        """
+        super().to_grad()
+        if getattr(self.model, "broadcast_buffers", False):
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def _begin(self, weight: float | Tensor) -> float:
+        if any(p.requires_grad and id(p) not in self._known for p in self.model.parameters()):
+            raise ValueError(
+                "a parameter of the model has begun to require grad since this accumulator was "
+                "made: make a new one"
+            )
+        return super()._begin(weight)
 
     def _refuse_outside(self, _: Tensor) -> None:
         if not self._is_open:
@@ -79,7 +92,7 @@ def accumulator(
         accumulation: see :class:`fbopt.GradientAccumulator`.
 
     Raises:
-        ValueError: DeepSpeed, Megatron-LM, FSDP1, XLA or a parallelism that splits a sample.
+        ValueError: DeepSpeed, Megatron-LM, FSDP, XLA, or a parallelism that splits a sample.
 
     Example:
         >>> accumulator = fbopt.integrations.accelerate.accumulator(accelerator, model)
@@ -144,7 +157,7 @@ def closure(
             accelerator's.
 
     Raises:
-        ValueError: fp16; DeepSpeed, Megatron-LM, FSDP1, XLA or a parallelism that splits a sample;
+        ValueError: fp16; DeepSpeed, Megatron-LM, FSDP, XLA, or a parallelism that splits a sample;
             a loader that repeats samples, ``dispatch_batches`` or an iterable dataset.
     """
     if accelerator.scaler is not None:
@@ -187,12 +200,11 @@ class _EveryOnce:
 def _process_group(accelerator: Accelerator) -> Any:
     """Return the processes that have different data; refuse what reduces gradients by itself."""
     kind, plan = accelerator.distributed_type, accelerator.parallelism_config
-    sharded = kind == DistributedType.FSDP and not accelerator.is_fsdp2
-    alone = {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA}
-    if sharded or kind in alone or (plan is not None and plan.non_dp_dim_names):
+    of_its_own = {"DEEPSPEED", "MEGATRON_LM", "XLA", "FSDP"}
+    if kind.value in of_its_own or (plan is not None and plan.non_dp_dim_names):
         raise ValueError(
             f"{kind.value} with {plan} keeps or reduces gradients by itself, so that chunks cannot "
-            "be weighed: use one process, DistributedDataParallel or FSDP2, and for tensor "
-            "parallel models fbopt.GradientAccumulator itself"
+            "be weighed: use one process or DistributedDataParallel, and for sharded models "
+            "fbopt.GradientAccumulator itself"
         )
     return torch.distributed.group.WORLD if accelerator.num_processes > 1 else None

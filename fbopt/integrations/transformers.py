@@ -36,7 +36,7 @@ class WeightedTrainer(Trainer):
     parameters are bfloat16. Several processes add up once per step, every sample once: where
     Trainer repeats samples to make shards equal, a process visits fewer. Trainer then clips
     (``max_grad_norm``), steps, schedules, logs and saves as always; checkpoints hold the closure's
-    state in ``fbopt.pt``. For a subclass of Trainer: ``class Mine(WeightedTrainer, SFTTrainer)``.
+    state in ``fbopt.pt``. For a subclass of Trainer: ``class Mine(WeightedTrainer, OtherTrainer)``.
 
     Args:
         penalty, accumulation, chunk_max_norm, backward: as for :class:`fbopt.FullBatchClosure`; a
@@ -84,8 +84,8 @@ class WeightedTrainer(Trainer):
         labels = inputs.get("shift_labels")
         if labels is None:
             labels = inputs.get("labels")
-            if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
-                labels = labels[..., 1:] if self._skips_first_label(inputs) else labels
+            if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
+                labels = labels[:, 1:] if self._skips_first_label(inputs) else labels
         if not isinstance(labels, Tensor):
             return int(find_batch_size(inputs))
         return int(labels.ne(-100).sum())
@@ -103,7 +103,7 @@ class WeightedTrainer(Trainer):
                 loss = self._loss(model, {**inputs, "labels": only}, count)
             finally:
                 model.train()
-            self._skips = not bool(loss > 0)  # the mean over none is NaN, the sum 0
+            self._skips = not (loss > 0 and loss.isfinite())  # the mean of none is NaN, the sum 0
         return self._skips
 
     def get_train_dataloader(self) -> Any:

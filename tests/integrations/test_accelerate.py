@@ -14,8 +14,8 @@ from torch import nn
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
-import ranks
 import tiny_language as tiny
+import trainer_ranks
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
@@ -235,6 +235,7 @@ def on_each_rank(rank: int, folder: Path) -> dict[str, Any]:
     return {
         "sums": {case: uneven(share[rank]) for case, share in UNEVEN.items()},
         "outside": outside(),
+        "buffers": buffers(rank),
         "closure": shared_closure(folder),
         "refused": refused(),
     }
@@ -265,6 +266,18 @@ def outside() -> str:
         accelerator.backward(model(**tiny.collate(DATA[:2])).loss)
     forget()
     return str(caught.value)
+
+
+def buffers(rank: int) -> dict[str, torch.Tensor]:
+    """Return BatchNorm's buffers where the first process has a chunk less than the second."""
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    sums = accumulator(accelerator, model)
+    for _ in range(rank):
+        sums.backward(model(torch.randn(5, 3)).square().mean())
+    sums.to_grad()
+    forget()
+    return dict(model.named_buffers())
 
 
 def shared_closure(folder: Path) -> dict[str, Any]:
@@ -308,7 +321,9 @@ class Streamed(torch.utils.data.IterableDataset):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return ranks.together(on_each_rank, tmp_path_factory.mktemp("ranks"))
+    return trainer_ranks.together(
+        on_each_rank, tmp_path_factory.mktemp("ranks"), "transformers.trainer"
+    )
 
 
 @pytest.mark.parametrize("case", UNEVEN)
@@ -324,6 +339,11 @@ def test_processes_may_have_different_numbers_of_chunks(found, case):
 def test_a_backward_pass_outside_of_a_chunk_is_an_error(found):
     for one in found:
         assert "outside of accumulator.chunk()" in one["outside"]
+
+
+def test_buffers_are_the_first_processs(found):
+    assert bits(found[0]["buffers"]) == bits(found[1]["buffers"])
+    assert not found[1]["buffers"]["module.1.num_batches_tracked"]
 
 
 def test_a_closure_on_a_prepared_loader_visits_every_sample_once(found):

@@ -10,9 +10,9 @@ import pytest
 from torch import nn
 
 pytest.importorskip("lightning")
-import ranks
 import test_lightning_accumulation as accumulation
 import test_lightning_full_batch as full_batch
+import trainer_ranks
 from conftest import bits
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, TensorDataset
@@ -21,7 +21,7 @@ from benchmarks.trainer_lightning import quiet_trainer
 from fbopt.integrations.lightning import FullBatchLoop, WeightedAccumulation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-DDP = {"strategy": "ddp", "devices": ranks.WORLD}
+DDP = {"strategy": "ddp", "devices": trainer_ranks.WORLD}
 SHARES = ([0, 2, 4, 6], [1, 3, 5, 7])  # batches of each rank; windows of two are four batches
 WINDOWS = [[0, 2, 1, 3], [4, 6, 5, 7]]
 OPTIONS = full_batch.OPTIONS["penalty"]
@@ -90,7 +90,7 @@ def error(call: Any) -> str:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return ranks.together(work, tmp_path_factory.mktemp("ranks"))
+    return trainer_ranks.together(work, tmp_path_factory.mktemp("ranks"))
 
 
 def test_windows_are_weighed_over_all_processes(found):

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 pytest.importorskip("transformers")
-import ranks
 import tiny_language as tiny
+import trainer_ranks
 from conftest import bits
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -323,6 +323,12 @@ SHARED = {
     "weighted": (WeightedTrainer, {"gradient_accumulation_steps": 2}, 16, DATA),
     "whole": (FullBatchTrainer, {}, 26, DATA),
     "exact": (FullBatchTrainer, {"options": {"accumulation": "exact"}}, 26, DATA),
+    "shuffled": (
+        FullBatchTrainer,
+        {"train_sampling_strategy": "random", "include_num_input_tokens_seen": "all"},
+        26,
+        DATA,
+    ),
     "one batch for two": (FullBatchTrainer, {}, 3, DATA[:3]),
 }
 
@@ -336,12 +342,28 @@ def on_each_rank(rank: int, folder: Path) -> dict[str, Any]:
         found[case] = dict(model.named_parameters()), trainer.state.log_history
     with pytest.raises(ValueError, match="train_dataset is iterable"):
         train(WeightedTrainer, model, folder, data=Streamed())
+    found["resumed"] = resumed(folder)
+    return found
+
+
+def resumed(folder: Path) -> list[Any]:
+    """Return the bits after four steps, and after two of them again."""
+    options = {"penalty": GradientPenalty(coefficient=strength), "accumulation": "exact"}
+    arguments = {"options": options, "save_strategy": "steps", "save_steps": 2, "steps": 4}
+    found = []
+    for resume in (None, str(folder / "checkpoint-2")):
+        model = tiny.language_model("llama")
+        arguments |= {"optimizer": momentum(model), "resume": resume}
+        train(FullBatchTrainer, model, folder, **arguments)
+        found.append(bits(model))
     return found
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return ranks.together(on_each_rank, tmp_path_factory.mktemp("ranks"))
+    return trainer_ranks.together(
+        on_each_rank, tmp_path_factory.mktemp("ranks"), "transformers.trainer"
+    )
 
 
 @pytest.mark.parametrize("case", SHARED)
@@ -357,3 +379,8 @@ def test_two_processes_find_what_one_batch_gives(found, case, tmp_path):
     assert log[0]["loss"] == other_log[0]["loss"]
     start = tiny.language_model("gpt2")
     assert log[0]["loss"] == pytest.approx(start(**tiny.collate(batches[0])).loss.item(), rel=1e-6)
+
+
+def test_two_processes_resume_to_the_bit(found):
+    (whole, again), (other, _) = (one["resumed"] for one in found)
+    assert whole == again == other
