@@ -171,7 +171,7 @@ def check_scalar(
         check_number(name, value, above=above, least=least)
 
 
-def check_weight(value: float | Tensor) -> float:
+def check_weight(value: float | Tensor, name: str = "weight") -> float:
     """Return a weight, given as a number or a tensor of one element: at least 0, finite."""
-    check_scalar("weight", value, least=0)
+    check_scalar(name, value, least=0)
     return value.item() if isinstance(value, Tensor) else value

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from fbopt._checks import check_params
 from fbopt._eager import eager
 from fbopt._engine.batchnorm import RunningStatistics
-from fbopt._engine.chunk import Checked, ChunkGradient
+from fbopt._engine.chunk import ChunkGradient
 from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.cuda_graphs import ChunkGraphs, graph_device, refuse_nested
-from fbopt._engine.forward import ChunkLoss
+from fbopt._engine.forward import ChunkLoss, autocast_suspended
 from fbopt._engine.fully_sharded import FullySharded
 from fbopt._engine.gradient_sums import MOST_PASSES
 from fbopt._engine.inputs import (
@@ -27,11 +27,11 @@ from fbopt._engine.inputs import (
     refuse_sharded,
     refuse_twice,
     unwrapped,
-    weigh,
 )
 from fbopt._engine.perturb import Perturbation
 from fbopt._engine.reduce import Reduction
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
+from fbopt._engine.weights import TargetCounts, mean_of, weigh
 from fbopt._ops.flat import scalar_on
 from fbopt.accumulate import GradientAccumulator
 from fbopt.diagnosis import check
@@ -52,6 +52,9 @@ class FullBatchClosure:
     ``FullBatchGD``, ``torch.optim.LBFGS``, Adam or SGD alike. Gradients replace what ``p.grad``
     held and live in a buffer that the next call overwrites: clone what you keep.
 
+    The caller's ``torch.autocast`` counts for forward passes alone. Closure, model and optimizer
+    that are pickled or deep-copied together still belong together.
+
     Afterwards BatchNorm's running statistics are the n_c-weighted mean over all chunks of what the
     passes at theta recorded. The passes at perturbed parameters change nothing but the gradient:
     not the parameters, buffers or random generators; dropout masks are the same in all passes of a
@@ -61,23 +64,31 @@ class FullBatchClosure:
         model: the module to train.
         loss_fn: ``loss_fn(model(input), target)`` is the chunk's mean loss, 0-dim.
         chunks: an iterable over (input, target) that every call iterates anew: a list, a
-            DataLoader. The size of a chunk is part of the model where there is a penalty, a chunk
-            clip or BatchNorm.
+            DataLoader. The size of a chunk, and which samples share it, are part of the model where
+            there is a penalty, a chunk clip or BatchNorm: ``shuffle=True`` is refused with the
+            first two and with exact sums.
         penalty: a :class:`GradientPenalty`, or None.
-        optimizer: whose learning rate the penalty's coefficient follows.
+        optimizer: whose learning rate the penalty's coefficient follows. All of its parameters that
+            require grad have to be among ``params``.
         accumulation: how the sum over chunks is kept, see :class:`GradientAccumulator`.
-        evaluate: ``evaluate(model, chunk)`` returns the chunk's mean loss; takes the place of
-            ``loss_fn`` for chunks that are no (input, target) pairs.
-        weight: ``weight(chunk)`` returns n_c; by default the length of the chunk's first tensor.
+        evaluate: ``evaluate(model, chunk)`` returns the chunk's mean loss, or (loss, aux); takes
+            the place of ``loss_fn`` for chunks that are no (input, target) pairs. It also runs in
+            the passes at perturbed parameters: do not count metrics in it, return them as aux.
+        weight: ``weight(chunk)`` returns n_c, what the chunk's loss is the mean over: a number or a
+            tensor of one element. A chunk of weight 0 is left out. By default, with torch's
+            cross-entropy as ``loss_fn``, the number of targets that are not ignored, or the sum of
+            their class weights; with its losses by element the number of elements; otherwise the
+            length that the chunk's tensors share.
         params: the tensors to differentiate by; by default the model's parameters that require
             grad.
         autocast: dtype to autocast the forward passes to, e.g. ``torch.bfloat16``.
         chunk_max_norm: bound of the norm of each chunk's gradient g'_c; None does not clip.
         chunk_norms: set ``mean_sqnorm`` also where neither penalty nor chunk clip needs it.
-        observe: ``observe(output, target)`` is called after every chunk's first pass, without
-            gradients.
+        observe: ``observe(output, target)``, or with evaluate ``observe(aux, chunk)``, is called
+            after every chunk's first pass with detached tensors.
         on_pass_start: called without arguments before all chunks are visited, again where exact
-            sums visit them once more: the place to reset what ``observe`` counts.
+            sums visit them once more: the place to reset what ``observe`` counts. Without it
+            ``observe`` sees the first of these visits only.
         cuda_graph: capture the work on a chunk in a CUDA graph and replay it, see below.
         backward: take gradients from ``loss.backward()`` rather than ``torch.autograd.grad``, for
             models that need it, see below.
@@ -130,9 +141,11 @@ class FullBatchClosure:
         TypeError, ValueError: an argument, a chunk or a loss that does not fit; the message names
             it. With ``cuda_graph`` also a model that is not on one CUDA device or that
             ``torch.compile`` captures itself.
-        RuntimeError: a chunk cannot be captured since the model waits for the device or replaces a
-            buffer; the call has changed nothing, and the next one tries again. Or another process
-            failed or was lost; the call has changed nothing on any.
+        RuntimeError: a call while another one is at work; ``method="exact"`` with a model that
+            cannot be differentiated twice, or of which torch would lose second derivatives. A chunk
+            cannot be captured since the model waits for the device or replaces a buffer; the call
+            has changed nothing, and the next one tries again. Or another process failed or was
+            lost; the call has changed nothing on any.
     """
 
     def __init__(
@@ -144,8 +157,8 @@ class FullBatchClosure:
         penalty: GradientPenalty | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         accumulation: str = "float32",
-        evaluate: Callable[[nn.Module, Any], Tensor] | None = None,
-        weight: Callable[[Any], float] | None = None,
+        evaluate: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Any]] | None = None,
+        weight: Callable[[Any], float | Tensor] | None = None,
         params: Iterable[Tensor] | None = None,
         autocast: torch.dtype | None = None,
         chunk_max_norm: float | None = None,
@@ -164,7 +177,7 @@ class FullBatchClosure:
         self.chunk_max_norm, self.chunk_norms = chunk_max_norm, chunk_norms
         self.observe, self.on_pass_start = observe, on_pass_start
         self.cuda_graph, self.backward, self.debug = cuda_graph, backward, debug
-        check_arguments(vars(self) | {"chunks": chunks})
+        check_arguments(vars(self) | {"chunks": chunks, "accumulation": accumulation})
         if backward:
             self.model = model = unwrapped(model)
         sharded = FullySharded(model)
@@ -183,7 +196,9 @@ class FullBatchClosure:
         self._perturbation: Perturbation | None = None
         self._clip: ChunkClip | None = None
         self._before, self._between = BufferSnapshot(model), BufferSnapshot(model)
-        self._checked = Checked()
+        self._outer_autocast: torch.dtype | None = None
+        self._checked: tuple[object, ...] = ()  # for what autograd graphs were checked
+        self._counts = TargetCounts()
         self._running = threading.Lock()
         self.step = self._step_before = 0
         self.mean_sqnorm: Tensor | None = None
@@ -252,7 +267,8 @@ class FullBatchClosure:
             chunk_norms=self.chunk_norms,
         )
         try:
-            loss, square = self._complete(coefficient)
+            with autocast_suspended(self.sums.params[0].device) as self._outer_autocast:
+                loss, square = self._complete(coefficient)
         except BaseException:
             self._rollback()
             raise
@@ -285,7 +301,7 @@ class FullBatchClosure:
             with torch.no_grad(), self._statistics.averaging():
                 whole = coefficient is not None or self.chunk_norms or self.chunk_max_norm
                 with self._reduction.visiting(apart=not whole):
-                    self._visit(coefficient)
+                    self._visit(coefficient, attempt)
                 found = self._reduction.combine()
             if found is not None:
                 return found
@@ -397,19 +413,24 @@ class FullBatchClosure:
 
     def _weighed(self) -> Iterator[tuple[int, Any, float]]:
         for index, chunk in enumerate(self.chunks):
-            weight = weigh(index, chunk, self.weight)
-            self.sums.check_weight(weight)
+            weight = weigh(index, chunk, self.weight, self.loss_fn, self._counts)
+            self.sums.store.check_weight(weight)
             yield index, chunk, weight
 
-    def _visit(self, coefficient: float | Tensor | None) -> None:
+    def _visit(self, coefficient: float | Tensor | None, attempt: int) -> None:
         """Add up this process's chunks."""
+        observe = self.observe
         if self.on_pass_start is not None:
             self.on_pass_start()
+        elif observe is not None and attempt:  # has counted these chunks already
+            observe = _ignore
         device = self.sums.params[0].device
         scale = None if coefficient is None else scalar_on(device, coefficient)
         draws = GeneratorSnapshot({p.device for p in self.sums.params})
+        autocast = self.autocast or self._outer_autocast
+        known = self.sums.buckets, coefficient is not None and self.penalty
         work = ChunkGradient(
-            ChunkLoss(self.model, self.loss_fn, self.evaluate, self.autocast, device),
+            ChunkLoss(self.model, self.loss_fn, self.evaluate, autocast, device),
             None if coefficient is None else self.penalty,
             self.sums,
             self._statistics,
@@ -418,15 +439,21 @@ class FullBatchClosure:
             self._clip,
             self.chunk_norms,
             self.backward,
-            self._checked,
             self._reduction.sharded,
             self._reduction.lockstep,
+            self._checked != known,
+            self.weight is None and mean_of(self.loss_fn) is None,
         )
         if self._graphs is not None:
-            self._graphs.begin(work, scale, self.observe)
+            self._graphs.begin(work, scale, observe)
         for index, chunk, weight in self._reduction.lockstep(self._weighed(), self.chunks):
             if self._graphs is None:
-                loss, square = work(index, chunk, weight, scale, draws, self.observe)
+                loss, square = work(index, chunk, weight, scale, draws, observe)
             else:
                 loss, square = self._graphs.visit(work, index, chunk, weight, draws)
             self._reduction.add(loss, square, weight)
+        self._checked = known
+
+
+def _ignore(*shown: Any) -> None:
+    """Observe nothing, in the same CUDA graphs as an observer."""

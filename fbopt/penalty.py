@@ -24,7 +24,9 @@ class GradientPenalty:
       per chunk, error of first order in the radius.
     - ``central``: ``H g ~ (grad L(theta + s g) - grad L(theta - s g)) / 2s``; two more passes,
       error of second order.
-    - ``exact``: double backward. Needs operations that can be differentiated twice.
+    - ``exact``: double backward. Needs operations that can be differentiated twice; functions of
+      which a second derivative would be lost (``once_differentiable``, a backward pass without
+      graph, torch's ``weight_norm``) are refused in the first call.
 
     Args:
         strength: the published strength; ``lambda = lr * strength / 4`` with lr the optimizer's

@@ -66,8 +66,13 @@ def token_loss(output, target):
 
 @mistake("chunks", "shuffle=True")
 def shuffled_loader_with_penalty():
-    loader = DataLoader(TensorDataset(*samples()), 32, shuffle=True)
-    return FullBatchClosure(mlp(), F.cross_entropy, loader, penalty=PENALTY), None
+    """The loader itself is refused by the closure."""
+
+    class Wrapped:
+        def __iter__(self):
+            return iter(DataLoader(TensorDataset(*samples()), 32, shuffle=True))
+
+    return FullBatchClosure(mlp(), F.cross_entropy, Wrapped(), penalty=PENALTY), None
 
 
 @mistake("chunks", "random augmentation")
@@ -83,7 +88,7 @@ def augmented_chunks_with_exact_sums():
 @mistake("weights", "class weights")
 def class_weights():
     loss_fn = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
-    return FullBatchClosure(mlp(), loss_fn, chunked(*samples())), None
+    return FullBatchClosure(mlp(), lambda a, b: loss_fn(a, b), chunked(*samples())), None
 
 
 @mistake("weights", "ignored targets")
@@ -96,7 +101,7 @@ def token_means_weighted_by_sequences():
 def all_targets_of_a_chunk_ignored():
     x, y = samples()
     y[32:64] = -100
-    return FullBatchClosure(mlp(), F.cross_entropy, chunked(x, y)), None
+    return FullBatchClosure(mlp(), lambda a, b: F.cross_entropy(a, b), chunked(x, y)), None
 
 
 @mistake("loss", "sums over samples")
@@ -107,7 +112,7 @@ def sum_in_place_of_a_mean():
     return FullBatchClosure(mlp(), loss_fn, chunked(*samples())), None
 
 
-@mistake("weights", "first tensor of a chunk is not the batch")
+@mistake("chunks", "number of its samples is not clear")
 def first_tensor_is_not_the_batch():
     chunks = [(torch.ones(3), x, y) for x, y in chunked(*samples())]
 

@@ -573,12 +573,6 @@ CLOSURE = [
         ValueError,
         "loss_fn has reduction='sum'.*reduction='mean'",
     ),
-    Row(
-        "observe with evaluate",
-        lambda w: w.make(loss_fn=None, evaluate=len, observe=len),
-        ValueError,
-        "observe goes with loss_fn",
-    ),
     Row("observe is a number", lambda w: w.make(observe=1), TypeError, "observe must be callable"),
     Row("weight is a number", lambda w: w.make(weight=8), TypeError, "weight must be callable"),
     Row(
@@ -712,7 +706,10 @@ CALL = [
         "shapes",
     ),
     Row(
-        "weight is zero", lambda w: w.step(weight=lambda c: 0), ValueError, "weight.*chunk 0.*great"
+        "weight is zero",
+        lambda w: w.step(weight=lambda c: 0),
+        ValueError,
+        "every chunk has weight 0",
     ),
     Row("weight is negative", lambda w: w.step(weight=lambda c: -1), ValueError, "weight.*chunk 0"),
     Row(
@@ -725,8 +722,8 @@ CALL = [
     Row(
         "weight has two elements",
         lambda w: w.step(weight=lambda c: torch.ones(2)),
-        TypeError,
-        "weight.*chunk 0 must be a number",
+        ValueError,
+        "weight.*chunk 0 must be a number.*one element",
     ),
     Row(
         "loss per sample",
@@ -744,7 +741,7 @@ CALL = [
         "loss is None",
         lambda w: w.step(loss_fn=None, evaluate=lambda m, c: None),
         TypeError,
-        "evaluate returned NoneType for chunk 0",
+        r"evaluate returned NoneType for chunk 0.*\(loss, aux\)",
     ),
     Row(
         "loss is detached",
@@ -811,6 +808,12 @@ CALL = [
         lambda w: (w.loss.trap(4, raising(LookupError("mine"))), w.optimizer.step(w.closure)),
         LookupError,
         "mine",
+    ),
+    Row(
+        "observe without aux",
+        lambda w: w.step(loss_fn=None, evaluate=lambda m, c: mse(m(c[0]), c[1]), observe=print),
+        TypeError,
+        r"evaluate returned the loss alone.*return \(loss, aux\)",
     ),
     Row(
         "observe raises",

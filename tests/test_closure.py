@@ -344,6 +344,36 @@ def test_autocast_sees_the_shifted_weights(outer):
     assert (cast - exact).norm() < 0.2 * exact.norm()
 
 
+@pytest.mark.parametrize("method", ["forward", "central", "exact", None])
+def test_autocast_around_the_call_or_inside_evaluate_is_that_of_the_argument(method):
+    """Bit for bit: the caller's is meant for the forward passes, not for what follows them."""
+    x, y = data(dtype=torch.float32)
+    model = nn.Sequential(mlp(dtype=torch.float32), nn.Softmax(1), nn.Linear(3, 3))
+    penalty = method and GradientPenalty(coefficient=1.0, radius=0.5, method=method)
+    options = {"chunks": chunked(x, y), "penalty": penalty}
+
+    def evaluate(model, chunk):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(model(chunk[0]), chunk[1])
+
+    def run(outer=False, **given):
+        closure = FullBatchClosure(model, **options | given)
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+            loss = closure()
+            assert torch.is_autocast_enabled("cpu") == outer
+        return loss, grads_of(model)
+
+    wanted = run(loss_fn=F.cross_entropy, autocast=torch.bfloat16)
+    plain = run(loss_fn=F.cross_entropy)
+    assert not torch.equal(plain[1][0], wanted[1][0])
+    for other in (
+        run(outer=True, loss_fn=F.cross_entropy),
+        run(outer=True, evaluate=evaluate),
+        run(evaluate=evaluate),
+    ):
+        torch.testing.assert_close(other, wanted, rtol=0, atol=0)
+
+
 def test_autocast_around_the_call_keeps_no_shifted_weights():
     x, y = data(dtype=torch.float32)
     model = mlp(dtype=torch.float32)
@@ -442,6 +472,54 @@ def test_observer_sees_every_chunk_once():
     outputs, targets = zip(*seen, strict=True)
     torch.testing.assert_close(torch.cat(outputs), model(x).detach())
     assert torch.equal(torch.cat(targets), y)
+
+
+def huge(output, target):
+    """A loss so large that exact sums need a second visit for their units."""
+    return 2.0**90 * F.cross_entropy(output, target)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
+@pytest.mark.parametrize("accumulation", ["float32", "exact"])
+def test_observer_sees_what_evaluate_returns_in_the_first_pass(penalty, accumulation):
+    """Not in the shifted passes, nor in a second visit that exact sums need."""
+    x, y = data(n=39)
+    model, seen, calls = mlp(), [], []
+    chunks = [{"x": a, "y": b} for a, b in chunked(x, y)]
+
+    def evaluate(model, chunk):
+        calls.append(len(chunk["y"]))
+        output = model(chunk["x"])
+        right = (output.argmax(1) == chunk["y"]).sum()
+        return huge(output, chunk["y"]), {"outputs": [output], "right": right}
+
+    def observe(aux, chunk):
+        assert not aux["outputs"][0].requires_grad and not torch.is_grad_enabled()
+        seen.append((aux["outputs"][0], aux["right"], chunk["y"]))
+
+    options = {"evaluate": evaluate, "chunks": chunks, "penalty": penalty}
+    FullBatchClosure(model, observe=observe, accumulation=accumulation, **options)()
+    outputs, right, targets = zip(*seen, strict=True)
+    torch.testing.assert_close(torch.cat(outputs), model(x).detach())
+    assert torch.equal(torch.cat(targets), y) and sum(right) == (model(x).argmax(1) == y).sum()
+    assert sum(calls) > 39 or (penalty is None and accumulation == "float32")
+    FullBatchClosure(model, **options)()  # aux without observe
+
+
+def test_a_repeated_visit_is_announced_or_not_observed():
+    x, y = data()
+    seen = []
+
+    def closure(**options):
+        observe = lambda output, target: seen.append(len(target))  # noqa: E731
+        options |= {"accumulation": "exact", "observe": observe}
+        return FullBatchClosure(mlp(), huge, chunked(x, y), **options)
+
+    closure()()
+    assert sum(seen) == len(x)
+    seen.clear()
+    closure(on_pass_start=lambda: seen.append(0))()
+    assert seen.count(0) == 2 and sum(seen) == 2 * len(x)
 
 
 def test_gradients_replace_what_was_there():

@@ -96,7 +96,7 @@ def test_debug_raises_for_errors_before_anything_is_changed():
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"debug=True\) found 1 error") as error:
             closure()
-        assert "loss_fn.weight[chunk[1]].sum()" in str(error.value)
+        assert "weights[chunk[1]].sum()" in str(error.value)
         assert everything(closure) == before
 
 

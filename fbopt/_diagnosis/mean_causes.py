@@ -14,7 +14,7 @@ from fbopt._diagnosis.probe import Probe
 from fbopt._diagnosis.report import Report
 from fbopt._diagnosis.setup import last_size, rows
 from fbopt._diagnosis.wide import take
-from fbopt._engine.inputs import tensors
+from fbopt._engine.autograd_graph import refuse_other_means
 
 
 class Split(NamedTuple):
@@ -104,7 +104,7 @@ def report_other_mean(
 
 
 def _other_weights(probe: Probe, split: Split, fit: Fit) -> tuple[str, str]:
-    loss_fn, by_samples = probe.closure.loss_fn, split.sizes[0] / sum(split.sizes)
+    by_samples = split.sizes[0] / sum(split.sizes)
     if abs(fit.shares[0] - by_samples) < 1e-3:
         return (
             "the loss is the mean over samples, which weight= does not count"
@@ -112,18 +112,12 @@ def _other_weights(probe: Probe, split: Split, fit: Fit) -> tuple[str, str]:
             else "the first tensor of a chunk is not the batch",
             "return the number of samples from weight=",
         )
-    if getattr(loss_fn, "weight", None) is not None:
-        return (
-            "class weights: the loss is a mean by the weights of the targets' classes",
-            "pass weight=lambda chunk: loss_fn.weight[chunk[1]].sum()",
-        )
-    ignored = getattr(loss_fn, "ignore_index", -100)
-    whole = [t for t in tensors(split.whole) if not t.is_floating_point()]
-    if any(bool((t == ignored).any()) for t in whole):
-        return (
-            f"ignored targets ({ignored}): the loss is the mean over the others",
-            f"pass weight=lambda chunk: (targets != {ignored}).sum(), with the chunk's targets",
-        )
+    try:
+        with torch.enable_grad():
+            refuse_other_means(0, probe.forward.differentiable(0, split.whole)[0])
+    except ValueError as error:
+        cause, _, cure = str(error).partition(": ")
+        return cause, cure
     return (
         "class weights, masks or padding: the loss is a mean over something else than weight= "
         "counts",

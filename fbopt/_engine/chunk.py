@@ -7,13 +7,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from fbopt._engine.autograd_graph import SecondBackward, refuse_unreached
+from fbopt._engine.autograd_graph import SecondBackward, refuse_other_means, refuse_unreached
 from fbopt._engine.backward import (
     ApartAddition,
     ChunkAddition,
@@ -24,7 +25,7 @@ from fbopt._engine.backward import (
 )
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.chunk_clip import ChunkClip
-from fbopt._engine.forward import ChunkLoss
+from fbopt._engine.forward import BARE, ChunkLoss
 from fbopt._engine.fully_sharded import FullySharded
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.lockstep import Lockstep
@@ -33,13 +34,6 @@ from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt.penalty import GradientPenalty
 
 Observe = Callable[[Any, Any], None] | None
-
-
-@dataclass
-class Checked:
-    """What was checked last: some checks are made once for the same parameters and penalty."""
-
-    last: tuple[object, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,8 +49,9 @@ class ChunkGradient:
         clip: None where chunks are not clipped.
         chunk_norms: as for the closure.
         backward: whether gradients come from ``loss.backward()``.
-        checked: for which parameters the autograd graph was checked.
         sharded, lockstep: for a model sharded by FSDP2.
+        checks: whether autograd graphs are checked, in the first call with these parameters.
+        counts_samples: whether weights are numbers of samples, for want of anything better.
     """
 
     forward: ChunkLoss
@@ -68,9 +63,10 @@ class ChunkGradient:
     clip: ChunkClip | None
     chunk_norms: bool
     backward: bool = False
-    checked: Checked = field(default_factory=Checked)
     sharded: FullySharded | None = None
     lockstep: Lockstep | None = None
+    checks: bool = False
+    counts_samples: bool = False
 
     @property
     def repetitions(self) -> int:
@@ -88,20 +84,21 @@ class ChunkGradient:
     ) -> tuple[Tensor, Tensor | None]:
         """Add one chunk's gradient; return its loss and ||g||^2 (float64; None if not needed)."""
         exact = self.penalty is not None and self.penalty.method == "exact"
-        known = self.sums.buckets, exact
-        is_new = self.checked.last != known
-        if self.repetitions or (exact and is_new):
+        checks = self.checks and isinstance(draws, GeneratorSnapshot)  # a capture reads nothing
+        if self.repetitions or (exact and checks):
             draws.begin()
         self.statistics.clear()
         loss = self._forward(index, chunk, observe)
+        if checks and self.counts_samples:
+            refuse_other_means(index, loss)
         own, weight = weight, self.lockstep.weight if self.sharded else weight
         if self._is_streamed:
             self._stream(loss, weight)
             self.statistics.record(lambda device: self.sums.scalar(own, device))
             return loss.detach(), None
-        second = SecondBackward(loss) if exact and is_new else None
+        second = SecondBackward(loss) if exact and checks else None
         grads = self._gradient(loss, create_graph=exact)
-        if is_new and not self.backward:
+        if checks and not self.backward:
             refuse_unreached(loss, grads)
         self.statistics.record(lambda device: self.sums.scalar(own, device))
         loss = loss.detach()  # frees the activations, whose memory the next pass needs
@@ -115,7 +112,6 @@ class ChunkGradient:
             square = self._add_exact(grads, products, weight, coefficient)
         else:
             square = self._add_finite_difference(index, chunk, grads, weight, coefficient, draws)
-        self.checked.last = known
         return loss, square
 
     @property
@@ -225,9 +221,14 @@ class ChunkGradient:
             return self._gradient(self._forward(index, chunk, observe=None))
 
     def _forward(self, index: int, chunk: Any, observe: Observe) -> Tensor:
-        loss, output, target = self.forward.differentiable(index, chunk)
+        loss, *shown = self.forward.differentiable(index, chunk)
         if observe is not None:
-            observe(output.detach() if isinstance(output, Tensor) else output, target)
+            if shown[0] is BARE:
+                raise TypeError(
+                    "evaluate returned the loss alone, but observe=... is to see more: return "
+                    "(loss, aux), then observe(aux, chunk) is called"
+                )
+            observe(*tree_map_only(Tensor, Tensor.detach, shown))
         return loss
 
     def _gradient(self, loss: Tensor, create_graph: bool = False) -> Sequence[Tensor | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,21 @@ from torch import Tensor, nn
 from fbopt._engine.inputs import check_loss, pair
 from fbopt._sharding import gathered
 
+BARE = object()
+
+
+@contextlib.contextmanager
+def autocast_suspended(device: torch.device) -> Iterator[torch.dtype | None]:
+    """Switch the caller's autocast off and yield its dtype: it is meant for forward passes alone.
+
+    Backward passes within it would compute in other dtypes than the forward pass did.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        yield None
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield torch.get_autocast_dtype(device.type)
+
 
 @dataclass(frozen=True)
 class ChunkLoss:
@@ -20,17 +35,24 @@ class ChunkLoss:
 
     model: nn.Module
     loss_fn: Callable[[Any, Any], Tensor] | None
-    evaluate: Callable[[nn.Module, Any], Tensor] | None
+    evaluate: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Any]] | None
     autocast: torch.dtype | None
     device: torch.device
 
     def __call__(self, index: int, chunk: Any) -> tuple[Tensor, Any, Any]:
-        """Return (mean loss, output, target); the last two are None where ``evaluate`` is given."""
+        """Return the mean loss and what ``observe`` is called with.
+
+        That is (output, target), or (aux, chunk) where ``evaluate`` is given; aux is BARE where
+        that returned the loss alone.
+        """
         # Autocast caches cast weights by parameter; a perturbation would not change them.
         torch.clear_autocast_cache()
         with self._autocast():
             if self.evaluate is not None:
-                return self.evaluate(self.model, chunk), None, None
+                found = self.evaluate(self.model, chunk)
+                is_pair = isinstance(found, tuple) and len(found) == 2
+                loss, aux = found if is_pair else (found, BARE)
+                return loss, aux, chunk
             inputs, target = pair(index, chunk)
             output = self.model(inputs)
             return self.loss_fn(output, target), output, target
@@ -38,10 +60,10 @@ class ChunkLoss:
     def differentiable(self, index: int, chunk: Any) -> tuple[Tensor, Any, Any]:
         """Return the same with an autograd graph; the loss has to depend on a parameter."""
         with torch.enable_grad():
-            loss, output, target = self(index, chunk)
+            loss, *shown = self(index, chunk)
             loss = gathered(loss)
         check_loss(index, loss, "evaluate" if self.evaluate else "loss_fn")
-        return loss, output, target
+        return loss, *shown
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:

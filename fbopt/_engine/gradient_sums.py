@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbopt._checks import check_number, check_params
+from fbopt._checks import check_params
 from fbopt._ops import dispatch
 from fbopt._ops.buckets import FlatBuckets
 from fbopt._ops.sums import FloatSums, make_sums
@@ -99,11 +99,6 @@ class GradientSums:
         self._scalars, self.store = {}, make_sums(self.accumulation)
         self.store.load_state_dict(units)
         self._allocate(flats, memory)
-
-    def check_weight(self, weight: float) -> None:
-        """Raise TypeError or ValueError for a weight that cannot be used."""
-        check_number("weight", weight, above=0)
-        self.store.check_weight(weight)
 
     def gather(self, grads: Sequence[Tensor | None], slot: str = "grads") -> Parts:
         """Return the gradients as the kernels take them, zeros where there is none.

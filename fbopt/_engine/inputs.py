@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from fbopt._checks import check_number
 from fbopt._sharding import any_sharded
 from fbopt.penalty import GradientPenalty
 
+SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 FUNCTIONS = ("loss_fn", "evaluate", "observe", "on_pass_start", "weight")
 
 
@@ -32,9 +34,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             f"loss_fn has reduction={loss_fn.reduction!r}: a chunk's loss must be its mean, use "
             "reduction='mean'"
         )
-    if evaluate is not None and given["observe"] is not None:
-        raise ValueError("observe goes with loss_fn; with evaluate=, look at the outputs there")
     _check_iterable(given["chunks"])
+    _check_order(given)
     for name, wanted in (("penalty", GradientPenalty), ("optimizer", torch.optim.Optimizer)):
         if given[name] is not None and not isinstance(given[name], wanted):
             raise TypeError(f"{name} must be a {wanted.__name__} or None, got {_kind(given[name])}")
@@ -72,6 +73,27 @@ def _check_iterable(chunks: Any) -> None:
             "chunks can be iterated only once (a generator or iterator), but every call visits all "
             "of it: pass a list, a DataLoader, or an object whose __iter__ starts anew"
         )
+
+
+def _check_order(given: Mapping[str, Any]) -> None:
+    """Refuse chunks that are drawn anew in each call where it matters which samples share one."""
+    batches = getattr(given["chunks"], "batch_sampler", None)
+    sampler = getattr(batches, "sampler", None)
+    if not isinstance(sampler, SHUFFLED) or not 1 < batches.batch_size < len(sampler):
+        return
+    matters = {
+        "a penalty": given["penalty"] is not None,
+        "chunk_max_norm": given["chunk_max_norm"] is not None,
+        'accumulation="exact"': given["accumulation"] == "exact",
+    }
+    for name, here in matters.items():
+        if here:
+            raise ValueError(
+                f"chunks is a DataLoader that draws other chunks in every call, and with {name} "
+                "the result depends on which samples share a chunk: pass shuffle=False, or "
+                "list(loader) to draw once; if new chunks in every call are meant, an object of "
+                "your own whose __iter__ returns iter(loader)"
+            )
 
 
 def _kind(value: Any) -> str:
@@ -132,26 +154,13 @@ def refuse_sharded(params: Sequence[Tensor]) -> None:
         )
 
 
-def weigh(index: int, chunk: Any, weight: Callable[[Any], float] | None) -> float:
-    """Return n_c: what `weight` returns, or without it the length of the chunk's first tensor."""
-    if weight is not None:
-        value = weight(chunk)
-        value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-        return check_number(f"weight(chunk) of chunk {index}", value, above=0)
-    first = next(tensors(chunk), None)
-    if first is None or first.dim() == 0:
-        raise ValueError(
-            f"chunk {index} has no tensor whose first dimension counts its samples: pass weight=..."
-        )
-    if len(first) == 0:
-        raise ValueError(f"chunk {index} is empty (0 samples): leave it out of chunks")
-    return len(first)
-
-
 def check_loss(index: int, loss: Any, source: str) -> None:
     """Check that a chunk's loss is a 0-dim tensor with an autograd graph."""
     if not isinstance(loss, Tensor):
-        raise TypeError(f"{source} returned {_kind(loss)} for chunk {index}: return a 0-dim tensor")
+        more = ", or (loss, aux)" if source == "evaluate" else ""
+        raise TypeError(
+            f"{source} returned {_kind(loss)} for chunk {index}: return a 0-dim tensor{more}"
+        )
     if loss.dim() != 0:
         raise ValueError(
             f"{source} returned shape {tuple(loss.shape)} for chunk {index}: return the mean loss, "

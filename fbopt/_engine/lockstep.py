@@ -72,12 +72,14 @@ class Lockstep:
     def __call__(self, chunks: Iterable[Weighed], of: Any) -> Iterator[Weighed]:
         """Yield (index, chunk, own weight), in step with the other processes.
 
+        Chunks of weight 0, jointly where they are visited together, are left out.
+
         Args:
             chunks: this process's.
             of: what they come from; its length is compared if it has one.
         """
         if not self._same and not self.is_joint:
-            yield from chunks
+            yield from (chunk for chunk in chunks if chunk[2])
             return
         iterator, index = iter(chunks), 0
         while True:

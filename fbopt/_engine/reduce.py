@@ -135,7 +135,9 @@ class Reduction:
             ValueError: no process had a chunk.
         """
         sums, statistics, device = self._sums, self._statistics, self._sums.params[0].device
-        empty = ValueError("chunks is empty: there is no sample to average over")
+        empty = ValueError(
+            "chunks is empty, or every chunk has weight 0: there is no sample to average over"
+        )
         counts, joint = self._counts(), self.lockstep.is_joint
         found = combine_sums(
             sums, self.collectives, counts, empty, statistics.store, is_joint=joint

@@ -17,10 +17,10 @@ from fbopt._distributed import Collectives
 from fbopt._engine.autograd_graph import SecondBackward
 from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.gradient_sums import GradientSums
-from fbopt._engine.inputs import weigh
 from fbopt._engine.modes import measuring
 from fbopt._engine.perturb import Perturbation
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
+from fbopt._engine.weights import TargetCounts, weigh
 from fbopt._ops.buckets import FlatBuckets
 from fbopt._random import seed_generators
 from fbopt._sharding import any_sharded
@@ -79,8 +79,8 @@ class Objective(ParameterSpace):
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         chunks: Iterable[Any] | None = None,
         *,
-        evaluate: Callable[[nn.Module, Any], Tensor] | None = None,
-        weight: Callable[[Any], float] | None = None,
+        evaluate: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Any]] | None = None,
+        weight: Callable[[Any], float | Tensor] | None = None,
         params: Iterable[Tensor] | None = None,
         autocast: torch.dtype | None = None,
         batchnorm: str = "chunk",
@@ -123,7 +123,7 @@ class Objective(ParameterSpace):
     def _allocate(self) -> None:
         self.sums = GradientSums(self.params)
         self.shares = Shares(self._collectives, self.sums, self.names)
-        self._buffers = BufferSnapshot(self.model)
+        self._buffers, self._counts = BufferSnapshot(self.model), TargetCounts()
         self._perturbation: Perturbation | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -223,7 +223,7 @@ class Objective(ParameterSpace):
         :meth:`evaluating`.
         """
         for index, chunk in enumerate(self.chunks):
-            weight = weigh(index, chunk, self.weight)
+            weight = weigh(index, chunk, self.weight, self.loss_fn, self._counts)
             if weight:
                 self.restore_buffers()
                 yield index, chunk, weight

@@ -461,6 +461,26 @@ def test_observers_see_every_chunk_and_may_keep_what_they_see(penalty, device: t
     assert not any(output.requires_grad for output, _ in seen[True])
 
 
+def test_observers_see_what_evaluate_returns_beside_the_loss(device: torch.device):
+    def evaluate(model, chunk):
+        output = model(chunk[0])
+        return F.cross_entropy(output, chunk[1]), {"output": output, "name": "first"}
+
+    seen: dict[bool, list] = {True: [], False: []}
+    for cuda_graph, shown in seen.items():
+        torch.manual_seed(0)
+        three_calls(
+            device,
+            cuda_graph,
+            loss_fn=None,
+            evaluate=evaluate,
+            penalty=CENTRAL,
+            observe=lambda aux, chunk, shown=shown: shown.append((aux, chunk)),
+        )
+    assert len(seen[True]) == 3 * 4
+    assert bits(seen[True]) == bits(seen[False])
+
+
 def test_an_observer_that_comes_later_sees_every_chunk(device: torch.device):
     closure, seen = three_calls(device), []
     closure.observe = lambda output, target: seen.append(len(output))

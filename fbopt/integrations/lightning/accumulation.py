@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbopt._engine.inputs import weigh
+from fbopt._engine.weights import weigh
 from fbopt.accumulate import GradientAccumulator
 from fbopt.integrations.lightning.surroundings import check, pl, processes, stop_averaging
 

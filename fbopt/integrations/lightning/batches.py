@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-from fbopt._engine.inputs import weigh
+from fbopt._engine.weights import weigh
 from fbopt.integrations.lightning.surroundings import pl
 
 

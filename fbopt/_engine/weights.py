@@ -1,0 +1,157 @@
+"""The weight n_c of a chunk, which its mean loss divides by: the number of samples or targets, or
+the sum of class weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fbopt._checks import check_weight
+from fbopt._engine.inputs import tensors
+
+# Losses whose mean is over the targets that are not ignored, and over all elements.
+BY_TARGET = {nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss}
+BY_ELEMENT = {
+    *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss),
+    *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy),
+    F.binary_cross_entropy_with_logits,
+}
+
+
+def weigh(
+    index: int,
+    chunk: Any,
+    weight: Callable[[Any], float | Tensor] | None,
+    loss_fn: Any = None,
+    counts: TargetCounts | None = None,
+) -> float:
+    """Return n_c: what `weight` returns, what a known loss divides by, or the number of samples.
+
+    Args:
+        index: the chunk's place.
+        chunk: the chunk.
+        weight: as for FullBatchClosure.
+        loss_fn: as for FullBatchClosure.
+        counts: keeps the counts of targets, so that they are read from the device once.
+    """
+    if weight is not None:
+        return check_weight(weight(chunk), f"weight(chunk) of chunk {index}")
+    target = chunk[1] if isinstance(chunk, (tuple, list)) and len(chunk) == 2 else None
+    known = mean_of(loss_fn)
+    if known is not None and isinstance(target, Tensor) and target.dim() > 0:
+        if known.by_element or target.is_floating_point():
+            return _samples(index, chunk) * _elements(target, known.by_element)
+        return (counts or TargetCounts())(index, target, known)
+    return _samples(index, chunk)
+
+
+def _samples(index: int, chunk: Any) -> int:
+    """The length of the chunk's tensors, on which they have to agree."""
+    lengths = [len(t) for t in tensors(chunk) if t.dim() > 0]
+    first = next(tensors(chunk), None)
+    if first is None or first.dim() == 0:
+        raise ValueError(
+            f"chunk {index} has no tensor whose first dimension counts its samples: pass weight=..."
+        )
+    if any(n != lengths[0] for n in lengths):
+        raise ValueError(
+            f"the tensors of chunk {index} have lengths {', '.join(map(str, lengths))}, so the "
+            "number of its samples is not clear: pass weight=lambda chunk: ..., what its loss is "
+            "the mean over"
+        )
+    if lengths[0] == 0:
+        raise ValueError(f"chunk {index} is empty (0 samples): leave it out of chunks")
+    return lengths[0]
+
+
+def _elements(target: Tensor, by_element: bool) -> int:
+    """How many means there are for each sample: one, or one for each of its further dimensions."""
+    shape = target.shape[1:] if by_element else target.shape[2:]  # class probabilities: (n, C, ...)
+    return shape.numel()
+
+
+class Mean(NamedTuple):
+    """What a loss function is the mean over."""
+
+    by_element: bool
+    class_weights: Tensor | None
+    ignored: int | None
+
+
+def mean_of(loss_fn: Any) -> Mean | None:
+    """What one of torch's losses is the mean over; None for others."""
+    given, kind = vars(loss_fn) if isinstance(loss_fn, nn.Module) else {}, type(loss_fn)
+    if isinstance(loss_fn, functools.partial):
+        given, kind = loss_fn.keywords, loss_fn.func
+    elif not isinstance(loss_fn, nn.Module):
+        kind = loss_fn
+    try:
+        by_target, by_element = kind in BY_TARGET, kind in BY_ELEMENT
+    except TypeError:  # cannot be hashed
+        return None
+    if not by_target:
+        return Mean(True, None, None) if by_element else None
+    weights = loss_fn.weight if isinstance(loss_fn, nn.Module) else given.get("weight")
+    return Mean(False, weights, given.get("ignore_index", -100))
+
+
+class TargetCounts:
+    """Counts the targets that are not ignored, or sums their class weights.
+
+    Reads one number from the device for each chunk, the first time that it comes.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Count] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TargetCounts, ()
+
+    def __call__(self, index: int, target: Tensor, mean: Mean) -> float:
+        """The count of a chunk's targets."""
+        known = self._known.get(index)
+        if known is None or not known.holds(target, mean):
+            versions = _version(target), _version(mean.class_weights)
+            known = _Count(weakref.ref(target), mean, versions, _count(target, mean))
+            self._known[index] = known
+        return known.value
+
+
+class _Count(NamedTuple):
+    """A count, and the tensors and their versions that it belongs to."""
+
+    target: weakref.ref[Tensor]
+    mean: Mean
+    versions: tuple[int, int]
+    value: float
+
+    def holds(self, target: Tensor, mean: Mean) -> bool:
+        weights = mean.class_weights
+        return (
+            self.target() is target
+            and self.mean.class_weights is weights
+            and self.mean.ignored == mean.ignored
+            and self.versions == (_version(target), _version(weights))
+            and -1 not in self.versions
+        )
+
+
+def _version(tensor: Tensor | None) -> int:
+    """A number that changes with a tensor's values; -1 where torch counts no versions."""
+    if tensor is None:
+        return 0
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _count(target: Tensor, mean: Mean) -> float:
+    counted = target != mean.ignored
+    if mean.class_weights is None:
+        return int(counted.sum())
+    classes = target[counted].to(mean.class_weights.device)
+    return float(mean.class_weights.double()[classes].sum())
