@@ -33,6 +33,7 @@ COLUMNS = {
     "gb_per_s": ("GB/s", False, "{:.3g}"),
     "of_limit": ("of the limit", False, "{:.0%}"),
     "images_per_s": ("images/s", False, "{:,.0f}"),
+    "peak_mb": ("peak MB", False, "{:,.1f}"),
 }
 
 
@@ -58,6 +59,7 @@ class Report:
         self.name, self.quick = name, choice.quick
         self.arguments = sys.argv[1:] if argv is None else list(argv)
         self.tables: list[dict[str, Any]] = []
+        self.facts: dict[str, Any] = {}
         self.machine = machine(choice.device)
         print(", ".join(f"{key}: {value}" for key, value in self.machine.items()))
 
@@ -76,7 +78,7 @@ class Report:
         content = {"benchmark": self.name, "command": command, "machine": self.machine}
         path = folder / f"{name}.json"
         folder.mkdir(parents=True, exist_ok=True)
-        replace_json(path, content | {"tables": self.tables})
+        replace_json(path, content | {"tables": self.tables} | self.facts)
         print(f"\nwrote {os.path.relpath(path)}")
         return path
 
@@ -157,6 +159,8 @@ def entries(row: Timing, base: Timing, limit: Timing | None) -> dict[str, Any]:
         found |= {} if limit is None else {"of_limit": row.bandwidth / limit.bandwidth}
     if contender.samples is not None:
         found |= {"images": contender.samples, "images_per_s": contender.samples / row.median}
+    if contender.peak_bytes is not None:
+        found |= {"peak_mb": contender.peak_bytes / 1e6}
     return found
 
 

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,12 +38,14 @@ class Plan:
         device: where the contenders compute.
         seconds: no new round starts after this time, once there are three.
         whole: for calls of seconds: one call a turn, by the host's clock alone.
+        now: that clock; on a machine with other work ``time.process_time``, the processor's time.
     """
 
     rounds: int
     device: torch.device = CPU
     seconds: float = float("inf")
     whole: bool = False
+    now: Callable[[], float] = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Contender:
         words: float32 words that a call reads and writes, counted by hand.
         samples: training samples that a call processes.
         is_limit: it moves memory and does nothing else.
+        peak_bytes: the most memory that it allocates at once.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Contender:
     words: int | None = None
     samples: int | None = None
     is_limit: bool = False
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,8 @@ def measure(
     """Time all contenders, interleaved; `prepare` runs before every call and is not timed."""
     deadline = time.monotonic() + plan.seconds
     by_events = plan.device.type == "cuda" and not plan.whole
-    clocks: list[Clock] = [device_time, wall_time] if by_events else [wall_time]
+    clocks: list[Clock] = [device_time] if by_events else []
+    clocks.append(partial(wall_time, now=plan.now))
     calls = [[_calls_per_turn(clock, c, plan, prepare) for clock in clocks] for c in contenders]
     turns: list[list[list[float]]] = [[[] for _ in clocks] for _ in contenders]
     order, rng = list(range(len(contenders))), random.Random(0)
@@ -136,7 +142,14 @@ def measure(
     return Table(title, [Timing(contender, *seconds) for contender, seconds in rows])
 
 
-def wall_time(run: Run, prepare: Run, calls: int, device: torch.device, wait: bool = True) -> float:
+def wall_time(
+    run: Run,
+    prepare: Run,
+    calls: int,
+    device: torch.device,
+    wait: bool = True,
+    now: Callable[[], float] = time.perf_counter,
+) -> float:
     """Return the host's median seconds of a call, from an idle device to an idle device.
 
     Without `wait` until the call returns.
@@ -145,11 +158,11 @@ def wall_time(run: Run, prepare: Run, calls: int, device: torch.device, wait: bo
     def once() -> float:
         prepare()
         synchronize(device)
-        start = time.perf_counter()
+        start = now()
         run()
         if wait:
             synchronize(device)
-        return time.perf_counter() - start
+        return now() - start
 
     if calls > 1:  # the first of several finds the previous contender's data in the caches
         once()
