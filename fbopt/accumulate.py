@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fbopt._checks import check_grads, check_weight, refuse_flattened
 from fbopt._distributed import Collectives
+from fbopt._eager import eager
 from fbopt._engine.backward import ChunkAddition, drop, refuse_static_graph, taking
 from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
 from fbopt._engine.lockstep import Lockstep
@@ -107,6 +108,7 @@ class GradientAccumulator:
         """The sum of the weights since the last :meth:`reset`."""
         return self._sums.total_weight
 
+    @eager
     def reset(self) -> None:
         """Start over: forget every gradient added so far. Buffers are kept, and cleared."""
         self._refuse_open()
@@ -128,6 +130,7 @@ class GradientAccumulator:
                 return
         raise _unsettled()
 
+    @eager
     @torch.no_grad()
     def add(self, grads: Sequence[Tensor | None], weight: float | Tensor = 1.0) -> None:
         """Add ``weight * grads``.
@@ -178,16 +181,13 @@ class GradientAccumulator:
         self._check_wrapper()
         self._drop_old_mean()
         addition = ChunkAddition(self._sums, joint)
-        self._is_open = True
         try:
-            with taking(self.params, addition.take if joint else drop):
+            with taking(self.params, addition.take if joint else drop), self._opened():
                 yield
             addition.finish()
         except BaseException:
-            self._is_spoiled = addition.repetitions > 0
+            self._is_spoiled |= addition.repetitions > 0
             raise
-        finally:
-            self._is_open = False
         if joint and not addition.repetitions:
             raise RuntimeError(
                 "no gradient was made in chunk(): call loss.backward() inside the with block (not "
@@ -195,6 +195,7 @@ class GradientAccumulator:
             )
         self._count(weight, addition.repetitions)
 
+    @eager
     def backward(self, loss: Tensor, weight: float | Tensor = 1.0) -> None:
         """Add ``weight`` times the gradient of ``loss``: ``loss.backward()`` in a :meth:`chunk`.
 
@@ -205,6 +206,7 @@ class GradientAccumulator:
             scale = self._lockstep.scale
             torch.autograd.backward(loss, None if scale == 1 else torch.full_like(loss, scale))
 
+    @eager
     def mean(self) -> list[Tensor | None]:
         """Return the weighted mean: for each parameter a tensor of its shape and dtype.
 
@@ -221,6 +223,7 @@ class GradientAccumulator:
             raise _unsettled()
         return self._sums.means()
 
+    @eager
     def to_grad(self) -> None:
         """Set ``p.grad`` to the :meth:`mean`, to None where no gradient was added.
 
@@ -304,6 +307,14 @@ class GradientAccumulator:
             return False
         self._sums.settle()
         return True
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[None]:
+        self._is_open = True
+        try:
+            yield
+        finally:
+            self._is_open = False
 
     def _refuse_open(self) -> None:
         if self._is_open:

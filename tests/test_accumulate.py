@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import warnings
 
 import pytest
 import torch
@@ -394,3 +395,24 @@ def test_hooks_are_gone_after_a_chunk():
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     loss_of(model, data[0]).backward()
     assert model.outer.weight.grad is not None
+
+
+@pytest.mark.parametrize("how", ["chunk", "backward"])
+def test_the_caller_may_be_compiled(how):
+    model, data = Net(), chunks()
+    accumulator = GradientAccumulator(model.parameters())
+
+    def visit(chunk):
+        if how == "backward":
+            accumulator.backward(loss_of(model, chunk), len(chunk[0]))
+        else:
+            with accumulator.chunk(len(chunk[0])):
+                loss_of(model, chunk).backward()
+
+    compiled = torch.compile(visit, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's, about what it traces
+        for chunk in data:
+            compiled(chunk)
+    accumulator.to_grad()
+    assert_mean(model, data)

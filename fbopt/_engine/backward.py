@@ -187,7 +187,8 @@ class ChunkAddition:
         for stream, batch in self._waiting.items():
             with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
                 for other in self._streams:
-                    stream.wait_stream(other)
+                    if stream is not None and other != stream:
+                        stream.wait_stream(other)
                 self._add_some(batch, self._weight)
             self._streams += [] if stream is None or stream in self._streams else [stream]
             self._times.update(batch.keys())
