@@ -10,7 +10,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bandwidth, cases, kernels, ops, report, step, timing, train_step
+from benchmarks import (
+    accumulation,
+    bandwidth,
+    cases,
+    kernels,
+    ops,
+    report,
+    step,
+    timing,
+    train_step,
+)
 from benchmarks.cases import Operands, Task, WrongResult, require_close
 from benchmarks.contenders import CHUNK_UPDATES, FINISHING_STEPS, FboptExactUpdate
 from benchmarks.timing import CPU, Contender, Plan, Table, Timing, measure
@@ -75,6 +85,29 @@ def test_train_step_runs_and_is_written(tmp_path, capsys, monkeypatch):
     assert all(row["images"] == 10 and row["images_per_s"] > 0 for row in table["rows"])
     assert "with penalty, ResNet-18 of width 2, 10 images in chunks of 8" in printed
     assert "freed memory is" in printed
+
+
+def test_accumulation_runs_and_is_written(tmp_path, capsys):
+    arguments = ("--models", "transformer", "--chunks", "3", "--cpu-time")
+    content, printed = run(accumulation, tmp_path, capsys, *arguments)
+    (table,) = content["tables"]
+    peaks = [row["peak_mb"] for row in table["rows"]]
+    parameters = float(table["title"].split()[1]) * 4  # megabytes
+    assert "CPU time" in table["title"] and "bfloat16 parameters" in printed
+    # All gradients once more only for torch.autograd.grad, whose sums are kept beside them.
+    assert peaks[1] <= peaks[0] + parameters < peaks[2] + parameters / 2
+    assert set(content["bfloat16"]) == {*accumulation.CONTENDERS, "the sum, rounded once"}
+
+
+def test_a_wrong_accumulation_is_caught(monkeypatch):
+    def wrong(work):
+        call = accumulation.plain(work)
+        work.chunks.pop()
+        return call
+
+    monkeypatch.setitem(accumulation.CONTENDERS, "wrong", wrong)
+    with pytest.raises(WrongResult, match=r"wrong: p\.grad is off"):
+        accumulation.contenders(accumulation.transformer(3, True))
 
 
 JOB = train_step.Job(images=10, chunk=8, width=2, penalised=False, workers=0)
