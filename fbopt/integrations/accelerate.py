@@ -24,9 +24,10 @@ class AcceleratedAccumulator(GradientAccumulator):
     def __init__(self, accelerator: Accelerator, model: nn.Module, accumulation: str) -> None:
         self.accelerator, self.model = accelerator, model
         group = _process_group(accelerator)
-        params = [p for p in model.parameters() if p.requires_grad]
+        named = dict(_trainable(model))
+        params = list(named.values())
         super().__init__(params, accumulation, process_group=group)
-        self._known = set(map(id, params))
+        self._known = set(named)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model.require_backward_grad_sync = model.require_forward_param_sync = False
             for p in params:
@@ -59,10 +60,10 @@ class AcceleratedAccumulator(GradientAccumulator):
                 torch.distributed.broadcast(buffer, 0)
 
     def _begin(self, weight: float | Tensor) -> float:
-        if any(p.requires_grad and id(p) not in self._known for p in self.model.parameters()):
+        if new := [name for name, _ in _trainable(self.model) if name not in self._known]:
             raise ValueError(
-                "a parameter of the model has begun to require grad since this accumulator was "
-                "made: make a new one"
+                f"{new[0]} has begun to require grad since this accumulator was made: make a new "
+                "one"
             )
         return super()._begin(weight)
 
@@ -92,7 +93,7 @@ def accumulator(
         accumulation: see :class:`fbopt.GradientAccumulator`.
 
     Raises:
-        ValueError: DeepSpeed, Megatron-LM, FSDP, XLA, or a parallelism that splits a sample.
+        ValueError: DeepSpeed, Megatron-LM, FSDP1, XLA, or a parallelism that splits a sample.
 
     Example:
         >>> accumulator = fbopt.integrations.accelerate.accumulator(accelerator, model)
@@ -157,7 +158,7 @@ def closure(
             accelerator's.
 
     Raises:
-        ValueError: fp16; DeepSpeed, Megatron-LM, FSDP, XLA, or a parallelism that splits a sample;
+        ValueError: fp16; DeepSpeed, Megatron-LM, FSDP1, XLA, or a parallelism that splits a sample;
             a loader that repeats samples, ``dispatch_batches`` or an iterable dataset.
     """
     if accelerator.scaler is not None:
@@ -197,14 +198,20 @@ class _EveryOnce:
             self._sampler.even_batches = even
 
 
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    # By name: FSDP2 has other tensors in their places between forward and backward.
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
 def _process_group(accelerator: Accelerator) -> Any:
     """Return the processes that have different data; refuse what reduces gradients by itself."""
-    kind, plan = accelerator.distributed_type, accelerator.parallelism_config
-    of_its_own = {"DEEPSPEED", "MEGATRON_LM", "XLA", "FSDP"}
-    if kind.value in of_its_own or (plan is not None and plan.non_dp_dim_names):
+    kind, plan = accelerator.distributed_type.value, accelerator.parallelism_config
+    of_its_own = kind in {"DEEPSPEED", "MEGATRON_LM", "XLA"}
+    of_its_own |= kind == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version != 2
+    if of_its_own or (plan is not None and plan.non_dp_dim_names):
         raise ValueError(
-            f"{kind.value} with {plan} keeps or reduces gradients by itself, so that chunks cannot "
-            "be weighed: use one process or DistributedDataParallel, and for sharded models "
-            "fbopt.GradientAccumulator itself"
+            f"{kind} with {plan} keeps or reduces gradients by itself, so that chunks cannot be "
+            "weighed: use one process, DistributedDataParallel or FSDP2, and for tensor parallel "
+            "models fbopt.GradientAccumulator itself"
         )
     return torch.distributed.group.WORLD if accelerator.num_processes > 1 else None

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,7 +221,8 @@ def test_what_would_be_wrong_is_refused():
     accelerator, model, _ = prepared(scale=8.0)
     with pytest.raises(ValueError, match='use "bf16"'):
         closure(accelerator, model, nn.functional.mse_loss, [])
-    for kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
+    for kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.FSDP):
         accelerator.state.distributed_type = kind
         with pytest.raises(ValueError, match="reduces gradients by itself"):
             accumulator(accelerator, model)
@@ -237,6 +239,7 @@ def on_each_rank(rank: int, folder: Path) -> dict[str, Any]:
         "outside": outside(),
         "buffers": buffers(rank),
         "closure": shared_closure(folder),
+        "fully sharded": [fully_sharded(rank, True), fully_sharded(rank, False)],
         "refused": refused(),
     }
 
@@ -300,6 +303,37 @@ def shared_closure(folder: Path) -> dict[str, Any]:
     return found
 
 
+def fully_sharded(rank: int, by_closure: bool) -> dict[str, torch.Tensor]:
+    """Return the parameters after three steps, two chunks on each process in each."""
+    accelerator, model = Accelerator(cpu=True), tiny.language_model("llama")
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (trainer_ranks.WORLD,))
+    for module in (*model.model.layers, model):
+        torch.distributed.fsdp.fully_shard(module, mesh=mesh)
+    # Accelerate itself shards on GPUs only.
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=tiny.LR)
+    optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
+    chunks = [tiny.collate(micro_batches()[index]) for index in (rank, 2 + rank)]
+    if by_closure:
+        options = {"evaluate": lambda model, chunk: model(**chunk).loss, "weight": tiny.targets}
+        made = closure(accelerator, model, chunks=chunks, backward=True, **options)
+    else:
+        sums = accumulator(accelerator, model)
+    for _ in range(3):
+        if by_closure:
+            made()
+        else:
+            for chunk in chunks:
+                sums.backward(model(**chunk).loss, tiny.targets(chunk))
+            sums.to_grad()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    found = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    forget()
+    return found
+
+
 def refused() -> list[str]:
     found = []
     for config in (DataLoaderConfiguration(dispatch_batches=True), None):
@@ -357,6 +391,14 @@ def test_a_closure_on_a_prepared_loader_visits_every_sample_once(found):
     assert tiny.distance(model, alone[0]) < 1e-6
     assert first["next"] == first["again"] == second["again"]
     assert [w for w in first["warned"] if "goes 2 steps forward" in w]
+
+
+def test_fully_sharded_models(found):
+    expected = tiny.one_batch(tiny.language_model("llama"), [DATA] * 3, max_norm=0.5)
+    for params in found[0]["fully sharded"]:
+        model = tiny.language_model("llama")
+        model.load_state_dict(params)
+        assert tiny.distance(model, expected) < 1e-6
 
 
 def test_loaders_that_repeat_samples_are_refused(found):

@@ -234,7 +234,7 @@ def test_frozen_parameters_and_micro_batches_without_targets(tmp_path):
     model.model.embed_tokens.requires_grad_(False)
     before = bits(model.model.embed_tokens)
     nothing = {name: torch.full_like(t, -100 * (name == "labels")) for name, t in DATA[0].items()}
-    data = [nothing, *DATA[:8]]
+    data = [nothing] * 4 + DATA[:8]
     expected = tiny.one_batch(model, [DATA[:8]])
     trainer = train(WeightedTrainer, model, tmp_path, steps=1, data=data)
     assert tiny.distance(model, expected) < 1e-6 and bits(model.model.embed_tokens) == before
