@@ -64,10 +64,12 @@ def descend(lr, steps, every):
     optimizer = FullBatchGD(model.parameters(), lr=lr)
     closure = FullBatchClosure(model, loss_fn, data)
     objective = Objective(model, loss_fn, data)
+    hessian, pairs = Hessian(objective), None
     found = {"step": [], "loss": [], "sharpness": []}
     for step in range(steps + 1):
         if step % every == 0:
-            pairs = eigenpairs(Hessian(objective), 1, verify=False)
+            hessian.refresh()
+            pairs = eigenpairs(hessian, 1, start=pairs, verify=False)  # from those of before
             found["step"].append(step)
             found["loss"].append(objective.loss())
             found["sharpness"].append(float(pairs.values[0]))

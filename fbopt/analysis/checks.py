@@ -19,7 +19,8 @@ def check(objective: Objective) -> None:
         ValueError: a parameter or the loss is infinite or NaN.
         RuntimeError: the loss is not deterministic; the message names likely causes.
     """
-    check_finite(objective)
+    with objective.shares.preparing():
+        check_finite(objective)
     if not objective.is_deterministic:
         check_deterministic(objective)
         objective.is_deterministic = True

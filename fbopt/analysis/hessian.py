@@ -94,12 +94,8 @@ class Hessian:
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Return H v for a vector of the parameter space (see :class:`Objective`)."""
-        changed = self._conditions.changed(self.objective)
-        if changed is not None:
-            raise RuntimeError(
-                f"{changed} has changed since this Hessian was made: call hessian.refresh() for "
-                "the Hessian at the current parameters, or make a new one"
-            )
+        with self.objective.shares.preparing():
+            self._refuse_stale()
         self.products += 1
         if self.method == "exact":
             product = self.objective.product(vector, check=not self._is_differentiable)
@@ -113,6 +109,14 @@ class Hessian:
         if self._gradient is not None:  # forward
             return (up - self._gradient) * (norm / self.radius)
         return (up - self.objective.gradient(-shift)) * (norm / (2 * self.radius))
+
+    def _refuse_stale(self) -> None:
+        changed = self._conditions.changed(self.objective)
+        if changed is not None:
+            raise RuntimeError(
+                f"{changed} has changed since this Hessian was made: call hessian.refresh() for "
+                "the Hessian at the current parameters, or make a new one"
+            )
 
     def finite(self, vector: Tensor) -> Tensor:
         """Return H v, or raise ValueError where it is not finite."""
