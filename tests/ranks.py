@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,8 +30,13 @@ def run(
     *,
     job: Job | None = None,
     preload: Sequence[str] = PRELOAD,
+    is_killed: bool = False,
 ) -> list[Any]:
-    """Start one job and wait for it; `job` begins and ends the process group, by default gloo's."""
+    """Start one job and wait for it.
+
+    `job` begins and ends the process group, by default gloo's; `is_killed`: all processes end by
+    SIGKILL, and leave nothing.
+    """
     own = folder / f"job of {world}"
     own.mkdir()
     context = multiprocessing.get_context("forkserver")
@@ -46,7 +52,10 @@ def run(
         process.kill()  # a rank that hangs
         process.join()
     reports = "\n".join(file.read_text() for file in sorted(own.glob("*.txt")))
-    assert all(process.exitcode == 0 for process in processes), reports
+    codes = {process.exitcode for process in processes}
+    assert codes == {-signal.SIGKILL if is_killed else 0}, f"{codes}\n{reports}"
+    if is_killed:
+        return []
     return [torch.load(own / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 

@@ -5,6 +5,8 @@ Jobs of two and of four processes are started once; the tests read what each ran
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -221,6 +223,61 @@ def refused(mesh: Any, rank: int) -> dict[str, tuple[str, str]]:
     return found
 
 
+def resumable(mesh: Any) -> tuple[nn.Module, FullBatchGD, FullBatchClosure]:
+    model = sharded(mesh) if mesh else Model()
+    model.never.requires_grad_(False)  # torch's checkpoints expect state of what is trained
+    optimizer = FullBatchGD(model.parameters(), lr=0.2, momentum=0.9, max_norm=0.2)
+    closure = FullBatchClosure(
+        model,
+        nn.functional.cross_entropy,
+        chunks(),
+        penalty=GradientPenalty(),  # its coefficient follows the learning rate
+        optimizer=optimizer,
+        accumulation="exact",
+        backward=mesh is not None,
+    )
+    return model, optimizer, closure
+
+
+def state_of(model: nn.Module, optimizer: FullBatchGD, closure: FullBatchClosure) -> dict[str, Any]:
+    from torch.distributed.checkpoint import state_dict
+
+    return {
+        "model": state_dict.get_model_state_dict(model),
+        "optimizer": state_dict.get_optimizer_state_dict(model, optimizer),
+        "closure": closure.state_dict(),
+    }
+
+
+def killed(rank: int, world: int, folder: Path) -> None:
+    """Save a checkpoint after two steps, and die in the third."""
+    from torch.distributed import checkpoint
+
+    model, optimizer, closure = resumable(ranks.mesh(world))
+    for _ in range(2):
+        optimizer.step(closure)
+        optimizer.param_groups[0]["lr"] /= 2
+    checkpoint.save(state_of(model, optimizer, closure), checkpoint_id=folder / "checkpoint")
+    closure.observe = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    optimizer.step(closure)
+
+
+def resumed(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Go on from it with another number of processes."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict as set_model
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict as set_optimizer
+
+    model, optimizer, closure = resumable(ranks.mesh(world))
+    state = state_of(model, optimizer, closure)
+    checkpoint.load(state, checkpoint_id=folder / "checkpoint")
+    set_model(model, state["model"])
+    set_optimizer(model, optimizer, state["optimizer"])
+    closure.load_state_dict(state["closure"])
+    losses = [optimizer.step(closure) for _ in range(2)]
+    return {"losses": losses, "params": {n: whole(p).clone() for n, p in model.named_parameters()}}
+
+
 def older(rank: int) -> dict[str, Any]:
     """FSDP1 and ZeroRedundancyOptimizer."""
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -434,3 +491,16 @@ def test_a_zero_redundancy_optimizer_may_not_clip(found):
     for one in on_all(found, 2, "older"):
         assert one["zero"][0] == "ValueError" and "ZeroRedundancyOptimizer" in one["zero"][1]
         close(one["params"], dict(model.named_parameters()))
+
+
+def test_a_killed_job_goes_on_with_another_number_of_processes(tmp_path):
+    ranks.run(killed, 2, tmp_path, is_killed=True)
+    results = ranks.run(resumed, 3, tmp_path)
+    model, optimizer, closure = resumable(None)
+    losses = []
+    for step in range(4):
+        losses.append(optimizer.step(closure))
+        optimizer.param_groups[0]["lr"] /= 2 if step < 2 else 1
+    for one in results:
+        assert bits(one["losses"]) == bits(losses[2:])
+        assert bits(one["params"]) == bits(dict(model.named_parameters()))
