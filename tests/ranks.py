@@ -6,12 +6,15 @@ import contextlib
 import multiprocessing
 import signal
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 PRELOAD = ["torch", "fbopt.optim", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
 Work = Callable[[int, int, Path], Any]
@@ -77,6 +80,34 @@ def gloo(rank: int, world: int, own: Path) -> Iterator[None]:
     yield
     dist.barrier()
     dist.destroy_process_group()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made within the context that are alive.
+
+    Attributes:
+        peak: the most after any operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if is_plain(t)}
+        for t in tree_leaves(out):
+            if is_plain(t) and (key := t.untyped_storage()._cdata) not in given:
+                self._known[key] = weakref.ref(t.untyped_storage())
+        # FSDP2 frees memory by resize_(0), so that sizes change.
+        alive = [storage for ref in self._known.values() if (storage := ref()) is not None]
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive))
+        return out
+
+
+def is_plain(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu"
 
 
 def mesh(world: int) -> Any:

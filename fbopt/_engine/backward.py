@@ -144,15 +144,16 @@ class ChunkAddition:
         sums: where they are added.
         weight: of the chunk.
         are_local: gradients are plain tensors, the shards of this process.
+        share: how many such objects wait at once.
 
     Attributes:
         repetitions: the most additions to one sum.
     """
 
     def __init__(
-        self, sums: GradientSums, weight: float | Tensor, *, are_local: bool = False
+        self, sums: GradientSums, weight: float | Tensor, *, are_local: bool = False, share: int = 1
     ) -> None:
-        self._sums, self._weight = sums, weight
+        self._sums, self._weight, self._share = sums, weight, share
         self._add_some = sums.add_shards if are_local else sums.add_some
         self._waiting: dict[torch.cuda.Stream | None, dict[int, Tensor]] = {}
         self._bytes, self._times = 0, collections.Counter[int]()
@@ -173,7 +174,7 @@ class ChunkAddition:
             batch = self._waiting.setdefault(stream, {})
             batch[index] = batch[index] + grad if index in batch else grad
             self._bytes += grad.nbytes
-            if self._bytes >= BATCH_BYTES:
+            if self._bytes * self._share >= BATCH_BYTES:
                 self._add()
 
     def finish(self) -> None:
@@ -212,7 +213,7 @@ class ApartAddition:
     ) -> None:
         self._shares = shares
         self._additions = {
-            rank: ChunkAddition(sums, weight, are_local=True)
+            rank: ChunkAddition(sums, weight, are_local=True, share=len(weights))
             for rank, weight in weights.items()
             if weight
         }

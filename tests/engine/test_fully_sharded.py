@@ -26,6 +26,7 @@ from fbopt import (
     GradientPenalty,
     clip_grad_norm_,
 )
+from fbopt._engine import backward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,19 +39,30 @@ PENALTIES: dict[str, GradientPenalty | None] = {
 # Which chunks a rank visits: all the same, or each its own; penalty, dtype, steps, arguments.
 TRAIN: dict[str, tuple[str, str, torch.dtype, int, dict[str, Any]]] = {
     "same": ("same", "plain", torch.float64, 2, {}),
-    "same, exact sums": ("same", "forward", torch.float32, 4, {"accumulation": "exact"}),
+    "same, exact sums": ("same", "forward", torch.float32, 2, {"accumulation": "exact"}),
     "same, central": ("same", "central", torch.float64, 2, {}),
     "same, clipped": ("same", "forward", torch.float64, 2, {"chunk_max_norm": 0.3}),
     "same, many": ("same", "forward", torch.float32, 20, {}),
     "own": ("own", "plain", torch.float64, 2, {}),
-    "own, exact sums": ("own", "plain", torch.float32, 4, {"accumulation": "exact"}),
+    "own, exact sums": ("own", "plain", torch.float32, 2, {"accumulation": "exact"}),
     "own, forward": ("own", "forward", torch.float64, 2, {}),
     "own, norms": ("own", "plain", torch.float64, 2, {"chunk_norms": True}),
-    "own, many": ("own", "central", torch.float32, 20, {}),
+    "own, many": ("own", "forward", torch.float32, 20, {}),
 }
 MORE = ("same, exact sums", "own, exact sums", "own, many")
 TABLE = [(2, name) for name in TRAIN if name != "own, many"] + [(4, name) for name in MORE]
 EXACT = [(world, name) for world, name in TABLE if "exact sums" in name]
+
+
+# Sizes of the model whose memory is measured: a layer is 1/16 of it.
+# With exact sums a process has means and integers of 12 bytes, with a penalty sums, two gradients
+# and two copies of the parameters.
+WIDTH, LAYERS = 128, 16
+MEMORY: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("plain", {}),
+    "forward": ("forward", {}),
+    "own, exact": ("plain", {"accumulation": "exact"}),
+}
 
 
 class Model(nn.Module):
@@ -315,6 +327,31 @@ def older(rank: int) -> dict[str, Any]:
     return found
 
 
+def memory(mesh: Any) -> dict[str, float]:
+    """The most memory of a call beyond what is there before, in sizes of the whole gradient."""
+    from torch.distributed.fsdp import fully_shard
+
+    backward.BATCH_BYTES = 2**14  # far less than the model, as in use
+    found = {}
+    for name, (penalty, options) in MEMORY.items():
+        model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        x = torch.randn(2, WIDTH)
+        with ranks.LiveBytes() as live:
+            FullBatchClosure(
+                model,
+                nn.functional.mse_loss,
+                [(x, x)] * 2,
+                penalty=PENALTIES[penalty],
+                backward=True,
+                **options | ({"process_group": dist.group.WORLD} if "own" in name else {}),
+            )()
+        found[name] = live.peak / (4 * LAYERS * (WIDTH + 1) * WIDTH)
+    return found
+
+
 def hybrid(rank: int) -> Any:
     """HSDP: two replicas of two shards."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -323,7 +360,7 @@ def hybrid(rank: int) -> Any:
     options = {"backward": True, "process_group": dist.group.WORLD}
     found = {
         name: train(
-            sharded(mesh), chunks()[rank::4], penalty, 2, accumulation=accumulation, **options
+            sharded(mesh), chunks()[rank::4], penalty, 1, accumulation=accumulation, **options
         )
         for name, penalty, accumulation in (
             ("forward", "forward", "float32"),
@@ -353,6 +390,7 @@ def cases(rank: int, mesh: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "refused", lambda: refused(mesh, rank)
         yield "older", lambda: older(rank)
     else:
+        yield "memory", lambda: memory(mesh)
         yield "hybrid", lambda: hybrid(rank)
 
 
@@ -467,8 +505,8 @@ def test_a_process_that_fails_between_chunks_lets_none_wait(found, case):
 
 
 def test_hybrid_sharding(found):
-    forward = train(Model(), joint(4, torch.float32), "forward", 2)
-    exact = train(Model(), chunks(), "plain", 2, accumulation="exact")
+    forward = train(Model(), joint(4, torch.float32), "forward", 1)
+    exact = train(Model(), chunks(), "plain", 1, accumulation="exact")
     for one in on_all(found, 4, "hybrid"):
         close(one["forward"]["params"], forward["params"])
         assert bits(one["exact sums"]["params"]) == bits(exact["params"])
@@ -504,3 +542,11 @@ def test_a_killed_job_goes_on_with_another_number_of_processes(tmp_path):
     for one in results:
         assert bits(one["losses"]) == bits(losses[2:])
         assert bits(one["params"]) == bits(dict(model.named_parameters()))
+
+
+def test_no_process_ever_holds_the_whole_gradient(found):
+    """A process holds a quarter of everything, and all of a few layers for a moment."""
+    shards = {"plain": 1, "forward": 5, "own, exact": 4}
+    for one in on_all(found, 4, "memory"):
+        for name, count in shards.items():
+            assert one[name] < count / 4 + 8 / LAYERS, name
