@@ -111,6 +111,9 @@ def _visit(probe: Probe, report: Report) -> int:
         report.error("chunks", f"{type(error).__name__}: {text[:400]}", cause, cure)
         chunks, weighed = [], []
     passes.check_same_chunks(probe, chunks, report)
+    if probe.is_sharded:  # whose processes make their passes together
+        counts = probe.closure._reduction.collectives.all_gather_object(len(weighed))
+        weighed = weighed[: min(counts)]
     if not weighed:
         return len(chunks)
     setup.check_last_chunk(probe, weighed, report)

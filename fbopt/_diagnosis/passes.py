@@ -28,8 +28,11 @@ def check_same_chunks(probe: Probe, chunks: Sequence[Any], report: Report) -> No
     first = [fingerprint(c) for c in chunks]
     again = [fingerprint(c) for c in probe.few_chunks()]
     _check_shares(probe, first, report)
-    if first == again:
-        return
+    if first != again:
+        _report_other_chunks(probe, first, again, report)
+
+
+def _report_other_chunks(probe: Probe, first: list[int], again: list[int], report: Report) -> None:
     closure, (found, cause, cure) = probe.closure, other_chunks(first, again)
     sampler = getattr(closure.chunks, "sampler", None)
     if isinstance(sampler, torch.utils.data.RandomSampler):
@@ -63,10 +66,7 @@ def _check_shares(probe: Probe, prints: list[int], report: Report) -> None:
             if theirs and theirs == everyone[other]:
                 report.error(
                     "processes",
-                    f"processes {other} and {rank} visit the same chunks: each sample counts "
-                    f"{len(everyone)} times, expected 1"
-                    if len(everyone) == 2
-                    else f"processes {other} and {rank} visit the same chunks",
+                    f"processes {other} and {rank} visit the same chunks",
                     "all chunks given to every process",
                     "give each its own, such as chunks[rank::world_size], or a DistributedSampler",
                 )
@@ -87,12 +87,11 @@ def check_passes(probe: Probe, chunks: Sequence[Any], report: Report) -> list[Gr
         except Exception as error:
             _report_failure(probe, index, chunk, error, report)
             return []
-        if not _check_finite(probe, index, first, report):
-            return []
-        _compare(probe, index, first, again, report)
+        if _check_finite(probe, index, first, report):
+            _compare(probe, index, first, again, report)
         found.append(first)
     _check_used(probe, found, report)
-    return found
+    return [] if report.has_errors_about("finite values") else found
 
 
 def _report_failure(probe: Probe, index: int, chunk: Any, error: Exception, report: Report) -> None:

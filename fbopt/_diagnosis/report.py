@@ -57,10 +57,9 @@ class Report:
         self.unchecked.setdefault(about, reason)
         self.checked = [name for name in self.checked if name != about]
 
-    @property
-    def has_errors(self) -> bool:
-        """Whether a mistake was found."""
-        return any(f.severity == ERROR for f in self.findings)
+    def has_errors_about(self, about: str) -> bool:
+        """Whether a check found a mistake."""
+        return any(f.severity == ERROR and f.about == about for f in self.findings)
 
     def _add(self, severity: str, about: str, found: str, cause: str, cure: str) -> None:
         self.note(about)
