@@ -76,6 +76,11 @@ def refuse_static_graph(params: Sequence[Tensor]) -> None:
             )
 
 
+def is_taken(param: Tensor) -> bool:
+    """Whether the gradients of a parameter are being taken, in a context of :func:`taking`."""
+    return id(param) in _taken
+
+
 @contextlib.contextmanager
 def _claimed(ids: set[int]) -> Iterator[None]:
     """Refuse parameters whose gradients are being taken: only one of two would get them."""

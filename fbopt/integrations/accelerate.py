@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard
 from torch import Tensor, nn
 
+from fbopt._engine.backward import is_taken
 from fbopt.accumulate import GradientAccumulator
 from fbopt.closure import FullBatchClosure
 
@@ -31,7 +32,7 @@ class AcceleratedAccumulator(GradientAccumulator):
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model.require_backward_grad_sync = model.require_forward_param_sync = False
             for p in params:
-                p.register_post_accumulate_grad_hook(self._refuse_outside)  # type: ignore[no-untyped-call]
+                p.register_post_accumulate_grad_hook(_refuse_outside)  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def chunk(self, weight: float | Tensor = 1.0) -> Iterator[None]:
@@ -67,12 +68,13 @@ class AcceleratedAccumulator(GradientAccumulator):
             )
         return super()._begin(weight)
 
-    def _refuse_outside(self, _: Tensor) -> None:
-        if not self._is_open:
-            raise RuntimeError(
-                "a backward pass outside of accumulator.chunk(): its gradients would not be "
-                "averaged over the processes, which the accumulator does in to_grad() alone"
-            )
+
+def _refuse_outside(param: Tensor) -> None:
+    if not is_taken(param):
+        raise RuntimeError(
+            "a backward pass outside of accumulator.chunk(): its gradients would not be averaged "
+            "over the processes, which the accumulator does in to_grad() alone"
+        )
 
 
 def accumulator(
