@@ -139,3 +139,34 @@ def test_a_pickle_holds_each_number_once():
     )
     closure()
     assert len(pickle.dumps(closure)) < 2.2 * 4 * 10_100
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("accumulation", ["float32", "exact"])
+@pytest.mark.parametrize("depth", [1, 10])
+def test_sums_survive_where_parameters_have_got_other_memory(way, accumulation, depth):
+    """Other strides, and with them another layout of the flat buffers."""
+    params = list(model(depth).parameters())
+    accumulator = GradientAccumulator(params, accumulation)
+    for _ in accumulator.passes():
+        torch.manual_seed(0)
+        accumulator.add([torch.randn_like(p) for p in params])
+    if accumulation == "exact":
+        accumulator.mean()
+    for p in params:
+        p.data = p.data.t().contiguous().t() if p.dim() == 2 else p.data.clone()
+    copied = way(accumulator)
+    for one, other in zip(copied.mean(), accumulator.mean(), strict=True):
+        assert one.tolist() == other.tolist()
+
+
+def test_sums_that_cannot_move_with_their_parameters_are_not_copied():
+    p = nn.Parameter(torch.ones(2, 3))
+    for accumulation, new in (("exact", torch.ones(3, 2).t()), ("float32", torch.ones(6))):
+        accumulator = GradientAccumulator([p], accumulation)
+        accumulator.add([torch.ones_like(p)])
+        p.data = new
+        with pytest.raises(RuntimeError, match=r"got other memory.*mean"):
+            copy.deepcopy(accumulator)
+        accumulator.reset()
+        assert copy.deepcopy(accumulator).total_weight == 0

@@ -87,9 +87,26 @@ class GradientSums:
         state = {name: value for name, value in vars(self).items() if name not in made_anew}
         state["units"] = self.store.state_dict()
         if self.total_weight:
-            state["flats"] = self._flats
+            state["flats"] = self._flats if self._describe() == self._layout else self._relaid()
             state["memory"] = () if self.is_mean else self.store.memory
         return state
+
+    @torch.no_grad()
+    def _relaid(self) -> list[Tensor]:
+        """Copy sums to flat buffers for the parameters as they lie in memory now."""
+        buckets = FlatBuckets(self.params)
+        flats = buckets.buffers(wide=True)
+        pairs = list(zip(buckets.views(flats), self.views, strict=True))
+        unfinished = self.accumulation == "exact" and not self.is_mean
+        if unfinished or any(new.shape != old.shape for new, old in pairs):
+            raise RuntimeError(
+                "parameters have got other memory (p.data, model.to) since their gradients were "
+                "added, and the sums cannot be copied with them: take mean(), or call reset(), "
+                "before copying or pickling"
+            )
+        for new, old in pairs:
+            new.copy_(old)
+        return flats
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Only views are made here: torch.load may read the tensors' values later.
