@@ -21,6 +21,7 @@ from fbopt import (
     clip_grad_norm_,
 )
 from fbopt._build import load
+from fbopt._engine import backward
 from fbopt._ops import dispatch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -214,6 +215,34 @@ def test_half_precision_parameters_are_summed_in_float32(dtype, device):
     assert all(s.dtype == torch.float32 for s in accumulator._sums.views)
     for mean, g in zip(accumulator.mean(), grads, strict=True):
         assert mean.dtype == dtype and torch.equal(mean, g)
+
+
+@pytest.mark.parametrize("accumulation", ["float32", "exact"])
+def test_chunks_on_several_streams(accumulation, device, monkeypatch):
+    """Layers run on streams of their own, so that autograd calls the hooks on those."""
+    monkeypatch.setattr(backward, "BATCH_BYTES", 400)
+    model, data = network(device=device), chunks(device)
+    accumulator = GradientAccumulator(model.parameters(), accumulation)
+    streams = [torch.cuda.Stream() for _ in model] if device.type == "cuda" else []
+
+    def forward(x):
+        for layer, stream in zip(model, streams, strict=False):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                x = layer(x)
+            torch.cuda.current_stream().wait_stream(stream)
+        return x if streams else model(x)
+
+    for _ in accumulator.passes():
+        for x, y in data:
+            with accumulator.chunk(len(x)):
+                F.cross_entropy(forward(x), y).backward()
+    accumulator.to_grad()
+    expected = network(dtype=torch.float64)
+    for x, y in chunks(dtype=torch.float64):
+        (F.cross_entropy(expected(x), y) * len(x) / 37).backward()
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.double().cpu(), q.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [3, 1000])
