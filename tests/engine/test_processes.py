@@ -185,7 +185,7 @@ def refused(rank: int, group: Any, early: list[Any]) -> dict[str, Any]:
     weight = lambda c: len(c[1])  # noqa: E731
     FullBatchClosure(model, *given, weight=weight, process_group="local")()
     found["local closure"] = [p.grad for p in model.parameters()]
-    found["objective"] = Objective(model, *given, weight=weight).gradient()
+    found["objective"] = Objective(model, *given, weight=weight, process_group="local").gradient()
     return found
 
 
