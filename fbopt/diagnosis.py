@@ -102,14 +102,15 @@ def check(closure: FullBatchClosure, optimizer: torch.optim.Optimizer | None = N
 
 def _visit(probe: Probe, report: Report) -> int:
     """Make the checks that need chunks; return how many there were."""
+    chunks: list[Any] = []
+    weighed: list[Any] = []
     try:
         chunks = probe.few_chunks()
         weighed = [c for i, c in enumerate(chunks) if probe.weight(i, c)]  # others are not run
     except Exception as error:
-        text = " ".join(str(error).split())
-        cause, cure = "see the message", "look at the first chunks by themselves"
-        report.error("chunks", f"{type(error).__name__}: {text[:400]}", cause, cure)
-        chunks, weighed = [], []
+        found, _, cure = " ".join(str(error).split())[:400].partition(": ")
+        cause = f"chunks that the closure cannot use ({type(error).__name__})"
+        report.error("chunks", found, cause, cure or "look at the first chunks by themselves")
     passes.check_same_chunks(probe, chunks, report)
     if probe.is_sharded:  # whose processes make their passes together
         counts = probe.closure._reduction.collectives.all_gather_object(len(weighed))

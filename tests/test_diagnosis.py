@@ -24,6 +24,7 @@ def test_mistake_is_named(name):
     build, about, words = MISTAKES[name]
     diagnosis = fbopt.check(*build())
     found = [str(f) for f in diagnosis.findings if f.about == about]
+    assert len(found) == len(set(found)) == 1
     assert any(words in text for text in found), str(diagnosis)
 
 
