@@ -35,7 +35,8 @@ def clip_grad_norm_(
     ``g <- g min(1, max_norm / (||g|| + 1e-6))`` over all parameters' gradients taken as one vector;
     parameters without a gradient are skipped. A drop-in for ``torch.nn.utils.clip_grad_norm_``
     that reads 1 word per parameter for the norm and, only if it exceeds ``max_norm``, reads 1 and
-    writes 1 more. In a function that ``torch.compile`` traces it is one operator.
+    writes 1 more. In a function that ``torch.compile`` traces it is one operator. Of DTensors each
+    process scales its shards; the norm, of all shards, is a plain tensor.
 
     Args:
         parameters: tensors with ``.grad`` of float32, float64, bfloat16 or float16, on any devices.

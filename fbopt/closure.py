@@ -25,6 +25,7 @@ from fbopt._engine.inputs import (
     check_covered,
     refuse_compiled,
     refuse_sharded,
+    refuse_sharded_graph,
     refuse_twice,
     unwrapped,
 )
@@ -113,6 +114,14 @@ class FullBatchClosure:
     of several processes has to pass a group or ``"local"``: without, each would follow its own
     data. Where a process fails, all put their buffers back; it raises its own error, the others one
     that names it. Buffers of other than normalisation layers stay each process's own.
+
+    **Sharded parameters.** With DTensors norms and units of exact sums are those of whole tensors,
+    and ``p.grad`` is a DTensor; not with ``method="exact"`` or ``cuda_graph``. With None as the
+    group all processes of their mesh visit the same chunks, which is checked once. A model sharded
+    by ``fully_shard`` (FSDP2) needs ``backward=True``. Where FSDP2 averages gradients over
+    ``process_group``, the k-th chunks of all processes are one chunk, all have to visit as many,
+    and chunks count by their weight. Exact sums have the bits of one process there without penalty,
+    clip and norms of chunks.
 
     **Backward.** With ``backward=True`` hooks take each gradient as ``loss.backward()`` makes it:
     for reentrant checkpointing, and for a model in DistributedDataParallel, which is unwrapped
@@ -372,6 +381,7 @@ class FullBatchClosure:
         device = graph_device(self.model, self._candidates())
         if self._graphs is None or self._graphs.device != device:
             refuse_nested(self.model)
+            refuse_sharded_graph(self.sums.params)
             self._graphs = ChunkGraphs(device)
 
     def _begin(self, optimizer: torch.optim.Optimizer | None) -> float | Tensor | None:

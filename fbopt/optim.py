@@ -53,7 +53,8 @@ class FullBatchGD(torch.optim.Optimizer):
     momentum. Without a closure, or with any other, it steps on ``p.grad`` like SGD. With a
     :class:`FullBatchClosure` it reads the sums over chunks directly (half-precision parameters get
     their gradient in float32), divides by N in the same pass (1 word more) and leaves the mean, not
-    clipped, in ``p.grad``. State dicts are interchangeable with ``torch.optim.SGD``'s.
+    clipped, in ``p.grad``. State dicts are interchangeable with ``torch.optim.SGD``'s. DTensors are
+    updated shard by shard, with momentum of their placements and the norm of all shards.
 
     Args:
         params: parameters or parameter groups, named or not, as for any torch optimizer. Frozen

@@ -145,6 +145,14 @@ def refuse_compiled(model: nn.Module) -> None:
             )
 
 
+def refuse_sharded_graph(params: Sequence[Tensor]) -> None:
+    """Refuse CUDA graphs of what talks to other processes."""
+    if any_sharded(params):
+        raise ValueError(
+            "cuda_graph=True does not go with sharded parameters (DTensor): leave it out"
+        )
+
+
 def refuse_sharded(params: Sequence[Tensor]) -> None:
     """Refuse double backward through DTensors, where torch's own loses terms without a word."""
     if any_sharded(params):

@@ -112,6 +112,8 @@ class Reduction:
 
     def add(self, loss: Tensor, square: Tensor | None, weight: float) -> None:
         """Note a chunk's loss, ||g||^2 and weight; nothing is read from the device."""
+        if not weight:  # in step with processes whose chunks count; the loss may be NaN
+            return
         self._losses.append(loss)
         self._weights.append(weight)
         if square is not None:
