@@ -14,6 +14,8 @@ from torch import Tensor
 from fbopt._ops.flat import DTYPES, is_dense, overlaps_itself
 from fbopt._sharding import any_sharded, local
 
+PLAIN = {Tensor, torch.nn.Parameter}
+
 
 def check_params(params: Iterable[Tensor], name: str = "params") -> list[Tensor]:
     """Return the parameters as a list, each once, or raise an error that names the bad one."""
@@ -34,7 +36,8 @@ def check_params(params: Iterable[Tensor], name: str = "params") -> list[Tensor]
 
 def check_storage(tensor: Tensor, name: str) -> None:
     """Refuse tensors that are lazy, meta, sparse, complex, integer or overlap themselves."""
-    tensor = local(tensor)
+    if type(tensor) not in PLAIN:
+        tensor = local(tensor)
     if torch.nn.parameter.is_lazy(tensor):
         raise ValueError(
             f"{name} is uninitialized (of a lazy module): run the model on one input first"

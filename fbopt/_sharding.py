@@ -26,13 +26,13 @@ def _dtensor() -> Any:
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """Return this process's shard of a DTensor, in the same memory; a plain tensor itself."""
     kind = _dtensor()
     if kind is None or not isinstance(tensor, kind):
         return tensor
-    shard: Any = tensor.to_local()  # type: ignore[attr-defined]
+    with torch.no_grad():  # not as a decorator, which plain tensors would pay for
+        shard: Any = tensor.to_local()  # type: ignore[attr-defined]
     # The result of a collective that may still be under way.
     return shard.wait() if hasattr(shard, "wait") else shard  # type: ignore[no-any-return]
 
@@ -45,9 +45,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def summed(grads: list[Tensor]) -> list[Tensor]:
-    """Return DTensors whose Partial placements are summed up; the same list without DTensors."""
-    if not any_sharded(grads):
-        return grads
+    """Return gradients with the Partial placements of DTensors summed up."""
     return [_replicated(g) if any_sharded([g]) else g for g in grads]
 
 

@@ -17,7 +17,7 @@ from fbopt._checks import check_number, check_scalar, check_storage, refuse_flat
 from fbopt._ops import dispatch
 from fbopt._ops.flat import accumulator_dtype, by_device_and_dtype, scalar_on
 from fbopt._ops.reference import CLIP_EPS
-from fbopt._sharding import Groups, all_groups, combine, locals_of, summed
+from fbopt._sharding import Groups, all_groups, any_sharded, combine, locals_of, summed
 
 BLOCK = 16384
 
@@ -93,9 +93,12 @@ def _clip(
     p = norm_order(norm_type)
     for i, g in enumerate(grads):
         check_storage(g, f"gradient {i}")
-    whole = summed(grads)
-    norm = total_norm(locals_of(whole), p, all_groups(whole))
-    grads = locals_of(grads)
+    if any_sharded(grads):
+        whole = summed(grads)
+        norm = total_norm(locals_of(whole), p, all_groups(whole))
+        grads = locals_of(grads)
+    else:
+        norm = total_norm(grads, p)
     if error_if_nonfinite:
         check_finite(norm)
     scaled, bound = clip_operands(norm, max_norm)

@@ -201,12 +201,13 @@ class FullBatchGD(torch.optim.Optimizer):
             self._step(batch, *clip)
         if sums is not None:
             sums.settle({i for batch in batches for i in batch.indices})
-        self.last_grad_norm = None if self._holds_part() else norm
+        is_part = max_norm is None and self._holds_part()  # with max_norm that was refused
+        self.last_grad_norm = None if is_part else norm
 
     def _batches(self, sums: GradientSums | None) -> Iterator[_Batch]:
         """Batch tensors for one kernel call: the same group, device, dtypes and first step."""
         index = {} if sums is None else {id(p): i for i, p in enumerate(sums.params)}
-        sharded = any_sharded(p for group in self.param_groups for p in group["params"])
+        sharded = any(any_sharded(group["params"]) for group in self.param_groups)
         for options in self.param_groups:
             group = {**options, **{name: _number(options[name]) for name in RULE}}
             batches: dict[tuple[Any, ...], _Batch] = {}
@@ -287,7 +288,8 @@ class FullBatchGD(torch.optim.Optimizer):
         return found[0]
 
     def _holds_part(self) -> bool:
-        return self._is_partial or is_flattened(self.param_groups[0]["params"])
+        firsts = [group["params"][0] for group in self.param_groups if group["params"]]
+        return self._is_partial or is_flattened(firsts)
 
     def _refuse_partial_norm(self) -> None:
         """Refuse to clip where this process holds a part of the gradient, unknown to torch."""
