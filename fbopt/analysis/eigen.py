@@ -29,12 +29,13 @@ def eigenpairs(
     """Extreme eigenvalues of the full-batch Hessian and their eigenvectors.
 
     Eigenvalues are ordered with their sign: the smallest are the most negative. Without `start`, by
-    Lanczos iterations from a random vector. Memory: one vector per product. Further eigenvectors of
-    a multiple eigenvalue are found only once the Krylov space is exhausted.
+    Lanczos iterations from a random vector, until the next pair inwards has converged as well: one
+    of two eigenvalues close to each other could be hidden else. Memory: one vector per product.
+    Further eigenvectors of a multiple eigenvalue are found only once the Krylov space is exhausted.
 
     **Tracking.** From the eigenpairs of a similar operator, such as the same loss a few steps
-    before, fewer products are needed: three to six in place of 6 to 14 for the largest one at the
-    edge of stability (docs/guides/analysis.md). At least one product is spent on each wanted pair
+    before, fewer products are needed: four to six in place of 12 to 14 for the largest one at
+    the edge of stability (docs/guides/analysis.md). At least one product is spent on each wanted pair
     and, at each end, on the next one inwards (a *guard*), which is how an eigenvalue that overtakes
     is seen at once. One from further inside has to grow from the random vector, of length 10
     tolerances but within 0.03 and 0.1, that is mixed into each unit start vector (drawn by `seed`

@@ -77,9 +77,22 @@ class _Tridiagonal:
         values, _, residuals = self.solve()
         if not self.converged(values, residuals)[self.wanted.positions(size)].all():
             return False
+        if not self._guards_converged(values, residuals):
+            return False
         if self.off_diagonal[-1] == 0 and self.start == 0:
             return False  # the complement may hold further vectors of the same eigenvalues
         return self.start == 0 or self._adds_nothing()
+
+    def _guards_converged(self, values: Array, residuals: Array) -> bool:
+        """Whether the next pairs inwards have converged too, on the scale of the wanted ones.
+
+        Else one of two eigenvalues close to each other may still be hidden: the random start has
+        little of its vector, and the residual of a mixture of both is small.
+        """
+        guards = self.wanted.guards(len(values))
+        scale = np.abs(values[self.wanted.positions(len(values))]).min()
+        fine = residuals[guards] <= self.wanted.tolerance * scale
+        return len(guards) == self.wanted.ends and bool(fine.all())
 
     def _adds_nothing(self) -> bool:
         """Whether the last restart found no wanted pair, and its own extremes have converged."""

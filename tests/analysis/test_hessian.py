@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fbopt.analysis import Hessian, eigenpairs, hessian_trace
+from fbopt.analysis.basis import Basis
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = {"mlp": analysis_cases.mlp, "convolutional": analysis_cases.convolutional}
@@ -104,6 +105,17 @@ def test_a_quadratic_of_known_eigenvalues(method, name):
     np.testing.assert_allclose(least.values, known.flip(0)[:2], rtol=tolerance, atol=1e-10)
     gram = found.vectors @ found.vectors.T
     torch.testing.assert_close(gram, torch.eye(3).double(), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("rank", [2, 8, 20])
+def test_the_larger_of_two_close_eigenvalues_is_not_missed(rank):
+    """The random start has little of its vector: 9.9 was found for 10.04, and called converged."""
+    start = Basis(torch.zeros(300, dtype=torch.float64), seed=0).random().abs().argsort()
+    values = torch.linspace(0, 1, 300, dtype=torch.float64)
+    values[start[rank]] = 10.04
+    values[start[-7:]] = torch.tensor([9.9, 8.6, 7.6, 6.0, 5.2, 4.0, 3.0], dtype=torch.float64)
+    found = eigenpairs(Hessian(analysis_cases.diagonal(values)), 1, tolerance=1e-3)
+    np.testing.assert_allclose(found.values, 10.04, rtol=1e-5)
 
 
 def test_pairs_that_have_not_converged_are_marked():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fbopt.analysis import Hessian, Objective, eigenpairs
+from fbopt.analysis import Hessian, eigenpairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,22 +85,12 @@ def overtaking(steps, before=0.5, after=6.0):
         yield now
 
 
-def diagonal(values):
-    """An objective whose Hessian is diagonal."""
-    model = torch.nn.Linear(len(values), 1, bias=False).double()
-
-    def evaluate(model, chunk):
-        return (chunk * model.weight[0] ** 2).sum() / 2
-
-    return Objective(model, chunks=[values], evaluate=evaluate, weight=lambda chunk: 1)
-
-
 @pytest.mark.parametrize("steps", [1, 8])
 def test_an_eigenvalue_from_inside_is_found_within_some_calls(steps):
     """Its eigenvector is orthogonal to all start vectors; only what is mixed in can show it."""
     wrong, start = 0, torch.eye(300, dtype=torch.float64)[:2]
     for values in overtaking(steps):
-        found = eigenpairs(Hessian(diagonal(values)), 1, start=start, tolerance=1e-3)
+        found = eigenpairs(Hessian(analysis_cases.diagonal(values)), 1, start=start, tolerance=1e-3)
         start = torch.cat([found.vectors, found.guards])
         assert found.converged.all()
         wrong += not np.allclose(found.values, values.max(), rtol=1e-3)
@@ -110,7 +100,7 @@ def test_an_eigenvalue_from_inside_is_found_within_some_calls(steps):
 
 def test_a_chain_of_calls_searches_now_and_then():
     values = torch.cat([torch.tensor([4.0, 3.0]), torch.linspace(0, 1, 298)]).double()
-    hessian = Hessian(diagonal(values))
+    hessian = Hessian(analysis_cases.diagonal(values))
     found, products = eigenpairs(hessian, 1), []
     for _ in range(42):
         found = eigenpairs(hessian, 1, start=found, tolerance=1e-2)
@@ -120,10 +110,10 @@ def test_a_chain_of_calls_searches_now_and_then():
 
 def test_a_guard_that_overtakes_is_seen_at_once():
     values = torch.tensor([4.0, 3.0, 2.0, *[0.1] * 50], dtype=torch.float64)
-    first = eigenpairs(Hessian(diagonal(values)), 1)
+    first = eigenpairs(Hessian(analysis_cases.diagonal(values)), 1)
     assert first.guards.shape == (1, 53) and abs(first.guards[0, 1]) > 0.9
     values[1] = 4.5
-    found = eigenpairs(Hessian(diagonal(values)), 1, start=first)
+    found = eigenpairs(Hessian(analysis_cases.diagonal(values)), 1, start=first)
     np.testing.assert_allclose(found.values, 4.5, rtol=1e-6)
 
 
@@ -138,7 +128,7 @@ def test_bits_depend_on_start_and_seed_alone():
 
 def test_any_number_of_rows_will_do():
     values = torch.tensor([5.0, 3.0, 1.0, -1.0, -2.0], dtype=torch.float64)
-    hessian = Hessian(diagonal(values))
+    hessian = Hessian(analysis_cases.diagonal(values))
     for rows in (1, 3, 5):
         start = torch.ones(rows, 5, dtype=torch.float32) + torch.eye(5)[:rows]
         for count, which in ((1, "largest"), (2, "both"), (5, "smallest")):
@@ -161,7 +151,7 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_bad_starts_are_named(name):
     start, message = ROWS[name]
-    hessian = Hessian(diagonal(torch.ones(5, dtype=torch.float64)))
+    hessian = Hessian(analysis_cases.diagonal(torch.ones(5, dtype=torch.float64)))
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         eigenpairs(hessian, 1, start=start)
     assert hessian.products == 0
