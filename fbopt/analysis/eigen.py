@@ -34,8 +34,8 @@ def eigenpairs(
     Further eigenvectors of a multiple eigenvalue are found only once the Krylov space is exhausted.
 
     **Tracking.** From the eigenpairs of a similar operator, such as the same loss a few steps
-    before, fewer products are needed: four to six in place of 12 to 14 for the largest one at
-    the edge of stability (docs/guides/analysis.md). At least one product is spent on each wanted pair
+    before, fewer products are needed: four to six in place of 12 to 14 for the largest one at the
+    edge of stability (docs/guides/analysis.md). At least one product is spent on each wanted pair
     and, at each end, on the next one inwards (a *guard*), which is how an eigenvalue that overtakes
     is seen at once. One from further inside has to grow from the random vector, of length 10
     tolerances but within 0.03 and 0.1, that is mixed into each unit start vector (drawn by `seed`
