@@ -195,6 +195,12 @@ def tensors(value: Any) -> Iterator[Tensor]:
     """Iterate over the tensors in nested sequences and mappings, in order."""
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, (tuple, list)):  # most chunks: without a generator for each tensor
+        for item in value:
+            if isinstance(item, Tensor):
+                yield item
+            else:
+                yield from tensors(item)
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from tensors(item)

@@ -43,7 +43,7 @@ def weigh(
     if weight is not None:
         return check_weight(weight(chunk), f"weight(chunk) of chunk {index}")
     target = chunk[1] if isinstance(chunk, (tuple, list)) and len(chunk) == 2 else None
-    known = mean_of(loss_fn)
+    known = None if loss_fn is None else mean_of(loss_fn)
     if known is not None and isinstance(target, Tensor) and target.dim() > 0:
         if known.by_element or target.is_floating_point():
             return _samples(index, chunk) * _elements(target, known.by_element)
@@ -53,13 +53,13 @@ def weigh(
 
 def _samples(index: int, chunk: Any) -> int:
     """The length of the chunk's tensors, on which they have to agree."""
-    lengths = [len(t) for t in tensors(chunk) if t.dim() > 0]
-    first = next(tensors(chunk), None)
-    if first is None or first.dim() == 0:
+    shapes = [t.shape for t in tensors(chunk)]
+    if not shapes or not shapes[0]:
         raise ValueError(
             f"chunk {index} has no tensor whose first dimension counts its samples: pass weight=..."
         )
-    if any(n != lengths[0] for n in lengths):
+    lengths = [shape[0] for shape in shapes if shape]
+    if lengths.count(lengths[0]) != len(lengths):
         raise ValueError(
             f"the tensors of chunk {index} have lengths {', '.join(map(str, lengths))}, so the "
             "number of its samples is not clear: pass weight=lambda chunk: ..., what its loss is "

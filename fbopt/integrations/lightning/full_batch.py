@@ -108,7 +108,7 @@ class FullBatchLoop(pl.Callback):
             pl_module,
             chunks=self._batches,
             evaluate=self._steps.evaluate,
-            weight=itemgetter(2),
+            weight=None if self.weight is None else itemgetter(2),
             optimizer=trainer.optimizers[0],
             autocast=torch.bfloat16 if trainer.precision == "bf16-mixed" else None,
             on_pass_start=self._steps.begin_pass,
