@@ -92,6 +92,11 @@ class Objective(ParameterSpace):
             raise ValueError(f"batchnorm must be one of {BATCHNORM}, got {batchnorm!r}")
         if dropout not in DROPOUT:
             raise ValueError(f"dropout must be one of {DROPOUT}, got {dropout!r}")
+        if isinstance(model, nn.Module) and any_sharded(model.parameters()):
+            raise ValueError(
+                "model has sharded parameters (DTensors), but vectors in parameter space are held "
+                "whole: measure a copy with whole parameters (their full_tensor())"
+            )
         closure = FullBatchClosure(  # checks the arguments
             model,
             loss_fn,
@@ -102,11 +107,6 @@ class Objective(ParameterSpace):
             autocast=autocast,
             process_group=process_group,
         )
-        if any_sharded(closure.sums.params):
-            raise ValueError(
-                "params are sharded (DTensors), but vectors in parameter space are held whole: "
-                "measure a copy with whole parameters (their full_tensor())"
-            )
         assert chunks is not None  # refused by the closure
         self.model, self.loss_fn, self.chunks = model, loss_fn, chunks
         self.evaluate, self.weight, self.autocast = evaluate, weight, autocast
