@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -90,7 +91,7 @@ class GradientAccumulator:
         self._comparison = Comparison(self._collectives, self._sums)
         self._lockstep = Lockstep(self.params, self._collectives, None)
         self._comparison.is_joint = self._lockstep.is_joint
-        self._additions = 0
+        self._additions = self._history = 0  # the latter a checksum of all weights
         self._is_open = self._is_spoiled = self._is_checked = False
         self._assigned: list[weakref.ref[Tensor]] = []
 
@@ -113,7 +114,7 @@ class GradientAccumulator:
         """Start over: forget every gradient added so far. Buffers are kept, and cleared."""
         self._refuse_open()
         self._sums.reset()
-        self._additions, self._is_spoiled = 0, False
+        self._additions, self._history, self._is_spoiled = 0, 0, False
 
     def passes(self) -> Iterator[int]:
         """Yield 0, then 1, 2, ... as long as all gradients have to be added once more.
@@ -285,6 +286,7 @@ class GradientAccumulator:
     def _count(self, weight: float, additions: int) -> None:
         self._sums.total_weight += weight
         self._additions += additions
+        self._history = zlib.crc32(repr(weight).encode(), self._history)
 
     def _finish(self) -> bool:
         """Sum over the processes, once; return whether the units of exact sums fitted."""
@@ -297,6 +299,7 @@ class GradientAccumulator:
             return True
         if self._sums.is_mean:  # of the last step: this process has no share in this one
             self.reset()
+        self._lockstep.check_weights(self._history)
         counts = self._additions, self._sums.total_weight
         sums, joint = self._sums, self._lockstep.is_joint
         empty = RuntimeError(

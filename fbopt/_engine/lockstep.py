@@ -118,6 +118,23 @@ class Lockstep:
         self.weight = math.fsum(weights)
         self.scale = weight * len(weights) / self.weight if self.weight else 0.0
 
+    def check_weights(self, history: int) -> None:
+        """Raise on all processes that share shards if they have added chunks of other weights.
+
+        FSDP2 averages gradients alike, and tensor parallelism needs the same chunks.
+
+        Args:
+            history: a checksum of this process's weights.
+        """
+        for group in self._same:
+            if len({row[0] for row in group.agree([], [float(history)], self._device).table}) > 1:
+                raise ValueError(
+                    "the processes that share the shards of parameters have added chunks of "
+                    "different weights, but process_group=None means that all have the same "
+                    "chunks: pass process_group=, the processes that have different ones, and call "
+                    "accumulator.backward(loss, weight)"
+                )
+
     def _meet(self, index: int, item: Weighed | None, count: int, error: Exception | None) -> None:
         weight = 0.0 if item is None else item[2]
         if self._is_watched or (index == 0 and not self._is_compared):

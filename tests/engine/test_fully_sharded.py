@@ -201,6 +201,13 @@ def stale(mesh: Any) -> dict[str, Any]:
     return train(model, chunks(torch.float64), "central", 2, backward=True)
 
 
+def ragged(model: nn.Module, rank: int) -> None:
+    """Add each rank's own chunk, but tell the accumulator of no group."""
+    accumulator, (x, y) = GradientAccumulator(model.parameters()), chunks()[rank]
+    accumulator.backward(nn.functional.cross_entropy(model(x), y), weight=len(x))
+    accumulator.to_grad()
+
+
 def refused(mesh: Any, rank: int) -> dict[str, tuple[str, str]]:
     loss_fn, everyone = nn.functional.cross_entropy, dist.group.WORLD
     model = sharded(mesh)
@@ -213,6 +220,7 @@ def refused(mesh: Any, rank: int) -> dict[str, tuple[str, str]]:
     found["lockstep, same"] = call(chunks()[: 2 + rank])
     found["other chunks"] = call(chunks()[rank:] + chunks()[:rank])
     found["weights"] = call(chunks(), weight=lambda chunk: 1 + rank)
+    found["accumulator"] = caught(lambda: ragged(model, rank))
 
     def failing() -> Iterator[Any]:
         yield from chunks()[:2]
@@ -479,6 +487,7 @@ def test_a_shift_reaches_parameters_that_stay_gathered(found):
 
 
 REFUSED = {
+    "accumulator": ("ValueError", "different weights, but process_group=None"),
     "functional": ("ValueError", "backward=True"),
     "lockstep": ("ValueError", "different numbers of chunks"),
     "lockstep, same": ("ValueError", "visit different chunks"),
