@@ -25,7 +25,7 @@ WIDTH = 100
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The result of :func:`check`; printed, it is a plain verdict.
+    """The result of :func:`fbopt.check`; printed, it is a plain verdict.
 
     Attributes:
         findings: mistakes and doubts, a :class:`Finding` each, mistakes first.
@@ -73,7 +73,7 @@ def check(closure: FullBatchClosure, optimizer: torch.optim.Optimizer | None = N
         optimizer: the one that steps; by default the closure's.
 
     Returns:
-        a :class:`Diagnosis`; ``print`` it.
+        a :class:`fbopt.diagnosis.Diagnosis`; ``print`` it.
 
     Raises:
         TypeError: an argument of another type.
