@@ -89,6 +89,20 @@ class Observer(Trap):
         self.total += len(target)
 
 
+class Evaluate(Trap):
+    """The same loss, and what AuxiliaryObserver gets."""
+
+    def __call__(self, model: nn.Module, chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        self.trip()
+        return nn.functional.mse_loss(model(chunk[0]), chunk[1]), len(chunk[0])
+
+
+class AuxiliaryObserver(Observer):
+    def __call__(self, aux: int, chunk: tuple[Tensor, Tensor]) -> None:
+        self.trip()
+        self.total += aux
+
+
 class Chunks(Trap):
     """Chunks that only __iter__ gives."""
 
@@ -105,7 +119,11 @@ def uneven(chunk: tuple[Tensor, Tensor]) -> float:
     return 0.5 + int(4 * chunk[1][0, 0].abs()) / 4  # exact sums take few digits
 
 
-WEIGHTS: tuple[Callable | None, ...] = (None, uneven)
+def skipping(chunk: tuple[Tensor, Tensor]) -> Tensor:
+    return torch.tensor(0 if len(chunk[0]) == 3 else len(chunk[0]))
+
+
+WEIGHTS: tuple[Callable | None, ...] = (None, uneven, skipping)
 
 
 def chunks_of(seed: int, nan: bool = False) -> list[tuple[Tensor, Tensor]]:
@@ -162,14 +180,16 @@ class Training(RuleBasedStateMachine):
         accumulation=st.sampled_from(["float32", "exact"]),
         backward=st.booleans(),
         weight=st.sampled_from(WEIGHTS),
+        evaluates=st.booleans(),
         max_norm=st.sampled_from([None, 0.3, 100.0]),
         norm_type=st.sampled_from([2.0, math.inf]),
         options=st.sampled_from(OPTIONS),
         penalty=penalties,
     )
     def begin(
-        self, depth, seed, accumulation, backward, weight, max_norm, norm_type, options, penalty
-    ):
+        self, depth, seed, accumulation, backward, weight, evaluates, max_norm, norm_type, options,
+        penalty,
+    ):  # fmt: skip
         torch.manual_seed(seed)
         self.model = Net(depth).double()
         self.names = list(dict(self.model.named_parameters()))
@@ -179,7 +199,8 @@ class Training(RuleBasedStateMachine):
         clip = {"max_norm": max_norm, "norm_type": norm_type}
         self.optimizer = FullBatchGD([self.named[n] for n in early], **group, **clip)
         self.plain = PlainTraining(self.model, [{**group, "names": early}], **clip)
-        self.weight, self.accumulation, self.backward = weight, accumulation, backward
+        self.weight, self.evaluates = weight, evaluates
+        self.accumulation, self.backward = accumulation, backward
         self.closure = self.make_closure(Chunks(chunks_of(seed)))
         self.penalise(**penalty)
         self.accumulator = GradientAccumulator(self.model.parameters(), accumulation)
@@ -188,12 +209,13 @@ class Training(RuleBasedStateMachine):
         self.own: dict[str, Tensor] = {}  # gradients in the accumulator's memory
         self.can_assign = self.can_roll_back = False
 
-    def make_closure(self, chunks: Any, **changes: Any) -> FullBatchClosure:
-        observer = Observer()
+    def make_closure(self, chunks: Any) -> FullBatchClosure:
+        observer = AuxiliaryObserver() if self.evaluates else Observer()
         return FullBatchClosure(
             self.model,
-            Loss(),
+            None if self.evaluates else Loss(),
             chunks,
+            evaluate=Evaluate() if self.evaluates else None,
             optimizer=self.optimizer,
             accumulation=self.accumulation,
             backward=self.backward,
@@ -211,7 +233,7 @@ class Training(RuleBasedStateMachine):
         return list(getattr(self.closure.chunks, "chunks", self.closure.chunks))
 
     def weigh(self, chunk: Any) -> float:
-        return len(chunk[0]) if self.weight is None else self.weight(chunk)
+        return float(len(chunk[0]) if self.weight is None else self.weight(chunk))
 
     # --- what has to hold after every rule -------------------------------------------------------
 
@@ -308,7 +330,8 @@ class Training(RuleBasedStateMachine):
             assert close(self.closure.mean_sqnorm, square)
         else:
             assert self.closure.mean_sqnorm is None
-        assert self.closure.observe.total == sum(len(x) for x, _ in self.chunks)
+        seen = [len(chunk[0]) for chunk in self.chunks if self.weigh(chunk)]
+        assert self.closure.observe.total == sum(seen)
         self.own, self.can_assign, self.can_roll_back = {}, True, True
         return True
 
@@ -381,14 +404,15 @@ class Training(RuleBasedStateMachine):
 
     @rule(
         seed=seeds,
-        where=st.sampled_from(["loss_fn", "observe", "chunks"]),
+        where=st.sampled_from(["loss", "observe", "chunks"]),
         left=somewhere,
         what=st.sampled_from(["boom", "interrupt", "nested", "nested step"]),
         step=st.booleans(),
     )
     def fail_in_the_middle(self, seed, where, left, what, step):
         """An exception out of the user's code, or a call of the closure from within itself."""
-        trap = getattr(self.closure, where)
+        loss = self.closure.evaluate or self.closure.loss_fn
+        trap = loss if where == "loss" else getattr(self.closure, where)
         if not isinstance(trap, Trap):
             return
         error = {"boom": Boom, "interrupt": Interrupt}.get(what, RuntimeError)
