@@ -4,6 +4,7 @@ shards, ||g||^2 = sum_r ||g_r||^2, by one all-reduce for each dimension of a dev
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,19 +18,19 @@ Groups = tuple[str, ...]
 
 def any_sharded(tensors: Iterable[Tensor | None]) -> bool:
     """Whether one of the tensors is a DTensor."""
-    kind = _dtensor()
-    return kind is not None and any(issubclass(t, kind) for t in set(map(type, tensors)))
+    return any(map(_is_dtensor, set(map(type, tensors))))
 
 
-def _dtensor() -> Any:
-    """The class DTensor, or None while no one has imported it: then there is no DTensor."""
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+@functools.cache
+def _is_dtensor(kind: type) -> bool:
+    """Whether a class is DTensor; while no one has imported that, none is."""
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return dtensor is not None and issubclass(kind, dtensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's shard of a DTensor, in the same memory; a plain tensor itself."""
-    kind = _dtensor()
-    if kind is None or not isinstance(tensor, kind):
+    if not _is_dtensor(type(tensor)):
         return tensor
     with torch.no_grad():  # not as a decorator, which plain tensors would pay for
         shard: Any = tensor.to_local()  # type: ignore[attr-defined]
@@ -40,7 +41,7 @@ def local(tensor: Tensor) -> Tensor:
 def gathered(tensor: Tensor) -> Tensor:
     """Return a DTensor as a plain tensor, differentiably: for numbers, such as a loss."""
     whole: Any = tensor
-    return whole.full_tensor() if any_sharded([tensor]) else tensor  # type: ignore[no-any-return]
+    return whole.full_tensor() if _is_dtensor(type(tensor)) else tensor  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +31,7 @@ from fbopt._engine.inputs import (
 from fbopt._engine.perturb import Perturbation
 from fbopt._engine.reduce import Reduction
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
-from fbopt._engine.weights import TargetCounts, mean_of, weigh
+from fbopt._engine.weights import Mean, TargetCounts, mean_of, weigh
 from fbopt._ops.flat import scalar_on
 from fbopt.accumulate import GradientAccumulator
 from fbopt.diagnosis import check
@@ -247,11 +246,13 @@ class FullBatchClosure:
 
     def _accumulate(self, optimizer: torch.optim.Optimizer | None) -> Tensor:
         """Accumulate for a step of this optimizer."""
-        with self._alone("called"):
+        self._claim("called")
+        try:
             return self._visit_all(optimizer)
+        finally:
+            self._running.release()
 
-    @contextlib.contextmanager
-    def _alone(self, what: str) -> Iterator[None]:
+    def _claim(self, what: str) -> None:
         """Refuse a call while another one is at work on the same sums."""
         if not self._running.acquire(blocking=False):
             raise RuntimeError(
@@ -259,10 +260,6 @@ class FullBatchClosure:
                 "observe, or another thread), which would mix the sums of both: make a closure of "
                 "its own for the other call, or wait for the first"
             )
-        try:
-            yield
-        finally:
-            self._running.release()
 
     def _visit_all(self, optimizer: torch.optim.Optimizer | None) -> Tensor:
         with self._reduction.preparing():
@@ -323,16 +320,22 @@ class FullBatchClosure:
 
     def assign(self) -> None:
         """Set ``p.grad`` to the mean over all chunks, None for parameters that no chunk used."""
-        with self._alone("assigned"):
+        self._claim("assigned")
+        try:
             if self.sums.total_weight == 0:
                 raise RuntimeError("assign(): nothing was accumulated; call accumulate() first")
             for p, g in zip(self.sums.params, self.sums.means(), strict=True):
                 p.grad = g
+        finally:
+            self._running.release()
 
     def rollback(self) -> None:
         """Put all buffers and the count of steps back to what they were before the last call."""
-        with self._alone("rolled back"):
+        self._claim("rolled back")
+        try:
             self._rollback()
+        finally:
+            self._running.release()
 
     def _rollback(self) -> None:
         self._before.restore()
@@ -421,9 +424,9 @@ class FullBatchClosure:
         self._step_before = self.step
         return coefficient
 
-    def _weighed(self) -> Iterator[tuple[int, Any, float]]:
+    def _weighed(self, known: Mean | None) -> Iterator[tuple[int, Any, float]]:
         for index, chunk in enumerate(self.chunks):
-            weight = weigh(index, chunk, self.weight, self.loss_fn, self._counts)
+            weight = weigh(index, chunk, self.weight, known, self._counts)
             self.sums.store.check_weight(weight)
             yield index, chunk, weight
 
@@ -439,6 +442,7 @@ class FullBatchClosure:
         draws = GeneratorSnapshot({p.device for p in self.sums.params})
         autocast = self.autocast or self._outer_autocast
         known = self.sums.buckets, coefficient is not None and self.penalty
+        mean = mean_of(self.loss_fn)
         work = ChunkGradient(
             ChunkLoss(self.model, self.loss_fn, self.evaluate, autocast, device),
             None if coefficient is None else self.penalty,
@@ -452,11 +456,11 @@ class FullBatchClosure:
             self._reduction.sharded,
             self._reduction.lockstep,
             self._checked != known,
-            self.weight is None and mean_of(self.loss_fn) is None,
+            self.weight is None and mean is None,
         )
         if self._graphs is not None:
             self._graphs.begin(work, scale, observe)
-        for index, chunk, weight in self._reduction.lockstep(self._weighed(), self.chunks):
+        for index, chunk, weight in self._reduction.lockstep(self._weighed(mean), self.chunks):
             if self._graphs is None:
                 loss, square = work(index, chunk, weight, scale, draws, observe)
             else:

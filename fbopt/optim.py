@@ -208,84 +208,69 @@ class FullBatchGD(torch.optim.Optimizer):
         """Batch tensors for one kernel call: the same group, device, dtypes and first step."""
         index = {} if sums is None else {id(p): i for i, p in enumerate(sums.params)}
         sharded = any(any_sharded(group["params"]) for group in self.param_groups)
-        for options in self.param_groups:
-            group = {**options, **{name: _number(options[name]) for name in RULE}}
+        for group in self.param_groups:
+            rule = {name: _number(group[name]) for name in RULE}
+            moves = rule["momentum"] != 0
             batches: dict[tuple[Any, ...], _Batch] = {}
             for p in group["params"]:
-                i, grad = index.get(id(p)), p.grad
-                if sums is not None and i is not None:
-                    grad = None if i in sums.unseen else sums.views[i]
+                i = index.get(id(p))
+                if sums is None:
+                    grad = None if p.grad is None else _own_gradient(p, p.grad, sharded)
+                else:
+                    grad = None if i is None or i in sums.unseen else sums.views[i]
                 if grad is None:
                     continue
-                if i is None and not p.requires_grad:
-                    raise ValueError(
-                        f"a parameter of shape {tuple(p.shape)} does not require grad but has a "
-                        "gradient, from before it was frozen: call optimizer.zero_grad() (or set "
-                        "p.grad = None) after freezing"
-                    )
-                buffer = self.state.get(p, {}).get("momentum_buffer")
-                if i is None:
-                    if not p.is_contiguous():  # was it frozen when its group was added?
-                        check_storage(p, "a parameter")
-                    check_storage(grad, "a gradient")
-                    _check_fit(grad, p, "gradient", accumulator_dtype(p.dtype))
-                    if sharded:
-                        grad = local(placed_as(grad, p, "a gradient"))
-                if buffer is not None and group["momentum"] != 0:
+                buffer = self.state.get(p, {}).get("momentum_buffer") if moves else None
+                if buffer is not None:
                     _check_fit(buffer, p, "momentum_buffer", p.dtype)
                     if sharded:
                         check_same_placement(buffer, p, "a momentum_buffer")
-                first = group["momentum"] != 0 and buffer is None
-                key = (p.device, p.dtype, grad.dtype, first, i is None)
+                first = moves and buffer is None
+                key = (p.device, p.dtype, grad.dtype, first)
                 if key not in batches:
-                    divisor = None if sums is None or i is None else sums.divisor(p.device)
-                    batches[key] = _Batch(group, divisor, first)
+                    divisor = None if sums is None else sums.divisor(p.device)
+                    batches[key] = _Batch(rule, group["lr"], divisor, first)
                 batch = batches[key]
                 batch.params.append(p)
                 batch.grads.append(grad)
+                if buffer is not None:
+                    batch.buffers.append(buffer)
                 if i is not None:
                     batch.indices.append(i)
             yield from batches.values()
 
     def _step(self, batch: _Batch, norm: Tensor | None, max_norm: float | None) -> None:
-        group, params, device = batch.group, batch.params, batch.params[0].device
-        held = []
-        if group["momentum"] != 0 and batch.first:
-            held = [torch.empty_like(p, requires_grad=False) for p in params]
-        elif group["momentum"] != 0:
-            held = [self.state[p]["momentum_buffer"] for p in params]
-        params, buffers = locals_of(params), locals_of(held)
-        rule = {name: group[name] for name in RULE}
+        device = batch.params[0].device
+        if batch.first:
+            batch.buffers = [torch.empty_like(p, requires_grad=False) for p in batch.params]
+        params, buffers = locals_of(batch.params), locals_of(batch.buffers)
         dispatch.sgd_step_(
             params,
             batch.grads,
             buffers,
-            scalar_on(device, group["lr"]),
+            scalar_on(device, batch.lr),
             batch.divisor,
             None if norm is None else norm.to(device),
             max_norm,
             first=batch.first,
-            **rule,
+            **batch.rule,
         )
         torch.autograd.graph.increment_version([*params, *buffers])
         if batch.first:
-            for p, buffer in zip(batch.params, held, strict=True):
+            for p, buffer in zip(batch.params, batch.buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
 
     def _clipping(self) -> dict[str, Any]:
-        found = [
-            {name: group[name] for name in GLOBAL} | {"norm_type": norm_order(group["norm_type"])}
-            for group in self.param_groups
-        ]
-        for name in GLOBAL:
-            if not all(_same(options[name], found[0][name]) for options in found):
+        found, *others = map(_global_options, self.param_groups)
+        for name in GLOBAL if others else ():
+            if not all(_same(options[name], found[name]) for options in others):
                 raise ValueError(
                     f"{name} differs between parameter groups, but the clip is of the whole "
                     f"gradient: set one {name} for all groups"
                 )
-        if found[0]["max_norm"] is not None or found[0]["error_if_nonfinite"]:
+        if found["max_norm"] is not None or found["error_if_nonfinite"]:
             self._refuse_partial_norm()
-        return found[0]
+        return found
 
     def _holds_part(self) -> bool:
         firsts = [group["params"][0] for group in self.param_groups if group["params"]]
@@ -323,30 +308,43 @@ class _Batch:
     Where gradients are sums over chunks, `indices` locate them and `divisor` is their weight.
     """
 
-    group: dict[str, Any]
+    rule: dict[str, Any]
+    lr: float | Tensor
     divisor: Tensor | None
     first: bool
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
 
 
 def _mean_norm(batches: list[_Batch], norm_type: float) -> Tensor:
     """The norm of the mean gradient: that of the sums is divided by N, not each element."""
-    norms: list[Tensor] = []
-    divisors = [batch.divisor for batch in batches if batch.divisor is not None]
-    for of_sums in (True, False):
-        some = [b for b in batches if (b.divisor is not None) == of_sums]
-        grads = [g for b in some for g in b.grads]
-        if grads:
-            norm = total_norm(grads, norm_type, all_groups([p for b in some for p in b.params]))
-            norms.append(norm / divisors[0].to(norm) if of_sums else norm)
-    if len(norms) == 2:
-        both: Tensor = torch.linalg.vector_norm(
-            torch.stack([n.to(norms[0]) for n in norms]), norm_type
+    grads = [g for batch in batches for g in batch.grads]
+    groups = all_groups([p for batch in batches for p in batch.params])
+    norm = total_norm(grads, norm_type, groups)
+    divisor = batches[0].divisor if batches else None
+    return norm if divisor is None else norm / divisor.to(norm)
+
+
+def _own_gradient(param: Tensor, grad: Tensor, sharded: bool) -> Tensor:
+    """Return what p.grad holds as the kernels take it, or raise an error."""
+    if not param.requires_grad:
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} does not require grad but has a gradient, "
+            "from before it was frozen: call optimizer.zero_grad() (or set p.grad = None) after "
+            "freezing"
         )
-        return both
-    return norms[0] if norms else torch.zeros(())
+    if not param.is_contiguous():  # was it frozen when its group was added?
+        check_storage(param, "a parameter")
+    check_storage(grad, "a gradient")
+    _check_fit(grad, param, "gradient", accumulator_dtype(param.dtype))
+    return local(placed_as(grad, param, "a gradient")) if sharded else grad
+
+
+def _global_options(group: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same in all groups, since the clip is of the whole gradient."""
+    return {name: group[name] for name in GLOBAL} | {"norm_type": norm_order(group["norm_type"])}
 
 
 def _check_fit(tensor: Tensor, param: Tensor, name: str, wide: torch.dtype) -> None:

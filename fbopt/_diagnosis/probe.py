@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fbopt._engine.backward import ChunkCollection, run_backward
 from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
-from fbopt._engine.weights import weigh
+from fbopt._engine.weights import mean_of, weigh
 from fbopt._sharding import any_sharded, local
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Probe:
 
     def weight(self, index: int, chunk: Any) -> float:
         """The chunk's n_c."""
-        return weigh(index, chunk, self.closure.weight, self.closure.loss_fn)
+        return weigh(index, chunk, self.closure.weight, mean_of(self.closure.loss_fn))
 
     def gradient(self, index: int, chunk: Any) -> tuple[Tensor, list[Tensor | None]]:
         """A chunk's loss and gradient, as the closure takes them; buffers are restored."""

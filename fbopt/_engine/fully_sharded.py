@@ -35,6 +35,8 @@ class FullySharded:
 
     def _groups(self) -> list[Any]:
         """FSDP2's groups of parameters; a module has one, in later versions of torch several."""
+        if not self._modules:
+            return []
         states = [m._get_fsdp_state() for m in self._modules]
         one = [getattr(state, "_fsdp_param_group", None) for state in states]
         many = [getattr(s, "_fsdp_param_groups", [g]) for s, g in zip(states, one, strict=True)]

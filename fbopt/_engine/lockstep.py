@@ -79,7 +79,9 @@ class Lockstep:
             of: what they come from; its length is compared if it has one.
         """
         if not self._same and not self.is_joint:
-            yield from (chunk for chunk in chunks if chunk[2])
+            for chunk in chunks:
+                if chunk[2]:
+                    yield chunk
             return
         iterator, index = iter(chunks), 0
         while True:

@@ -98,10 +98,10 @@ class Reduction:
         self._squares: list[Tensor] = []
         self._weights: list[float] = []
         try:
-            with contextlib.ExitStack() as stack:
-                if self.sharded and self._sums.accumulation == "exact":
-                    apart = apart and self.lockstep.is_joint
-                    stack.enter_context(self.sharded.exactly(apart))
+            if self.sharded and self._sums.accumulation == "exact":
+                with self.sharded.exactly(apart and self.lockstep.is_joint):
+                    yield
+            else:
                 yield
         except Exception as error:
             params, numbers = self._sums.params, len(self._counts())

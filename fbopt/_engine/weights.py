@@ -28,7 +28,7 @@ def weigh(
     index: int,
     chunk: Any,
     weight: Callable[[Any], float | Tensor] | None,
-    loss_fn: Any = None,
+    known: Mean | None = None,
     counts: TargetCounts | None = None,
 ) -> float:
     """Return n_c: what `weight` returns, what a known loss divides by, or the number of samples.
@@ -37,13 +37,12 @@ def weigh(
         index: the chunk's place.
         chunk: the chunk.
         weight: as for FullBatchClosure.
-        loss_fn: as for FullBatchClosure.
+        known: :func:`mean_of` its loss function.
         counts: keeps the counts of targets, so that they are read from the device once.
     """
     if weight is not None:
         return check_weight(weight(chunk), f"weight(chunk) of chunk {index}")
     target = chunk[1] if isinstance(chunk, (tuple, list)) and len(chunk) == 2 else None
-    known = None if loss_fn is None else mean_of(loss_fn)
     if known is not None and isinstance(target, Tensor) and target.dim() > 0:
         if known.by_element or target.is_floating_point():
             return _samples(index, chunk) * _elements(target, known.by_element)
@@ -53,7 +52,8 @@ def weigh(
 
 def _samples(index: int, chunk: Any) -> int:
     """The length of the chunk's tensors, on which they have to agree."""
-    shapes = [t.shape for t in tensors(chunk)]
+    is_flat = type(chunk) in (tuple, list) and all(type(t) is Tensor for t in chunk)
+    shapes = [t.shape for t in (chunk if is_flat else tensors(chunk))]
     if not shapes or not shapes[0]:
         raise ValueError(
             f"chunk {index} has no tensor whose first dimension counts its samples: pass weight=..."

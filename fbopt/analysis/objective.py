@@ -20,7 +20,7 @@ from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.modes import measuring
 from fbopt._engine.perturb import Perturbation
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
-from fbopt._engine.weights import TargetCounts, weigh
+from fbopt._engine.weights import TargetCounts, mean_of, weigh
 from fbopt._ops.buckets import FlatBuckets
 from fbopt._random import seed_generators
 from fbopt._sharding import any_sharded
@@ -222,8 +222,9 @@ class Objective(ParameterSpace):
         """Iterate over (index, chunk, n_c), restoring the buffers before each; only within
         :meth:`evaluating`.
         """
+        known = mean_of(self.loss_fn)
         for index, chunk in enumerate(self.chunks):
-            weight = weigh(index, chunk, self.weight, self.loss_fn, self._counts)
+            weight = weigh(index, chunk, self.weight, known, self._counts)
             if weight:
                 self.restore_buffers()
                 yield index, chunk, weight
