@@ -28,6 +28,7 @@ from fbopt._engine.inputs import (
     refuse_twice,
     unwrapped,
 )
+from fbopt._engine.other_means import SampleMeans
 from fbopt._engine.perturb import Perturbation
 from fbopt._engine.reduce import Reduction
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
@@ -441,8 +442,11 @@ class FullBatchClosure:
         scale = None if coefficient is None else scalar_on(device, coefficient)
         draws = GeneratorSnapshot({p.device for p in self.sums.params})
         autocast = self.autocast or self._outer_autocast
-        known = self.sums.buckets, coefficient is not None and self.penalty
+        penalty = coefficient is not None and self.penalty
+        given = self.evaluate or self.loss_fn, self.chunks
+        known = self.sums.buckets, penalty, *map(id, given)
         mean = mean_of(self.loss_fn)
+        by_samples = self.weight is None and mean is None
         work = ChunkGradient(
             ChunkLoss(self.model, self.loss_fn, self.evaluate, autocast, device),
             None if coefficient is None else self.penalty,
@@ -456,7 +460,7 @@ class FullBatchClosure:
             self._reduction.sharded,
             self._reduction.lockstep,
             self._checked != known,
-            self.weight is None and mean is None,
+            SampleMeans(self._reduction.collectives.is_single) if by_samples else None,
         )
         if self._graphs is not None:
             self._graphs.begin(work, scale, observe)

@@ -5,6 +5,7 @@ for bit against itself, without a sync. The same tests run on the CPU, where the
 from __future__ import annotations
 
 import contextlib
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from fbopt import (
     clip_grad_norm_,
 )
 from fbopt._build import load
-from fbopt._engine import backward
+from fbopt._engine import backward, weights
 from fbopt._ops import dispatch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -152,6 +153,8 @@ def test_a_step_on_fake_cuda_tensors_reads_nothing(penalty, options, kernels, mo
     monkeypatch.setattr(
         torch.autograd, "grad", lambda _, params, **options: [torch.randn_like(p) for p in params]
     )
+    count = mock.Mock(side_effect=lambda target, mean: len(target))  # reads, in the first call
+    monkeypatch.setattr(weights, "_count", count)
     with FakeTensorMode(allow_non_fake_inputs=False):
         with torch.device("cuda:0"):
             model = layers(nn.Dropout(0.3))
@@ -163,6 +166,8 @@ def test_a_step_on_fake_cuda_tensors_reads_nothing(penalty, options, kernels, mo
         )
         for _ in range(2):
             loss = optimizer.step(closure)
+            closure.chunks = [(a.clone(), b.clone()) for a, b in data]  # as a DataLoader would
+        assert count.call_count == len(data)
         optimizer.step()
         norm = clip_grad_norm_(model.parameters(), 0.1)
         assert loss.device == norm.device == optimizer.last_grad_norm.device == x.device

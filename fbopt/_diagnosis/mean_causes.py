@@ -14,7 +14,7 @@ from fbopt._diagnosis.probe import Probe
 from fbopt._diagnosis.report import Report
 from fbopt._diagnosis.setup import last_size, rows
 from fbopt._diagnosis.wide import take
-from fbopt._engine.autograd_graph import refuse_other_means
+from fbopt._engine.other_means import refuse_other_means
 
 
 class Split(NamedTuple):

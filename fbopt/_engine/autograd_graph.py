@@ -15,8 +15,6 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
 Recompute = Callable[[], AbstractContextManager[Tensor]]
-CROSS_ENTROPIES = {"NllLossBackward0", "NllLoss2DBackward0"}
-MEAN = 1  # at::Reduction::Mean
 CURE = "use method='forward' or 'central'"
 
 
@@ -56,29 +54,6 @@ def refuse_unreached(loss: Tensor, grads: Sequence[Tensor | None]) -> None:
             "parameters inside: pass use_reentrant=False to torch.utils.checkpoint (in "
             "transformers gradient_checkpointing_enable({'use_reentrant': False})), or "
             "backward=True to FullBatchClosure"
-        )
-
-
-def refuse_other_means(index: int, loss: Tensor) -> None:
-    """Refuse a loss that is the mean over something else than samples, where it shows.
-
-    That is a cross-entropy, wherever it was computed, with class weights or ignored targets. Before
-    the backward pass, which frees what the graph saved; reads from the device.
-    """
-    for node in nodes(loss):
-        if node.name() not in CROSS_ENTROPIES or node._saved_reduction != MEAN:
-            continue
-        if node._saved_weight is not None:
-            found, cure = "class weights", "weights[chunk[1]].sum()"
-        elif int(node._saved_total_weight) != node._saved_target.numel():
-            ignored = (node._saved_ignore_index + 2**63) % 2**64 - 2**63  # unsigned in Python
-            found, cure = f"ignored targets ({ignored})", f"(chunk[1] != {ignored}).sum()"
-        else:
-            continue
-        raise ValueError(
-            f"the loss of chunk {index} is a cross-entropy with {found}, so not the mean over its "
-            f"samples, by which chunks count: pass weight=lambda chunk: {cure}, what the loss "
-            "divides by (or loss_fn=torch.nn.CrossEntropyLoss(...) itself)"
         )
 
 

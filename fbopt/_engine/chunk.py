@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fbopt._engine.autograd_graph import SecondBackward, refuse_other_means, refuse_unreached
+from fbopt._engine.autograd_graph import SecondBackward, refuse_unreached
 from fbopt._engine.backward import (
     ApartAddition,
     ChunkAddition,
@@ -29,6 +29,7 @@ from fbopt._engine.forward import BARE, ChunkLoss
 from fbopt._engine.fully_sharded import FullySharded
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.lockstep import Lockstep
+from fbopt._engine.other_means import SampleMeans
 from fbopt._engine.perturb import Perturbation, hessian_gradient_product
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt.penalty import GradientPenalty
@@ -51,7 +52,7 @@ class ChunkGradient:
         backward: whether gradients come from ``loss.backward()``.
         sharded, lockstep: for a model sharded by FSDP2.
         checks: whether autograd graphs are checked, in the first call with these parameters.
-        counts_samples: whether weights are numbers of samples, for want of anything better.
+        means: checks losses where weights are numbers of samples, for want of anything better.
     """
 
     forward: ChunkLoss
@@ -66,7 +67,7 @@ class ChunkGradient:
     sharded: FullySharded | None = None
     lockstep: Lockstep | None = None
     checks: bool = False
-    counts_samples: bool = False
+    means: SampleMeans | None = None
 
     @property
     def repetitions(self) -> int:
@@ -89,8 +90,8 @@ class ChunkGradient:
             draws.begin()
         self.statistics.clear()
         loss = self._forward(index, chunk, observe)
-        if checks and self.counts_samples:
-            refuse_other_means(index, loss)
+        if checks and self.means is not None:
+            self.means.check(index, loss, float(weight))
         own, weight = weight, self.lockstep.weight if self.sharded else weight
         if self._is_streamed:
             self._stream(loss, weight)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from fbopt._checks import check_number
 from fbopt._sharding import any_sharded
 from fbopt.penalty import GradientPenalty
 
 SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+ORDER_CURE = (
+    "pass shuffle=False, or list(loader) to draw once; if new chunks in every call are meant, an "
+    "object of your own whose __iter__ returns iter(loader)"
+)
 FUNCTIONS = ("loss_fn", "evaluate", "observe", "on_pass_start", "weight")
 
 
@@ -29,9 +39,10 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     for name in FUNCTIONS:
         if given[name] is not None and not callable(given[name]):
             raise TypeError(f"{name} must be callable, got {_kind(given[name])}")
-    if getattr(loss_fn, "reduction", "mean") != "mean":
+    reduction = loss_options(loss_fn)[1].get("reduction", "mean")
+    if reduction not in ("mean", "batchmean"):
         raise ValueError(
-            f"loss_fn has reduction={loss_fn.reduction!r}: a chunk's loss must be its mean, use "
+            f"loss_fn has reduction={reduction!r}: a chunk's loss must be its mean, use "
             "reduction='mean'"
         )
     _check_iterable(given["chunks"])
@@ -49,6 +60,16 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} must be True or False, got {_kind(given[name])}")
     if given["backward"] and given["cuda_graph"]:
         raise ValueError("backward=True runs Python in every backward pass: leave cuda_graph out")
+
+
+def loss_options(loss_fn: Any) -> tuple[Any, dict[str, Any]]:
+    """A loss's function, or its class where it is a module, and the options it was made with."""
+    given: dict[str, Any] = {}
+    if isinstance(loss_fn, functools.partial):
+        given, loss_fn = loss_fn.keywords, loss_fn.func
+    if isinstance(loss_fn, nn.Module):
+        return type(loss_fn), {**vars(loss_fn), **loss_fn._buffers, **given}
+    return loss_fn, given
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -76,24 +97,59 @@ def _check_iterable(chunks: Any) -> None:
 
 
 def _check_order(given: Mapping[str, Any]) -> None:
-    """Refuse chunks that are drawn anew in each call where it matters which samples share one."""
+    """Refuse a DataLoader that draws other samples in each call, or other chunks where it matters
+    which samples share one.
+    """
     batches = getattr(given["chunks"], "batch_sampler", None)
+    if batches is None:  # batches from the data set itself
+        batches = getattr(given["chunks"], "sampler", None)
     sampler = getattr(batches, "sampler", None)
-    if not isinstance(sampler, SHUFFLED) or not 1 < batches.batch_size < len(sampler):
+    _refuse_repeated(sampler)
+    if not isinstance(sampler, SHUFFLED):
         return
-    matters = {
-        "a penalty": given["penalty"] is not None,
-        "chunk_max_norm": given["chunk_max_norm"] is not None,
-        'accumulation="exact"': given["accumulation"] == "exact",
-    }
+    found, matters = _draws_other_samples(batches, sampler), {}
+    if found is None and 1 < getattr(batches, "batch_size", 1) < len(sampler):
+        matters = {
+            "a penalty": given["penalty"] is not None,
+            "chunk_max_norm": given["chunk_max_norm"] is not None,
+            'accumulation="exact"': given["accumulation"] == "exact",
+        }
+    if found is not None:
+        raise ValueError(
+            f"chunks is a DataLoader that draws other samples in every call ({found}), and a step "
+            f"is by all samples: {ORDER_CURE}"
+        )
     for name, here in matters.items():
         if here:
             raise ValueError(
                 f"chunks is a DataLoader that draws other chunks in every call, and with {name} "
-                "the result depends on which samples share a chunk: pass shuffle=False, or "
-                "list(loader) to draw once; if new chunks in every call are meant, an object of "
-                "your own whose __iter__ returns iter(loader)"
+                f"the result depends on which samples share a chunk: {ORDER_CURE}"
             )
+
+
+def _draws_other_samples(batches: Any, sampler: Any) -> str | None:
+    """How a shuffled DataLoader leaves out or repeats samples, which are others in every call."""
+    if getattr(sampler, "replacement", False):
+        return "with replacement"
+    data = getattr(sampler, "data_source", getattr(sampler, "weights", None))
+    if data is not None and len(sampler) != len(data):
+        return f"{len(sampler)} of {len(data)}"
+    if getattr(batches, "drop_last", False) and len(sampler) % batches.batch_size:
+        return "drop_last=True"
+    return None
+
+
+def _refuse_repeated(sampler: Any) -> None:
+    """Refuse a DistributedSampler that repeats samples, which would count twice."""
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return
+    samples = len(cast("Sized", sampler.dataset))
+    if samples % sampler.num_replicas:
+        raise ValueError(
+            f"chunks has a DistributedSampler, which repeats some of {samples} samples to give "
+            f"{sampler.num_replicas} processes as many, and they would count twice: shares may be "
+            "uneven, take torch.utils.data.Subset(dataset, range(rank, len(dataset), world_size))"
+        )
 
 
 def _kind(value: Any) -> str:

@@ -4,24 +4,26 @@ the sum of class weights.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbopt._checks import check_weight
-from fbopt._engine.inputs import tensors
+from fbopt._engine.inputs import loss_options, tensors
 
 # Losses whose mean is over the targets that are not ignored, and over all elements.
 BY_TARGET = {nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss}
 BY_ELEMENT = {
     *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss),
     *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy),
-    F.binary_cross_entropy_with_logits,
+    *(nn.KLDivLoss, nn.PoissonNLLLoss, nn.SoftMarginLoss, F.kl_div, F.poisson_nll_loss),
+    *(F.soft_margin_loss, F.binary_cross_entropy_with_logits),
 }
+BATCH = "batchmean"  # the mean over samples, nn.KLDivLoss alone has it
 
 
 def weigh(
@@ -86,25 +88,22 @@ class Mean(NamedTuple):
 
 def mean_of(loss_fn: Any) -> Mean | None:
     """What one of torch's losses is the mean over; None for others."""
-    given, kind = vars(loss_fn) if isinstance(loss_fn, nn.Module) else {}, type(loss_fn)
-    if isinstance(loss_fn, functools.partial):
-        given, kind = loss_fn.keywords, loss_fn.func
-    elif not isinstance(loss_fn, nn.Module):
-        kind = loss_fn
+    kind, options = loss_options(loss_fn)
     try:
         by_target, by_element = kind in BY_TARGET, kind in BY_ELEMENT
     except TypeError:  # cannot be hashed
         return None
-    if not by_target:
-        return Mean(True, None, None) if by_element else None
-    weights = loss_fn.weight if isinstance(loss_fn, nn.Module) else given.get("weight")
-    return Mean(False, weights, given.get("ignore_index", -100))
+    if by_target:
+        return Mean(False, options.get("weight"), options.get("ignore_index", -100))
+    return Mean(True, None, None) if by_element and options.get("reduction") != BATCH else None
 
 
 class TargetCounts:
     """Counts the targets that are not ignored, or sums their class weights.
 
-    Reads one number from the device for each chunk, the first time that it comes.
+    On the CPU at every visit. Elsewhere a count is read from the device, which waits for it, when a
+    chunk's place is visited first; afterwards only where there are class weights or were ignored
+    targets, and the tensors are others now or have been written to.
     """
 
     def __init__(self) -> None:
@@ -115,12 +114,26 @@ class TargetCounts:
 
     def __call__(self, index: int, target: Tensor, mean: Mean) -> float:
         """The count of a chunk's targets."""
+        weights = mean.class_weights
+        if {t.device.type for t in (target, weights) if t is not None} == {"cpu"}:
+            return _count(target, mean)  # NumPy could have written to it
         known = self._known.get(index)
-        if known is None or not known.holds(target, mean):
-            versions = _version(target), _version(mean.class_weights)
-            known = _Count(weakref.ref(target), mean, versions, _count(target, mean))
-            self._known[index] = known
-        return known.value
+        if known is not None and known.holds(target, mean):
+            return known.value
+        if known is not None and known.counts_all(mean):
+            return target.numel()
+        _refuse_capture(index)
+        versions, value = (_version(target), _version(weights)), _count(target, mean)
+        self._known[index] = _Count(weakref.ref(target), mean, versions, value, target.numel())
+        return value
+
+
+def _refuse_capture(index: int) -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the targets of chunk {index} have to be counted, which a CUDA graph cannot: visit "
+            "these tensors once before the capture, or pass weight=lambda chunk: a number"
+        )
 
 
 class _Count(NamedTuple):
@@ -130,6 +143,12 @@ class _Count(NamedTuple):
     mean: Mean
     versions: tuple[int, int]
     value: float
+    size: int
+
+    def counts_all(self, mean: Mean) -> bool:
+        """Whether all targets counted, each by one."""
+        same = self.mean.ignored == mean.ignored and mean.class_weights is None
+        return same and self.mean.class_weights is None and self.value == self.size
 
     def holds(self, target: Tensor, mean: Mean) -> bool:
         weights = mean.class_weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import pickle
@@ -12,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from conftest import bits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from fbopt import FullBatchClosure, GradientPenalty
 from fbopt._engine import weights
@@ -117,21 +125,42 @@ def test_means_over_elements_count_elements(loss_fn):
     )
 
 
-def test_targets_are_counted_once_as_long_as_they_stay_the_same():
+def test_targets_are_counted_as_they_are_now():
     x, y = data()
     chunks, loss_fn = chunked(x, y), nn.CrossEntropyLoss(weight=CLASS_WEIGHTS.clone())
     net = model()
     closure = FullBatchClosure(net, loss_fn, chunks)
+    closure()
+    y[9] = 2 - y[9].clamp(min=0)  # in place: the chunks are views
+    assert_equals_one_batch(net, closure, loss_fn, x, y)
+    y.numpy()[12] = -100  # of which torch counts no versions
+    loss_fn.weight.data[1] = 7
+    assert_equals_one_batch(net, closure, loss_fn, x, y)
+
+
+class Elsewhere(Tensor):
+    """A tensor that says to be on another device."""
+
+    device = property(lambda self: torch.device("cuda"))
+
+
+@pytest.mark.parametrize("case", ["whole", "ignored", "class weights"])
+def test_a_device_is_read_once_for_each_place(case):
+    """And again only where targets may count differently: new tensors, or written ones."""
+    mean = weights.mean_of(nn.CrossEntropyLoss(CLASS_WEIGHTS if case == "class weights" else None))
+    counts, y = weights.TargetCounts(), torch.tensor([0, 1, -100 if case == "ignored" else 2])
+    wanted = {"whole": 3, "ignored": 2, "class weights": 8}[case]
     with mock.patch.object(weights, "_count", wraps=weights._count) as count:
-        for _ in range(3):
-            closure()
-        assert count.call_count == len(chunks)
-        y[9] = 2 - y[9].clamp(min=0)  # in place: the chunks are views
-        assert_equals_one_batch(net, closure, loss_fn, x, y)
-        loss_fn.weight[1] = 7
-        assert_equals_one_batch(net, closure, loss_fn, x, y)
-        closure.chunks = chunked(x, y.clone().clamp(min=0))
-        assert_equals_one_batch(net, closure, loss_fn, x, y.clamp(min=0))
+        first = y.as_subclass(Elsewhere)
+        assert [counts(0, first, mean) for _ in range(3)] == [wanted] * 3
+        assert count.call_count == 1
+        assert counts(0, y.clone().as_subclass(Elsewhere), mean) == wanted
+        assert count.call_count == (1 if case == "whole" else 2)
+        assert counts(1, first, mean) == wanted
+        assert (
+            counts(0, y[:2].as_subclass(Elsewhere), mean)
+            == wanted - ({"whole": 1, "ignored": 0, "class weights": 5}[case])
+        )
 
 
 def weighted(model, chunk):
@@ -147,7 +176,7 @@ def ragged(model, chunk):
 
 
 UNKNOWN = {
-    "class weights": (weighted, None, r"chunk 0 .*class weights.*weight=lambda chunk: weights"),
+    "class weights": (weighted, None, r"chunk 1 .*class weights.*weight=lambda chunk: weights"),
     "ignored": (ignoring, slice(8, 20), r"ignored targets \(-100\).*\(chunk\[1\] != -100\)\.sum"),
 }
 
@@ -171,6 +200,61 @@ def test_a_cross_entropy_inside_evaluate_is_refused_where_it_is_another_mean(
         assert bits(net) == before
     closure.weight = lambda chunk: (chunk[1] != -100).sum()
     closure()
+
+
+def test_targets_that_are_ignored_alike_in_all_chunks_are_right():
+    """As by the causal models of transformers, which ignore the last token of every row."""
+    x, y = data(6)
+    y = y.clamp(min=0)
+    y[:, -1] = -100
+    torch.manual_seed(0)
+    net = ClassesFirst(4, 3).double()
+    closure = FullBatchClosure(net, evaluate=ignoring, chunks=chunked(x, y))
+    assert_equals_one_batch(net, closure, F.cross_entropy, x, y)
+
+
+def flattened(model, chunk):
+    return F.cross_entropy(model(chunk[0]).movedim(1, -1).flatten(0, 1), chunk[1].flatten())
+
+
+def outer(model, chunk):
+    return F.mse_loss(model(chunk[0])[:, 0], chunk[1].double())
+
+
+@pytest.mark.parametrize("evaluate", [flattened, outer])
+def test_a_mean_over_tokens_of_ragged_chunks_is_refused(evaluate):
+    torch.manual_seed(0)
+    net = ClassesFirst(4, 3).double()
+    x, y = data(6)
+    y = y.clamp(min=0)
+    chunks = [(x[:9, :2], y[:9, :2]), (x[9:], y[9:])]
+    closure = FullBatchClosure(net, evaluate=evaluate, chunks=chunks)
+    with pytest.raises(ValueError, match=r"chunk 1 .*66 values for 11 samples.*18 for 9.*numel"):
+        closure()
+    closure.weight = lambda chunk: chunk[1].numel()
+    closure()
+    closure.weight, closure.chunks = None, chunked(x, y)
+    closure()
+
+
+def summed(model, chunk):
+    return F.cross_entropy(model(chunk[0]), chunk[1], reduction="sum")
+
+
+def test_sums_are_refused():
+    x, y = data()
+    for loss_fn in (nn.MSELoss(reduction="sum"), functools.partial(F.mse_loss, reduction="sum")):
+        with pytest.raises(ValueError, match=r"reduction='sum': .*reduction='mean'"):
+            FullBatchClosure(model(), loss_fn, chunked(x, x))
+    with pytest.raises(ValueError, match=r"chunk 0 is a sum .*reduction='mean'"):
+        FullBatchClosure(model(), evaluate=summed, chunks=chunked(x, y))()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+def test_kullback_leibler_divergence(reduction):
+    net, x, loss_fn = model(), data()[0], nn.KLDivLoss(reduction=reduction)
+    y = torch.rand(20, 3, dtype=torch.float64)
+    assert_equals_one_batch(net, FullBatchClosure(net, loss_fn, chunked(x, y)), loss_fn, x, y)
 
 
 @pytest.mark.parametrize("lengths, named", [((3, 16, 16), "3, 16, 16"), ((16, 4, 16), "16, 4, 16")])
@@ -246,3 +330,32 @@ def test_shuffled_chunks_are_refused_where_their_composition_matters():
         list(shuffled),
     ):
         FullBatchClosure(net, F.cross_entropy, loader, **matters[0])()
+
+
+def test_other_samples_in_every_call_are_refused():
+    dataset, net = TensorDataset(*data()), model()
+    for loader, named in (
+        (DataLoader(dataset, batch_size=8, shuffle=True, drop_last=True), "drop_last"),
+        (DataLoader(dataset, sampler=RandomSampler(dataset, num_samples=9)), "9 of 20"),
+        (DataLoader(dataset, sampler=WeightedRandomSampler([1.0] * 20, 20)), "with replacement"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"other samples in every call \({named}.*all samples"
+        ):
+            FullBatchClosure(net, F.cross_entropy, loader)
+    FullBatchClosure(net, F.cross_entropy, DataLoader(dataset, batch_size=8, drop_last=True))
+    batches = BatchSampler(RandomSampler(dataset), 8, drop_last=False)
+    loader = DataLoader(dataset, sampler=batches, batch_size=None)
+    with pytest.raises(ValueError, match="other chunks in every call"):
+        FullBatchClosure(net, F.cross_entropy, loader, accumulation="exact")
+
+
+def test_a_sampler_that_repeats_samples_is_refused():
+    dataset, net = TensorDataset(*data()), model()
+    for world, expected in (
+        (3, pytest.raises(ValueError, match=r"repeats some of 20 samples.*Subset")),
+        (4, contextlib.nullcontext()),
+    ):
+        sampler = DistributedSampler(dataset, world, rank=0, shuffle=False)
+        with expected:
+            FullBatchClosure(net, F.cross_entropy, DataLoader(dataset, sampler=sampler))
