@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/.ready
 TRAINERS := $(VENV)/.trainers
+TRAINER_TESTS := tests/integrations tests/train/test_log.py tests/test_docs.py
 # A terminal sees pip's progress; a log does not need it.
 PIP_FLAGS := --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet --quiet)
 CXX_FILES = $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
@@ -21,7 +22,7 @@ test: $(READY)  ## run the tests; ARGS go to pytest, such as make test ARGS="-k 
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-integrations: $(TRAINERS)  ## test with Lightning, Accelerate and Transformers, which it installs
-	$(VENV)/bin/python -m pytest tests/integrations tests/test_docs.py $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(TRAINER_TESTS) $(ARGS)
 
 lint: $(READY)  ## check style, formatting and types
 	$(VENV)/bin/ruff check .
