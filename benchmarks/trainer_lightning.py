@@ -10,43 +10,34 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks import trainers
-from fbopt.integrations.lightning import WeightedAccumulation
+from benchmarks import tiny_language as tiny
+from benchmarks.trainers import Task
+from fbopt.integrations.lightning import FullBatchLoop, WeightedAccumulation
 
-MORE = (trainers.BFLOAT16,)
+PRECISION = {torch.float64: "64-true", torch.float32: "32-true", torch.bfloat16: "bf16-true"}
 
 
 class Module(pl.LightningModule):
-    def __init__(self, case: str) -> None:
+    def __init__(self, task: Task) -> None:
         super().__init__()
-        self.case, self.network = case, trainers.model(case)
-        self.gradient_error = 0.0
+        self.model, self.optimizer = task.model, task.optimizer
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, labels = batch
-        return trainers.loss_fn(self.network(x), labels)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.case == trainers.BFLOAT16:
-            self.gradient_error = trainers.gradient_error(self.network, self.case)
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.model(**batch)["loss"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=trainers.LR)
+        return self.optimizer
 
 
-def run(case: str, ours: bool) -> float:
-    """Train with ``Trainer(accumulate_grad_batches=...)`` and return the error."""
-    windows = trainers.windows(case)
-    module = Module(case)
+def fit(task: Task, window: int, *callbacks: pl.Callback) -> None:
+    """Train with ``Trainer(accumulate_grad_batches=window)``."""
     trainer = quiet_trainer(
-        precision="bf16-true" if case == trainers.BFLOAT16 else "64-true",
-        max_epochs=1,
-        accumulate_grad_batches=len(windows[0]),
-        callbacks=[WeightedAccumulation(lambda batch: trainers.tokens(batch[1]))] if ours else [],
+        precision=PRECISION[task.case.dtype],
+        max_epochs=task.case.epochs,
+        accumulate_grad_batches=window,
+        callbacks=list(callbacks),
     )
-    batches = [batch for window in windows for batch in window]
-    trainer.fit(module, DataLoader(batches, batch_size=None))
-    return module.gradient_error or trainers.error(module.network, case)
+    trainer.fit(Module(task), DataLoader(task.batches, batch_size=None))
 
 
 def quiet_trainer(**arguments: object) -> pl.Trainer:
@@ -57,3 +48,10 @@ def quiet_trainer(**arguments: object) -> pl.Trainer:
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
     return pl.Trainer(**({"accelerator": "cpu", "devices": 1} | silent | arguments))
+
+
+WAYS = {
+    "Lightning": lambda task: fit(task, task.window),
+    "WeightedAccumulation": lambda task: fit(task, task.window, WeightedAccumulation(tiny.targets)),
+    "FullBatchLoop": lambda task: fit(task, 1, FullBatchLoop(tiny.targets)),
+}

@@ -15,13 +15,13 @@ from torch import nn
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
-import tiny_language as tiny
 import trainer_ranks
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
 from conftest import bits
 
+from benchmarks import tiny_language as tiny
 from fbopt import FullBatchGD, GradientPenalty
 from fbopt.integrations.accelerate import accumulator, closure
 

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("lightning")
-import tiny_language as tiny
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
-from benchmarks import trainers
-from benchmarks.trainer_lightning import quiet_trainer, run
+from benchmarks.tiny_language import distance
+from benchmarks.trainer_lightning import quiet_trainer
 from fbopt.integrations.lightning import WeightedAccumulation
 from fbopt.integrations.lightning.surroundings import check
 
@@ -47,21 +46,6 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.make(self.parameters(), lr=LR)
-
-
-class Language(LightningModule):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model, self.gradient = model, torch.empty(0)
-
-    def training_step(self, batch: Any) -> Tensor:
-        return self.model(**batch).loss
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.gradient = torch.cat([p.grad.double().flatten() for p in self.parameters()])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=tiny.LR)
 
 
 def batches(dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
@@ -106,29 +90,7 @@ def one_batch(windows: list[list[int]], max_norm: float | None = None) -> nn.Mod
     return module
 
 
-def distance(a: nn.Module, b: nn.Module) -> float:
-    pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return max((p.double() - q.double()).abs().max().item() for p, q in pairs)
-
-
 THREES = [[0, 1, 2], [3, 4, 5], [6, 7]]
-
-
-@pytest.mark.parametrize("case", trainers.CASES)
-def test_windows_are_weighed_where_lightning_by_itself_is_wrong(case):
-    assert run(case, ours=False) > 1e-2
-    assert run(case, ours=True) < 1e-14
-
-
-@pytest.mark.parametrize("name", tiny.MODELS)
-def test_language_models_are_weighed_by_tokens(name):
-    model = tiny.language_model(name)
-    windows = [tiny.sequences(26)[i : i + 13] for i in (0, 13)]
-    expected = tiny.one_batch(model, windows)
-    data = [tiny.collate(w[i : i + n]) for w in windows for i, n in ((0, 4), (4, 4), (8, 5))]
-
-    fit(Language(model), data, WeightedAccumulation(tiny.targets), precision="32-true")
-    assert tiny.distance(model, expected) < 1e-6
 
 
 def test_clipping_validation_and_hooks_see_the_weighted_mean():
@@ -226,24 +188,6 @@ def test_autocast_and_loss_scale():
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
     fit(module, batches(torch.float32), precision=None, plugins=plugin)
     assert distance(module, Classifier()) == 0 and scaler.get_scale() == 2.0**27
-
-
-@pytest.mark.parametrize("name", tiny.MODELS)
-def test_half_precision_sums_are_kept_in_float32(name):
-    """Batches of as many tokens: by itself Lightning errs by adding in bfloat16 alone."""
-    torch.manual_seed(0)
-    data = [{"input_ids": t, "labels": t} for t in torch.randint(1, tiny.VOCABULARY, (128, 1, 8))]
-    wide = tiny.language_model(name).bfloat16().double()
-    whole = torch.cat([batch["labels"] for batch in data])
-    grads = torch.autograd.grad(wide(input_ids=whole, labels=whole).loss, list(wide.parameters()))
-    expected = torch.cat([g.flatten() for g in grads])
-
-    def error(*callbacks: Callback) -> float:
-        module = Language(tiny.language_model(name).bfloat16())
-        fit(module, data, *callbacks, precision="bf16-true", accumulate_grad_batches=128)
-        return ((module.gradient - expected).norm() / expected.norm()).item()
-
-    assert 1.5 * error(WeightedAccumulation(tiny.targets)) < error(Callback())
 
 
 def test_what_cannot_be_weighed_is_refused():

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("lightning")
-import tiny_language as tiny
 from conftest import bits
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from test_lightning_accumulation import Language
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
@@ -181,15 +179,6 @@ def test_an_exception_leaves_module_and_trainer_as_they_were():
     module.fails = False
     fit(module, loop)
     assert bits(module.network) == bits(by_hand()[0])
-
-
-@pytest.mark.parametrize("name", tiny.MODELS)
-def test_language_models_are_weighed_by_tokens(name):
-    model, data = tiny.language_model(name), tiny.sequences(26)
-    expected = tiny.one_batch(model, [data] * 3)
-    trainer = quiet_trainer(max_epochs=3, callbacks=[FullBatchLoop(tiny.targets)])
-    trainer.fit(Language(model), DataLoader(data, batch_size=4, collate_fn=tiny.collate))
-    assert tiny.distance(model, expected) < 1e-6
 
 
 def test_what_a_full_batch_step_cannot_be_is_refused():

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 pytest.importorskip("transformers")
-import tiny_language as tiny
 import trainer_ranks
 from conftest import bits
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks import tiny_language as tiny
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
 from fbopt.integrations.transformers import FullBatchTrainer, WeightedTrainer
 

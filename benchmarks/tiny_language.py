@@ -1,4 +1,4 @@
-"""Tiny causal language models from a config, and sequences of very different lengths for them."""
+"""Tiny causal language models, sequences for them, and what SGD on one batch makes of both."""
 
 from __future__ import annotations
 
@@ -12,15 +12,31 @@ import torch
 from torch import Tensor, nn
 
 VOCABULARY, IGNORED, LR = 37, -100, 0.1
-MODELS = ("gpt2", "llama")
+MODELS = ("gpt2", "llama")  # of Transformers, from a config
+
+
+class Bigram(nn.Module):
+    """Predicts the next token from the last, and returns its mean loss whatever else it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY))
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        logits = self.layers(input_ids)[:, :-1]
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())}
 
 
 def language_model(name: str, seed: int = 0) -> nn.Module:
-    """Return a model with random weights and without dropout."""
+    """Return a model with random weights and without dropout: one of MODELS, or "bigram"."""
+    torch.manual_seed(seed)
+    if name == "bigram":
+        return Bigram()
     import transformers
 
     special = {"bos_token_id": 0, "eos_token_id": 0}
-    torch.manual_seed(seed)
     if name == "gpt2":
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         sizes = {
@@ -45,10 +61,10 @@ def language_model(name: str, seed: int = 0) -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
-def sequences(count: int, seed: int = 1) -> list[dict[str, Tensor]]:
-    """Return token sequences of 3 to 20 tokens; the longer ones come last."""
-    draw = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, 21, (count,), generator=draw).sort().values.tolist()
+def sequences(count: int, shortest: int = 3, longest: int = 20) -> list[dict[str, Tensor]]:
+    """Return token sequences; the longer ones come last."""
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=draw).sort().values.tolist()
     tokens = [torch.randint(1, VOCABULARY, (n,), generator=draw) for n in lengths]
     return [{"input_ids": t, "labels": t} for t in tokens]
 
@@ -80,7 +96,7 @@ def one_batch(
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     for window in windows:
         batch = collate(window)
-        loss = model(**batch).loss if loss_of is None else loss_of(model, batch)
+        loss = model(**batch)["loss"] if loss_of is None else loss_of(model, batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), max_norm)
