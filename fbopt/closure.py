@@ -21,7 +21,6 @@ from fbopt._engine.fully_sharded import FullySharded
 from fbopt._engine.gradient_sums import MOST_PASSES
 from fbopt._engine.inputs import (
     check_arguments,
-    check_covered,
     refuse_compiled,
     refuse_sharded,
     refuse_sharded_graph,
@@ -29,6 +28,7 @@ from fbopt._engine.inputs import (
     unwrapped,
 )
 from fbopt._engine.other_means import SampleMeans
+from fbopt._engine.parameter_sets import alone_in_threads, check_covered, check_stepping
 from fbopt._engine.perturb import Perturbation
 from fbopt._engine.reduce import Reduction
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
@@ -249,7 +249,8 @@ class FullBatchClosure:
         """Accumulate for a step of this optimizer."""
         self._claim("called")
         try:
-            return self._visit_all(optimizer)
+            with alone_in_threads(self._candidates()):
+                return self._visit_all(optimizer)
         finally:
             self._running.release()
 
@@ -404,6 +405,7 @@ class FullBatchClosure:
         frozen = check_covered(optimizer, trainable, self.model)
         if optimizer is not self.optimizer:
             frozen += check_covered(self.optimizer, trainable, self.model)
+        frozen += check_stepping(optimizer, trainable, self.model)
         self.sums.reset(trainable)
         self._reduction.follow_params()
         self._reduction.sharded.check()
@@ -421,6 +423,9 @@ class FullBatchClosure:
             if self._clip is None or not self._clip.fits(self.sums):
                 self._clip = ChunkClip(self.sums)
             self._clip.max_norm = self.chunk_max_norm
+        self._statistics.follow(self.model)
+        self._before.follow(self.model)
+        self._between.follow(self.model)
         self._before.save()
         self._step_before = self.step
         return coefficient
@@ -448,7 +453,9 @@ class FullBatchClosure:
         mean = mean_of(self.loss_fn)
         by_samples = self.weight is None and mean is None
         work = ChunkGradient(
-            ChunkLoss(self.model, self.loss_fn, self.evaluate, autocast, device),
+            ChunkLoss(
+                self.model, self.loss_fn, self.evaluate, autocast, device, self.observe is not None
+            ),
             None if coefficient is None else self.penalty,
             self.sums,
             self._statistics,

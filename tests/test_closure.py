@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -616,3 +617,65 @@ def test_a_closure_that_is_at_work_refuses_to_be_entered(how, penalty):
     for _ in range(2):
         torch.testing.assert_close((closure(), grads_of(model)), (loss, grads), rtol=0, atol=0)
     assert len(refused) == 1 and "at work" in refused[0] and closure.step == 2
+
+
+@pytest.mark.parametrize("penalty", [None, GradientPenalty(coefficient=0.1, method="central")])
+def test_layers_that_were_replaced_are_averaged_and_restored(penalty):
+    x, y = data()
+    model, fresh = mlp(nn.BatchNorm1d(16)), mlp(nn.BatchNorm1d(16))
+    index = next(i for i, m in enumerate(model) if isinstance(m, nn.BatchNorm1d))
+    closure = FullBatchClosure(model, F.cross_entropy, chunked(x, y), penalty=penalty)
+    closure()
+    model[index] = nn.BatchNorm1d(16).double()
+    closure()
+    FullBatchClosure(fresh, F.cross_entropy, chunked(x, y), penalty=penalty)()
+    assert_bits(model, state_bits(fresh))
+
+
+def test_a_closure_of_another_thread_on_the_same_model_is_refused():
+    """It would take the shifted parameters for theta, and put them back as such."""
+    x, y = data()
+    model, errors = mlp(), []
+    other = FullBatchClosure(model, F.cross_entropy, chunked(x, y), penalty=PENALTIES[1])
+
+    def meddle():
+        try:
+            other()
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def loss_fn(output, target):
+        thread = threading.Thread(target=meddle)
+        thread.start()
+        thread.join()
+        return F.cross_entropy(output, target)
+
+    before = state_bits(model)
+    FullBatchClosure(model, loss_fn, chunked(x, y), penalty=PENALTIES[1])()
+    assert errors and all("another thread's FullBatchClosure" in error for error in errors)
+    assert_bits(model, before)
+    other()
+
+
+def test_two_losses_of_evaluate_are_refused():
+    """The second one has the place of aux, and would not be differentiated."""
+    x, y = data()
+
+    def evaluate(model, chunk):
+        output = model(chunk[0])
+        return F.cross_entropy(output, chunk[1]), output.square().mean()
+
+    with pytest.raises(TypeError, match=r"two losses for chunk 0.*return their sum"):
+        FullBatchClosure(mlp(), evaluate=evaluate, chunks=chunked(x, y))()
+    seen = []
+    options = {"evaluate": evaluate, "chunks": chunked(x, y), "penalty": PENALTIES[1]}
+    FullBatchClosure(mlp(), observe=lambda aux, chunk: seen.append(aux), **options)()
+    assert len(seen) == 5 and not any(aux.requires_grad for aux in seen)
+
+
+def test_double_backward_of_a_compiled_loss_names_the_methods():
+    x, y = data()
+    loss_fn = torch.compile(lambda o, t: F.cross_entropy(o, t).square(), backend="aot_eager")
+    penalty = GradientPenalty(coefficient=0.1, method="exact")
+    with pytest.raises(RuntimeError, match="use method='forward' or 'central'"):
+        FullBatchClosure(mlp(), loss_fn, chunked(x, y), penalty=penalty)()

@@ -179,3 +179,45 @@ def test_two_optimizers_with_a_share_each():
     kept, rest = bits(shares[0], [p.grad for p in shares[0]]), bits(shares[1])
     optimizers[1].step(closures[1])
     assert bits(shares[0], [p.grad for p in shares[0]]) == kept and bits(shares[1]) != rest
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_closure_over_a_copy_is_refused_where_the_optimizer_is_not_given(make):
+    model = mlp()
+    optimizer, before = make(model.parameters()), bits(model)
+    with pytest.raises(ValueError, match=r"holds none of the closure's.*not of a copy"):
+        optimizer.step(closure_of(copy.deepcopy(model)))
+    assert bits(model) == before
+
+
+def test_an_optimizer_may_hold_what_another_closure_trains():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for layer in (model[0], model[2]):
+        optimizer.zero_grad()
+        before = bits(model[0]), bits(model[2])
+        optimizer.step(closure_of(model, params=list(layer.parameters())))
+        moved = [old != bits(part) for old, part in zip(before, (model[0], model[2]), strict=True)]
+        assert moved == [layer is model[0], layer is model[2]]
+
+
+def test_a_closure_of_another_model_within_a_step():
+    """As of a critic: the inner closure's model is none of the outer optimizer's business."""
+    outer, inner = mlp(), mlp()
+    optimizer, fit = torch.optim.SGD(outer.parameters(), lr=0.1), closure_of(inner)
+
+    def evaluate(model, chunk):
+        return mse(model(chunk[0]), chunk[1] + fit())
+
+    optimizer.step(FullBatchClosure(outer, evaluate=evaluate, chunks=chunks()))
+
+
+def test_a_frozen_layer_stays_where_only_the_head_is_differentiated():
+    """The old gradient is another closure's, and the optimizer is known by its call alone."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.step(closure_of(model))
+    model[0].requires_grad_(False)
+    frozen = bits(model[0])
+    optimizer.step(closure_of(model, params=list(model[2].parameters())))
+    assert bits(model[0]) == frozen

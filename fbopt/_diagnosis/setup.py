@@ -12,7 +12,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fbopt._diagnosis.probe import Probe
 from fbopt._diagnosis.report import Report
-from fbopt._engine.inputs import check_covered, tensors
+from fbopt._engine.inputs import tensors
+from fbopt._engine.parameter_sets import check_covered
 from fbopt._engine.repeatability import first_nonfinite
 
 TINY = 3  # samples: too few to normalise by

@@ -37,9 +37,13 @@ class RunningStatistics:
     """
 
     def __init__(self, model: torch.nn.Module, accumulation: str = "float32") -> None:
-        self._layers = [m for m in model.modules() if isinstance(m, _NormBase)]
+        self.follow(model)
         self._accumulation = accumulation
         self._forget()
+
+    def follow(self, model: torch.nn.Module) -> None:
+        """Note the layers, which may be others than before."""
+        self._layers = [m for m in model.modules() if isinstance(m, _NormBase)]
 
     def _forget(self) -> None:
         self.store = make_sums(self._accumulation)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fbopt._engine.autograd_graph import SecondBackward, refuse_unreached
+from fbopt._engine.autograd_graph import SecondBackward, naming_methods, refuse_unreached
 from fbopt._engine.backward import (
     ApartAddition,
     ChunkAddition,
@@ -238,7 +238,7 @@ class ChunkGradient:
             collection = ChunkCollection(len(params))
             self._backward(loss, collection.take)
             return collection.grads
-        with hint_at_checkpoints():
+        with hint_at_checkpoints(), naming_methods() if create_graph else contextlib.nullcontext():
             grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
         for i, g in enumerate(grads):
             if g is not None and g.layout != torch.strided:

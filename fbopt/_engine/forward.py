@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fbopt._engine.inputs import check_loss, pair
+from fbopt._engine.inputs import check_loss, pair, refuse_second_loss
 from fbopt._sharding import gathered
 
 BARE = object()
@@ -31,13 +31,16 @@ def autocast_suspended(device: torch.device) -> Iterator[torch.dtype | None]:
 
 @dataclass(frozen=True)
 class ChunkLoss:
-    """The mean loss of a chunk. Fields as for FullBatchClosure; `device` is the parameters'."""
+    """The mean loss of a chunk. Fields as for FullBatchClosure; `device` is the parameters',
+    `is_observed` says that somebody looks at aux.
+    """
 
     model: nn.Module
     loss_fn: Callable[[Any, Any], Tensor] | None
     evaluate: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Any]] | None
     autocast: torch.dtype | None
     device: torch.device
+    is_observed: bool = True
 
     def __call__(self, index: int, chunk: Any) -> tuple[Tensor, Any, Any]:
         """Return the mean loss and what ``observe`` is called with.
@@ -52,6 +55,8 @@ class ChunkLoss:
                 found = self.evaluate(self.model, chunk)
                 is_pair = isinstance(found, tuple) and len(found) == 2
                 loss, aux = found if is_pair else (found, BARE)
+                if is_pair and not self.is_observed:
+                    refuse_second_loss(index, found)
                 return loss, aux, chunk
             inputs, target = pair(index, chunk)
             output = self.model(inputs)

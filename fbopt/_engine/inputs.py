@@ -156,41 +156,6 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
-def check_covered(
-    optimizer: torch.optim.Optimizer | None, trained: Sequence[Tensor], model: nn.Module
-) -> list[Tensor]:
-    """Refuse an optimizer with a parameter that gets no gradient; return its frozen parameters."""
-    if optimizer is None:
-        return []
-    covered = set(map(id, trained))
-    others = [p for g in optimizer.param_groups for p in g["params"] if id(p) not in covered]
-    if any(p.requires_grad for p in others):
-        raise ValueError(_uncovered(optimizer, covered, model))
-    return others
-
-
-def _uncovered(optimizer: torch.optim.Optimizer, covered: set[int], model: nn.Module) -> str:
-    names = {id(p): name for name, p in model.named_parameters()}
-    held = [p for g in optimizer.param_groups for p in g["params"]]
-    wanted = {i: p for i, p in enumerate(held) if p.requires_grad}
-    missed = {i: p for i, p in wanted.items() if id(p) not in covered}
-    listed = [f"{names.get(id(p), f'params[{i}]')} {list(p.shape)}" for i, p in missed.items()]
-    cure = (
-        "pass FullBatchClosure(..., params=[...]) with all tensors to train, or freeze these with "
-        "requires_grad_(False)"
-    )
-    if len(missed) == len(wanted):
-        cure = (
-            "it holds none of the closure's: make the optimizer with the parameters of the "
-            "closure's model itself, not of a copy"
-        )
-    return (
-        f"the optimizer holds {len(missed)} parameters that the closure does not differentiate by, "
-        f"so that they would never be trained ({', '.join(listed[:3])}{', ...' * (len(listed) > 3)}"
-        f"): {cure}"
-    )
-
-
 def refuse_compiled(model: nn.Module) -> None:
     """Refuse double backward through torch.compile, which would fail with an obscure error."""
     for name, module in model.named_modules():
@@ -234,6 +199,15 @@ def check_loss(index: int, loss: Any, source: str) -> None:
         raise ValueError(
             f"the loss of chunk {index} does not depend on any trainable parameter: {source} "
             "detached it, or ran without gradients"
+        )
+
+
+def refuse_second_loss(index: int, pair: Any) -> None:
+    """Refuse another loss in the place of aux, which would not be differentiated."""
+    if all(isinstance(x, Tensor) and x.dim() == 0 and x.requires_grad for x in pair):
+        raise TypeError(
+            f"evaluate returned two losses for chunk {index}, of which the second would be ignored "
+            "(it has the place of aux, for observe=): return their sum, or detach the second"
         )
 
 
