@@ -326,7 +326,10 @@ class Training(RuleBasedStateMachine):
         assert where == [p.data_ptr() for p in self.named.values()]
         assert close(loss, expected)
         needed = self.closure.chunk_max_norm is not None or self.closure.chunk_norms
-        if needed or (method is not None and coefficient != 0):
+        # A coefficient on the device is not read, and may be zero.
+        follows = method is not None and self.closure.penalty.coefficient is None
+        tensor = follows and isinstance(self.optimizer.param_groups[0]["lr"], Tensor)
+        if needed or tensor or (method is not None and coefficient != 0):
             assert close(self.closure.mean_sqnorm, square)
         else:
             assert self.closure.mean_sqnorm is None
@@ -449,9 +452,10 @@ class Training(RuleBasedStateMachine):
     @rule(seed=seeds)
     def meet_a_gradient_that_is_not_finite(self, seed):
         """The step is refused; buffers are rolled back, gradients show what was wrong."""
-        if self.rates_differ():
+        held = {n for group in self.plain.groups for n in group["names"]} - {"unused"}
+        if self.rates_differ() or held.isdisjoint(self.plain.trainable):
             return
-        held, self.closure.chunks = self.closure.chunks, chunks_of(seed, nan=True)
+        chunks, self.closure.chunks = self.closure.chunks, chunks_of(seed, nan=True)
         for group in self.optimizer.param_groups:
             group["error_if_nonfinite"] = True
         before = bits(self.model)
@@ -463,7 +467,7 @@ class Training(RuleBasedStateMachine):
         assert bits(self.model) == before
         for group in self.optimizer.param_groups:
             group["error_if_nonfinite"] = False
-        self.closure.chunks = held
+        self.closure.chunks = chunks
         self.own, self.can_assign, self.can_roll_back = {}, False, False
         self.zero_the_gradients(True)
 
