@@ -14,7 +14,7 @@ from torch import Tensor
 from fbopt._checks import check_grads, check_weight, refuse_flattened
 from fbopt._distributed import Collectives
 from fbopt._eager import eager
-from fbopt._engine.backward import ChunkAddition, drop, refuse_static_graph, taking
+from fbopt._engine.backward import ChunkAddition, drop, taking, unsynchronised, wrappers_of
 from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
 from fbopt._engine.lockstep import Lockstep
 from fbopt._engine.processes import Comparison, combine_sums
@@ -46,9 +46,10 @@ class GradientAccumulator:
 
     **Several processes.** Every process adds its own chunks: as many as it likes, or none. The
     first :meth:`mean` or :meth:`to_grad` after them sums over all processes, once, and all have to
-    call it. Gradients in :meth:`chunk` are taken before DistributedDataParallel averages them;
-    what it sends then is zeros, which ``model.no_sync()`` saves. A job of several processes has to
-    pass a group or ``"local"``.
+    call it. Of a DistributedDataParallel gradients are taken before it averages them. What runs
+    forward within :meth:`chunk` sends none; what ran before sends zeros at each chunk, so that
+    processes need as many, or ``model.no_sync()``. A job of several processes has to pass a group
+    or ``"local"``.
 
     **Sharded parameters.** For DTensors means are DTensors of the same placements. FSDP2 averages
     gradients over its processes in every backward pass: where they are those of ``process_group``,
@@ -92,12 +93,13 @@ class GradientAccumulator:
         self._lockstep = Lockstep(self.params, self._collectives, None)
         self._comparison.is_joint = self._lockstep.is_joint
         self._additions = self._history = 0  # the latter a checksum of all weights
-        self._is_open = self._is_spoiled = self._is_checked = False
+        self._is_open = self._is_spoiled = False
+        self._wrappers: list[weakref.ref[torch.nn.parallel.DistributedDataParallel]] | None = None
         self._assigned: list[weakref.ref[Tensor]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Forget which gradients are this object's own: a copy has its own parameters."""
-        return vars(self) | {"_assigned": []}
+        return vars(self) | {"_assigned": [], "_wrappers": None}
 
     @property
     def params(self) -> list[Tensor]:
@@ -179,11 +181,12 @@ class GradientAccumulator:
     @contextlib.contextmanager
     def _chunk(self, weight: float | Tensor, *, is_scaled: bool) -> Iterator[None]:
         weight, joint = self._join(weight, is_scaled)
-        self._check_wrapper()
+        wrappers = self._find_wrappers()
         self._drop_old_mean()
         addition = ChunkAddition(self._sums, joint)
         try:
-            with taking(self.params, addition.take if joint else drop), self._opened():
+            take = addition.take if joint else drop
+            with taking(self.params, take), self._opened(), unsynchronised(wrappers):
                 yield
             addition.finish()
         except BaseException:
@@ -244,10 +247,10 @@ class GradientAccumulator:
         self._sums.store.load_state_dict(state)
         self.reset()
 
-    def _check_wrapper(self) -> None:
-        if not self._is_checked:
-            refuse_static_graph(self.params)
-            self._is_checked = True
+    def _find_wrappers(self) -> list[torch.nn.parallel.DistributedDataParallel]:
+        if self._wrappers is None:
+            self._wrappers = [weakref.ref(model) for model in wrappers_of(self.params)]
+        return [model for ref in self._wrappers if (model := ref()) is not None]
 
     def _drop_old_mean(self) -> None:
         """Forget the gradients that :meth:`to_grad` has set: the sums take their memory."""

@@ -399,7 +399,7 @@ class FullBatchClosure:
         self._reduction.sharded.reshard()
         coefficient = self._coefficient()
         if self.backward:
-            self.accumulator._check_wrapper()
+            self.accumulator._find_wrappers()
         candidates, before = self._candidates(), self.sums.params
         trainable = self._trainable(candidates)
         frozen = check_covered(optimizer, trainable, self.model)

@@ -56,24 +56,46 @@ def taking(params: Sequence[Tensor], take: Take) -> Iterator[None]:
         _check_left(params)
 
 
-def refuse_static_graph(params: Sequence[Tensor]) -> None:
-    """Refuse parameters of a DistributedDataParallel(static_graph=True) that has not run yet.
+def wrappers_of(params: Sequence[Tensor]) -> list[nn.parallel.DistributedDataParallel]:
+    """The DistributedDataParallels that synchronise some of the parameters.
 
-    It learns in its first backward pass which parameters have a gradient, and would miss those that
-    the hooks take: it would never synchronise them again. Looks at all objects: call it once.
+    Looks at all objects: call it once.
+
+    Raises:
+        ValueError: one of them has static_graph=True and has not run yet. It learns in its first
+            backward pass which parameters have a gradient, and would miss those that the hooks
+            take: it would never synchronise them again.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return
+        return []
     ids = {id(p) for p in params}
-    wrapper = torch.nn.parallel.DistributedDataParallel
-    for model in [x for x in gc.get_objects() if issubclass(type(x), wrapper)]:
-        learns = model.static_graph and not model._static_graph_delay_allreduce_enqueued
-        if learns and not ids.isdisjoint(map(id, model.parameters())):
+    wrapper = nn.parallel.DistributedDataParallel
+    models = [x for x in gc.get_objects() if issubclass(type(x), wrapper)]
+    found = [m for m in models if not ids.isdisjoint(map(id, m.parameters()))]
+    for model in found:
+        if model.static_graph and not model._static_graph_delay_allreduce_enqueued:
             raise ValueError(
                 "the parameters are those of a DistributedDataParallel with static_graph=True, "
                 "which would never synchronise gradients again that were taken in its first "
                 "backward pass: leave static_graph out, or do not wrap the model"
             )
+    return found
+
+
+@contextlib.contextmanager
+def unsynchronised(models: Sequence[nn.parallel.DistributedDataParallel]) -> Iterator[None]:
+    """Let forward passes in this context send no gradients later, as in ``model.no_sync()``.
+
+    Buffers are sent as ever, of which no_sync() would send those of the first pass alone.
+    """
+    kept = [(m.require_backward_grad_sync, m.require_forward_param_sync) for m in models]
+    try:
+        for model in models:
+            model.require_backward_grad_sync = False
+        yield
+    finally:
+        for model, flags in zip(models, kept, strict=True):
+            model.require_backward_grad_sync, model.require_forward_param_sync = flags
 
 
 def is_taken(param: Tensor) -> bool:
