@@ -211,8 +211,9 @@ def _process_group(accelerator: Accelerator) -> Any:
     of_its_own = kind in {"DEEPSPEED", "MEGATRON_LM", "XLA"}
     of_its_own |= kind == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version != 2
     if of_its_own or (plan is not None and plan.non_dp_dim_names):
+        found = kind if plan is None else f"{kind} with {plan}"
         raise ValueError(
-            f"{kind} with {plan} keeps or reduces gradients by itself, so that chunks cannot be "
+            f"{found} keeps or reduces gradients by itself, so that chunks cannot be "
             "weighed: use one process, DistributedDataParallel or FSDP2, and for tensor parallel "
             "models fbopt.GradientAccumulator itself"
         )

@@ -20,6 +20,12 @@ from fbopt.closure import FullBatchClosure
 from fbopt.penalty import GradientPenalty
 
 STATE = "fbopt.pt"
+# Overridden below: what another version of Trainer does not call would be left out without a word.
+OVERRIDDEN = (
+    *("get_batch_samples", "set_initial_training_values", "_prepare_for_training"),
+    "_save_optimizer_and_scheduler",
+    "_load_optimizer_and_scheduler",
+)
 
 
 class WeightedTrainer(Trainer):
@@ -225,7 +231,9 @@ def _refuse(trainer: Any) -> None:
     """Raise ValueError for set-ups whose gradients would be wrong."""
     sizes = (trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size())
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    missing = [name for name in OVERRIDDEN if not hasattr(Trainer, name)]
     for found, what, cure in (
+        (missing, f"Trainer has no {', '.join(missing)} any more", "install transformers 5.24"),
         (trainer.accelerator.scaler is not None, "fp16 scales the losses", "set bf16=True instead"),
         (
             trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or max(sizes) > 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,18 +251,35 @@ class Resumable:
         self.position = state["next"]
 
 
+class Save(Callback):
+    """Saves a checkpoint after a batch."""
+
+    def __init__(self, path: Path, last: int) -> None:
+        self.path, self.last = path, last
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        if arguments[-1] == self.last:
+            trainer.save_checkpoint(self.path)
+
+
+def resumable(module: Classifier, *more: Callback, ckpt: Path | None = None) -> Classifier:
+    """Train for an epoch in windows of three."""
+    arguments = {"precision": "64-true", "accumulate_grad_batches": 3, "max_epochs": 1}
+    trainer = quiet_trainer(callbacks=[WeightedAccumulation(), *more], **arguments)
+    trainer.fit(module.double(), Resumable(), ckpt_path=ckpt)  # Lightning loads before it converts
+    return module
+
+
 @pytest.mark.parametrize("last", [2, 4, 6])
 def test_resumed_also_in_the_middle_of_a_window(last, tmp_path):
-    class Save(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
-            if arguments[-1] == last:
-                trainer.save_checkpoint(tmp_path / "a.ckpt")
-
-    arguments = {"precision": "64-true", "accumulate_grad_batches": 3, "max_epochs": 1}
-    straight, resumed = Classifier().double(), Classifier().double()
-    trainer = quiet_trainer(callbacks=[WeightedAccumulation(), Save()], **arguments)
-    trainer.fit(straight, Resumable())
+    straight = resumable(Classifier(), Save(tmp_path / "a.ckpt", last))
     assert distance(straight, one_batch(THREES)) < 1e-14
-    trainer = quiet_trainer(callbacks=[WeightedAccumulation()], **arguments)
-    trainer.fit(resumed, Resumable(), ckpt_path=tmp_path / "a.ckpt")
-    assert distance(straight, resumed) == 0
+    assert distance(straight, resumable(Classifier(), ckpt=tmp_path / "a.ckpt")) == 0
+
+
+def test_a_window_is_not_resumed_with_other_parameters(tmp_path):
+    resumable(Classifier(), Save(tmp_path / "a.ckpt", 4))
+    module = Classifier()
+    module.network[0].requires_grad_(False)
+    with pytest.raises(RuntimeError, match="open sums of 4 parameters, and 2 are trained now"):
+        resumable(module, ckpt=tmp_path / "a.ckpt")

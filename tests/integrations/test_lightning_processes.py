@@ -33,21 +33,14 @@ class Normalised(accumulation.Classifier):
         self.network.append(nn.BatchNorm1d(3))
 
 
-class Save(Callback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer: Any, module: Any, out: Any, batch: Any, i: int) -> None:
-        if i == 2:
-            trainer.save_checkpoint(self.path)
-
-
 def work(rank: int, folder: Path) -> dict[str, Any]:
     """Return what each test looks at."""
     own = [accumulation.batches()[i] for i in SHARES[rank]]
     window = {"accumulate_grad_batches": 2, "use_distributed_sampler": False, **DDP}
     weighted, alone, normalised = accumulation.Classifier(), accumulation.Classifier(), Normalised()
-    accumulation.fit(weighted, own, WeightedAccumulation(), Save(folder / "open.ckpt"), **window)
+    accumulation.fit(
+        weighted, own, WeightedAccumulation(), accumulation.Save(folder / "open.ckpt", 2), **window
+    )
     accumulation.fit(alone, own, Callback(), **window)
     accumulation.fit(normalised, own[:2], **window, gradient_clip_val=0.1, limit_val_batches=1)
     resumed = error(

@@ -317,6 +317,12 @@ def test_what_would_be_wrong_is_refused(cls, change, message, tmp_path):
     assert bits(model) == before
 
 
+def test_a_version_without_the_overridden_methods_is_refused(monkeypatch, tmp_path):
+    monkeypatch.delattr(Trainer, "set_initial_training_values")
+    with pytest.raises(ValueError, match="no set_initial_training_values any more"):
+        train(FullBatchTrainer, tiny.language_model("llama"), tmp_path)
+
+
 # --- two processes --------------------------------------------------------------------------------
 
 SHARED = {

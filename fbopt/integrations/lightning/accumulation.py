@@ -10,7 +10,13 @@ from torch import Tensor
 
 from fbopt._engine.weights import weigh
 from fbopt.accumulate import GradientAccumulator
-from fbopt.integrations.lightning.surroundings import check, pl, processes, stop_averaging
+from fbopt.integrations.lightning.surroundings import (
+    check,
+    pl,
+    processes,
+    share_buffers,
+    stop_averaging,
+)
 
 
 class WeightedAccumulation(pl.Callback):
@@ -31,7 +37,7 @@ class WeightedAccumulation(pl.Callback):
     Args:
         weight: ``weight(batch)`` returns what the batch's mean loss is the mean over, such as
             ``lambda batch: (batch["labels"][:, 1:] != -100).sum()``; a number or a tensor of one
-            element. By default the length of the batch's first tensor.
+            element. By default the number of samples, the length of all the batch's tensors.
         process_group: the processes that have different data; by default all of the trainer's.
 
     Raises:
@@ -66,7 +72,7 @@ class WeightedAccumulation(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note the batch's weight."""
-        self._weight = self.weight(batch) if self.weight else weigh(batch_idx, batch, None)
+        self._weight = weigh(batch_idx, batch, self.weight)
         self._assigned = False
 
     def on_before_zero_grad(
@@ -143,8 +149,13 @@ class WeightedAccumulation(pl.Callback):
         """Take over the sums of a checkpoint from the middle of a window."""
         if not self._resumed:
             return
-        sums = self._accumulator._sums
-        for i, saved in enumerate(self._resumed["sums"]):
+        sums, resumed = self._accumulator._sums, self._resumed["sums"]
+        if len(resumed) != len(sums.views):
+            raise RuntimeError(
+                f"WeightedAccumulation: the checkpoint has open sums of {len(resumed)} parameters, "
+                f"and {len(sums.views)} are trained now: freeze what was frozen when it was saved"
+            )
+        for i, saved in enumerate(resumed):
             if saved is not None:
                 sums.views[i].copy_(saved)
                 sums.unseen.discard(i)
@@ -154,7 +165,7 @@ class WeightedAccumulation(pl.Callback):
     def _assign(self, trainer: pl.Trainer) -> None:
         self._accumulator.to_grad()
         self._added, self._assigned = 0, True
-        trainer.strategy.model.require_forward_param_sync = True  # of buffers, as after DDP's sync
+        share_buffers(trainer)
 
     def _close(self, exception: BaseException | None = None) -> None:
         chunk, self._chunk = self._chunk, None

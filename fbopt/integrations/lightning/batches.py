@@ -18,7 +18,7 @@ class Batches:
     Args:
         trainer: whose dataloader it is; one process visits all batches.
         limit: as ``Trainer(limit_train_batches=...)``.
-        weight: ``weight(batch)``, or None for the length of the first tensor.
+        weight: ``weight(batch)``, or None for the number of samples.
     """
 
     def __init__(

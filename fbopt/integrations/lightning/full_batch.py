@@ -34,7 +34,7 @@ class FullBatchLoop(pl.Callback):
     from its own samples, which is refused where it would repeat some to make shares even.
 
     Args:
-        weight: ``weight(batch)`` returns n_c; by default the length of the batch's first tensor.
+        weight: ``weight(batch)`` returns n_c; by default the number of samples.
         loss_name: the name under which the full-batch loss is logged; None does not log it.
         options: further arguments of :class:`fbopt.FullBatchClosure`: ``penalty``,
             ``accumulation``, ``chunk_max_norm``, ``chunk_norms``, ``process_group``, and

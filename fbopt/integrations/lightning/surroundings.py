@@ -6,13 +6,14 @@ import inspect
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 try:
     import lightning.pytorch as pl
 except ImportError:
     import pytorch_lightning as pl
 
-__all__ = ["check", "pl", "processes", "stop_averaging"]
+__all__ = ["check", "pl", "processes", "share_buffers", "stop_averaging"]
 # By name, as subclasses of both libraries have them.
 STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}
 
@@ -46,4 +47,13 @@ def processes(trainer: pl.Trainer, given: Any) -> Any:
 
 def stop_averaging(trainer: pl.Trainer) -> None:
     """Keep DDP from averaging gradients, which are summed by their weights instead."""
-    trainer.strategy.model.require_backward_grad_sync = False
+    model: Any = trainer.strategy.model
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = False
+
+
+def share_buffers(trainer: pl.Trainer) -> None:
+    """Let DDP's next forward pass share the first process's buffers, as after its averaging."""
+    model: Any = trainer.strategy.model
+    if isinstance(model, DistributedDataParallel):
+        model.require_forward_param_sync = True
