@@ -273,6 +273,8 @@ class FullBatchClosure:
             penalty=self.penalty and self.penalty.method,
             chunk_max_norm=self.chunk_max_norm,
             chunk_norms=self.chunk_norms,
+            coefficient=_shown(coefficient),
+            lr=[_shown(g["lr"]) for g in optimizer.param_groups] if optimizer else [],
         )
         try:
             with autocast_suspended(self.sums.params[0].device) as self._outer_autocast:
@@ -478,6 +480,12 @@ class FullBatchClosure:
                 loss, square = self._graphs.visit(work, index, chunk, weight, draws)
             self._reduction.add(loss, square, weight)
         self._checked = known
+
+
+def _shown(value: float | Tensor | None) -> str:
+    """A number as other processes are told; one on a device is not read."""
+    is_read = not isinstance(value, Tensor) or value.device.type == "cpu"
+    return str(float(value)) if is_read and value is not None else "unknown"
 
 
 def _ignore(*shown: Any) -> None:

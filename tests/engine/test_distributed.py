@@ -203,6 +203,12 @@ def refused(rank: int, group: Any) -> dict[str, tuple[str, str]]:
     found["penalty"] = caught(closure)
     closure = build([rank], group, "forward" if rank else "clipped")[2]
     found["clip"] = caught(closure)
+    _, optimizer, closure = build([rank], group)
+    optimizer.param_groups[0]["lr"] = 0.1 + rank
+    found["lr"] = caught(lambda: optimizer.step(closure))
+    closure = build([rank], group)[2]
+    closure.penalty = GradientPenalty(coefficient=0.5 + rank)
+    found["coefficient"] = caught(closure)
     frozen, _, closure = build([rank], group)
     frozen.never.requires_grad_(rank != 0)
     found["count"] = caught(closure)
@@ -392,6 +398,8 @@ REFUSED = {
     "parameters": ("ValueError", r"parameter 7 \(layers.4.bias\) is float64 \[3\], checksum"),
     "penalty": ("ValueError", "penalty is central on process 0 and forward on process 1"),
     "clip": ("ValueError", "chunk_max_norm is 0.5 on process 0 and None on process 1"),
+    "lr": ("ValueError", r"lr is \['0.1'\] on process 0 and \['1.1'\] on process 1"),
+    "coefficient": ("ValueError", "coefficient is 0.5 on process 0 and 1.5 on process 1"),
     "count": ("ValueError", "the number of parameters is"),
     "count, later": ("ValueError", "the number of parameters is"),
     "modes, later": ("ValueError", r"the modes of normalisation layers .* is E.* and T"),
