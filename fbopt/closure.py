@@ -425,9 +425,10 @@ class FullBatchClosure:
             if self._clip is None or not self._clip.fits(self.sums):
                 self._clip = ChunkClip(self.sums)
             self._clip.max_norm = self.chunk_max_norm
-        self._statistics.follow(self.model)
-        self._before.follow(self.model)
-        self._between.follow(self.model)
+        modules = list(self.model.modules())
+        self._statistics.follow(modules)
+        self._before.follow(modules)
+        self._between.follow(modules)
         self._before.save()
         self._step_before = self.step
         return coefficient

@@ -5,7 +5,7 @@ each layer over the chunks c that ran it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,13 +37,13 @@ class RunningStatistics:
     """
 
     def __init__(self, model: torch.nn.Module, accumulation: str = "float32") -> None:
-        self.follow(model)
+        self.follow(model.modules())
         self._accumulation = accumulation
         self._forget()
 
-    def follow(self, model: torch.nn.Module) -> None:
+    def follow(self, modules: Iterable[torch.nn.Module]) -> None:
         """Note the layers, which may be others than before."""
-        self._layers = [m for m in model.modules() if isinstance(m, _NormBase)]
+        self._layers = [m for m in modules if isinstance(m, _NormBase)]
 
     def _forget(self) -> None:
         self.store = make_sums(self._accumulation)

@@ -5,7 +5,7 @@ states of random generators.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,16 +18,14 @@ class BufferSnapshot:
     """A copy of a model's buffers; restores their values, and tensors that were replaced."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.follow(model)
+        self.follow(model.modules())
         self._places: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         self._copies: list[Tensor] = []
         self._groups: list[list[int]] = []
 
-    def follow(self, model: torch.nn.Module) -> None:
+    def follow(self, modules: Iterable[torch.nn.Module]) -> None:
         """Note which modules have buffers, which may be others than before."""
-        self._modules = [
-            m for m in model.modules() if any(b is not None for b in m._buffers.values())
-        ]
+        self._modules = [m for m in modules if any(b is not None for b in m._buffers.values())]
 
     def save(self) -> None:
         """Copy all buffers."""
