@@ -268,14 +268,8 @@ class FullBatchClosure:
             if self.debug:
                 self._diagnose(optimizer)
             coefficient = self._begin(optimizer)
-        self._reduction.begin(
-            accumulation=self.accumulation,
-            penalty=self.penalty and self.penalty.method,
-            chunk_max_norm=self.chunk_max_norm,
-            chunk_norms=self.chunk_norms,
-            coefficient=_shown(coefficient),
-            lr=[_shown(g["lr"]) for g in optimizer.param_groups] if optimizer else [],
-        )
+        if not self._reduction.collectives.is_single:
+            self._reduction.begin(**self._facts(coefficient, optimizer))
         try:
             with autocast_suspended(self.sums.params[0].device) as self._outer_autocast:
                 loss, square = self._complete(coefficient)
@@ -286,6 +280,20 @@ class FullBatchClosure:
         self.mean_sqnorm = square if noted else None
         self.step += 1
         return loss
+
+    def _facts(
+        self, coefficient: float | Tensor | None, optimizer: torch.optim.Optimizer | None
+    ) -> dict[str, Any]:
+        """What has to be the same on all processes."""
+        rates = [_shown(g["lr"]) for g in optimizer.param_groups] if optimizer else []
+        return {
+            "accumulation": self.accumulation,
+            "penalty": self.penalty and self.penalty.method,
+            "coefficient": _shown(coefficient),
+            "lr": rates,
+            "chunk_max_norm": self.chunk_max_norm,
+            "chunk_norms": self.chunk_norms,
+        }
 
     def _diagnose(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Check the set-up as :func:`fbopt.check` does, until it has once been right."""
