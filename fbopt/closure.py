@@ -27,6 +27,7 @@ from fbopt._engine.inputs import (
     refuse_twice,
     unwrapped,
 )
+from fbopt._engine.modules import list_modules, list_parameters
 from fbopt._engine.other_means import SampleMeans
 from fbopt._engine.parameter_sets import alone_in_threads, check_covered, check_stepping
 from fbopt._engine.perturb import Perturbation
@@ -249,7 +250,7 @@ class FullBatchClosure:
         """Accumulate for a step of this optimizer."""
         self._claim("called")
         try:
-            with alone_in_threads(self._candidates()):
+            with alone_in_threads(self.sums.params):
                 return self._visit_all(optimizer)
         finally:
             self._running.release()
@@ -410,7 +411,8 @@ class FullBatchClosure:
         coefficient = self._coefficient()
         if self.backward:
             self.accumulator._find_wrappers()
-        candidates, before = self._candidates(), self.sums.params
+        modules, before = list_modules(self.model), self.sums.params
+        candidates = self._given or list_parameters(self.model, modules)
         trainable = self._trainable(candidates)
         frozen = check_covered(optimizer, trainable, self.model)
         if optimizer is not self.optimizer:
@@ -433,7 +435,6 @@ class FullBatchClosure:
             if self._clip is None or not self._clip.fits(self.sums):
                 self._clip = ChunkClip(self.sums)
             self._clip.max_norm = self.chunk_max_norm
-        modules = list(self.model.modules())
         self._statistics.follow(modules)
         self._before.follow(modules)
         self._between.follow(modules)

@@ -238,8 +238,14 @@ class ChunkGradient:
             collection = ChunkCollection(len(params))
             self._backward(loss, collection.take)
             return collection.grads
-        with hint_at_checkpoints(), naming_methods() if create_graph else contextlib.nullcontext():
+        try:
             grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
+        except RuntimeError:
+            with (
+                hint_at_checkpoints(),
+                naming_methods() if create_graph else contextlib.nullcontext(),
+            ):
+                raise
         for i, g in enumerate(grads):
             if g is not None and g.layout != torch.strided:
                 raise TypeError(

@@ -74,11 +74,13 @@ class Perturbation:
         """Point the parameters to the buffer, or copy it to the shards, within this context."""
         try:
             self._point_to(self._views)
-            self._write([self._views[i] for i in self._in_place])
+            if self._in_place:
+                self._write([self._views[i] for i in self._in_place])
             yield
         finally:
             self._point_to(self._originals)
-            self._write(self._saved)
+            if self._in_place:
+                self._write(self._saved)
 
     def _point_to(self, tensors: list[Tensor]) -> None:
         for i in self._pointed:
