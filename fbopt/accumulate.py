@@ -113,8 +113,13 @@ class GradientAccumulator:
 
     @eager
     def reset(self) -> None:
-        """Start over: forget every gradient added so far. Buffers are kept, and cleared."""
+        """Start over: forget every gradient added so far. Buffers are kept, and cleared.
+
+        A ``p.grad`` that lies in them, as :meth:`to_grad` sets it, becomes None.
+        """
         self._refuse_open()
+        for i in self._sums.holding([p.grad for p in self.params]) if self._assigned else ():
+            self.params[i].grad = None  # backward() would add to the sums
         self._sums.reset()
         self._additions, self._history, self._is_spoiled = 0, 0, False
 
@@ -149,6 +154,8 @@ class GradientAccumulator:
         """
         grads = grads if isinstance(grads, Tensor) else list(grads)
         check_grads(grads, self.params)
+        if self._sums.is_mean or self._assigned:
+            self._refuse_own(grads)
         weight, joint = self._join(weight)
         if joint:
             self._sums.add(self._sums.gather(grads), joint)
@@ -182,7 +189,6 @@ class GradientAccumulator:
     def _chunk(self, weight: float | Tensor, *, is_scaled: bool) -> Iterator[None]:
         weight, joint = self._join(weight, is_scaled)
         wrappers = self._find_wrappers()
-        self._drop_old_mean()
         addition = ChunkAddition(self._sums, joint)
         try:
             take = addition.take if joint else drop
@@ -205,7 +211,12 @@ class GradientAccumulator:
 
         Where FSDP2 averages gradients over the processes of the group, losses are scaled so that
         each counts by its weight.
+
+        Raises:
+            ValueError: the loss is not one number; and what :meth:`chunk` raises.
         """
+        if loss.numel() != 1:
+            raise ValueError(f"loss must be one number, the mean, not of shape {tuple(loss.shape)}")
         with self._chunk(weight, is_scaled=True):
             scale = self._lockstep.scale
             torch.autograd.backward(loss, None if scale == 1 else torch.full_like(loss, scale))
@@ -231,7 +242,8 @@ class GradientAccumulator:
     def to_grad(self) -> None:
         """Set ``p.grad`` to the :meth:`mean`, to None where no gradient was added.
 
-        The next :meth:`chunk` drops these gradients by itself; ``zero_grad()`` is not needed.
+        The next :meth:`chunk` or :meth:`add` drops these gradients by itself; ``zero_grad()`` is
+        not needed.
         """
         means = self.mean()
         for p, g in zip(self.params, means, strict=True):
@@ -252,8 +264,19 @@ class GradientAccumulator:
             self._wrappers = [weakref.ref(model) for model in wrappers_of(self.params)]
         return [model for ref in self._wrappers if (model := ref()) is not None]
 
+    def _refuse_own(self, grads: Sequence[Tensor | None]) -> None:
+        """Refuse to add what lies in the memory of the last mean, which is about to be cleared."""
+        if found := self._sums.holding(grads):
+            raise ValueError(
+                f"grads[{found[0]}] lies in the accumulator's memory, where mean() or to_grad() "
+                "has left the last mean: call optimizer.zero_grad() with set_to_none=True (the "
+                "default) before loss.backward(), or pass clones"
+            )
+
     def _drop_old_mean(self) -> None:
         """Forget the gradients that :meth:`to_grad` has set: the sums take their memory."""
+        if not self._assigned:
+            return
         own = {id(grad) for ref in self._assigned if (grad := ref()) is not None}
         for p in self.params:
             if p.grad is not None and id(p.grad) in own:
@@ -269,6 +292,7 @@ class GradientAccumulator:
         self._collectives.refuse_unknown_processes(self.params)
         if self._sums.is_mean:
             self.reset()
+        self._drop_old_mean()
         return value
 
     def _join(self, weight: float | Tensor, is_scaled: bool = False) -> tuple[float, float]:

@@ -286,7 +286,7 @@ class FullBatchClosure:
         self, coefficient: float | Tensor | None, optimizer: torch.optim.Optimizer | None
     ) -> dict[str, Any]:
         """What has to be the same on all processes."""
-        rates = [_shown(g["lr"]) for g in optimizer.param_groups] if optimizer else []
+        rates = [_shown(g.get("lr")) for g in optimizer.param_groups] if optimizer else []
         return {
             "accumulation": self.accumulation,
             "penalty": self.penalty and self.penalty.method,

@@ -300,6 +300,39 @@ def test_an_old_gradient_is_refused_and_kept():
     assert_mean(model, data)
 
 
+def test_gradients_in_the_memory_of_the_last_mean_are_refused():
+    model, x = nn.Linear(3, 2), torch.randn(8, 3)
+    accumulator = GradientAccumulator(model.parameters())
+    accumulator.backward(model(x).square().mean())
+    accumulator.to_grad()
+    model.zero_grad(set_to_none=False)  # keeps p.grad in the memory of the sums
+    model(x).square().mean().backward()
+    with pytest.raises(ValueError, match=r"grads\[0\] lies in the accumulator's memory"):
+        accumulator.add([p.grad for p in model.parameters()], 8)
+
+
+def test_a_reset_takes_gradients_out_of_the_sums():
+    model, x = nn.Linear(3, 2), torch.randn(8, 3)
+    accumulator = GradientAccumulator(model.parameters())
+    accumulator.backward(model(x).square().mean())
+    accumulator.to_grad()
+    accumulator.reset()
+    model.zero_grad(set_to_none=False)
+    model(x).square().mean().backward()  # adds to p.grad, which was the memory of the sums
+    expected = [p.grad.clone() for p in model.parameters()]
+    accumulator.add([p.grad for p in model.parameters()], 8)
+    for mean, g in zip(accumulator.mean(), expected, strict=True):
+        torch.testing.assert_close(mean, g)
+
+
+def test_a_loss_that_is_not_one_number_is_refused():
+    model = nn.Linear(3, 2)
+    with pytest.raises(
+        ValueError, match=r"loss must be one number, the mean, not of shape \(4, 2\)"
+    ):
+        GradientAccumulator(model.parameters()).backward(model(torch.randn(4, 3)))
+
+
 def test_an_error_before_gradients_are_added_changes_nothing():
     model, data = Net(), chunks()
     accumulator = GradientAccumulator(model.parameters())

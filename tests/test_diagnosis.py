@@ -134,3 +134,13 @@ def test_gradients_taken_by_backward():
     closure.backward = True
     assert [f.about for f in fbopt.check(closure).findings] == [about]
     assert all(p.grad is None for p in closure.model.parameters())
+
+
+def test_chunks_may_hold_sparse_tensors():
+    model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+    closure = fbopt.FullBatchClosure(
+        model,
+        chunks=[(torch.eye(8).to_sparse(), x)],
+        evaluate=lambda model, chunk: (chunk[0] @ model(chunk[1])).square().mean(),
+    )
+    assert fbopt.check(closure).ok

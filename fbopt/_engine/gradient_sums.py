@@ -227,6 +227,12 @@ class GradientSums:
             for mean, p in zip(means, self.params, strict=True)
         ]
 
+    def holding(self, tensors: Sequence[Tensor | None]) -> list[int]:
+        """The indices of the tensors that lie in the sums' memory."""
+        own = {flat.untyped_storage().data_ptr() for flat in self._flats if flat.numel()}
+        given = [None if t is None else local(t).untyped_storage().data_ptr() for t in tensors]
+        return [i for i, pointer in enumerate(given) if pointer in own]
+
     def divisor(self, device: torch.device) -> Tensor | None:
         """The weight that the sums still have to be divided by, a 0-dim tensor; None for means."""
         return None if self.is_mean else self.scalar(self.total_weight, device)
