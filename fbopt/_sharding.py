@@ -38,6 +38,20 @@ def local(tensor: Tensor) -> Tensor:
     return shard.wait() if hasattr(shard, "wait") else shard  # type: ignore[no-any-return]
 
 
+def is_offloaded(param: Any) -> bool:
+    """Whether FSDP2's CPU offload keeps a parameter elsewhere than its mesh computes."""
+    return _is_dtensor(type(param)) and param.device_mesh.device_type != param.device.type
+
+
+def working_device(param: Any) -> torch.device:
+    """Return where a model computes with a parameter."""
+    if not is_offloaded(param):
+        found: torch.device = param.device
+        return found
+    kind = param.device_mesh.device_type
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
 def gathered(tensor: Tensor) -> Tensor:
     """Return a DTensor as a plain tensor, differentiably: for numbers, such as a loss."""
     whole: Any = tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,15 @@ from torch import Tensor
 from fbopt._checks import check_grads, check_weight, refuse_flattened
 from fbopt._distributed import Collectives
 from fbopt._eager import eager
-from fbopt._engine.backward import ChunkAddition, drop, taking, unsynchronised, wrappers_of
+from fbopt._engine.backward import (
+    ChunkAddition,
+    drop,
+    scaled_backward,
+    taking,
+    unsynchronised,
+    wrappers_of,
+)
+from fbopt._engine.fully_sharded import FullySharded
 from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
 from fbopt._engine.lockstep import Lockstep
 from fbopt._engine.processes import Comparison, combine_sums
@@ -90,7 +99,8 @@ class GradientAccumulator:
             cure = 'add what FSDP1 has averaged, with process_group="local"'
             refuse_flattened(self.params, "process_group", cure)
         self._comparison = Comparison(self._collectives, self._sums)
-        self._lockstep = Lockstep(self.params, self._collectives, None)
+        averaged = set[str]() if self._collectives.is_single else self._sharded.averaged
+        self._lockstep = Lockstep(self.params, self._collectives, averaged)
         self._comparison.is_joint = self._lockstep.is_joint
         self._additions = self._history = 0  # the latter a checksum of all weights
         self._is_open = self._is_spoiled = False
@@ -99,7 +109,15 @@ class GradientAccumulator:
 
     def __getstate__(self) -> dict[str, Any]:
         """Forget which gradients are this object's own: a copy has its own parameters."""
-        return vars(self) | {"_assigned": [], "_wrappers": None}
+        return vars(self) | {
+            "_assigned": [],
+            "_wrappers": None,
+            "_sharded": FullySharded(()),
+        }
+
+    @functools.cached_property
+    def _sharded(self) -> FullySharded:
+        return FullySharded.holding(self.params)
 
     @property
     def params(self) -> list[Tensor]:
@@ -194,6 +212,7 @@ class GradientAccumulator:
             take = addition.take if joint else drop
             with taking(self.params, take), self._opened(), unsynchronised(wrappers):
                 yield
+            self._sharded.check()
             addition.finish()
         except BaseException:
             self._is_spoiled |= addition.repetitions > 0
@@ -218,8 +237,7 @@ class GradientAccumulator:
         if loss.numel() != 1:
             raise ValueError(f"loss must be one number, the mean, not of shape {tuple(loss.shape)}")
         with self._chunk(weight, is_scaled=True):
-            scale = self._lockstep.scale
-            torch.autograd.backward(loss, None if scale == 1 else torch.full_like(loss, scale))
+            scaled_backward(loss, self._lockstep.scale)
 
     @eager
     def mean(self) -> list[Tensor | None]:
@@ -289,6 +307,7 @@ class GradientAccumulator:
         self._sums.store.check_weight(value)
         self._refuse_open()
         self._refuse_spoiled()
+        self._sharded.check()
         self._collectives.refuse_unknown_processes(self.params)
         if self._sums.is_mean:
             self.reset()

@@ -35,6 +35,7 @@ from fbopt._engine.reduce import Reduction
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._engine.weights import Mean, TargetCounts, mean_of, weigh
 from fbopt._ops.flat import scalar_on
+from fbopt._sharding import working_device
 from fbopt.accumulate import GradientAccumulator
 from fbopt.diagnosis import check
 from fbopt.penalty import GradientPenalty
@@ -190,7 +191,7 @@ class FullBatchClosure:
         check_arguments(vars(self) | {"chunks": chunks, "accumulation": accumulation})
         if backward:
             self.model = model = unwrapped(model)
-        sharded = FullySharded(model)
+        sharded = FullySharded(model.modules())
         sharded.reshard()  # gathered parameters would take the place of shards
         if not backward:
             sharded.refuse_functional()
@@ -272,7 +273,7 @@ class FullBatchClosure:
         if not self._reduction.collectives.is_single:
             self._reduction.begin(**self._facts(coefficient, optimizer))
         try:
-            with autocast_suspended(self.sums.params[0].device) as self._outer_autocast:
+            with autocast_suspended(working_device(self.sums.params[0])) as self._outer_autocast:
                 loss, square = self._complete(coefficient)
         except BaseException:
             self._rollback()
@@ -309,7 +310,7 @@ class FullBatchClosure:
 
     def _complete(self, coefficient: float | Tensor | None) -> tuple[Tensor, Tensor]:
         """Visit all chunks, again where the units of exact sums did not fit; return the means."""
-        start = GeneratorSnapshot({p.device for p in self.sums.params})
+        start = self._generators()
         if self.accumulation == "exact":
             start.begin()  # which a CUDA graph of the whole step does not allow
         for attempt in range(MOST_PASSES):
@@ -419,7 +420,7 @@ class FullBatchClosure:
             frozen += check_covered(self.optimizer, trainable, self.model)
         frozen += check_stepping(optimizer, trainable, self.model)
         self.sums.reset(trainable)
-        self._reduction.follow_params()
+        self._reduction.follow_params(self.model)
         self._reduction.sharded.check()
         for p in (*before, *candidates, *frozen):  # a frozen one could keep an old gradient
             p.grad = None
@@ -442,7 +443,12 @@ class FullBatchClosure:
         self._step_before = self.step
         return coefficient
 
+    def _generators(self) -> GeneratorSnapshot:
+        return GeneratorSnapshot({working_device(p) for p in self.sums.params})
+
     def _weighed(self, known: Mean | None) -> Iterator[tuple[int, Any, float]]:
+        if self.on_pass_start is not None:  # here, where an error reaches other processes
+            self.on_pass_start()
         for index, chunk in enumerate(self.chunks):
             weight = weigh(index, chunk, self.weight, known, self._counts)
             self.sums.store.check_weight(weight)
@@ -450,14 +456,12 @@ class FullBatchClosure:
 
     def _visit(self, coefficient: float | Tensor | None, attempt: int) -> None:
         """Add up this process's chunks."""
-        observe = self.observe
-        if self.on_pass_start is not None:
-            self.on_pass_start()
-        elif observe is not None and attempt:  # has counted these chunks already
-            observe = _ignore
-        device = self.sums.params[0].device
-        scale = None if coefficient is None else scalar_on(device, coefficient)
-        draws = GeneratorSnapshot({p.device for p in self.sums.params})
+        # Without on_pass_start an observer has counted these chunks already.
+        is_again = attempt and self.observe is not None and self.on_pass_start is None
+        observe = _ignore if is_again else self.observe
+        first = self.sums.params[0]
+        scale = None if coefficient is None else scalar_on(first.device, coefficient)
+        draws = self._generators()
         autocast = self.autocast or self._outer_autocast
         penalty = coefficient is not None and self.penalty
         given = self.evaluate or self.loss_fn, self.chunks
@@ -466,7 +470,12 @@ class FullBatchClosure:
         by_samples = self.weight is None and mean is None
         work = ChunkGradient(
             ChunkLoss(
-                self.model, self.loss_fn, self.evaluate, autocast, device, self.observe is not None
+                self.model,
+                self.loss_fn,
+                self.evaluate,
+                autocast,
+                working_device(first),
+                self.observe is not None,
             ),
             None if coefficient is None else self.penalty,
             self.sums,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import signal
 import traceback
@@ -16,7 +17,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PRELOAD = ["torch", "fbopt.optim", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
+# What every process would import by itself otherwise: DTensors need torch._dynamo.
+PRELOAD = [
+    *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
+    *("torch.distributed.checkpoint.state_dict", "fbopt.optim"),
+]
 Work = Callable[[int, int, Path], Any]
 Job = Callable[[int, int, Path], contextlib.AbstractContextManager[None]]
 
@@ -64,6 +69,7 @@ def run(
 
 def _work(work: Work, rank: int, world: int, folder: Path, own: Path, job: Job) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # a collection would write to, and so copy, all memory that processes share
     try:
         with job(rank, world, own):
             torch.save(work(rank, world, folder), own / f"{rank}.pt")
@@ -101,8 +107,9 @@ class LiveBytes(TorchDispatchMode):
             if is_plain(t) and (key := t.untyped_storage()._cdata) not in given:
                 self._known[key] = weakref.ref(t.untyped_storage())
         # FSDP2 frees memory by resize_(0), so that sizes change.
-        alive = [storage for ref in self._known.values() if (storage := ref()) is not None]
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive))
+        alive = {key: storage for key, ref in self._known.items() if (storage := ref()) is not None}
+        self._known = {key: self._known[key] for key in alive}
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive.values()))
         return out
 
 

@@ -18,7 +18,7 @@ from fbopt._engine.backward import ChunkCollection, run_backward
 from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._engine.weights import mean_of, weigh
-from fbopt._sharding import any_sharded, local
+from fbopt._sharding import any_sharded, local, working_device
 
 if TYPE_CHECKING:
     from fbopt.closure import FullBatchClosure
@@ -43,9 +43,13 @@ class Probe:
         self.params = closure._trainable(closure._candidates())
         known = {id(p): name for name, p in self.model.named_parameters()}
         self.names = [known.get(id(p), f"params[{i}]") for i, p in enumerate(self.params)]
-        self.devices = {p.device for p in self.params}
+        self.devices = {working_device(p) for p in self.params}
         self.forward = ChunkLoss(
-            self.model, closure.loss_fn, closure.evaluate, closure.autocast, self.params[0].device
+            self.model,
+            closure.loss_fn,
+            closure.evaluate,
+            closure.autocast,
+            working_device(self.params[0]),
         )
         self.draws = GeneratorSnapshot(self.devices)
         self.buffers = BufferSnapshot(self.model)

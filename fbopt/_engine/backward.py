@@ -6,19 +6,19 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import gc
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fbopt._engine.autograd_graph import leaves
-from fbopt._engine.fully_sharded import FullySharded
+from fbopt._engine.fully_sharded import FullySharded, instances
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._ops import dispatch
-from fbopt._sharding import locals_of
+from fbopt._sharding import any_sharded, is_offloaded, locals_of
 
 # Small gradients wait for each other until they have this many bytes: a kernel call costs about as
 # much as reading 20 kB, and what waits takes memory.
@@ -51,7 +51,7 @@ def taking(params: Sequence[Tensor], take: Take) -> Iterator[None]:
     with _claimed({id(p) for _, p in live}), contextlib.ExitStack() as stack:
         stack.callback(_clear, [p for _, p in live])
         for i, p in live:
-            stack.callback(p.register_post_accumulate_grad_hook(_hook(i, take)).remove)
+            stack.callback(p.register_post_accumulate_grad_hook(_hook(i, p, take)).remove)
         yield
         _check_left(params)
 
@@ -68,9 +68,10 @@ def wrappers_of(params: Sequence[Tensor]) -> list[nn.parallel.DistributedDataPar
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return []
+    if any_sharded(params):  # which it does not take
+        return []
     ids = {id(p) for p in params}
-    wrapper = nn.parallel.DistributedDataParallel
-    models = [x for x in gc.get_objects() if issubclass(type(x), wrapper)]
+    models = instances(nn.parallel.DistributedDataParallel)
     found = [m for m in models if not ids.isdisjoint(map(id, m.parameters()))]
     for model in found:
         if model.static_graph and not model._static_graph_delay_allreduce_enqueued:
@@ -126,8 +127,14 @@ def _clear(params: Sequence[Tensor]) -> None:
         p.grad = None
 
 
-def _hook(index: int, take: Take) -> Callable[[Tensor], None]:
+def _hook(index: int, param: Any, take: Take) -> Callable[[Tensor], None]:
+    # Earlier versions of torch call hooks while FSDP2 still copies gradients to the CPU.
+    kind = param.device_mesh.device_type if is_offloaded(param) else None
+    waits = None if kind is None else torch.get_device_module(kind)
+
     def hook(p: Tensor) -> None:
+        if waits is not None:
+            waits.synchronize()
         grad, p.grad = p.grad, None
         if grad is None:
             raise RuntimeError(
@@ -326,8 +333,16 @@ def run_backward(
 
     `take` gets those of `params`; `sharded` may give the model's FSDP2 modules, to save a search.
     """
-    sharded = FullySharded(model) if sharded is None else sharded
+    sharded = FullySharded(model.modules()) if sharded is None else sharded
     # The leaves of FSDP2 are gathered parameters, whose gradients it needs itself.
     found = sharded.shards() if sharded else (*model.parameters(), *leaves(loss))
     with set_aside(list(set(found) - set(params))), taking(params, take):
+        scaled_backward(loss, scale)
+
+
+def scaled_backward(loss: Tensor, scale: float) -> None:
+    """Run ``(scale * loss).backward()``; with scale 0 gradients are zeros, also of a NaN loss."""
+    with contextlib.ExitStack() as stack:
+        for leaf in leaves(loss) if scale == 0 else ():
+            stack.callback(leaf.register_hook(torch.zeros_like).remove)
         torch.autograd.backward(loss, None if scale == 1 else torch.full_like(loss, scale))

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fbopt._ops.flat import by_device_and_dtype, flat_size, flat_views
 from fbopt._ops.sums import make_sums
+from fbopt._sharding import any_sharded
 
 if TYPE_CHECKING:
     from fbopt._distributed import Collectives
@@ -42,8 +43,13 @@ class RunningStatistics:
         self._forget()
 
     def follow(self, modules: Iterable[torch.nn.Module]) -> None:
-        """Note the layers, which may be others than before."""
+        """Note the layers, which may be others than before; refuse DTensors as statistics."""
         self._layers = [m for m in modules if isinstance(m, _NormBase)]
+        if any_sharded([b for m in self._layers for b in m._buffers.values()]):
+            raise TypeError(
+                "the running statistics of a normalisation layer are DTensors (distribute_module?)"
+                ", which are not averaged over chunks: leave its buffers plain tensors"
+            )
 
     def _forget(self) -> None:
         self.store = make_sums(self._accumulation)

@@ -84,6 +84,25 @@ class ChunkGradient:
         observe: Observe,
     ) -> tuple[Tensor, Tensor | None]:
         """Add one chunk's gradient; return its loss and ||g||^2 (float64; None if not needed)."""
+        if self._counts(weight):
+            return self._add(index, chunk, weight, coefficient, draws, observe)
+        # Of weight 0, run in step with processes whose chunks count: it leaves no trace.
+        buffers = BufferSnapshot(self.forward.model)
+        buffers.save()
+        try:
+            return self._add(index, chunk, weight, coefficient, draws, None)
+        finally:
+            buffers.restore()
+
+    def _add(
+        self,
+        index: int,
+        chunk: Any,
+        weight: float | Tensor,
+        coefficient: Tensor | None,
+        draws: GeneratorSnapshot | None,
+        observe: Observe,
+    ) -> tuple[Tensor, Tensor | None]:
         exact = self.penalty is not None and self.penalty.method == "exact"
         checks = self.checks and isinstance(draws, GeneratorSnapshot)  # a capture reads nothing
         if self.repetitions or (exact and checks):
@@ -95,13 +114,13 @@ class ChunkGradient:
         own, weight = weight, self.lockstep.weight if self.sharded else weight
         if self._is_streamed:
             self._stream(loss, weight)
-            self.statistics.record(lambda device: self.sums.scalar(own, device))
+            self._record(own)
             return loss.detach(), None
         second = SecondBackward(loss) if exact and checks else None
         grads = self._gradient(loss, create_graph=exact)
         if checks and not self.backward:
             refuse_unreached(loss, grads)
-        self.statistics.record(lambda device: self.sums.scalar(own, device))
+        self._record(own)
         loss = loss.detach()  # frees the activations, whose memory the next pass needs
         if self.penalty is None:
             square = self._add_plain(grads, weight)
@@ -114,6 +133,13 @@ class ChunkGradient:
         else:
             square = self._add_finite_difference(index, chunk, grads, weight, coefficient, draws)
         return loss, square
+
+    def _counts(self, weight: float | Tensor) -> bool:
+        return not self.sharded or bool(weight)  # others come with weights above 0 alone
+
+    def _record(self, weight: float | Tensor) -> None:
+        if self._counts(weight):
+            self.statistics.record(lambda device: self.sums.scalar(weight, device))
 
     @property
     def _is_streamed(self) -> bool:

@@ -31,7 +31,7 @@ def autocast_suspended(device: torch.device) -> Iterator[torch.dtype | None]:
 
 @dataclass(frozen=True)
 class ChunkLoss:
-    """The mean loss of a chunk. Fields as for FullBatchClosure; `device` is the parameters',
+    """The mean loss of a chunk. Fields as for FullBatchClosure; `device` is where it computes,
     `is_observed` says that somebody looks at aux.
     """
 

@@ -5,8 +5,9 @@ that keeps the processes' gradients apart, for exact sums.
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,19 +17,43 @@ from fbopt._sharding import local
 
 
 class FullySharded:
-    """The modules of a model that ``fully_shard`` has sharded; there may be none.
+    """Those modules that ``fully_shard`` has sharded; there may be none.
+
+    Args:
+        modules: all modules of a model.
 
     Attributes:
         averaged: the names of the process groups over which gradients are averaged.
         contributions: where the processes' gradients are kept apart; None where they are not.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-        self._modules: list[Any] = [m for m in model.modules() if kind and isinstance(m, kind)]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        kind = _module_class()
+        self._modules: list[Any] = [m for m in modules if kind and isinstance(m, kind)]
         self.contributions: Contributions | None = None
         meshes = [group.mesh_info.mesh for group in self._groups()]
         self.averaged = {mesh.get_group(d).group_name for mesh in meshes for d in range(mesh.ndim)}
+
+    @classmethod
+    def holding(cls, params: Sequence[Tensor]) -> FullySharded:
+        """Return the modules that hold some of the parameters, where the model is not known.
+
+        Looks at all objects where FSDP2 has been imported: call it once.
+
+        Raises:
+            ValueError: the parameters are gathered ones, which no optimizer holds.
+        """
+        kind, ids = _module_class(), {id(p) for p in params}
+        if kind is None or not torch.distributed.is_initialized():
+            return cls(())
+        everyone = [cls([module]) for module in instances(kind)]
+        if any(id(p) in ids for one in everyone for p in one._gathered()):
+            raise ValueError(
+                "params are those that fully_shard has gathered for a forward pass, not the shards "
+                "that an optimizer trains: call model.reshard(), for each module that was given to "
+                "fully_shard, before model.parameters()"
+            )
+        return cls(m for one in everyone if ids & set(map(id, one.shards())) for m in one._modules)
 
     def __bool__(self) -> bool:
         return bool(self._modules)
@@ -46,6 +71,10 @@ class FullySharded:
         """Return the sharded parameters."""
         return [p.sharded_param for group in self._groups() for p in group.fsdp_params]
 
+    def _gathered(self) -> list[Any]:
+        held = [p for group in self._groups() for p in group.fsdp_params]
+        return [getattr(p, "_unsharded_param", None) for p in held]
+
     def reshard(self) -> None:
         """Drop gathered parameters: the next pass gathers the shards as they are then."""
         for module in self._modules:
@@ -57,6 +86,14 @@ class FullySharded:
             raise ValueError(
                 "model is sharded by fully_shard (FSDP2), which makes its gradients in .backward() "
                 "alone: pass backward=True"
+            )
+
+    def check_complete(self, model: nn.Module) -> None:
+        """Raise ValueError where fully_shard was called after these modules were found."""
+        if FullySharded(model.modules())._modules != self._modules:
+            raise ValueError(
+                "fully_shard was called on the model after this closure was made: call it first, "
+                "then make optimizer and closure"
             )
 
     def check(self) -> None:
@@ -174,6 +211,18 @@ class ExactReduceScatter:
             dist.all_gather(found, part.contiguous(), group=self._replicas)
             both.append(torch.cat(found))
         self._contributions.rows, self._contributions.ranks = both[0], both[1].tolist()
+
+
+def instances(kind: type) -> list[Any]:
+    """Return all objects of a class, among those that Python collects."""
+    objects = gc.get_objects()
+    kinds = {k for k in set(map(type, objects)) if issubclass(k, kind)}
+    return [x for x in objects if type(x) in kinds] if kinds else []
+
+
+def _module_class() -> type | None:
+    """FSDP2's class of modules; None while nobody has imported that."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
 
 
 def _replicas(group: Any) -> Any:

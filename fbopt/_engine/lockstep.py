@@ -27,8 +27,7 @@ class Lockstep:
     Args:
         params: the parameters.
         collectives: of the processes with different chunks.
-        averaged: the names of process groups over which FSDP2 averages gradients, None where any
-            may be one.
+        averaged: the names of process groups over which FSDP2 averages gradients.
 
     Attributes:
         is_joint: whether backward passes average gradients over the processes of `collectives`.
@@ -41,7 +40,7 @@ class Lockstep:
     """
 
     def __init__(
-        self, params: Sequence[Tensor], collectives: Collectives, averaged: set[str] | None
+        self, params: Sequence[Tensor], collectives: Collectives, averaged: set[str]
     ) -> None:
         self._collectives, self._device = collectives, params[0].device
         self._same: list[Collectives] = []
@@ -53,7 +52,7 @@ class Lockstep:
             ranks = set(group.ranks())
             if not ranks & own - {me}:
                 self._same.append(group)
-            elif ranks <= own and (averaged is None or name in averaged):
+            elif ranks <= own and name in averaged:
                 size, joint = size * group.world_size, True
             else:
                 raise ValueError(_misfit("has processes that share a tensor-parallel parameter"))

@@ -89,7 +89,7 @@ def _uncovered(optimizer: torch.optim.Optimizer, covered: set[int], model: nn.Mo
     if len(missed) == len(wanted):
         cure = (
             "it holds none of the closure's: make the optimizer with the parameters of the "
-            "closure's model itself, not of a copy"
+            "closure's model itself, not of a copy, and after fully_shard"
         )
     return (
         f"the optimizer holds {len(missed)} parameters that the closure does not differentiate by, "

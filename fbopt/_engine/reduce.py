@@ -50,11 +50,12 @@ class Reduction:
         _refuse_wrapped(model, self.collectives.is_single)
         self._comparison = Comparison(self.collectives, sums, model)
         self.sharded = sharded
-        self.follow_params()
+        self.follow_params(model)
 
-    def follow_params(self) -> None:
+    def follow_params(self, model: nn.Module) -> None:
         """Note how parameters are sharded, which may be others than before."""
         if getattr(self, "_followed", None) is not self._sums.buckets:
+            self.sharded.check_complete(model)
             averaged = self.sharded.averaged
             self.lockstep = Lockstep(self._sums.params, self.collectives, averaged)
             self._comparison.is_joint = self.lockstep.is_joint
@@ -91,6 +92,9 @@ class Reduction:
     def visiting(self, apart: bool) -> Iterator[None]:
         """Begin a visit of all chunks; an error in it reaches the others in :meth:`combine`.
 
+        Not one within a chunk that processes visit together: they meet in its collectives, where
+        they learn that this process has ended.
+
         Args:
             apart: exact sums may add the gradients of FSDP2's processes one by one.
         """
@@ -104,6 +108,8 @@ class Reduction:
             else:
                 yield
         except Exception as error:
+            if self.lockstep.is_joint:  # which has told the others, or they wait in the chunk
+                raise
             params, numbers = self._sums.params, len(self._counts())
             width = sum(store.width for store in self._stores)
             maxima = torch.zeros(width, dtype=torch.float64, device=params[0].device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fbopt._ops.flat import by_device_and_dtype, overlaps_itself
 from fbopt._random import default_generators
+from fbopt._sharding import locals_of
 
 
 class BufferSnapshot:
@@ -37,7 +38,7 @@ class BufferSnapshot:
             for name, b in m._buffers.items()
             if b is not None and not overlaps_itself(b)  # which cannot be written to
         ]
-        now = [b for _, _, b in self._places]
+        now = locals_of([b for _, _, b in self._places])
         fits = len(now) == len(self._copies) and all(
             b.shape == c.shape and b.dtype == c.dtype and b.device == c.device
             for b, c in zip(now, self._copies, strict=True)
@@ -52,7 +53,7 @@ class BufferSnapshot:
         for table, name, b in self._places:
             table[name] = b
         if self._places:
-            self._copy([b for _, _, b in self._places], self._copies)
+            self._copy(locals_of([b for _, _, b in self._places]), self._copies)
 
     @torch.no_grad()
     def _copy(self, to: list[Tensor], source: list[Tensor]) -> None:
