@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,31 +12,22 @@ from torch import Tensor, nn
 from fbopt._checks import check_params
 from fbopt._eager import eager
 from fbopt._engine.batchnorm import RunningStatistics
-from fbopt._engine.chunk import ChunkGradient
-from fbopt._engine.chunk_clip import ChunkClip
-from fbopt._engine.cuda_graphs import ChunkGraphs, graph_device, refuse_nested
-from fbopt._engine.forward import ChunkLoss, autocast_suspended
+from fbopt._engine.full_pass import FullPass
 from fbopt._engine.fully_sharded import FullySharded
-from fbopt._engine.gradient_sums import MOST_PASSES
 from fbopt._engine.inputs import (
     check_arguments,
     refuse_compiled,
+    refuse_inference_mode,
     refuse_sharded,
-    refuse_sharded_graph,
     refuse_twice,
     unwrapped,
 )
 from fbopt._engine.modules import list_modules, list_parameters
-from fbopt._engine.other_means import SampleMeans
-from fbopt._engine.parameter_sets import alone_in_threads, check_covered, check_stepping
-from fbopt._engine.perturb import Perturbation
+from fbopt._engine.parameter_sets import alone_in_threads, check_optimizers
+from fbopt._engine.preparation import Preparation
 from fbopt._engine.reduce import Reduction
-from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
-from fbopt._engine.weights import Mean, TargetCounts, mean_of, weigh
-from fbopt._ops.flat import scalar_on
-from fbopt._sharding import working_device
 from fbopt.accumulate import GradientAccumulator
-from fbopt.diagnosis import check
+from fbopt.diagnosis import require_right
 from fbopt.penalty import GradientPenalty
 
 
@@ -103,41 +93,25 @@ class FullBatchClosure:
             see below.
 
     **Exact sums.** With ``accumulation="exact"`` gradients, BatchNorm statistics and loss have the
-    same bits in any order of the chunks and on any number of processes. Where the units of the sums
-    do not fit the gradients, at the first call and seldom later, the call visits all chunks once
-    more, with buffers and random generators as before. Each call reads once from the device.
+    same bits in any order of the chunks and on any number of processes. At the first call, and
+    seldom later, the call visits all chunks once more. See the guide "Exact sums".
 
     **Several processes.** Every process of ``process_group`` has to call, and visits its own
-    ``chunks``, such as ``chunks[rank::world_size]``: uneven shares, or none. Afterwards all have
-    the same gradients, loss, ``mean_sqnorm`` and BatchNorm statistics, bit for bit: those of all
-    chunks, summed once per call. How chunks are spread changes gradients by rounding (exact sums
-    not at all), loss and ``mean_sqnorm`` not. The back end has to fit the model: gloo on the CPU,
-    nccl on CUDA (then one read from the device per call; none with ``"cpu:gloo,cuda:nccl"``). A job
-    of several processes has to pass a group or ``"local"``: without, each would follow its own
-    data. Where a process fails, all put their buffers back; it raises its own error, the others one
-    that names it. Buffers of other than normalisation layers stay each process's own.
-
-    **Sharded parameters.** With DTensors norms and units of exact sums are those of whole tensors,
-    and ``p.grad`` is a DTensor; not with ``method="exact"`` or ``cuda_graph``. With None as the
-    group all processes of their mesh visit the same chunks, which is checked once. A model sharded
-    by ``fully_shard`` (FSDP2) needs ``backward=True``. Where FSDP2 averages gradients over
-    ``process_group``, the k-th chunks of all processes are one chunk, all have to visit as many,
-    and chunks count by their weight. Exact sums have the bits of one process there without penalty,
-    clip and norms of chunks.
+    ``chunks``, such as ``chunks[rank::world_size]``. Afterwards all have the same gradients, loss,
+    ``mean_sqnorm`` and BatchNorm statistics, bit for bit: those of all chunks, summed once per
+    call. A job of several processes has to pass a group or ``"local"``. With DTensors ``p.grad`` is
+    a DTensor, and None means that all processes of their mesh visit the same chunks; FSDP2
+    (``fully_shard``) needs ``backward=True``. See the guide "Several processes".
 
     **Backward.** With ``backward=True`` hooks take each gradient as ``loss.backward()`` makes it:
-    for reentrant checkpointing, and for a model in DistributedDataParallel, which is unwrapped
-    (``evaluate`` gets the module in it): one reduction per call takes the place of its own. Without
-    penalty, norms and exact sums there is then no second copy of all gradients. ``p.grad`` of
-    tensors other than ``params`` stays as it was. Not with ``method="exact"`` or ``cuda_graph``.
+    for reentrant checkpointing, ``fully_shard`` and DistributedDataParallel, which is unwrapped
+    (``evaluate`` gets the module in it). ``p.grad`` of tensors other than ``params`` stays as it
+    was. Not with ``method="exact"`` or ``cuda_graph``.
 
     **CUDA graphs.** With ``cuda_graph=True`` all device work on a chunk is captured at the third
-    visit of its kind and then replayed on copies of the chunk's tensors, which may come from the
-    CPU. The bits are those without graphs, random draws included; learning rate, coefficient and
-    weights may change. Python of the model, ``loss_fn`` and ``evaluate`` does not run in a replay;
-    that of the other arguments does. A kind is the shapes of a chunk and all numbers and flags in
-    it and in the modules: 8 kinds get a graph, the rest run without, after one RuntimeWarning.
-    Tensors that the model uses besides parameters and buffers must not move in memory.
+    visit of its kind and then replayed; the bits are those without graphs. Python of the model,
+    ``loss_fn`` and ``evaluate`` does not run in a replay, and tensors that the model uses besides
+    parameters and buffers must not move in memory. See the guide "CUDA graphs".
 
     Attributes:
         step: number of completed calls; the argument of a penalty's ``coefficient`` function.
@@ -202,23 +176,18 @@ class FullBatchClosure:
         self.sums = self.accumulator._sums
         self._statistics = RunningStatistics(model, accumulation)
         self._reduction = Reduction(model, self.sums, self._statistics, process_group, sharded)
-        self._graphs: ChunkGraphs | None = None
-        self._follow_cuda_graph()
-        self._perturbation: Perturbation | None = None
-        self._clip: ChunkClip | None = None
-        self._before, self._between = BufferSnapshot(model), BufferSnapshot(model)
-        self._outer_autocast: torch.dtype | None = None
-        self._checked: tuple[object, ...] = ()  # for what autograd graphs were checked
-        self._counts = TargetCounts()
+        shared = self.sums, self._statistics, self._reduction
+        self._prepared = Preparation(model, *shared)
+        self._prepared.follow_cuda_graph(cuda_graph, model, self._candidates())
+        self._full_pass = FullPass(*shared, self._prepared)
         self._running = threading.Lock()
         self.step = self._step_before = 0
         self.mean_sqnorm: Tensor | None = None
         self._coefficient()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle all but what every call makes anew; CUDA graphs are captured again."""
-        transient = {"_perturbation": None, "_clip": None, "_graphs": None}
-        state = vars(self) | transient
+        """Pickle all but the lock."""
+        state = dict(vars(self))
         del state["_running"]
         return state
 
@@ -268,18 +237,17 @@ class FullBatchClosure:
     def _visit_all(self, optimizer: torch.optim.Optimizer | None) -> Tensor:
         with self._reduction.preparing():
             if self.debug:
-                self._diagnose(optimizer)
+                require_right(self, optimizer)
+                self.debug = False
             coefficient = self._begin(optimizer)
-        if not self._reduction.collectives.is_single:
-            self._reduction.begin(**self._facts(coefficient, optimizer))
+            is_single = self._reduction.collectives.is_single
+            facts = {} if is_single else self._facts(coefficient, optimizer)
+        self._reduction.begin(**facts)
         try:
-            with autocast_suspended(working_device(self.sums.params[0])) as self._outer_autocast:
-                loss, square = self._complete(coefficient)
+            loss, self.mean_sqnorm = self._full_pass(self, coefficient)
         except BaseException:
             self._rollback()
             raise
-        noted = coefficient is not None or self.chunk_norms or self.chunk_max_norm is not None
-        self.mean_sqnorm = square if noted else None
         self.step += 1
         return loss
 
@@ -296,41 +264,6 @@ class FullBatchClosure:
             "chunk_max_norm": self.chunk_max_norm,
             "chunk_norms": self.chunk_norms,
         }
-
-    def _diagnose(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Check the set-up as :func:`fbopt.check` does, until it has once been right."""
-        diagnosis = check(self, optimizer)
-        if not diagnosis.ok:
-            raise RuntimeError(f"FullBatchClosure(debug=True) found {diagnosis}")
-        if diagnosis.findings:
-            warnings.warn(f"FullBatchClosure(debug=True) found {diagnosis}", stacklevel=6)
-        elif self._reduction.collectives.rank == 0:
-            print(f"fbopt check: {diagnosis}")
-        self.debug = False
-
-    def _complete(self, coefficient: float | Tensor | None) -> tuple[Tensor, Tensor]:
-        """Visit all chunks, again where the units of exact sums did not fit; return the means."""
-        start = self._generators()
-        if self.accumulation == "exact":
-            start.begin()  # which a CUDA graph of the whole step does not allow
-        for attempt in range(MOST_PASSES):
-            if attempt:
-                self._before.restore()
-                self.sums.reset()
-                start.rewind()
-            with torch.no_grad(), self._statistics.averaging():
-                whole = coefficient is not None or self.chunk_norms or self.chunk_max_norm
-                with self._reduction.visiting(apart=not whole):
-                    self._visit(coefficient, attempt)
-                found = self._reduction.combine()
-            if found is not None:
-                return found
-        raise RuntimeError(
-            f'accumulation="exact" visited all chunks {MOST_PASSES} times, and the gradients '
-            "changed in size each time: make chunks, model and loss give the same values in every "
-            "pass (draws from torch's generators are repeated, others are not), or pass "
-            'accumulation="float32"'
-        )
 
     def assign(self) -> None:
         """Set ``p.grad`` to the mean over all chunks, None for parameters that no chunk used."""
@@ -352,7 +285,7 @@ class FullBatchClosure:
             self._running.release()
 
     def _rollback(self) -> None:
-        self._before.restore()
+        self._prepared.before.restore()
         self.step = self._step_before
 
     def state_dict(self) -> dict[str, Any]:
@@ -390,122 +323,28 @@ class FullBatchClosure:
         value = self.penalty.coefficient_at(self.step, self.optimizer)
         return None if isinstance(value, (int, float)) and value == 0 else value
 
-    def _follow_cuda_graph(self) -> None:
-        """Make or free the CUDA graphs, as ``cuda_graph`` says."""
-        if not self.cuda_graph:
-            self._graphs = None
-            return
-        device = graph_device(self.model, self._candidates())
-        if self._graphs is None or self._graphs.device != device:
-            refuse_nested(self.model)
-            refuse_sharded_graph(self.sums.params)
-            self._graphs = ChunkGraphs(device)
-
     def _begin(self, optimizer: torch.optim.Optimizer | None) -> float | Tensor | None:
         """Prepare for the first chunk; return lambda."""
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "FullBatchClosure needs gradients: call it outside torch.inference_mode()"
-            )
-        self._follow_cuda_graph()
-        self._reduction.sharded.reshard()
+        refuse_inference_mode()
+        self._reduction.sharded.reshard()  # gathered parameters would be listed in place of shards
+        modules = list_modules(self.model)
+        candidates = self._given or list_parameters(self.model, modules)
+        self._prepared.follow_cuda_graph(self.cuda_graph, self.model, candidates)
         coefficient = self._coefficient()
         if self.backward:
             self.accumulator._find_wrappers()
-        modules, before = list_modules(self.model), self.sums.params
-        candidates = self._given or list_parameters(self.model, modules)
         trainable = self._trainable(candidates)
-        frozen = check_covered(optimizer, trainable, self.model)
-        if optimizer is not self.optimizer:
-            frozen += check_covered(self.optimizer, trainable, self.model)
-        frozen += check_stepping(optimizer, trainable, self.model)
-        self.sums.reset(trainable)
-        self._reduction.follow_params(self.model)
-        self._reduction.sharded.check()
-        for p in (*before, *candidates, *frozen):  # a frozen one could keep an old gradient
-            p.grad = None
-        if coefficient is not None and self.penalty and self.penalty.method != "exact":
-            if self._perturbation is None or not self._perturbation.fits(self.sums.buckets):
-                self._perturbation = Perturbation(
-                    self.sums.buckets, self._reduction.sharded.reshard
-                )
-            self._perturbation.begin()
-        if self.chunk_max_norm is None:
-            self._clip = None
-        else:
-            if self._clip is None or not self._clip.fits(self.sums):
-                self._clip = ChunkClip(self.sums)
-            self._clip.max_norm = self.chunk_max_norm
-        self._statistics.follow(modules)
-        self._before.follow(modules)
-        self._between.follow(modules)
-        self._before.save()
+        frozen = check_optimizers(optimizer, self.optimizer, trainable, self.model)
+        self._prepared.follow_params(self.model, trainable, candidates, frozen)
+        by_difference = self.penalty is not None and self.penalty.method != "exact"
+        self._prepared.begin(
+            modules, coefficient is not None and by_difference, self.chunk_max_norm
+        )
         self._step_before = self.step
         return coefficient
-
-    def _generators(self) -> GeneratorSnapshot:
-        return GeneratorSnapshot({working_device(p) for p in self.sums.params})
-
-    def _weighed(self, known: Mean | None) -> Iterator[tuple[int, Any, float]]:
-        if self.on_pass_start is not None:  # here, where an error reaches other processes
-            self.on_pass_start()
-        for index, chunk in enumerate(self.chunks):
-            weight = weigh(index, chunk, self.weight, known, self._counts)
-            self.sums.store.check_weight(weight)
-            yield index, chunk, weight
-
-    def _visit(self, coefficient: float | Tensor | None, attempt: int) -> None:
-        """Add up this process's chunks."""
-        # Without on_pass_start an observer has counted these chunks already.
-        is_again = attempt and self.observe is not None and self.on_pass_start is None
-        observe = _ignore if is_again else self.observe
-        first = self.sums.params[0]
-        scale = None if coefficient is None else scalar_on(first.device, coefficient)
-        draws = self._generators()
-        autocast = self.autocast or self._outer_autocast
-        penalty = coefficient is not None and self.penalty
-        given = self.evaluate or self.loss_fn, self.chunks
-        known = self.sums.buckets, penalty, *map(id, given)
-        mean = mean_of(self.loss_fn)
-        by_samples = self.weight is None and mean is None
-        work = ChunkGradient(
-            ChunkLoss(
-                self.model,
-                self.loss_fn,
-                self.evaluate,
-                autocast,
-                working_device(first),
-                self.observe is not None,
-            ),
-            None if coefficient is None else self.penalty,
-            self.sums,
-            self._statistics,
-            self._between,
-            self._perturbation,
-            self._clip,
-            self.chunk_norms,
-            self.backward,
-            self._reduction.sharded,
-            self._reduction.lockstep,
-            self._checked != known,
-            SampleMeans(self._reduction.collectives.is_single) if by_samples else None,
-        )
-        if self._graphs is not None:
-            self._graphs.begin(work, scale, observe)
-        for index, chunk, weight in self._reduction.lockstep(self._weighed(mean), self.chunks):
-            if self._graphs is None:
-                loss, square = work(index, chunk, weight, scale, draws, observe)
-            else:
-                loss, square = self._graphs.visit(work, index, chunk, weight, draws)
-            self._reduction.add(loss, square, weight)
-        self._checked = known
 
 
 def _shown(value: float | Tensor | None) -> str:
     """A number as other processes are told; one on a device is not read."""
     is_read = not isinstance(value, Tensor) or value.device.type == "cpu"
     return str(float(value)) if is_read and value is not None else "unknown"
-
-
-def _ignore(*shown: Any) -> None:
-    """Observe nothing, in the same CUDA graphs as an observer."""

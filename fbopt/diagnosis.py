@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,17 @@ def check(closure: FullBatchClosure, optimizer: torch.optim.Optimizer | None = N
         )
     ranked = sorted(report.findings, key=lambda f: f.severity == DOUBT)
     return Diagnosis(tuple(ranked), tuple(report.checked), report.unchecked, _scope(probe, number))
+
+
+def require_right(closure: FullBatchClosure, optimizer: torch.optim.Optimizer | None) -> None:
+    """Check as ``debug=True`` does: raise for mistakes, warn of doubts, print if all is right."""
+    diagnosis = check(closure, optimizer)
+    if not diagnosis.ok:
+        raise RuntimeError(f"FullBatchClosure(debug=True) found {diagnosis}")
+    if diagnosis.findings:
+        warnings.warn(f"FullBatchClosure(debug=True) found {diagnosis}", stacklevel=6)
+    elif closure._reduction.collectives.rank == 0:
+        print(f"fbopt check: {diagnosis}")
 
 
 def _visit(probe: Probe, report: Report) -> int:

@@ -166,6 +166,14 @@ def refuse_compiled(model: nn.Module) -> None:
             )
 
 
+def refuse_inference_mode() -> None:
+    """Refuse a call in a mode that makes no autograd graph, whatever is set within it."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "FullBatchClosure needs gradients: call it outside torch.inference_mode()"
+        )
+
+
 def refuse_sharded_graph(params: Sequence[Tensor]) -> None:
     """Refuse CUDA graphs of what talks to other processes."""
     if any_sharded(params):

@@ -46,6 +46,26 @@ def stepping_optimizer() -> torch.optim.Optimizer | None:
     return None
 
 
+def check_optimizers(
+    stepping: torch.optim.Optimizer | None,
+    given: torch.optim.Optimizer | None,
+    trained: Sequence[Tensor],
+    model: nn.Module,
+) -> list[Tensor]:
+    """Refuse optimizers with parameters that would never be trained; return their frozen ones.
+
+    Args:
+        stepping: the optimizer that calls the closure, where that is known.
+        given: the closure's.
+        trained: what the closure differentiates by.
+        model: whose names an error shows.
+    """
+    frozen = check_covered(stepping, trained, model)
+    if stepping is not given:
+        frozen += check_covered(given, trained, model)
+    return frozen + check_stepping(stepping, trained, model)
+
+
 def check_stepping(
     known: torch.optim.Optimizer | None, trained: Sequence[Tensor], model: nn.Module
 ) -> list[Tensor]:

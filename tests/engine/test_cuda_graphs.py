@@ -357,7 +357,9 @@ def placed(chunks: Any, device: torch.device) -> Any:
 
 
 def graphs_of(closure: FullBatchClosure) -> int:
-    return sum(isinstance(state, cuda_graphs._Graph) for state in closure._graphs._kinds.values())
+    return sum(
+        isinstance(state, cuda_graphs._Graph) for state in closure._prepared.graphs._kinds.values()
+    )
 
 
 def drawn(device: torch.device) -> list[Tensor]:
@@ -639,7 +641,7 @@ def test_graphs_are_freed_with_the_closure_and_when_switched_off(device: torch.d
     for drop in (lambda c: (setattr(c, "cuda_graph", False), c()), lambda c: None):
         gc.collect()
         gc.disable()
-        alive = weakref.ref(closure._graphs)
+        alive = weakref.ref(closure._prepared.graphs)
         drop(closure)
         if closure.cuda_graph:
             del closure

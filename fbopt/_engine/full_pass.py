@@ -1,0 +1,167 @@
+"""The visit of all chunks: sums of w_c g_c, w_c L_c and w_c ||g_c||^2, once more where the units of
+exact sums did not fit, and their means over all processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fbopt._engine.batchnorm import RunningStatistics
+from fbopt._engine.chunk import ChunkGradient
+from fbopt._engine.forward import ChunkLoss, autocast_suspended
+from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
+from fbopt._engine.other_means import SampleMeans
+from fbopt._engine.preparation import Preparation
+from fbopt._engine.reduce import Reduction
+from fbopt._engine.snapshot import GeneratorSnapshot
+from fbopt._engine.weights import Mean, TargetCounts, mean_of, weigh
+from fbopt._ops.flat import scalar_on
+from fbopt._sharding import working_device
+
+if TYPE_CHECKING:
+    from fbopt.closure import FullBatchClosure
+
+
+class FullPass:
+    """Visits all chunks of a closure, whose attributes may change between calls.
+
+    Args:
+        sums, statistics, reduction: the closure's.
+        prepared: begun anew for every call.
+    """
+
+    def __init__(
+        self,
+        sums: GradientSums,
+        statistics: RunningStatistics,
+        reduction: Reduction,
+        prepared: Preparation,
+    ) -> None:
+        self._sums, self._statistics, self._reduction = sums, statistics, reduction
+        self._prepared = prepared
+        self._counts = TargetCounts()
+        self._checked: tuple[Any, ...] = ()  # for what autograd graphs were checked
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Check again after pickling: other chunks may have been checked than are pickled."""
+        return vars(self) | {"_checked": ()}
+
+    def __call__(
+        self, closure: FullBatchClosure, coefficient: float | Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the means of losses and ||g||^2, 0-dim, the latter None where it is not needed.
+
+        Args:
+            closure: what to do.
+            coefficient: lambda; None for no penalty.
+
+        Raises:
+            RuntimeError: the units of exact sums never fit.
+        """
+        whole = coefficient is not None or closure.chunk_norms or closure.chunk_max_norm is not None
+        start = self._generators()
+        if self._sums.accumulation == "exact":
+            start.begin()  # which a CUDA graph of the whole step does not allow
+        with autocast_suspended(working_device(self._sums.params[0])) as outer:
+            for attempt in range(MOST_PASSES):
+                if attempt:
+                    self._prepared.before.restore()
+                    self._sums.reset()
+                    start.rewind()
+                with torch.no_grad(), self._statistics.averaging():
+                    with self._reduction.visiting(apart=not whole):
+                        self._visit(closure, coefficient, attempt, closure.autocast or outer)
+                    found = self._reduction.combine()
+                if found is not None:
+                    return found if whole else (found[0], None)
+        raise RuntimeError(
+            f'accumulation="exact" visited all chunks {MOST_PASSES} times, and the gradients '
+            "changed in size each time: make chunks, model and loss give the same values in every "
+            "pass (draws from torch's generators are repeated, others are not), or pass "
+            'accumulation="float32"'
+        )
+
+    def _visit(
+        self,
+        closure: FullBatchClosure,
+        coefficient: float | Tensor | None,
+        attempt: int,
+        autocast: torch.dtype | None,
+    ) -> None:
+        """Add up this process's chunks."""
+        # Without on_pass_start an observer has counted these chunks already.
+        is_again = attempt and closure.observe is not None and closure.on_pass_start is None
+        observe = _ignore if is_again else closure.observe
+        penalty = None if coefficient is None else closure.penalty
+        known = self._sums.buckets, penalty, closure.evaluate or closure.loss_fn, closure.chunks
+        checks = [*map(id, known)] != [*map(id, self._checked)]
+        if checks:
+            self._checked = ()  # frees chunks of an earlier call
+        mean, device = mean_of(closure.loss_fn), self._sums.params[0].device
+        work = self._work(closure, penalty, autocast, checks, mean)
+        scale = None if coefficient is None else scalar_on(device, coefficient)
+        draws = self._generators()
+        graphs, lockstep = self._prepared.graphs, self._reduction.lockstep
+        if graphs is not None:
+            graphs.begin(work, scale, observe)
+        for index, chunk, weight in lockstep(self._weighed(closure, mean), closure.chunks):
+            if graphs is None:
+                loss, square = work(index, chunk, weight, scale, draws, observe)
+            else:
+                loss, square = graphs.visit(work, index, chunk, weight, draws)
+            self._reduction.add(loss, square, weight)
+        self._checked = known
+
+    def _work(
+        self,
+        closure: FullBatchClosure,
+        penalty: Any,
+        autocast: torch.dtype | None,
+        checks: bool,
+        mean: Mean | None,
+    ) -> ChunkGradient:
+        """What is done with each chunk."""
+        by_samples = closure.weight is None and mean is None
+        return ChunkGradient(
+            ChunkLoss(
+                closure.model,
+                closure.loss_fn,
+                closure.evaluate,
+                autocast,
+                working_device(self._sums.params[0]),
+                closure.observe is not None,
+            ),
+            penalty,
+            self._sums,
+            self._statistics,
+            self._prepared.between,
+            self._prepared.perturbation,
+            self._prepared.clip,
+            closure.chunk_norms,
+            closure.backward,
+            self._reduction.sharded,
+            self._reduction.lockstep,
+            checks,
+            SampleMeans(self._reduction.collectives.is_single) if by_samples else None,
+        )
+
+    def _generators(self) -> GeneratorSnapshot:
+        return GeneratorSnapshot({working_device(p) for p in self._sums.params})
+
+    def _weighed(
+        self, closure: FullBatchClosure, known: Mean | None
+    ) -> Iterator[tuple[int, Any, float]]:
+        if closure.on_pass_start is not None:  # here, where an error reaches other processes
+            closure.on_pass_start()
+        for index, chunk in enumerate(closure.chunks):
+            weight = weigh(index, chunk, closure.weight, known, self._counts)
+            self._sums.store.check_weight(weight)
+            yield index, chunk, weight
+
+
+def _ignore(*shown: Any) -> None:
+    """Observe nothing, in the same CUDA graphs as an observer."""
