@@ -97,8 +97,16 @@ class Collectives:
         known = self.group is not None or self._is_local or not dist.is_available()
         if known or not dist.is_initialized() or dist.get_world_size() == 1:
             return
-        if mesh_size(params) == dist.get_world_size():
+        size = mesh_size(params)
+        if size == dist.get_world_size():
             return
+        if size > 1:
+            raise ValueError(
+                f"this is one of {dist.get_world_size()} processes, {size} of which share the "
+                "shards of parameters, and process_group is not given: pass process_group=, the "
+                "processes that have different chunks (mesh.get_group() of the data-parallel "
+                'dimension), or process_group="local" if others train on their own'
+            )
         raise ValueError(
             f"this is one of {dist.get_world_size()} processes, and process_group is not given: "
             "each would follow the gradient of its own data. Pass "

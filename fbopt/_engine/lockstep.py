@@ -52,10 +52,12 @@ class Lockstep:
             ranks = set(group.ranks())
             if not ranks & own - {me}:
                 self._same.append(group)
-            elif ranks <= own and name in averaged:
+            elif name not in averaged:
+                raise ValueError(_misfit("has processes that share a tensor-parallel parameter"))
+            elif ranks <= own:
                 size, joint = size * group.world_size, True
             else:
-                raise ValueError(_misfit("has processes that share a tensor-parallel parameter"))
+                raise ValueError(_misfit("lacks processes that FSDP2 averages gradients over"))
         if joint and size != len(own):
             raise ValueError(_misfit("has processes that FSDP2 does not average gradients over"))
         if joint and not all(any_sharded([p]) for p in params):
@@ -131,9 +133,9 @@ class Lockstep:
             if len({row[0] for row in group.agree([], [float(history)], self._device).table}) > 1:
                 raise ValueError(
                     "the processes that share the shards of parameters have added chunks of "
-                    "different weights, but process_group=None means that all have the same "
-                    "chunks: pass process_group=, the processes that have different ones, and call "
-                    "accumulator.backward(loss, weight)"
+                    "different weights, but those that are not in process_group (with None: all) "
+                    "have to add the same: pass process_group=, the processes that have different "
+                    "ones, and call accumulator.backward(loss, weight)"
                 )
 
     def _meet(self, index: int, item: Weighed | None, count: int, error: Exception | None) -> None:
@@ -158,9 +160,9 @@ class Lockstep:
         if error is None and any(row != table[0] for row in table):
             return ValueError(
                 "the processes that share the shards of parameters visit different chunks, but "
-                "process_group=None means that all have the same (in the same order, of the same "
-                "weight): give all the same chunks; or, for FSDP2, pass process_group=, the "
-                "processes that have different ones"
+                "those that are not in process_group (with None: all) have to visit the same, in "
+                "the same order and of the same weight: give all the same chunks; or, for FSDP2, "
+                "pass process_group=, the processes that have different ones"
             )
         return error
 

@@ -83,12 +83,10 @@ class Model(nn.Module):
 def sharded(mesh: Any, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     """On a mesh of two dimensions ("data", "tensor") also tensor-parallel."""
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import parallel as tp
 
     model = Model(dtype)
     if mesh.mesh_dim_names == ("data", "tensor"):
-        plan = {"up": tp.ColwiseParallel(), "last": tp.RowwiseParallel()}
-        tp.parallelize_module(model, mesh["tensor"], plan)
+        parallelize(model, mesh["tensor"])
         mesh = mesh["data"]
     fully_shard([model.first, model.norm], mesh=mesh, **options)
     fully_shard(model.up, mesh=mesh, **options)
@@ -104,6 +102,13 @@ def chunks(dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, torch
         )
         for n in (5, 4, 7, 4, 3, 6, 4, 2)
     ]
+
+
+def parallelize(model: nn.Module, mesh: Any) -> None:
+    from torch.distributed.tensor import parallel as tp
+
+    plan = {"up": tp.ColwiseParallel(), "last": tp.RowwiseParallel()}
+    tp.parallelize_module(model, mesh, plan)
 
 
 def visited(data: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -565,7 +570,11 @@ def two_dimensional(rank: int) -> dict[str, Any]:
     share = chunks()[:4][place::2]
     options = {"backward": True, "process_group": group}
     wide = chunks(torch.float64)[:4][place::2]
+    plain = Model()
+    parallelize(plain, mesh["tensor"])
     return {
+        "not given": caught(lambda: FullBatchClosure(plain, nn.functional.cross_entropy, share)),
+        "beside": train(plain, share, "plain", 1, process_group=group),
         "own": train(sharded(mesh, torch.float64), wide, "forward", 2, **options),
         "same": train(sharded(mesh), chunks()[:1], "central", 1, backward=True),
         "exact": [
@@ -589,6 +598,8 @@ def refused_groups(mesh: Any, share: Any) -> dict[str, tuple[str, str]]:
         found[f"accumulator, {name}"] = caught(
             lambda o=options: GradientAccumulator(model.parameters(), **o)
         )
+    everywhere, some = sharded(ranks.mesh(4)), {"process_group": mesh.get_group("data")}
+    found["some"] = caught(lambda: GradientAccumulator(everywhere.parameters(), **some))
     return found
 
 
@@ -695,7 +706,7 @@ def test_a_shift_reaches_parameters_that_stay_gathered(found):
 
 
 REFUSED = {
-    "accumulator": ("ValueError", "different weights, but process_group=None"),
+    "accumulator": ("ValueError", "have added chunks of different weights"),
     "functional": ("ValueError", "backward=True"),
     "lockstep": ("ValueError", "different numbers of chunks"),
     "lockstep, same": ("ValueError", "visit different chunks"),
@@ -755,11 +766,14 @@ def test_data_and_tensor_parallelism_on_one_mesh(found):
             close(one["own"][key], own[key], 1e-10)
         close(one["same"]["params"], same["params"])
         close(one["exact"][0]["params"], exact["params"])
+        close(one["beside"]["params"], exact["params"])
+        assert one["not given"][0] == "ValueError" and "get_group()" in one["not given"][1]
         for again in one["exact"]:  # in any order of chunks
             assert bits(again["params"]) == bits(results[0]["exact"][0]["params"])
         for case in ("closure, tensor", "closure, all", "accumulator, tensor", "accumulator, all"):
             assert one[case][0] == "ValueError", case
             assert "share a tensor-parallel parameter" in one[case][1]
+        assert one["some"][0] == "ValueError" and "lacks processes" in one["some"][1]
 
 
 def test_hybrid_sharding(found):
