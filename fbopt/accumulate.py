@@ -136,7 +136,7 @@ class GradientAccumulator:
         A ``p.grad`` that lies in them, as :meth:`to_grad` sets it, becomes None.
         """
         self._refuse_open()
-        for i in self._sums.holding([p.grad for p in self.params]) if self._assigned else ():
+        for i in self._sums.holding([p.grad if p.is_leaf else None for p in self.params]):
             self.params[i].grad = None  # backward() would add to the sums
         self._sums.reset()
         self._additions, self._history, self._is_spoiled = 0, 0, False
@@ -276,6 +276,17 @@ class GradientAccumulator:
         """Go on from a saved :meth:`state_dict`, and start over as :meth:`reset` does."""
         self._sums.store.load_state_dict(state)
         self.reset()
+
+    def _open_sums(self) -> dict[str, Any]:
+        """Return what has been added to a float32 sum, as tensors: for a checkpoint within it."""
+        sums = self._sums.partial()
+        return {"sums": sums, "weight": self._sums.total_weight}
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`_open_sums`."""
+        self.reset()
+        self._sums.resume(state["sums"])
+        self._count(state["weight"], 1)
 
     def _find_wrappers(self) -> list[torch.nn.parallel.DistributedDataParallel]:
         if self._wrappers is None:

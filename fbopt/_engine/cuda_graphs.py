@@ -90,6 +90,8 @@ class ChunkGraphs:
             self._settings.clear()
             self._moves += 1
         self._addresses, self._held, self._observe = addresses, held, observe
+        # In the first call every chunk is checked, which no capture and no replay can do.
+        self._is_checking = work.checks and work.means is not None and not self._kinds
         setting = (*_baked(work, self.device), observe is None)
         if len(self._settings) < LIMIT:
             self._settings.setdefault(setting, len(self._settings))
@@ -111,7 +113,7 @@ class ChunkGraphs:
         kind = (structure, *(_describe(index, leaf) for leaf in leaves), self._setting)
         state = self._kinds.get(kind)
         self._weight.fill_(weight)
-        if state == WARM_UP:
+        if state == WARM_UP and not self._is_checking:
             state = self._kinds[kind] = self._capture(work, index, leaves, structure)
         if isinstance(state, _Graph):
             work.sums.unseen &= state.unseen
@@ -123,7 +125,7 @@ class ChunkGraphs:
             result = work(index, chunk, self._weight, self._given, draws, self._observe)
         self._check_buffers(work.forward.model, captured=False)
         if state is not None:
-            self._kinds[kind] = state + 1
+            self._kinds[kind] = min(state + 1, WARM_UP)
         return result
 
     def _admits(self) -> bool:

@@ -193,6 +193,17 @@ class GradientSums:
         """Return what :meth:`fit` of the store needs, over all shards."""
         return self.buckets.maxima(self.store.maxima())
 
+    def partial(self) -> list[Tensor | None]:
+        """Copies of unfinished float32 sums, None where no gradient was added."""
+        return [None if i in self.unseen else v.clone() for i, v in enumerate(self.views)]
+
+    def resume(self, partial: Sequence[Tensor | None]) -> None:
+        """Go on from :meth:`partial`, of as many parameters; the caller adds the weight."""
+        for i, saved in enumerate(partial):
+            if saved is not None:
+                self.views[i].copy_(saved)
+                self.unseen.discard(i)
+
     def finish(self) -> None:
         """End the sum: exact sums become means, float sums are left to be divided."""
         self.is_mean = self.store.finish(self.total_weight)

@@ -493,7 +493,21 @@ def test_an_observer_that_comes_later_sees_every_chunk(device: torch.device):
 def test_python_runs_at_visits_and_captures_only(device: torch.device):
     runs = []
     three_calls(device, loss_fn=lambda o, t: runs.append(len(o)) or F.cross_entropy(o, t))
-    assert sorted(runs) == [5, 5, 5, 8, 8, 8]  # two visits and one capture each
+    # The first call checks the loss of each; then one capture of 8, another visit and one of 5.
+    assert sorted(runs) == [5, 5, 5, 8, 8, 8, 8]
+
+
+def test_the_loss_of_every_chunk_is_checked_in_the_first_call(device: torch.device):
+    chunks = placed(ragged(8, 8, 8, 8, 8), device)
+    chunks[-1][1][:3] = -100  # in the place of a replay
+    closure = FullBatchClosure(
+        mlp().to(device),
+        chunks=chunks,
+        evaluate=lambda model, chunk: F.cross_entropy(model(chunk[0]), chunk[1]),
+        cuda_graph=True,
+    )
+    with pytest.raises(ValueError, match="chunk 4 is a cross-entropy with ignored targets"):
+        closure()
 
 
 def test_more_kinds_than_graphs_run_without_and_are_told_of_once(device: torch.device):

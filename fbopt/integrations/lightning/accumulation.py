@@ -121,9 +121,7 @@ class WeightedAccumulation(pl.Callback):
         """Return the sums of an open window, which a checkpoint between two steps has to hold."""
         if not self._added:
             return {}
-        sums = self._accumulator._sums
-        gradients = [None if i in sums.unseen else v.clone() for i, v in enumerate(sums.views)]
-        return {"sums": gradients, "weight": sums.total_weight, "is_whole": self._group is None}
+        return {**self._accumulator._open_sums(), "is_whole": self._group is None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in the middle of a window, where the checkpoint was saved there."""
@@ -149,17 +147,13 @@ class WeightedAccumulation(pl.Callback):
         """Take over the sums of a checkpoint from the middle of a window."""
         if not self._resumed:
             return
-        sums, resumed = self._accumulator._sums, self._resumed["sums"]
-        if len(resumed) != len(sums.views):
+        saved, now = len(self._resumed["sums"]), len(self._accumulator.params)
+        if saved != now:
             raise RuntimeError(
-                f"WeightedAccumulation: the checkpoint has open sums of {len(resumed)} parameters, "
-                f"and {len(sums.views)} are trained now: freeze what was frozen when it was saved"
+                f"WeightedAccumulation: the checkpoint has open sums of {saved} parameters, and "
+                f"{now} are trained now: freeze what was frozen when it was saved"
             )
-        for i, saved in enumerate(resumed):
-            if saved is not None:
-                sums.views[i].copy_(saved)
-                sums.unseen.discard(i)
-        self._accumulator._count(self._resumed["weight"], 1)
+        self._accumulator._resume(self._resumed)
         self._added, self._resumed = 1, {}
 
     def _assign(self, trainer: pl.Trainer) -> None:
