@@ -15,14 +15,9 @@ from torch import Tensor
 from fbopt._checks import check_grads, check_weight, refuse_flattened
 from fbopt._distributed import Collectives
 from fbopt._eager import eager
-from fbopt._engine.backward import (
-    ChunkAddition,
-    drop,
-    scaled_backward,
-    taking,
-    unsynchronised,
-    wrappers_of,
-)
+from fbopt._engine.backward import drop, scaled_backward, taking
+from fbopt._engine.chunk_addition import ChunkAddition
+from fbopt._engine.data_parallel import unsynchronised, wrappers_of
 from fbopt._engine.fully_sharded import FullySharded
 from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
 from fbopt._engine.lockstep import Lockstep

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fbopt import GradientAccumulator
-from fbopt._engine import backward
+from fbopt._engine import chunk_addition
 
 
 def params(*dtypes):
@@ -164,7 +164,7 @@ def assert_mean(model, data, tolerance=1e-13):
 @pytest.mark.parametrize("accumulation", ["float32", "exact"])
 @pytest.mark.parametrize("batch", [1, 10**9])
 def test_chunk_takes_what_backward_makes(kind, accumulation, batch, monkeypatch):
-    monkeypatch.setattr(backward, "BATCH_BYTES", batch)
+    monkeypatch.setattr(chunk_addition, "BATCH_BYTES", batch)
     model, data = kind(), chunks()
     accumulator = GradientAccumulator(model.parameters(), accumulation)
     for _ in range(2):  # the second time p.grad holds the first mean
@@ -346,7 +346,7 @@ def test_an_error_before_gradients_are_added_changes_nothing():
 
 
 def test_an_error_half_way_has_to_be_reset(monkeypatch):
-    monkeypatch.setattr(backward, "BATCH_BYTES", 1)
+    monkeypatch.setattr(chunk_addition, "BATCH_BYTES", 1)
     model, data = Net(), chunks()
     accumulator = GradientAccumulator(model.parameters())
     with pytest.raises(ZeroDivisionError), accumulator.chunk():

@@ -22,7 +22,7 @@ from fbopt import (
     clip_grad_norm_,
 )
 from fbopt._build import load
-from fbopt._engine import backward, weights
+from fbopt._engine import chunk_addition, weights
 from fbopt._ops import dispatch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -225,7 +225,7 @@ def test_half_precision_parameters_are_summed_in_float32(dtype, device):
 @pytest.mark.parametrize("accumulation", ["float32", "exact"])
 def test_chunks_on_several_streams(accumulation, device, monkeypatch):
     """Layers run on streams of their own, so that autograd calls the hooks on those."""
-    monkeypatch.setattr(backward, "BATCH_BYTES", 400)
+    monkeypatch.setattr(chunk_addition, "BATCH_BYTES", 400)
     model, data = network(device=device), chunks(device)
     accumulator = GradientAccumulator(model.parameters(), accumulation)
     streams = [torch.cuda.Stream() for _ in model] if device.type == "cuda" else []

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fbopt._engine.backward import ChunkCollection, run_backward
+from fbopt._engine.backward import run_backward
+from fbopt._engine.chunk_addition import ChunkCollection
 from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._engine.weights import mean_of, weigh

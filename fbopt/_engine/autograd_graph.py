@@ -16,6 +16,10 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 
 Recompute = Callable[[], AbstractContextManager[Tensor]]
 CURE = "use method='forward' or 'central'"
+CHECKPOINT_CURE = (
+    "pass use_reentrant=False to torch.utils.checkpoint (in transformers "
+    "gradient_checkpointing_enable({'use_reentrant': False})), or backward=True to FullBatchClosure"
+)
 
 
 def nodes(loss: Tensor) -> Iterator[Any]:
@@ -51,10 +55,22 @@ def refuse_unreached(loss: Tensor, grads: Sequence[Tensor | None]) -> None:
     if missing and any(n.name() == "CheckpointFunctionBackward" for n in nodes(loss)):
         raise RuntimeError(
             "the model uses reentrant checkpointing, and torch.autograd.grad does not reach the "
-            "parameters inside: pass use_reentrant=False to torch.utils.checkpoint (in "
-            "transformers gradient_checkpointing_enable({'use_reentrant': False})), or "
-            "backward=True to FullBatchClosure"
+            f"parameters inside: {CHECKPOINT_CURE}"
         )
+
+
+@contextlib.contextmanager
+def hint_at_checkpoints() -> Iterator[None]:
+    """Say what to do where reentrant checkpointing refuses ``torch.autograd.grad``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "heckpoint" not in str(error) or ".grad()" not in str(error):
+            raise
+        raise RuntimeError(
+            "the model uses reentrant checkpointing, which works with loss.backward() alone: "
+            f"{CHECKPOINT_CURE}"
+        ) from error
 
 
 class SecondBackward:

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fbopt._engine.autograd_graph import SecondBackward, naming_methods, refuse_unreached
-from fbopt._engine.backward import (
-    ApartAddition,
-    ChunkAddition,
-    ChunkCollection,
-    Take,
+from fbopt._engine.autograd_graph import (
+    SecondBackward,
     hint_at_checkpoints,
-    run_backward,
+    naming_methods,
+    refuse_unreached,
 )
+from fbopt._engine.backward import Take, run_backward
 from fbopt._engine.batchnorm import RunningStatistics
+from fbopt._engine.chunk_addition import ApartAddition, ChunkAddition, ChunkCollection
 from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.forward import BARE, ChunkLoss
 from fbopt._engine.fully_sharded import FullySharded

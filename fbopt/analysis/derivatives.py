@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fbopt._checks import check_grads
-from fbopt._engine.autograd_graph import naming_methods, refuse_unreached
-from fbopt._engine.backward import hint_at_checkpoints
+from fbopt._engine.autograd_graph import hint_at_checkpoints, naming_methods, refuse_unreached
 
 
 def gradients(

@@ -26,7 +26,7 @@ from fbopt import (
     GradientPenalty,
     clip_grad_norm_,
 )
-from fbopt._engine import backward
+from fbopt._engine import chunk_addition
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -513,7 +513,7 @@ def memory(mesh: Any) -> dict[str, float]:
     """The most memory of a call beyond what is there before, in sizes of the whole gradient."""
     from torch.distributed.fsdp import fully_shard
 
-    backward.BATCH_BYTES = 2**14  # far less than the model, as in use
+    chunk_addition.BATCH_BYTES = 2**14  # far less than the model, as in use
     found = {}
     for name, (penalty, options) in MEMORY.items():
         model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientAccumulator, GradientPenalty
-from fbopt._engine import backward
+from fbopt._engine import chunk_addition
 from fbopt.analysis import Objective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -210,7 +210,7 @@ def failing(rank: int, group: Any) -> dict[str, Any]:
     model = Net()
     accumulator = GradientAccumulator(model.parameters(), process_group=group)
     found["nothing"] = caught(accumulator.mean)
-    backward.BATCH_BYTES = 1
+    chunk_addition.BATCH_BYTES = 1
     with contextlib.suppress(ZeroDivisionError), accumulator.chunk():
         loss_of(model, rank).backward()
         if rank == 1:
