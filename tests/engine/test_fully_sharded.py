@@ -39,17 +39,17 @@ PENALTIES: dict[str, GradientPenalty | None] = {
 # Which chunks a rank visits: all the same, or each its own; penalty, dtype, steps, arguments.
 TRAIN: dict[str, tuple[str, str, torch.dtype, int, dict[str, Any]]] = {
     "same": ("same", "plain", torch.float64, 2, {}),
-    "same, exact sums": ("few same", "forward", torch.float32, 2, {"accumulation": "exact"}),
+    "same, exact sums": ("few same", "forward", torch.float32, 20, {"accumulation": "exact"}),
     "same, central": ("few same", "central", torch.float64, 2, {}),
     "same, clipped": ("few same", "forward", torch.float64, 2, {"chunk_max_norm": 0.3}),
     "same, many": ("few same", "forward", torch.float32, 20, {}),
     "own": ("own", "plain", torch.float64, 2, {}),
-    "own, exact sums": ("own", "plain", torch.float32, 2, {"accumulation": "exact"}),
+    "own, exact sums": ("own", "plain", torch.float32, 20, {"accumulation": "exact"}),
     "own, forward": ("own", "forward", torch.float64, 2, {}),
     "own, norms": ("own", "plain", torch.float64, 2, {"chunk_norms": True}),
     "own, many": ("few own", "forward", torch.float32, 20, {}),
 }
-MORE = ("same, exact sums", "own, exact sums")
+MORE = ("same, exact sums", "own, exact sums", "own, many")
 TABLE = [(2, name) for name in TRAIN] + [(4, name) for name in MORE]
 EXACT = [(world, name) for world, name in TABLE if "exact sums" in name]
 
