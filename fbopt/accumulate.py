@@ -15,6 +15,7 @@ from torch import Tensor
 from fbopt._checks import check_grads, check_weight, refuse_flattened
 from fbopt._distributed import Collectives
 from fbopt._eager import eager
+from fbopt._engine.assigned import AssignedMeans
 from fbopt._engine.backward import drop, scaled_backward, taking
 from fbopt._engine.chunk_addition import ChunkAddition
 from fbopt._engine.data_parallel import unsynchronised, wrappers_of
@@ -50,24 +51,15 @@ class GradientAccumulator:
 
     **Several processes.** Every process adds its own chunks: as many as it likes, or none. The
     first :meth:`mean` or :meth:`to_grad` after them sums over all processes, once, and all have to
-    call it. Of a DistributedDataParallel gradients are taken before it averages them. What runs
-    forward within :meth:`chunk` sends none; what ran before sends zeros at each chunk, so that
-    processes need as many, or ``model.no_sync()``. A job of several processes has to pass a group
-    or ``"local"``.
+    call it. Of a DistributedDataParallel gradients are taken before it averages them. With FSDP2
+    processes need as many chunks; for DTensors means are DTensors of the same placements. A job of
+    several processes has to pass a group or ``"local"``. See the guide "Several processes".
 
-    **Sharded parameters.** For DTensors means are DTensors of the same placements. FSDP2 averages
-    gradients over its processes in every backward pass: where they are those of ``process_group``,
-    their k-th chunks count together, so that all need as many, through :meth:`backward` (or
-    :meth:`chunk` where weights are equal). With None all processes have the same chunks.
-
-    **Exact sums.** ``w_c g_c`` is rounded to a multiple of a unit u, a power of two for each tensor
-    (many small tensors share one), and added as an integer of 96 bits. With M the largest
-    ``|w_c g_c|`` in the tensor the sum's error is at most ``2^-49 M``, for up to 2^21 additions;
-    the mean in float32 is that sum's, to one unit in the last place. (For float64 parameters
-    ``w_c g_c`` is rounded to float64 first, and sums in float64 are more accurate.) Units follow
-    from the M of the last pass. If they do not fit, as often in the first pass, all gradients have
-    to be added once more, see :meth:`passes`. A tensor with a contribution that is NaN or infinite
-    has NaN for its whole mean. Memory: 16 bytes per parameter rather than 4.
+    **Exact sums.** ``w_c g_c`` is rounded to a multiple of a unit, a power of two for each tensor,
+    that follows from the last pass. If units do not fit, as often in the first pass, all gradients
+    have to be added once more, see :meth:`passes`. With M the largest ``|w_c g_c|`` in a tensor the
+    sum's error is at most ``2^-49 M``, for up to 2^21 additions; one that is NaN or infinite makes
+    the whole mean NaN. Memory: 16 bytes per parameter rather than 4. See the guide "Exact sums".
 
     Example:
         >>> accumulator = GradientAccumulator(model.parameters(), accumulation="exact")
@@ -100,15 +92,11 @@ class GradientAccumulator:
         self._additions = self._history = 0  # the latter a checksum of all weights
         self._is_open = self._is_spoiled = False
         self._wrappers: list[weakref.ref[torch.nn.parallel.DistributedDataParallel]] | None = None
-        self._assigned: list[weakref.ref[Tensor]] = []
+        self._assigned = AssignedMeans(self._sums)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Forget which gradients are this object's own: a copy has its own parameters."""
-        return vars(self) | {
-            "_assigned": [],
-            "_wrappers": None,
-            "_sharded": FullySharded(()),
-        }
+        """Pickle without the modules around the parameters: a copy has its own parameters."""
+        return vars(self) | {"_wrappers": None, "_sharded": FullySharded(())}
 
     @functools.cached_property
     def _sharded(self) -> FullySharded:
@@ -131,8 +119,7 @@ class GradientAccumulator:
         A ``p.grad`` that lies in them, as :meth:`to_grad` sets it, becomes None.
         """
         self._refuse_open()
-        for i in self._sums.holding([p.grad if p.is_leaf else None for p in self.params]):
-            self.params[i].grad = None  # backward() would add to the sums
+        self._assigned.release()
         self._sums.reset()
         self._additions, self._history, self._is_spoiled = 0, 0, False
 
@@ -167,8 +154,7 @@ class GradientAccumulator:
         """
         grads = grads if isinstance(grads, Tensor) else list(grads)
         check_grads(grads, self.params)
-        if self._sums.is_mean or self._assigned:
-            self._refuse_own(grads)
+        self._assigned.refuse(grads)
         weight, joint = self._join(weight)
         if joint:
             self._sums.add(self._sums.gather(grads), joint)
@@ -258,10 +244,7 @@ class GradientAccumulator:
         The next :meth:`chunk` or :meth:`add` drops these gradients by itself; ``zero_grad()`` is
         not needed.
         """
-        means = self.mean()
-        for p, g in zip(self.params, means, strict=True):
-            p.grad = g
-        self._assigned = [weakref.ref(g) for g in means if g is not None]
+        self._assigned.assign(self.mean())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the units of exact sums: the bits of the next mean depend on them."""
@@ -288,25 +271,6 @@ class GradientAccumulator:
             self._wrappers = [weakref.ref(model) for model in wrappers_of(self.params)]
         return [model for ref in self._wrappers if (model := ref()) is not None]
 
-    def _refuse_own(self, grads: Sequence[Tensor | None]) -> None:
-        """Refuse to add what lies in the memory of the last mean, which is about to be cleared."""
-        if found := self._sums.holding(grads):
-            raise ValueError(
-                f"grads[{found[0]}] lies in the accumulator's memory, where mean() or to_grad() "
-                "has left the last mean: call optimizer.zero_grad() with set_to_none=True (the "
-                "default) before loss.backward(), or pass clones"
-            )
-
-    def _drop_old_mean(self) -> None:
-        """Forget the gradients that :meth:`to_grad` has set: the sums take their memory."""
-        if not self._assigned:
-            return
-        own = {id(grad) for ref in self._assigned if (grad := ref()) is not None}
-        for p in self.params:
-            if p.grad is not None and id(p.grad) in own:
-                p.grad = None
-        self._assigned = []
-
     def _begin(self, weight: float | Tensor) -> float:
         """Check that gradients can be added, and begin a new sum after a mean."""
         value = check_weight(weight)
@@ -317,7 +281,7 @@ class GradientAccumulator:
         self._collectives.refuse_unknown_processes(self.params)
         if self._sums.is_mean:
             self.reset()
-        self._drop_old_mean()
+        self._assigned.drop()
         return value
 
     def _join(self, weight: float | Tensor, is_scaled: bool = False) -> tuple[float, float]:
