@@ -51,10 +51,8 @@ class AssignedMeans:
 
     def drop(self) -> None:
         """Set the gradients of :meth:`assign` to None, unless others have taken their place."""
-        if not self._set:
-            return
-        own = {id(grad) for ref in self._set if (grad := ref()) is not None}
-        for p in self._sums.params:
-            if p.grad is not None and id(p.grad) in own:
-                p.grad = None
+        if live := [p for p in self._sums.params if self._set and p.grad is not None]:
+            own = {id(grad) for ref in self._set if (grad := ref()) is not None}
+            for p in live:
+                p.grad = None if id(p.grad) in own else p.grad
         self._set = []

@@ -240,9 +240,12 @@ class GradientSums:
 
     def holding(self, tensors: Sequence[Tensor | None]) -> list[int]:
         """The indices of the tensors that lie in the sums' memory."""
-        own = {flat.untyped_storage().data_ptr() for flat in self._flats if flat.numel()}
-        given = [None if t is None else local(t).untyped_storage().data_ptr() for t in tensors]
-        return [i for i, pointer in enumerate(given) if pointer in own]
+        spans = [(flat.data_ptr(), flat.data_ptr() + flat.nbytes) for flat in self._flats]
+        given = [(i, t) for i, t in enumerate(tensors) if t is not None]
+        if self.buckets.sharding is not None:
+            given = [(i, local(t)) for i, t in given]
+        places = [(i, t.data_ptr()) for i, t in given]
+        return [i for start, end in spans for i, place in places if start <= place < end]
 
     def divisor(self, device: torch.device) -> Tensor | None:
         """The weight that the sums still have to be divided by, a 0-dim tensor; None for means."""
