@@ -157,6 +157,7 @@ class FullPass:
     ) -> Iterator[tuple[int, Any, float]]:
         if closure.on_pass_start is not None:  # here, where an error reaches other processes
             closure.on_pass_start()
+        self._counts.follow(closure.chunks)
         for index, chunk in enumerate(closure.chunks):
             weight = weigh(index, chunk, closure.weight, known, self._counts)
             self._sums.store.check_weight(weight)

@@ -102,12 +102,22 @@ class TargetCounts:
     """Counts the targets that are not ignored, or sums their class weights.
 
     On the CPU at every visit. Elsewhere a count is read from the device, which waits for it, when a
-    chunk's place is visited first; afterwards only where there are class weights or were ignored
-    targets, and the tensors are others now or have been written to.
+    chunk's place is visited first; afterwards, for other tensors or such as have been written to,
+    only with class weights, or once any chunk has had an ignored target.
     """
 
     def __init__(self) -> None:
+        self._forget(None)
+
+    def _forget(self, chunks: Any) -> None:
+        self._of = chunks
         self._known: dict[int, _Count] = {}
+        self._any_ignored = False
+
+    def follow(self, chunks: Any) -> None:
+        """Forget what was counted if the chunks are another object now."""
+        if chunks is not self._of:
+            self._forget(chunks)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TargetCounts, ()
@@ -120,11 +130,12 @@ class TargetCounts:
         known = self._known.get(index)
         if known is not None and known.holds(target, mean):
             return known.value
-        if known is not None and known.counts_all(mean):
+        if known is not None and known.counts_by_one(mean) and not self._any_ignored:
             return target.numel()
         _refuse_capture(index)
         versions, value = (_version(target), _version(weights)), _count(target, mean)
-        self._known[index] = _Count(weakref.ref(target), mean, versions, value, target.numel())
+        self._known[index] = _Count(weakref.ref(target), mean, versions, value)
+        self._any_ignored |= weights is None and value < target.numel()
         return value
 
 
@@ -143,12 +154,11 @@ class _Count(NamedTuple):
     mean: Mean
     versions: tuple[int, int]
     value: float
-    size: int
 
-    def counts_all(self, mean: Mean) -> bool:
-        """Whether all targets counted, each by one."""
+    def counts_by_one(self, mean: Mean) -> bool:
+        """Whether targets count by one, before and now, unless they are ignored."""
         same = self.mean.ignored == mean.ignored and mean.class_weights is None
-        return same and self.mean.class_weights is None and self.value == self.size
+        return same and self.mean.class_weights is None
 
     def holds(self, target: Tensor, mean: Mean) -> bool:
         weights = mean.class_weights

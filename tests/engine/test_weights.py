@@ -163,6 +163,20 @@ def test_a_device_is_read_once_for_each_place(case):
         )
 
 
+def test_a_device_is_read_again_once_a_chunk_has_ignored_targets():
+    """Or when the chunks are another object: shuffled or replaced ones may ignore elsewhere."""
+    mean, counts = weights.mean_of(nn.CrossEntropyLoss()), weights.TargetCounts()
+    whole, ignoring = torch.tensor([0, 1, 2]), torch.tensor([0, -100, 2])
+    first, second = [whole, whole, ignoring], [ignoring, whole, whole]
+    for chunks, wanted in ((first, [3, 3, 2]), (second, [2, 3, 3])):
+        found = [counts(i, y.clone().as_subclass(Elsewhere), mean) for i, y in enumerate(chunks)]
+        assert found == wanted
+    counts.follow(first)
+    assert counts(0, whole.clone().as_subclass(Elsewhere), mean) == 3
+    counts.follow(second)
+    assert counts(0, ignoring.clone().as_subclass(Elsewhere), mean) == 2
+
+
 def weighted(model, chunk):
     return F.cross_entropy(model(chunk[0]), chunk[1].clamp(min=0), weight=CLASS_WEIGHTS)
 
