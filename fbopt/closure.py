@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.full_pass import FullPass
 from fbopt._engine.fully_sharded import FullySharded
 from fbopt._engine.inputs import (
+    ARGUMENTS,
     check_arguments,
     refuse_compiled,
     refuse_inference_mode,
@@ -181,6 +183,7 @@ class FullBatchClosure:
         self._prepared.follow_cuda_graph(cuda_graph, model, self._candidates())
         self._full_pass = FullPass(*shared, self._prepared)
         self._running = threading.Lock()
+        self._verified = self._arguments()
         self.step = self._step_before = 0
         self.mean_sqnorm: Tensor | None = None
         self._coefficient()
@@ -302,6 +305,16 @@ class FullBatchClosure:
         self.sums.store.load_state_dict(state["sums"])
         self._statistics.store.load_state_dict(state["statistics"])
 
+    def _arguments(self) -> list[Any]:
+        return [vars(self)[name] for name in ARGUMENTS]
+
+    def _check_again(self) -> None:
+        """Check the arguments if one has been replaced since."""
+        given = self._arguments()
+        if not all(map(operator.is_, given, self._verified)):
+            check_arguments(vars(self) | {"accumulation": self.accumulation})
+            self._verified = given
+
     def _candidates(self) -> list[Tensor]:
         return list(self.model.parameters()) if self._given is None else self._given
 
@@ -326,6 +339,7 @@ class FullBatchClosure:
     def _begin(self, optimizer: torch.optim.Optimizer | None) -> float | Tensor | None:
         """Prepare for the first chunk; return lambda."""
         refuse_inference_mode()
+        self._check_again()
         self._reduction.sharded.reshard()  # gathered parameters would be listed in place of shards
         modules = list_modules(self.model)
         candidates = self._given or list_parameters(self.model, modules)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
 from fbopt._engine import weights
@@ -679,3 +680,24 @@ def test_double_backward_of_a_compiled_loss_names_the_methods():
     penalty = GradientPenalty(coefficient=0.1, method="exact")
     with pytest.raises(RuntimeError, match="use method='forward' or 'central'"):
         FullBatchClosure(mlp(), loss_fn, chunked(x, y), penalty=penalty)()
+
+
+REPLACED = {
+    "chunks": (DataLoader(range(8), batch_size=2, shuffle=True), ValueError, "shuffle=False"),
+    "chunk_max_norm": (-1.0, ValueError, "chunk_max_norm must be greater than 0"),
+    "penalty": (0.5, TypeError, "penalty must be a GradientPenalty"),
+    "backward": (1, TypeError, "backward must be True or False"),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_an_argument_that_is_replaced_is_checked_like_a_new_one(name):
+    value, kind, match = REPLACED[name]
+    model, chunks = nn.Linear(3, 2), [(torch.randn(4, 3), torch.randn(4, 2))]
+    closure = FullBatchClosure(model, F.mse_loss, chunks, penalty=GradientPenalty(coefficient=0.1))
+    loss, before = closure(), getattr(closure, name)
+    setattr(closure, name, value)
+    with pytest.raises(kind, match=match):
+        closure()
+    setattr(closure, name, before)
+    assert closure() == loss and closure.step == 2

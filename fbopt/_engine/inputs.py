@@ -25,6 +25,13 @@ ORDER_CURE = (
     "object of your own whose __iter__ returns iter(loader)"
 )
 FUNCTIONS = ("loss_fn", "evaluate", "observe", "on_pass_start", "weight")
+FLAGS = ("chunk_norms", "cuda_graph", "backward", "debug")
+# What may be replaced between calls, and is then checked again.
+ARGUMENTS = (
+    *("model", "chunks", "penalty", "optimizer", "autocast", "chunk_max_norm"),
+    *FUNCTIONS,
+    *FLAGS,
+)
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
@@ -55,7 +62,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError(f"autocast must be torch.bfloat16 or torch.float16, got {autocast}")
     if given["chunk_max_norm"] is not None:
         check_number("chunk_max_norm", given["chunk_max_norm"], above=0)
-    for name in ("chunk_norms", "cuda_graph", "backward", "debug"):
+    for name in FLAGS:
         if not isinstance(given[name], bool):
             raise TypeError(f"{name} must be True or False, got {_kind(given[name])}")
     if given["backward"] and given["cuda_graph"]:
