@@ -32,7 +32,8 @@ SIZES = (4, 9, 2, 11)  # of micro-batches
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """Forget the state that all accelerators of a process share."""
+    """Forget the state that all accelerators of a process share, also of other files' tests."""
+    forget()
     yield
     forget()
 
