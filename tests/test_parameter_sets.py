@@ -209,7 +209,14 @@ def test_a_closure_of_another_model_within_a_step():
     def evaluate(model, chunk):
         return mse(model(chunk[0]), chunk[1] + fit())
 
+    def loss():
+        target = torch.cat([y for _, y in chunks()]) + fit()
+        return mse(outer(torch.cat([x for x, _ in chunks()])), target)
+
+    old = list(outer.parameters())
+    wanted = [p - 0.1 * g for p, g in zip(old, torch.autograd.grad(loss(), old), strict=True)]
     optimizer.step(FullBatchClosure(outer, evaluate=evaluate, chunks=chunks()))
+    torch.testing.assert_close(list(outer.parameters()), wanted)
 
 
 def test_a_frozen_layer_stays_where_only_the_head_is_differentiated():

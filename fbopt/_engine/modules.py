@@ -11,11 +11,10 @@ LISTING = ("modules", "named_modules", "parameters", "named_parameters", "_named
 
 def list_modules(model: nn.Module) -> list[nn.Module]:
     """Return the modules of a model, each once, a module before those in it."""
-    if _lists_in_its_own_way(model):
-        return list(model.modules())
     found: dict[int, nn.Module] = {}
     _collect(model, found)
-    return list(found.values())
+    modules = list(found.values())
+    return modules if _list_as_usual(model, modules) else list(model.modules())
 
 
 def _collect(module: nn.Module, found: dict[int, nn.Module]) -> None:
@@ -28,11 +27,14 @@ def _collect(module: nn.Module, found: dict[int, nn.Module]) -> None:
 
 def list_parameters(model: nn.Module, modules: list[nn.Module]) -> list[Tensor]:
     """Return the parameters of a model with these modules, each once."""
-    if _lists_in_its_own_way(model):
+    if not _list_as_usual(model, modules):
         return list(model.parameters())
     held = (p for m in modules for p in m._parameters.values() if p is not None)
     return list({id(p): p for p in held}.values())
 
 
-def _lists_in_its_own_way(model: nn.Module) -> bool:
-    return any(getattr(type(model), name) is not getattr(nn.Module, name) for name in LISTING)
+def _list_as_usual(model: nn.Module, modules: list[nn.Module]) -> bool:
+    """Whether no class of these modules, nor the model itself, lists in a way of its own."""
+    kinds = set(map(type, modules))
+    usual = all(getattr(k, name) is getattr(nn.Module, name) for k in kinds for name in LISTING)
+    return usual and vars(model).keys().isdisjoint(LISTING)

@@ -103,7 +103,8 @@ class TargetCounts:
 
     On the CPU at every visit. Elsewhere a count is read from the device, which waits for it, when a
     chunk's place is visited first; afterwards, for other tensors or such as have been written to,
-    only with class weights, or once any chunk has had an ignored target.
+    only where chunks are a list, with class weights, or once any chunk has had an ignored target: a
+    loader gives the same targets in new tensors.
     """
 
     def __init__(self) -> None:
@@ -130,7 +131,9 @@ class TargetCounts:
         known = self._known.get(index)
         if known is not None and known.holds(target, mean):
             return known.value
-        if known is not None and known.counts_by_one(mean) and not self._any_ignored:
+        is_list = type(self._of) in (list, tuple)  # other tensors are other targets then
+        assumed = known is not None and known.counts_by_one(mean) and not is_list
+        if assumed and not self._any_ignored:
             return target.numel()
         _refuse_capture(index)
         versions, value = (_version(target), _version(weights)), _count(target, mean)

@@ -223,6 +223,7 @@ class Objective(ParameterSpace):
         :meth:`evaluating`.
         """
         known = mean_of(self.loss_fn)
+        self._counts.follow(self.chunks)
         for index, chunk in enumerate(self.chunks):
             weight = weigh(index, chunk, self.weight, known, self._counts)
             if weight:

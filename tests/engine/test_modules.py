@@ -30,10 +30,30 @@ class Choosy(nn.Sequential):
         return iter(self[0].parameters())
 
 
+class Hiding(nn.Module):
+    """Keeps a teacher out of every list, also as a part of another model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def named_modules(self, memo=None, prefix="", remove_duplicate=True):
+        yield prefix, self
+        yield from self.student.named_modules(memo, f"{prefix}.student", remove_duplicate)
+
+
+def choosing() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.parameters = model[1].parameters
+    return model
+
+
 MODELS = {
     "plain": lambda: nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ModuleList([nn.PReLU()])),
     "tied": Tied,
     "own way": lambda: Choosy(nn.Linear(2, 2), nn.Linear(2, 2)),
+    "a part in its own way": lambda: nn.Sequential(nn.Linear(2, 2), Hiding()),
+    "by an attribute": choosing,
     "parametrized": lambda: parametrizations.weight_norm(nn.Linear(2, 2)),
     "compiled": lambda: torch.compile(nn.Linear(2, 2)),
 }

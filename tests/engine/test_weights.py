@@ -173,6 +173,8 @@ def test_a_device_is_read_again_once_a_chunk_has_ignored_targets():
         assert found == wanted
     counts.follow(first)
     assert counts(0, whole.clone().as_subclass(Elsewhere), mean) == 3
+    replaced = ignoring.clone().as_subclass(Elsewhere)
+    assert counts(0, replaced, mean) == 2  # in the same list
     counts.follow(second)
     assert counts(0, ignoring.clone().as_subclass(Elsewhere), mean) == 2
 
