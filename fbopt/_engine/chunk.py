@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fbopt._engine.addition import GradientAddition, Gradients
 from fbopt._engine.autograd_graph import (
     SecondBackward,
     hint_at_checkpoints,
@@ -67,6 +68,11 @@ class ChunkGradient:
     lockstep: Lockstep | None = None
     checks: bool = False
     means: SampleMeans | None = None
+
+    @functools.cached_property
+    def addition(self) -> GradientAddition:
+        """What adds the chunk's gradient to the sums."""
+        return GradientAddition(self.sums, self.clip, self.perturbation, self.chunk_norms)
 
     @property
     def repetitions(self) -> int:
@@ -122,15 +128,18 @@ class ChunkGradient:
         self._record(own)
         loss = loss.detach()  # frees the activations, whose memory the next pass needs
         if self.penalty is None:
-            square = self._add_plain(grads, weight)
+            square = self.addition.plain(grads, weight)
         elif exact:
             products = hessian_gradient_product(grads, self.sums.params)
             if second is not None:  # after the products, whose graph a pass could invalidate
                 again = functools.partial(self._shifted_loss, index, chunk, grads, draws)
                 second.check(self.sums.params, again)
-            square = self._add_exact(grads, products, weight, coefficient)
+            square = self.addition.exact(grads, products, weight, coefficient)
         else:
-            square = self._add_finite_difference(index, chunk, grads, weight, coefficient, draws)
+            with self._shifted(index, chunk, draws) as shifted:
+                square = self.addition.differences(
+                    grads, weight, coefficient, self.penalty, shifted
+                )
         return loss, square
 
     def _counts(self, weight: float | Tensor) -> bool:
@@ -165,55 +174,20 @@ class ChunkGradient:
             loss, self.sums.params, self.forward.model, take, sharded=self.sharded, scale=scale
         )
 
-    def _add_plain(self, grads: Sequence[Tensor | None], weight: float | Tensor) -> Tensor | None:
-        parts = self.sums.gather(grads)
-        square = (
-            self.sums.squared_norm(parts) if self.chunk_norms or self.clip is not None else None
-        )
-        if self.clip is not None:
-            weight = self.clip.weight(weight, square)
-        self.sums.add(parts, weight)
-        return square
-
-    def _add_exact(
-        self,
-        grads: Sequence[Tensor | None],
-        products: list[Tensor],
-        weight: float | Tensor,
-        coefficient: Tensor,
-    ) -> Tensor:
-        parts = self.sums.gather([None if g is None else g.detach() for g in grads])
-        square = self.sums.squared_norm(parts)
-        # With g+ = H g, g- = 0 and ||g|| / (2 radius) = 1 the kernel's central difference is H g.
-        plus = self.sums.buckets.gather(products, "plus")
-        minus, one = [[torch.zeros_like(h) for h in part] for part in plus], torch.ones_like(square)
-        (self.clip or self.sums).add_penalised(parts, plus, minus, weight, coefficient, one, 0.5)
-        return square
-
-    def _add_finite_difference(
-        self,
-        index: int,
-        chunk: Any,
-        grads: Sequence[Tensor | None],
-        weight: float | Tensor,
-        coefficient: Tensor,
-        draws: GeneratorSnapshot,
-    ) -> Tensor:
-        radius, gather = self.penalty.radius, self.sums.gather
-        parts = gather(grads)
-        square = self.perturbation.fill(parts, radius)
+    @contextlib.contextmanager
+    def _shifted(
+        self, index: int, chunk: Any, draws: GeneratorSnapshot
+    ) -> Iterator[Callable[[bool], Gradients]]:
+        """Yield what returns the gradient at the perturbed parameters."""
         with self._repeating(draws) as rewind:
-            rewind()
-            plus = gather(self._perturbed_gradient(index, chunk), "plus")
-            minus = []
-            if self.penalty.method == "central":
-                self.buffers.restore()
-                self.perturbation.fill(parts, -radius, square)
+
+            def gradient(again: bool) -> Gradients:
+                if again:
+                    self.buffers.restore()
                 rewind()
-                minus = gather(self._perturbed_gradient(index, chunk), "minus")
-        difference = parts, plus, minus
-        (self.clip or self.sums).add_penalised(*difference, weight, coefficient, square, radius)
-        return square
+                return self._perturbed_gradient(index, chunk)
+
+            yield gradient
 
     @contextlib.contextmanager
     def _repeating(self, draws: GeneratorSnapshot) -> Iterator[Callable[[], None]]:
