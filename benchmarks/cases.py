@@ -6,17 +6,15 @@ Expected results come from fbopt.reference, in float64 unless said otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import CPU
 from fbopt import reference
-from fbopt._engine.forward import ChunkLoss
 from fbopt._ops.flat import flat_size, flat_views, scalar_on
 
 CLASSES = 10
@@ -27,7 +25,7 @@ TITLES = {
     "tiny": "1,000 tensors of 16 elements",
     "large": "one tensor of 2²⁶ elements",
 }
-Chunks = Sequence[tuple[Tensor, Tensor]]
+Chunks = Sequence[tuple[Tensor, ...]]
 Tensors = Sequence[Tensor]
 Shapes = Sequence[torch.Size]
 
@@ -180,69 +178,3 @@ class Operands:
                 params, grads, velocity, lr, None, norm, self.max_norm, **rule, first=first
             )
         return torch._foreach_sub(params, start), velocity
-
-
-@dataclass(frozen=True)
-class Task:
-    """The gradient of a model's mean loss over chunks, penalised or not."""
-
-    model: nn.Module
-    chunks: Chunks
-    penalised: bool
-    autocast: torch.dtype | None = None
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-    radius: float = 1e-2
-    coefficient: float = 0.1
-
-    @cached_property
-    def params(self) -> list[nn.Parameter]:
-        return list(self.model.parameters())
-
-    @property
-    def device(self) -> torch.device:
-        return self.params[0].device
-
-    def with_visible_penalty(self) -> Task:
-        """The same task with lambda ||g|| = radius = 0.1.
-
-        A chunk's penalised gradient is then that at the second point, so far away that a wrong
-        second pass shows also in half precision.
-        """
-        _, grads = self.gradient(*self.chunks[0])
-        norm = reference.squared_norm(list(grads)).sqrt().item()
-        return replace(self, radius=0.1, coefficient=0.1 / norm)
-
-    def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """The loss of a chunk and its gradient."""
-        forward = ChunkLoss(self.model, self.loss_fn, None, self.autocast, self.device)
-        loss, _, _ = forward.differentiable(0, (x, y))
-        return loss.detach(), torch.autograd.grad(loss, self.params)
-
-    def passes(self) -> None:
-        """All forward and backward passes, and nothing else."""
-        for x, y in self.chunks:
-            for _ in range(1 + self.penalised):
-                self.gradient(x, y)
-
-    @cached_property
-    def expected(self) -> list[Tensor]:
-        """The mean gradient over the chunks, in the arithmetic of the model."""
-        params = self.params
-        originals = [p.detach() for p in params]
-        sums = [torch.zeros_like(p) for p in originals]
-        flat = torch.empty(flat_size(params), dtype=params[0].dtype, device=self.device)
-        coefficient = scalar_on(self.device, self.coefficient)
-        for x, y in self.chunks:
-            weight = scalar_on(self.device, len(y))
-            _, grads = self.gradient(x, y)
-            if not self.penalised:
-                reference.accumulate_(sums, grads, weight)
-                continue
-            square = reference.perturb_(flat, originals, list(grads), self.radius)
-            point_to(params, flat_views(flat, params))
-            _, plus = self.gradient(x, y)
-            point_to(params, originals)
-            reference.accumulate_penalty_(
-                sums, grads, plus, [], weight, coefficient, square, self.radius
-            )
-        return torch._foreach_div(sums, sum(len(y) for _, y in self.chunks))

@@ -10,20 +10,16 @@ of the table on its own chunks, before it is timed. Ratios are time over that of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from benchmarks import cases
-from benchmarks.cases import TITLES, Task, WrongResult, require_close
-from benchmarks.contenders import ForeachUpdate
+from benchmarks.calls import BarePasses, FboptCall, GraphedCall, TorchCall
+from benchmarks.cases import TITLES, WrongResult, require_close
 from benchmarks.report import QUICK_ROUNDS, Report, options
+from benchmarks.task import Task
 from benchmarks.timing import Contender, Plan, Table, measure
-from fbopt import FullBatchClosure, GradientPenalty
 from fbopt.train.precision import autocast_dtype, set_float32_precision
 
 # Samples, and samples in a chunk: MNIST-1D has 4,000 to train on.
@@ -35,68 +31,6 @@ ROUNDS = {"resnet18": 15, "small-cnn": 60}
 TOLERANCES = {"fp32": 2e-2, "tf32": 5e-2, "bf16": 0.35}
 # Chunks of a shape run as usual twice; the third is captured in a CUDA graph.
 VISITS = 3
-
-
-class BarePasses:
-    """All forward and backward passes; the others also leave the mean gradient in `p.grad`."""
-
-    name = "bare passes"
-
-    def __init__(self, task: Task) -> None:
-        self.task, self.params = task, task.params
-
-    def __call__(self) -> object:
-        return self.task.passes()
-
-
-class FboptCall(BarePasses):
-    """FullBatchClosure."""
-
-    name, cuda_graph = "fbopt", False
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        penalty = GradientPenalty(coefficient=task.coefficient, radius=task.radius)
-        graphs = self.cuda_graph and task.device.type == "cuda"
-        how = {"autocast": task.autocast, "cuda_graph": graphs}
-        how |= {"penalty": penalty} if task.penalised else {}
-        self.closure = FullBatchClosure(task.model, F.cross_entropy, task.chunks, **how)
-
-    def __call__(self) -> Tensor:
-        return self.closure()
-
-
-class GraphedCall(FboptCall):
-    """The same with the work on a chunk in a CUDA graph; on the CPU there is none."""
-
-    name, cuda_graph = "fbopt, CUDA graphs", True
-
-
-class TorchCall(BarePasses):
-    """A chunk update in plain torch between the passes; BatchNorm's statistics are left as is."""
-
-    name = "plain torch"
-
-    def __call__(self) -> Tensor:
-        task, losses, total = self.task, [], sum(len(y) for _, y in self.task.chunks)
-        live = SimpleNamespace(radius=task.radius, coefficient=task.coefficient)
-        live.parameters = lambda: task.params
-        update = ForeachUpdate(live)
-
-        def second_pass(x: Tensor, y: Tensor) -> None:
-            _, live.plus = task.gradient(x, y)
-
-        for x, y in task.chunks:
-            live.weight = len(y) / total
-            loss, live.grads = task.gradient(x, y)
-            losses.append(live.weight * loss)
-            if task.penalised:
-                update.update(partial(second_pass, x, y))
-            else:
-                torch._foreach_add_(update.sums, live.grads, alpha=live.weight)
-        for p, g in zip(self.params, update.sums, strict=True):
-            p.grad = g
-        return torch.stack(losses).sum()
 
 
 CALLS = {

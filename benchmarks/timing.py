@@ -10,7 +10,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -119,27 +119,32 @@ def measure(
     title: str, contenders: Sequence[Contender], plan: Plan, prepare: Run = lambda: None
 ) -> Table:
     """Time all contenders, interleaved; `prepare` runs before every call and is not timed."""
-    deadline = time.monotonic() + plan.seconds
     by_events = plan.device.type == "cuda" and not plan.whole
     clocks: list[Clock] = [device_time] if by_events else []
     clocks.append(partial(wall_time, now=plan.now))
     calls = [[_calls_per_turn(clock, c, plan, prepare) for clock in clocks] for c in contenders]
     turns: list[list[list[float]]] = [[[] for _ in clocks] for _ in contenders]
-    order, rng = list(range(len(contenders))), random.Random(0)
     gc.collect()
     gc.disable()
     try:
-        for done in range(plan.rounds):
-            if done >= MIN_ROUNDS and time.monotonic() > deadline:
-                break
-            rng.shuffle(order)
-            for i in order:
-                for clock, count, seconds in zip(clocks, calls[i], turns[i], strict=True):
-                    seconds.append(clock(contenders[i].run, prepare, count, plan.device))
+        for i in in_turn(len(contenders), plan):
+            for clock, count, seconds in zip(clocks, calls[i], turns[i], strict=True):
+                seconds.append(clock(contenders[i].run, prepare, count, plan.device))
     finally:
         gc.enable()
     rows = zip(contenders, turns, strict=True)
     return Table(title, [Timing(contender, *seconds) for contender, seconds in rows])
+
+
+def in_turn(count: int, plan: Plan) -> Iterator[int]:
+    """Yield whose turn it is: in every round each of `count` contenders, in random order."""
+    deadline = time.monotonic() + plan.seconds
+    order, rng = list(range(count)), random.Random(0)
+    for done in range(plan.rounds):
+        if done >= MIN_ROUNDS and time.monotonic() > deadline:
+            return
+        rng.shuffle(order)
+        yield from order
 
 
 def wall_time(
@@ -200,5 +205,9 @@ def synchronize(device: torch.device) -> None:
 def _calls_per_turn(clock: Clock, contender: Contender, plan: Plan, prepare: Run) -> int:
     if plan.whole:
         return 1
-    once = min(clock(contender.run, prepare, 1, plan.device) for _ in range(3))
+    return calls_for(min(clock(contender.run, prepare, 1, plan.device) for _ in range(3)))
+
+
+def calls_for(once: float) -> int:
+    """How often a turn repeats a call of `once` seconds."""
     return max(1, min(MAX_CALLS, int(TURN_SECONDS / max(once, 1e-9))))

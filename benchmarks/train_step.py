@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.cases import CLASSES, Task, WrongResult, require_close, with_gradients
+from benchmarks.cases import CLASSES, WrongResult, require_close, with_gradients
 from benchmarks.report import QUICK_ROUNDS, Report, compiles, options
+from benchmarks.task import Task
 from benchmarks.timing import CPU, Contender, Plan, measure
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
 from fbopt.train import models

@@ -21,8 +21,9 @@ from benchmarks import (
     timing,
     train_step,
 )
-from benchmarks.cases import Operands, Task, WrongResult, require_close
+from benchmarks.cases import Operands, WrongResult, require_close
 from benchmarks.contenders import CHUNK_UPDATES, FINISHING_STEPS, FboptExactUpdate
+from benchmarks.task import Task
 from benchmarks.timing import CPU, Contender, Plan, Table, Timing, measure
 from fbopt._build.compiler import BuildError
 
