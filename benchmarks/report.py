@@ -26,6 +26,9 @@ QUICK_ROUNDS = 3
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 # Read, never set: a benchmark takes a GPU as it finds it.
 SMI_FIELDS = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
+# Instruction sets by name, the widest first, and the feature by which Linux says that they exist.
+VECTORS = {"avx512": "avx512f", "avx2": "avx2", "sve": "sve", "neon": "asimd"}
+BFLOAT16 = {"bf16": "avx512_bf16", "amx": "amx_bf16"}
 # Columns of tables in which a row has the entry: heading, whether it is a time, and format.
 COLUMNS = {
     "wall_s": ("wall", True, "{:.2f}"),
@@ -53,10 +56,14 @@ class Report:
     """Prints facts and tables as they come, and writes them to a JSON file."""
 
     def __init__(
-        self, name: str, choice: argparse.Namespace, argv: Sequence[str] | None = None
+        self,
+        name: str,
+        choice: argparse.Namespace,
+        argv: Sequence[str] | None = None,
+        variant: str = "",
     ) -> None:
         torch.set_num_threads(choice.threads)
-        self.name, self.quick = name, choice.quick
+        self.name, self.variant, self.quick = name, variant, choice.quick
         self.arguments = sys.argv[1:] if argv is None else list(argv)
         self.tables: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
@@ -72,8 +79,9 @@ class Report:
 
     def write(self, folder: Path) -> Path:
         """Write the JSON, named after benchmark and hardware, and return its path."""
-        hardware = self.machine.get("device", self.machine["cpu"])
-        name = f"{self.name.replace('_', '-')}-{slug(hardware)}{'-quick' * self.quick}"
+        hardware = self.machine.get("device") or hardware_name(cpu_name(), cpu_features())
+        parts = [self.name, self.variant, hardware, "quick" * self.quick]
+        name = "-".join(slug(part) for part in parts if part)
         command = " ".join(["python -m", f"benchmarks.{self.name}", *self.arguments])
         content = {"benchmark": self.name, "command": command, "machine": self.machine}
         path = folder / f"{name}.json"
@@ -88,6 +96,7 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
     kernels = load.kernels()
     return gpu_facts(device) | {
         "cpu": cpu_name(),
+        "instructions": " ".join(instruction_sets(cpu_features())),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "openmp": " ".join(f"{name}={os.environ.get(name, 'unset')}" for name in PINNING),
@@ -101,9 +110,33 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
 
 def cpu_name() -> str:
     """The name of the processor."""
+    return cpu_fact("model name") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> set[str]:
+    """What Linux calls the processor's features."""
+    return set((cpu_fact("flags") or cpu_fact("Features")).split())
+
+
+def cpu_fact(name: str) -> str:
+    """A line about the first core; empty where the system does not say."""
     path = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", path.read_text() if path.exists() else "")
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    found = re.search(rf"^{name}\s*:\s*(.+)", path.read_text() if path.exists() else "", re.M)
+    return found[1].strip() if found else ""
+
+
+def instruction_sets(features: set[str]) -> list[str]:
+    """The widest vectors of a processor, and what multiplies bfloat16 numbers."""
+    widest = next((name for name in VECTORS if VECTORS[name] in features), None)
+    found = [widest] if widest else []
+    return found + [name for name, feature in BFLOAT16.items() if feature in features]
+
+
+def hardware_name(cpu: str, features: set[str]) -> str:
+    """A processor's name in that of a file: "AMD EPYC avx512"."""
+    bare = re.sub(r"\((R|TM)\)|\bCPU\b|\b\d+-Core\b|\bProcessor\b|@.*", " ", cpu)
+    sets = [name for name in instruction_sets(features) if name != "bf16"]
+    return " ".join([*bare.split(), *sets])
 
 
 def gpu_facts(device: torch.device) -> dict[str, str]:
