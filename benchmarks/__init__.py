@@ -10,6 +10,8 @@ On a machine with other work or several sockets, choose the cores and the thread
 import os
 import sys
 
+# Before torch pins this process to one of them.
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 # OpenMP reads these once, when torch loads. Threads that move between cores can lose milliseconds
 # in every parallel region.
 PINNING = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}

@@ -2,6 +2,9 @@
 
     python -m benchmarks.step [--sizes resnet18 small-cnn] [--chunk N] [--chunks N] [--rounds N]
                               [--device cuda] [--precision fp32 tf32 bf16] [--quick]
+    python -m benchmarks.step --peers [--workloads cnn mlp] [--rounds N] [--quick]
+
+The second form compares the penalised step with JAX and others, see benchmarks/peers.
 
 Every contender is checked against fbopt.reference in float64 on a few samples, and in the precision
 of the table on its own chunks, before it is timed. Ratios are time over that of the passes alone.
@@ -17,6 +20,7 @@ import torch
 from benchmarks import cases
 from benchmarks.calls import BarePasses, FboptCall, GraphedCall, TorchCall
 from benchmarks.cases import TITLES, WrongResult, require_close
+from benchmarks.peers import program as peers
 from benchmarks.report import QUICK_ROUNDS, Report, options
 from benchmarks.task import Task
 from benchmarks.timing import Contender, Plan, Table, measure
@@ -102,7 +106,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--chunk", type=int, default=32, help="images per chunk for ResNet-18")
     parser.add_argument("--chunks", type=int, default=1, help="chunks per call for ResNet-18")
     parser.add_argument("--precision", nargs="+", choices=tuple(TOLERANCES), default=["fp32"])
+    peers.add_options(parser)
     choice = parser.parse_args(argv)
+    if choice.peers:
+        return peers.main(choice, argv)
     report = Report("step", choice, argv)
     for size in choice.sizes:
         rounds = choice.rounds or (QUICK_ROUNDS if choice.quick else ROUNDS[size])
