@@ -126,7 +126,7 @@ class TargetCounts:
     def __call__(self, index: int, target: Tensor, mean: Mean) -> float:
         """The count of a chunk's targets."""
         weights = mean.class_weights
-        if {t.device.type for t in (target, weights) if t is not None} == {"cpu"}:
+        if target.is_cpu and (weights is None or weights.is_cpu):
             return _count(target, mean)  # NumPy could have written to it
         known = self._known.get(index)
         if known is not None and known.holds(target, mean):
@@ -182,8 +182,11 @@ def _version(tensor: Tensor | None) -> int:
 
 
 def _count(target: Tensor, mean: Mean) -> float:
-    counted = target != mean.ignored
     if mean.class_weights is None:
-        return int(counted.sum())
+        size = target.numel()
+        if size and target.min().item() > mean.ignored:  # one operation, and the usual case
+            return size
+        return int((target != mean.ignored).sum())
+    counted = target != mean.ignored
     classes = target[counted].to(mean.class_weights.device)
     return float(mean.class_weights.double()[classes].sum())
