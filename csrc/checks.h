@@ -12,10 +12,52 @@ namespace fbopt {
 template <class T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-inline void check_flat(const Tensor& out, const Layout& layout) {
-  FBOPT_CHECK(out.is_contiguous() && out.numel() == layout.flat_size(),
-              "out must be contiguous and have ", layout.flat_size(),
-              " elements: params one after the other, each from a multiple of ", kAlign, " on");
+// A number for all chunks of a call, or one for each.
+inline void check_number(const char* name, const Tensor& t, const Chunks& chunks = {}) {
+  if (chunks.stacked) {
+    FBOPT_CHECK(t.dim() == 1 && t.numel() == chunks.count, name, " must be a 1-D tensor of ",
+                chunks.count, " elements, one for each chunk");
+  } else {
+    FBOPT_CHECK(t.numel() == 1, name, " must be a 0-dim tensor");
+  }
+  const ScalarType dtype = t.scalar_type();
+  FBOPT_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, name,
+              " must be float32 or float64");
+}
+
+// How far apart the numbers of a tensor are that check_number() accepts.
+inline int64_t step_of(const Tensor& t) { return t.numel() == 1 ? 0 : t.stride(0); }
+
+// Chunks with a weight each, or the one of a 0-dim weight.
+inline Chunks chunks_of(const Tensor& weight) {
+  if (weight.dim() == 0) return {};
+  FBOPT_CHECK(
+      weight.dim() == 1 && weight.numel() > 0,
+      "weight must be a 0-dim tensor, or 1-D with one element for each chunk of the stacks");
+  return {weight.numel(), true};
+}
+
+// The chunks of stacks, at least one.
+inline Chunks stacked(const char* name, const Meta& first) {
+  FBOPT_CHECK(first.dim > 0 && *first.sizes > 0, name,
+              "[0] must be a stack of at least one slice along its first dimension");
+  return {*first.sizes, true};
+}
+
+// Gradients are stacks if they have one dimension more than their parameters.
+inline Chunks chunks_of(const TensorList& params, const TensorList& grads,
+                        const std::optional<Tensor>& squared_norm) {
+  if (params.empty() || grads.empty())
+    return squared_norm && squared_norm->dim() == 1 ? Chunks{squared_norm->numel(), true}
+                                                    : Chunks{};
+  const Meta grad(grads[0]);
+  return grad.dim == Meta(params[0]).dim + 1 ? stacked("grads", grad) : Chunks{};
+}
+
+inline void check_flat(const Tensor& out, const Flat& flat) {
+  FBOPT_CHECK(out.is_contiguous() && out.numel() == flat.size, "out must be contiguous and have ",
+              flat.size, " elements: params one after the other, each from a multiple of ", kAlign,
+              " on, and of stacks as many copies of each as there are chunks");
 }
 
 // One float64 for each tensor of a list.

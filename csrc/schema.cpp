@@ -4,7 +4,7 @@
 
 FBOPT_OPS(FBOPT_LIBRARY, m) {
   m.def("pack_(Tensor(a!) out, Tensor[] tensors) -> ()");
-  m.def("squared_norm(Tensor[] tensors) -> Tensor");
+  m.def("squared_norm(Tensor[] tensors, bool stacked=False) -> Tensor");
   m.def(
       "perturb_(Tensor(a!) out, Tensor[] params, Tensor[] grads, float radius, "
       "Tensor? squared_norm=None) -> Tensor");

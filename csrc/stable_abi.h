@@ -1,5 +1,6 @@
 // Torch's stable C++ ABI (target 2.10) as the kernels see it; nothing else includes a torch header.
 // TensorList is a `Tensor[]` argument, Operand the pointers into one, Scalars are 0-dim tensors.
+// A stack holds the tensors of K chunks as slices of one, along a first dimension more.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -97,6 +98,27 @@ struct Meta {
     FBOPT_CALL(aoti_torch_get_dtype(t, &dtype));
     FBOPT_CALL(aoti_torch_get_data_ptr(t, &data));
   }
+  // The first slice of a stack.
+  Meta slice() const {
+    Meta first = *this;
+    first.numel /= *sizes;
+    --first.dim, ++first.sizes, ++first.strides;
+    return first;
+  }
+};
+
+// The chunks of a call: those of stacks, or one without a dimension for it.
+struct Chunks {
+  int64_t count = 1;
+  bool stacked = false;
+
+  // A tensor of the call as the one of its first chunk.
+  Meta first(const char* name, int64_t i, const Meta& t) const {
+    if (!stacked) return t;
+    FBOPT_CHECK(t.dim > 0 && *t.sizes == count, name, "[", i, "] must be a stack of ", count,
+                " slices, one for each chunk: its first dimension must be ", count);
+    return t.slice();
+  }
 };
 
 inline bool same_shape(const Meta& a, const Meta& b) {
@@ -168,21 +190,19 @@ inline Tensor row_major(AtenTensorHandle t) {
 constexpr int64_t kAlign = 16;
 inline int64_t aligned(int64_t offset) { return (offset + kAlign - 1) / kAlign * kAlign; }
 
-// The memory layout of every slot of a call: that of its first list, or a dense stand-in for it.
+// The memory layout of every slot of a call: that of its first list, or a dense stand-in for it. Of
+// stacks that of a slice.
 class Layout {
  public:
-  explicit Layout(const TensorList& list) {
+  explicit Layout(const TensorList& list, const Chunks& chunks = {}) {
     metas_.reserve(list.size());
     for (int64_t i = 0; i < list.size(); ++i) {
-      metas_.emplace_back(list[i]);
+      metas_.push_back(chunks.first("tensors", i, Meta(list[i])));
       if (is_dense(metas_.back())) continue;
-      stand_ins_.push_back(torch::stable::empty_like(borrow(list[i])));
+      Tensor own = borrow(list[i]);
+      if (chunks.stacked) own = torch::stable::select(own, 0, 0);
+      stand_ins_.push_back(torch::stable::empty_like(own));
       metas_.back() = Meta(stand_ins_.back().get());
-    }
-    starts_.reserve(list.size());
-    for (const Meta& m : metas_) {
-      starts_.push_back(aligned(flat_size_));
-      flat_size_ = starts_.back() + m.numel;
     }
   }
   const Meta& operator[](int64_t i) const { return metas_[i]; }
@@ -192,41 +212,56 @@ class Layout {
     for (const Meta& m : metas_) sum += m.numel;
     return sum;
   }
-  // A flat buffer over all slots: where each begins, and how many elements it has.
-  int64_t start(int64_t i) const { return starts_[i]; }
-  int64_t flat_size() const { return flat_size_; }
 
  private:
   std::vector<Meta> metas_;
   std::vector<Tensor> stand_ins_;
-  std::vector<int64_t> starts_;
-  int64_t flat_size_ = 0;
 };
 
-// Linear pointers into one list. A tensor that lies otherwise in memory than its slot is staged
-// through a dense copy; write_back() returns the staged results.
+// A flat buffer over all slots, with one slice of each slot for every chunk: where each begins, and
+// the number of elements of all.
+struct Flat {
+  std::vector<int64_t> starts;
+  int64_t size = 0;
+
+  Flat(const Layout& layout, const Chunks& chunks) {
+    starts.reserve(layout.size());
+    for (int64_t i = 0; i < layout.size(); ++i) {
+      starts.push_back(aligned(size));
+      size = starts.back() + layout[i].numel * chunks.count;
+    }
+  }
+};
+
+// Linear pointers into one list; the slices of a stack lie one after the other. A tensor that lies
+// otherwise in memory than its slot is staged through a dense copy; write_back() returns the staged
+// results.
 class Operand {
  public:
-  Operand(const char* name, const TensorList& list, const Layout& layout, ScalarType dtype)
-      : list_(list) {
+  Operand(const char* name, const TensorList& list, const Layout& layout, ScalarType dtype,
+          const Chunks& chunks = {})
+      : list_(list), layout_(layout) {
     FBOPT_CHECK(list.size() == layout.size(), name, " has ", list.size(), " tensors, expected ",
                 layout.size());
     const int32_t expected = code_of(dtype);
     pointers_.reserve(list.size());
     for (int64_t i = 0; i < list.size(); ++i) {
-      const Meta meta(list[i]);
+      const Meta meta(list[i]), first = chunks.first(name, i, meta);
       FBOPT_CHECK(meta.dtype == expected, name, "[", i, "] has another dtype than the op expects");
-      FBOPT_CHECK(same_shape(meta, layout[i]), name, "[", i,
-                  "] has another shape than the tensor it belongs to");
+      FBOPT_CHECK(same_shape(first, layout[i]), name, "[", i,
+                  "] has another shape than the tensor it belongs to",
+                  chunks.stacked ? ", after the dimension of the chunks" : "");
       FBOPT_CHECK(meta.device == layout[i].device, name, "[", i,
                   "] is on another device than the tensor it belongs to");
-      pointers_.push_back(same_layout(meta, layout[i]) ? meta.data : stage(i, layout[i]));
+      const bool in_row = chunks.count == 1 || *meta.strides == first.numel;
+      pointers_.push_back(in_row && same_layout(first, layout[i]) ? meta.data : stage(i, chunks));
     }
   }
 
+  // Slice k of tensor i.
   template <class T>
-  T* at(int64_t i) const {
-    return static_cast<T*>(pointers_[i]);
+  T* at(int64_t i, int64_t k = 0) const {
+    return static_cast<T*>(pointers_[i]) + k * layout_[i].numel;
   }
   const std::vector<void*>& pointers() const { return pointers_; }
 
@@ -238,9 +273,16 @@ class Operand {
   }
 
  private:
-  void* stage(int64_t i, const Meta& layout) {
-    Tensor copy = empty_strided(layout.dim, layout.sizes, layout.strides, Meta(list_[i]).dtype,
-                                layout.device);
+  void* stage(int64_t i, const Chunks& chunks) {
+    const Meta& slot = layout_[i];
+    std::vector<int64_t> sizes(slot.sizes, slot.sizes + slot.dim);
+    std::vector<int64_t> strides(slot.strides, slot.strides + slot.dim);
+    if (chunks.stacked) {
+      sizes.insert(sizes.begin(), chunks.count);
+      strides.insert(strides.begin(), slot.numel);
+    }
+    Tensor copy = empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                Meta(list_[i]).dtype, slot.device);
     torch::stable::copy_(copy, borrow(list_[i]));
     void* data = copy.data_ptr();
     staged_.emplace_back(i, std::move(copy));
@@ -248,6 +290,7 @@ class Operand {
   }
 
   const TensorList& list_;
+  const Layout& layout_;
   std::vector<void*> pointers_;
   std::vector<std::pair<int64_t, Tensor>> staged_;
 };
@@ -259,16 +302,6 @@ inline ScalarType dtype_of(const TensorList& list, ScalarType if_empty = ScalarT
 // Sums of float64 are kept in float64, all others in float32.
 inline ScalarType accumulator_of(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// Reads a 0-dim CPU tensor.
-inline double scalar(const char* name, const Tensor& t) {
-  FBOPT_CHECK(t.numel() == 1 && t.is_cpu(), name, " must be a 0-dim tensor on the CPU");
-  const ScalarType dtype = t.scalar_type();
-  FBOPT_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, name,
-              " must be float32 or float64");
-  return dtype == ScalarType::Double ? *static_cast<const double*>(t.data_ptr())
-                                     : *static_cast<const float*>(t.data_ptr());
 }
 
 template <class T>

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fbopt._ops.flat import accumulator_dtype, flat_size
+from fbopt._ops import dispatch
+from fbopt._ops.flat import accumulator_dtype, flat_size, stacks_like
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (0,), (1,), (7,), (513,), (3, 5, 7), (64, 32, 3, 3), (8193,), (0, 4), (1, 1, 1)]
@@ -26,10 +27,28 @@ def misaligned(t):
     return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].reshape(t.shape)
 
 
+def stack_channels_last(t):
+    return t.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) if t.dim() == 5 else t
+
+
+def stack_transposed(t):
+    return t.transpose(1, -1).contiguous().transpose(1, -1) if t.dim() > 2 else t
+
+
+def interleaved(t):
+    return t.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
 # Elements on either side of a copy, and what they hold.
 FENCE, POST = 64, 77.0
 
 STRIDES = [lambda t: t, channels_last, transposed, with_gaps, misaligned]
+STACK_STRIDES = [lambda t: t, stack_channels_last, stack_transposed, interleaved]
+STACK_STRIDES += [with_gaps, misaligned]
+# Ops that take stacks; and all ops, with the number of chunks of their stacks or 0 for none.
+STACKED = ["squared_norm", "perturb_", "accumulate_", "accumulate_penalty_", "accumulate_exact_"]
+STACKED += ["accumulate_exact_penalty_"]
+FORMS = [(name, 0) for name in dispatch.NAMES] + [(name, 3) for name in STACKED]
 LISTS = {
     "shapes": SHAPES,
     "one": [(100,)],
@@ -76,39 +95,51 @@ def scalar(x):
     return torch.tensor(x, dtype=torch.float64)
 
 
-def some_cases(name, shapes, dtype):
+def numbers(x, chunks):
+    """x for a chunk; for several x, 0, 3 x / 4 and so on."""
+    if not chunks:
+        return scalar(x)
+    return torch.tensor([x, 0.0, 0.75 * x, 2 * x], dtype=torch.float64).repeat(chunks)[:chunks]
+
+
+def some_cases(name, shapes, dtype, chunks=0):
     """Every fifth of the many of sgd_step_, all of other ops: each option still has each value."""
-    return cases(name, shapes, dtype)[:: 5 if name == "sgd_step_" else 1]
+    return cases(name, shapes, dtype, chunks)[:: 5 if name == "sgd_step_" else 1]
 
 
-def cases(name, shapes, dtype):
-    """The argument lists that an op is tried with."""
+def cases(name, shapes, dtype, chunks=0):
+    """The argument lists that an op is tried with, with stacks of so many chunks or none."""
     wide = accumulator_dtype(dtype)
     params, grads, plus, minus = (make(shapes, dtype, seed) for seed in range(4))
+    if chunks:
+        stacks = [(chunks, *s) for s in shapes]
+        grads, plus, minus = (make(stacks, dtype, seed, STACK_STRIDES) for seed in range(1, 4))
     sums = make(shapes, wide, 4, [lambda t: t, channels_last, transposed])
     if name == "squared_norm":
-        return [(params,)]
+        return [(grads, True) if chunks else (params,)]
     if name == "pack_":
         return [(torch.empty(sum(p.numel() for p in params), dtype=dtype), params)]
     if name == "perturb_":
-        out = torch.zeros(flat_size(params), dtype=dtype)
+        like = stacks_like(params, chunks) if chunks else params
+        out = torch.zeros(flat_size(like), dtype=dtype)
         zero = [torch.zeros_like(g) for g in grads]
         return [
             (out, params, grads, 1e-2),
-            (out, params, grads, -0.5, scalar(4.0)),
+            (out, params, grads, -0.5, numbers(4.0, chunks)),
             (out, params, zero, 1e-2),
         ]
     if name == "accumulate_":
-        return [(sums, grads, scalar(128.0)), (sums, grads, torch.tensor(3.0))]
+        weights = numbers(128.0, chunks), numbers(3.0, chunks).float()
+        return [(sums, grads, weight) for weight in weights]
     if name == "accumulate_penalty_":
-        rest = (scalar(96.0), scalar(0.1), scalar(2.5), 1e-2)
+        rest = (numbers(96.0, chunks), scalar(0.1), numbers(2.5, chunks), 1e-2)
         return [
             (sums, grads, plus, [], *rest),
             (sums, grads, plus, minus, *rest),
-            (sums, grads, plus, [], scalar(1.0), scalar(0.1), scalar(0.0), 1e-2),
+            (sums, grads, plus, [], numbers(1.0, chunks), scalar(0.1), numbers(0.0, chunks), 1e-2),
         ]
     if "exact" in name:
-        return exact_cases(name, shapes, sums, grads, plus, minus)
+        return exact_cases(name, shapes, sums, grads, plus, minus, chunks)
     if name == "clip_":
         return [(grads, scalar(10.0), 0.25), (grads, scalar(0.1), 0.25)]
     buffers = make(shapes, dtype, 5)
@@ -127,7 +158,7 @@ def cases(name, shapes, dtype):
     ]
 
 
-def exact_cases(name, shapes, means, grads, plus, minus):
+def exact_cases(name, shapes, means, grads, plus, minus, chunks):
     """Sums in fixed point: some near to wrapping or beyond, and scales from coarse to out of reach.
 
     In units of the sums, contributions are of some 2^52, 2^57 (sums wrap), 2^70 (they carry) or
@@ -151,10 +182,10 @@ def exact_cases(name, shapes, means, grads, plus, minus):
         powers = [torch.ones_like(g).copysign(g) for g in grads]  # odd multiples of 2^63 units
         ties = scales.new_full((len(shapes),), 2.0**63)
         return [
-            *((*kept, grads, scalar(w), scales) for w in (96.0, 0.5)),
-            *((*kept, powers, scalar(w), ties) for w in (1.0, 3.0, 5.0)),
+            *((*kept, grads, numbers(w, chunks), scales) for w in (96.0, 0.5)),
+            *((*kept, powers, numbers(w, chunks), ties) for w in (1.0, 3.0, 5.0)),
         ]
-    rest = (scalar(96.0), scales, scalar(0.1), scalar(2.5), 1e-2)
+    rest = (numbers(96.0, chunks), scales, scalar(0.1), numbers(2.5, chunks), 1e-2)
     return [(*kept, grads, plus, side, *rest) for side in ([], minus)]
 
 
@@ -173,14 +204,15 @@ def added(arguments, afterwards, dtype):
     return [t.to(accumulator_dtype(dtype)) for t in (*change, afterwards[2])]
 
 
-def assert_same(got, wanted):
-    """Equal to rounding, measured by the largest element: sums may cancel."""
+def assert_same(got, wanted, terms=1):
+    """Equal to the rounding of so many terms, measured by the largest element: sums may cancel."""
     for a, b in zip(got, wanted, strict=True):
         if isinstance(b, list):
-            assert_same(a, b)
+            assert_same(a, b, terms)
         elif isinstance(b, torch.Tensor) and not b.is_floating_point():
             assert torch.equal(a, b)
         elif isinstance(b, torch.Tensor):
             eps = torch.finfo(b.dtype).eps
             largest = b.double().nan_to_num(0.0).abs().max().item() if b.numel() else 0.0
-            torch.testing.assert_close(a, b, rtol=4 * eps, atol=8 * eps * largest, equal_nan=True)
+            atol = 8 * terms * eps * largest
+            torch.testing.assert_close(a, b, rtol=4 * eps, atol=atol, equal_nan=True)

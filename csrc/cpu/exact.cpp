@@ -1,10 +1,9 @@
-// Sums over chunks in fixed point on the CPU. float32 words per parameter: accumulate_exact_ 5,
-// accumulate_exact_penalty_ 6 (7 for central differences), exact_mean_ 4; carries are read and
-// written only where a sum wraps.
+// Sums over chunks in fixed point on the CPU. float32 words per parameter and chunk, with stacks of
+// K: accumulate_exact_ 1 + 4/K, accumulate_exact_penalty_ 2 + 4/K (3 + 4/K for central
+// differences); exact_mean_ 4 per parameter. Carries are read and written only where a sum wraps.
 #include "../rules/exact.h"
 
-#include "../rules/accumulate.h"
-#include "loops.h"
+#include "passes.h"
 
 namespace fbopt::cpu {
 namespace {
@@ -74,20 +73,25 @@ struct Sums {
         maxima(per_tensor("maxima", max, layout)),
         scales(per_tensor("scales", scale, layout)) {}
 
-  // Adds weight * v; tile(i, k, n, add) calls add(v) for n elements v(j) of tensor i, from k on.
+  // Adds weights[k] * v for every chunk k; tile(i, k, e, n, add) calls add(v) for n elements v(j)
+  // of tensor i, from element e on.
   template <class A, class Tile>
-  void add(double weight, const Tile& tile) {
-    for_each_backwards(layout, [&](int64_t i, int64_t begin, int64_t end) {
+  void add(const std::vector<double>& weights, const Tile& tile) {
+    const auto chunks = static_cast<int64_t>(weights.size());
+    for_each_backwards(layout, chunks, [&](int64_t i, int64_t begin, int64_t end) {
       int64_t* sum = sums.at<int64_t>(i);
       int32_t* carry = carries.at<int32_t>(i);
-      const double scale = weight * scales[i];
-      Bits<A> most = 0;
-      tiles(begin, end, 0, [&](int64_t k, int64_t n) {
-        tile(i, k, n, [&](const auto& v) {
-          most = std::max(most, magnitude(add_tile<A>(sum + k, carry + k, n, scale, v)));
+      Bits<double> most = 0;
+      for_each_chunk(chunks, begin, end, [&](int64_t k, int64_t first, int64_t last) {
+        const double scale = weights[k] * scales[i];
+        tiles(first, last, 0, [&](int64_t e, int64_t n) {
+          tile(i, k, e, n, [&](const auto& v) {
+            const A largest = add_tile<A>(sum + e, carry + e, n, scale, v);
+            most = std::max(most, magnitude(static_cast<double>(largest) * weights[k]));
+          });
         });
       });
-      raise_to(maxima + i, static_cast<double>(std::bit_cast<A>(most)) * weight);
+      raise_to(maxima + i, std::bit_cast<double>(most));
     });
     sums.write_back();
     carries.write_back();
@@ -97,15 +101,16 @@ struct Sums {
 void accumulate_exact_op(const TensorList& sums, const TensorList& carries, const Tensor& maxima,
                          const TensorList& grads, const Tensor& weight, const Tensor& scales) {
   const ScalarType dtype = dtype_of(grads);
+  const Chunks chunks = chunks_of(weight);
   Sums target(sums, carries, maxima, scales);
-  const Operand g("grads", grads, target.layout, dtype);
-  const double w = scalar("weight", weight);
+  const Operand g("grads", grads, target.layout, dtype, chunks);
+  const std::vector<double> weights = numbers("weight", weight, chunks);
   dispatch(dtype, [&](auto t) {
     using G = typename decltype(t)::type;
     using A = accumulate_t<G>;
-    target.add<A>(w, [&](int64_t i, int64_t k, int64_t n, const auto& add) {
+    target.add<A>(weights, [&](int64_t i, int64_t k, int64_t e, int64_t n, const auto& add) {
       Buffer<G, A> bd;
-      const A* d = widen<A>(g.at<const G>(i) + k, bd, n);
+      const A* d = widen<A>(g.at<const G>(i, k) + e, bd, n);
       add([=](int64_t j) { return d[j]; });
     });
   });
@@ -117,25 +122,19 @@ void accumulate_exact_penalty_op(const TensorList& sums, const TensorList& carri
                                  const Tensor& weight, const Tensor& scales,
                                  const Tensor& coefficient, const Tensor& squared_norm,
                                  double radius) {
-  const ScalarType dtype = dtype_of(grads);
-  const bool central = !minus.empty();
+  const Chunks chunks = chunks_of(weight);
   Sums target(sums, carries, maxima, scales);
-  const Layout& layout = target.layout;
-  const Operand g("grads", grads, layout, dtype), u("plus", plus, layout, dtype);
-  const Operand v("minus", central ? minus : grads, layout, dtype);
-  const double factor = rules::penalty_factor(scalar("coefficient", coefficient),
-                                              std::sqrt(scalar("squared_norm", squared_norm)),
-                                              radius, central ? 2 : 1);
-  const double w = scalar("weight", weight);
-  dispatch(dtype, [&](auto t) {
+  const Passes passes(grads, plus, minus, target.layout, chunks, coefficient, squared_norm, radius);
+  const std::vector<double> weights = numbers("weight", weight, chunks);
+  dispatch(dtype_of(grads), [&](auto t) {
     using G = typename decltype(t)::type;
     using A = accumulate_t<G>;
-    const A f = static_cast<A>(factor);
-    target.add<A>(w, [&](int64_t i, int64_t k, int64_t n, const auto& add) {
+    target.add<A>(weights, [&](int64_t i, int64_t k, int64_t e, int64_t n, const auto& add) {
       Buffer<G, A> bd, bp, bm;
-      const A* d = widen<A>(g.at<const G>(i) + k, bd, n);
-      const A* p = widen<A>(u.at<const G>(i) + k, bp, n);
-      const A* m = widen<A>(v.at<const G>(i) + k, bm, n);
+      const A* d = widen<A>(passes.grads.at<const G>(i, k) + e, bd, n);
+      const A* p = widen<A>(passes.plus.at<const G>(i, k) + e, bp, n);
+      const A* m = widen<A>(passes.minus.at<const G>(i, k) + e, bm, n);
+      const A f = static_cast<A>(passes.factors[k]);
       add([=](int64_t j) { return rules::penalised(d[j], p[j], m[j], f); });
     });
   });
@@ -147,10 +146,10 @@ void exact_mean_op(const TensorList& means, const TensorList& sums, const Tensor
   Sums source(sums, carries, maxima, scales);
   Operand out("means", means, source.layout, dtype);
   FBOPT_CHECK(dtype == accumulator_of(dtype), "means must be float32 or float64");
-  const double total = scalar("divisor", divisor);
+  const double total = number("divisor", divisor);
   dispatch(dtype, [&](auto t) {
     using A = typename decltype(t)::type;
-    for_each_backwards(source.layout, [&](int64_t i, int64_t begin, int64_t end) {
+    for_each_backwards(source.layout, 1, [&](int64_t i, int64_t begin, int64_t end) {
       const int64_t* sum = source.sums.at<int64_t>(i);
       const int32_t* carry = source.carries.at<int32_t>(i);
       A* mean = out.at<A>(i);

@@ -1,5 +1,4 @@
-// Threads over tensor lists: an elementwise loop, and a sum whose order depends on the shapes
-// alone.
+// Threads over tensor lists: an elementwise loop, and sums whose order depends on the shapes alone.
 #pragma once
 
 #include <algorithm>
@@ -18,20 +17,37 @@ constexpr int64_t kUnit = 1024;
 constexpr int64_t kBlock = 32768;
 // Elements per run of the elementwise loop, which takes the runs backwards.
 constexpr int64_t kRun = 131072;
+// Elements that all chunks go through one after the other: what they share stays in the cache.
+constexpr int64_t kShared = 2048;
 
 // Whether the caches are unlikely to keep that much until it is read. A constant, since the sizes
 // that machines report range from one core's share to the sum over all sockets.
 inline bool exceeds_cache(int64_t bytes) { return bytes > int64_t{32} << 20; }
 
+// A number of the CPU, or one for each chunk.
+inline std::vector<double> numbers(const char* name, const Tensor& t, const Chunks& chunks) {
+  FBOPT_CHECK(t.is_cpu(), name, " must be on the CPU");
+  check_number(name, t, chunks);
+  std::vector<double> found(chunks.count);
+  for (int64_t k = 0; k < chunks.count; ++k)
+    found[k] = t.scalar_type() == ScalarType::Double
+                   ? static_cast<const double*>(t.data_ptr())[k * step_of(t)]
+                   : static_cast<const float*>(t.data_ptr())[k * step_of(t)];
+  return found;
+}
+inline double number(const char* name, const Tensor& t) { return numbers(name, t, {})[0]; }
+
 // body(i, begin, end): elements begin ... end of tensor i, each element once, from the last run
-// to the first: after a forward sum over the same memory the caches still hold its end.
+// to the first: after a forward sum over the same memory the caches still hold its end. An element
+// is work for so many chunks.
 template <class Body>
-void for_each_backwards(const Layout& layout, const Body& body) {
+void for_each_backwards(const Layout& layout, int64_t chunks, const Body& body) {
   std::vector<int64_t> ends(layout.size());
   int64_t total = 0;
   for (int64_t i = 0; i < layout.size(); ++i) ends[i] = total += layout[i].numel;
   torch::stable::parallel_for(
-      0, (total + kUnit - 1) / kUnit, kGrain / kUnit, [&](int64_t b, int64_t e) {
+      0, (total + kUnit - 1) / kUnit, std::max<int64_t>(1, kGrain / kUnit / chunks),
+      [&](int64_t b, int64_t e) {
         int64_t end = std::min(e * kUnit, total);
         int64_t i = std::lower_bound(ends.begin(), ends.end(), end) - ends.begin();
         while (end > b * kUnit) {
@@ -42,6 +58,14 @@ void for_each_backwards(const Layout& layout, const Body& body) {
           if (end == start) --i;
         }
       });
+}
+
+// body(k, first, last): elements first ... last of chunk k, all chunks of a block in their order.
+template <class Body>
+void for_each_chunk(int64_t chunks, int64_t begin, int64_t end, const Body& body) {
+  const int64_t block = chunks == 1 ? end - begin : kShared;
+  for (int64_t first = begin; first < end; first += block)
+    for (int64_t k = 0; k < chunks; ++k) body(k, first, std::min(first + block, end));
 }
 
 // 32 interleaved sums over four quarters of the elements at once, combined pairwise. One stream of
@@ -115,30 +139,31 @@ double sum_of_squares(const T* p, int64_t n) {
   return sum.total();
 }
 
-// sum over all tensors of |x|^2, in float64: one partial sum per block, added up in the blocks'
-// order.
+// For each chunk the sum over all tensors of |x|^2, in float64: one partial sum per block, added up
+// in the blocks' order. The chunks of a block are worked on together, as in for_each_backwards().
 template <class T>
-double squared_norm(const Layout& layout, const Operand& tensors) {
+std::vector<double> squared_norm(const Layout& layout, const Operand& tensors, int64_t chunks) {
   std::vector<int64_t> ends(layout.size());
   int64_t blocks = 0;
   for (int64_t i = 0; i < layout.size(); ++i)
     ends[i] = blocks += (layout[i].numel + kBlock - 1) / kBlock;
-  std::vector<double> partial(blocks);
+  std::vector<double> partial(blocks * chunks);
   const int64_t grain =
       std::max<int64_t>(1, kGrain * blocks / std::max<int64_t>(1, layout.total()));
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t b, int64_t e) {
-    int64_t i = std::upper_bound(ends.begin(), ends.end(), b) - ends.begin();
-    for (int64_t block = b; block < e; ++block) {
+  torch::stable::parallel_for(0, blocks * chunks, grain, [&](int64_t b, int64_t e) {
+    int64_t i = std::upper_bound(ends.begin(), ends.end(), b / chunks) - ends.begin();
+    for (int64_t part = b; part < e; ++part) {
+      const int64_t block = part / chunks, k = part % chunks;
       while (block >= ends[i]) ++i;
       const int64_t count = (layout[i].numel + kBlock - 1) / kBlock;
       const int64_t begin = (block - (ends[i] - count)) * kBlock;
-      partial[block] =
-          sum_of_squares(tensors.at<T>(i) + begin, std::min(kBlock, layout[i].numel - begin));
+      partial[part] =
+          sum_of_squares(tensors.at<T>(i, k) + begin, std::min(kBlock, layout[i].numel - begin));
     }
   });
-  double sum = 0;
-  for (const double p : partial) sum += p;
-  return sum;
+  std::vector<double> sums(chunks);
+  for (int64_t part = 0; part < blocks * chunks; ++part) sums[part % chunks] += partial[part];
+  return sums;
 }
 
 }  // namespace fbopt::cpu

@@ -1,16 +1,16 @@
-// The penalised chunk update on the CPU. float32 words per parameter: perturb_ 4 (one read for the
-// norm, two reads and a write for the result), accumulate_ 3, accumulate_penalty_ 4 (5 for central
-// differences).
-#include "../rules/accumulate.h"
+// The penalised chunk update on the CPU. float32 words per parameter and chunk, with stacks of K:
+// perturb_ 3 + 1/K (one read for the norm, one and the parameters' for the result, a write),
+// accumulate_ 1 + 2/K, accumulate_penalty_ 2 + 2/K (3 + 2/K for central differences).
 #include "../rules/perturb.h"
-#include "loops.h"
+#include "passes.h"
 
 namespace fbopt::cpu {
 namespace {
 
-Tensor zero_dim(double value) {
-  Tensor t = torch::stable::empty({}, ScalarType::Double);
-  *static_cast<double*>(t.mutable_data_ptr()) = value;
+Tensor tensor_of(const std::vector<double>& values, const Chunks& chunks) {
+  Tensor t = chunks.stacked ? torch::stable::empty({chunks.count}, ScalarType::Double)
+                            : torch::stable::empty({}, ScalarType::Double);
+  std::copy(values.begin(), values.end(), static_cast<double*>(t.mutable_data_ptr()));
   return t;
 }
 
@@ -44,30 +44,40 @@ void pack_op(const Tensor& out, const TensorList& tensors) {
   }
 }
 
-Tensor squared_norm_op(const TensorList& tensors) {
+Tensor squared_norm_op(const TensorList& tensors, bool stacks) {
+  FBOPT_CHECK(!stacks || !tensors.empty(), "tensors must hold at least one stack");
   const ScalarType dtype = dtype_of(tensors);
-  const Layout layout(tensors);
-  const Operand x("tensors", tensors, layout, dtype);
-  double sum = 0;
-  dispatch(dtype, [&](auto t) { sum = squared_norm<typename decltype(t)::type>(layout, x); });
-  return zero_dim(sum);
+  const Chunks chunks = stacks ? stacked("tensors", Meta(tensors[0])) : Chunks{};
+  const Layout layout(tensors, chunks);
+  const Operand x("tensors", tensors, layout, dtype, chunks);
+  std::vector<double> sums;
+  dispatch(dtype, [&](auto t) {
+    sums = squared_norm<typename decltype(t)::type>(layout, x, chunks.count);
+  });
+  return tensor_of(sums, chunks);
 }
 
 template <class T>
-void shift(const Layout& layout, const Operand& p, const Operand& g, T* out, double step) {
+void shift(const Layout& layout, const Operand& p, const Operand& g, T* out, const Flat& flat,
+           const std::vector<double>& steps) {
   using A = accumulate_t<T>;
-  const bool streams = exceeds_cache(3 * layout.total() * static_cast<int64_t>(sizeof(T)));
-  const A s = static_cast<A>(step);
-  for_each_backwards(layout, [&](int64_t i, int64_t begin, int64_t end) {
-    const T *param = p.at<T>(i), *grad = g.at<T>(i);
-    T* to = out + layout.start(i);
-    tiles(begin, end, streams ? misaligned(to + begin) : 0, [&](int64_t k, int64_t n) {
-      Buffer<T, A> bx, bd;
-      alignas(64) A moved[kTile];
-      const A* __restrict x = widen<A>(param + k, bx, n);
-      const A* __restrict d = widen<A>(grad + k, bd, n);
-      for (int64_t j = 0; j < n; ++j) moved[j] = rules::perturb(x[j], d[j], s);
-      streams ? stream(to + k, moved, n) : narrow_loop(to + k, moved, n);
+  const auto chunks = static_cast<int64_t>(steps.size());
+  const bool streams =
+      exceeds_cache((1 + 2 * chunks) * layout.total() * static_cast<int64_t>(sizeof(T)));
+  for_each_backwards(layout, chunks, [&](int64_t i, int64_t begin, int64_t end) {
+    const T* param = p.at<T>(i);
+    for_each_chunk(chunks, begin, end, [&](int64_t k, int64_t first, int64_t last) {
+      const T* grad = g.at<T>(i, k);
+      T* to = out + flat.starts[i] + k * layout[i].numel;
+      const A s = static_cast<A>(steps[k]);
+      tiles(first, last, streams ? misaligned(to + first) : 0, [&](int64_t e, int64_t n) {
+        Buffer<T, A> bx, bd;
+        alignas(64) A moved[kTile];
+        const A* __restrict x = widen<A>(param + e, bx, n);
+        const A* __restrict d = widen<A>(grad + e, bd, n);
+        for (int64_t j = 0; j < n; ++j) moved[j] = rules::perturb(x[j], d[j], s);
+        streams ? stream(to + e, moved, n) : narrow_loop(to + e, moved, n);
+      });
     });
     if (streams) stream_fence();
   });
@@ -76,36 +86,44 @@ void shift(const Layout& layout, const Operand& p, const Operand& g, T* out, dou
 Tensor perturb_op(const Tensor& out, const TensorList& params, const TensorList& grads,
                   double radius, std::optional<Tensor> squared) {
   const ScalarType dtype = out.scalar_type();
+  const Chunks chunks = chunks_of(params, grads, squared);
   const Layout layout(params);
-  const Operand p("params", params, layout, dtype), g("grads", grads, layout, dtype);
-  check_flat(out, layout);
-  double sum = 0;
+  const Operand p("params", params, layout, dtype), g("grads", grads, layout, dtype, chunks);
+  const Flat flat(layout, chunks);
+  check_flat(out, flat);
+  std::vector<double> sums;
+  if (squared) sums = numbers("squared_norm", *squared, chunks);
   dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    sum = squared ? scalar("squared_norm", *squared) : squared_norm<T>(layout, g);
-    const double step = rules::perturb_step(radius, std::sqrt(sum));
-    shift(layout, p, g, static_cast<T*>(out.mutable_data_ptr()), step);
+    if (!squared) sums = squared_norm<T>(layout, g, chunks.count);
+    std::vector<double> steps;
+    for (const double sum : sums) steps.push_back(rules::perturb_step(radius, std::sqrt(sum)));
+    shift(layout, p, g, static_cast<T*>(out.mutable_data_ptr()), flat, steps);
   });
-  return zero_dim(sum);
+  return tensor_of(sums, chunks);
 }
 
 void accumulate_op(const TensorList& sums, const TensorList& grads, const Tensor& weight) {
   const ScalarType dtype = dtype_of(grads);
+  const Chunks chunks = chunks_of(weight);
   const Layout layout(sums);
   Operand a("sums", sums, layout, accumulator_of(dtype));
-  const Operand g("grads", grads, layout, dtype);
+  const Operand g("grads", grads, layout, dtype, chunks);
+  const std::vector<double> weights = numbers("weight", weight, chunks);
   dispatch_sums(sums, dtype, [&](auto gt, auto at) {
     using G = typename decltype(gt)::type;
     using A = typename decltype(at)::type;
-    const A w = static_cast<A>(scalar("weight", weight));
-    for_each_backwards(layout, [&](int64_t i, int64_t begin, int64_t end) {
+    for_each_backwards(layout, chunks.count, [&](int64_t i, int64_t begin, int64_t end) {
       A* sum = a.at<A>(i);
-      const G* grad = g.at<G>(i);
-      tiles(begin, end, 0, [&](int64_t k, int64_t n) {
-        Buffer<G, A> bd;
-        A* __restrict x = sum + k;
-        const A* __restrict d = widen<A>(grad + k, bd, n);
-        for (int64_t j = 0; j < n; ++j) x[j] = rules::accumulate(x[j], d[j], w);
+      for_each_chunk(chunks.count, begin, end, [&](int64_t k, int64_t first, int64_t last) {
+        const G* grad = g.at<G>(i, k);
+        const A w = static_cast<A>(weights[k]);
+        tiles(first, last, 0, [&](int64_t e, int64_t n) {
+          Buffer<G, A> bd;
+          A* __restrict x = sum + e;
+          const A* __restrict d = widen<A>(grad + e, bd, n);
+          for (int64_t j = 0; j < n; ++j) x[j] = rules::accumulate(x[j], d[j], w);
+        });
       });
     });
   });
@@ -116,29 +134,29 @@ void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, cons
                            const TensorList& minus, const Tensor& weight, const Tensor& coefficient,
                            const Tensor& squared_norm, double radius) {
   const ScalarType dtype = dtype_of(grads);
-  const bool central = !minus.empty();
+  const Chunks chunks = chunks_of(weight);
   const Layout layout(sums);
   Operand a("sums", sums, layout, accumulator_of(dtype));
-  const Operand g("grads", grads, layout, dtype), u("plus", plus, layout, dtype);
-  const Operand v("minus", central ? minus : grads, layout, dtype);
-  const double factor = rules::penalty_factor(scalar("coefficient", coefficient),
-                                              std::sqrt(scalar("squared_norm", squared_norm)),
-                                              radius, central ? 2 : 1);
+  const Passes passes(grads, plus, minus, layout, chunks, coefficient, squared_norm, radius);
+  const std::vector<double> weights = numbers("weight", weight, chunks);
   dispatch_sums(sums, dtype, [&](auto gt, auto at) {
     using G = typename decltype(gt)::type;
     using A = typename decltype(at)::type;
-    const A w = static_cast<A>(scalar("weight", weight)), k = static_cast<A>(factor);
-    for_each_backwards(layout, [&](int64_t i, int64_t begin, int64_t end) {
+    for_each_backwards(layout, chunks.count, [&](int64_t i, int64_t begin, int64_t end) {
       A* sum = a.at<A>(i);
-      const G *grad = g.at<G>(i), *up = u.at<G>(i), *down = v.at<G>(i);
-      tiles(begin, end, 0, [&](int64_t e, int64_t n) {
-        Buffer<G, A> bd, bp, bm;
-        A* __restrict x = sum + e;
-        const A* d = widen<A>(grad + e, bd, n);
-        const A* p = widen<A>(up + e, bp, n);
-        const A* m = widen<A>(down + e, bm, n);
-        for (int64_t j = 0; j < n; ++j)
-          x[j] = rules::accumulate_penalty(x[j], d[j], p[j], m[j], k, w);
+      for_each_chunk(chunks.count, begin, end, [&](int64_t k, int64_t first, int64_t last) {
+        const G *grad = passes.grads.at<G>(i, k), *up = passes.plus.at<G>(i, k),
+                *down = passes.minus.at<G>(i, k);
+        const A w = static_cast<A>(weights[k]), f = static_cast<A>(passes.factors[k]);
+        tiles(first, last, 0, [&](int64_t e, int64_t n) {
+          Buffer<G, A> bd, bp, bm;
+          A* __restrict x = sum + e;
+          const A* d = widen<A>(grad + e, bd, n);
+          const A* p = widen<A>(up + e, bp, n);
+          const A* m = widen<A>(down + e, bm, n);
+          for (int64_t j = 0; j < n; ++j)
+            x[j] = rules::accumulate_penalty(x[j], d[j], p[j], m[j], f, w);
+        });
       });
     });
   });

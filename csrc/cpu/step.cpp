@@ -11,13 +11,13 @@ void clip_op(const TensorList& grads, const Tensor& total_norm, double max_norm)
   const ScalarType dtype = dtype_of(grads);
   const Layout layout(grads);
   Operand g("grads", grads, layout, dtype);
-  const double c = rules::clip_coefficient(max_norm, scalar("total_norm", total_norm));
+  const double c = rules::clip_coefficient(max_norm, number("total_norm", total_norm));
   if (c == 1.0) return;
   dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     using A = accumulate_t<T>;
     const A coefficient = static_cast<A>(c);
-    for_each_backwards(layout, [&](int64_t i, int64_t begin, int64_t end) {
+    for_each_backwards(layout, 1, [&](int64_t i, int64_t begin, int64_t end) {
       T* grad = g.at<T>(i);
       tiles(begin, end, 0, [&](int64_t k, int64_t n) {
         Buffer<T, A> buffer;
@@ -36,7 +36,7 @@ void step(const Layout& layout, const Operand& p, const Operand& g, const Operan
           const rules::Sgd<accumulate_t<T>>& rule) {
   using A = accumulate_t<T>;
   const bool divides = rule.divisor != 1;
-  for_each_backwards(layout, [&](int64_t i, int64_t begin, int64_t end) {
+  for_each_backwards(layout, 1, [&](int64_t i, int64_t begin, int64_t end) {
     T* param = p.at<T>(i);
     G* grad = g.at<G>(i);
     T* velocity = v ? v->at<T>(i) : nullptr;
@@ -70,10 +70,10 @@ void sgd_step_op(const TensorList& params, const TensorList& grads,
   std::optional<Operand> v;
   if (momentum != 0) v.emplace("momentum_buffers", momentum_buffers, layout, dtype);
   const rules::SgdOptions options{momentum, dampening, weight_decay, nesterov, maximize, first};
-  const double rate = scalar("lr", lr);
+  const double rate = number("lr", lr);
   const double clip =
-      max_norm ? rules::clip_coefficient(*max_norm, scalar("total_norm", *total_norm)) : 1.0;
-  const double weight = divisor ? scalar("divisor", *divisor) : 1.0;
+      max_norm ? rules::clip_coefficient(*max_norm, number("total_norm", *total_norm)) : 1.0;
+  const double weight = divisor ? number("divisor", *divisor) : 1.0;
   dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     using A = accumulate_t<T>;

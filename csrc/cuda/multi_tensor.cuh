@@ -20,13 +20,10 @@ class Call {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  Scalar scalar(const char* name, const Tensor& t) const {
-    FBOPT_CHECK(t.numel() == 1 && Device(t.get()) == device_, name,
-                " must be a 0-dim tensor on the device of the tensors");
-    const ScalarType dtype = t.scalar_type();
-    FBOPT_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, name,
-                " must be float32 or float64");
-    return {t.data_ptr(), dtype == ScalarType::Double};
+  Scalar scalar(const char* name, const Tensor& t, const Chunks& chunks = {}) const {
+    FBOPT_CHECK(Device(t.get()) == device_, name, " must be on the device of the tensors");
+    check_number(name, t, chunks);
+    return {t.data_ptr(), t.scalar_type() == ScalarType::Double, step_of(t)};
   }
 
   // How many elements each tensor has; all must be on the device.
@@ -39,32 +36,50 @@ class Call {
     return sizes;
   }
 
-  // One element of every list at a time; lists that are not used are null.
+  // One element of every list at a time, in all chunks; lists that are not used are null.
   template <class Rule>
   void for_each(const std::vector<int64_t>& sizes, const Rule& rule,
-                const Pointers<Lists<Rule>::kDepth>& lists) const {
+                const Pointers<Lists<Rule>::kDepth>& lists, int64_t chunks = 1) const {
     tables(sizes, lists, kChunk,
            [&]<int D, int Capacity>(const Table<D, Capacity>& table, int64_t, int64_t blocks) {
-             run(&cuda::for_each<Rule, Capacity>, blocks, kThreads, table, rule);
+             groups(chunks, [&](const Group& group) {
+               run(&cuda::for_each<Rule, Capacity>, dim3(blocks), kThreads, table, rule, group);
+             });
            });
   }
 
-  // The sum of the squares of all elements, 0-dim float64, in two stages.
+  // body(group) for all chunks, as many at once as a launch takes.
+  template <class Body>
+  static void groups(int64_t chunks, const Body& body) {
+    for (int64_t k = 0; k < chunks; k += kMaxChunks)
+      body(Group{static_cast<int>(k), static_cast<int>(std::min<int64_t>(kMaxChunks, chunks - k))});
+  }
+
+  // For each chunk the sum of the squares of all elements, float64, in two stages.
   template <class T>
-  Tensor squared_norm(const std::vector<int64_t>& sizes, const Operand& tensors) const {
+  Tensor squared_norm(const std::vector<int64_t>& sizes, const Operand& tensors,
+                      const Chunks& chunks) const {
+    FBOPT_CHECK(chunks.count <= kMaxGridY, "stacks may have at most ", kMaxGridY, " slices");
     int64_t blocks = 0;
     for (const int64_t n : sizes) blocks += blocks_of(n, kSumChunk);
-    const Tensor partial = fresh({blocks}, ScalarType::Double, device_);
-    const Tensor sum = fresh({}, ScalarType::Double, device_);
+    const Tensor partial = fresh({chunks.count * blocks}, ScalarType::Double, device_);
+    const Tensor sum = numbers(chunks);
     auto* out = static_cast<double*>(partial.data_ptr());
     tables(sizes, Pointers<1>{&tensors.pointers()}, kSumChunk,
            [&]<int D, int Capacity>(const Table<D, Capacity>& table, int64_t before,
                                     int64_t launched) {
-             run(&sum_squares<T, Capacity>, launched, kThreads, table, out + before);
+             run(&sum_squares<T, Capacity>, dim3(launched, chunks.count), kThreads, table,
+                 out + before, blocks);
            });
-    run(&finish_sum, 1, kFinishThreads, static_cast<const double*>(out), blocks,
+    run(&finish_sum, dim3(chunks.count), kFinishThreads, static_cast<const double*>(out), blocks,
         static_cast<double*>(sum.data_ptr()));
     return sum;
+  }
+
+  // A number for each chunk, not set.
+  Tensor numbers(const Chunks& chunks) const {
+    return chunks.stacked ? fresh({chunks.count}, ScalarType::Double, device_)
+                          : fresh({}, ScalarType::Double, device_);
   }
 
   // body(table, blocks of earlier launches, blocks of this one) for every launch.
@@ -80,14 +95,13 @@ class Call {
   }
 
   template <class... Parameters, class... Arguments>
-  void run(void (*kernel)(Parameters...), int64_t blocks, int threads,
+  void run(void (*kernel)(Parameters...), const dim3& blocks, int threads,
            const Arguments&... arguments) const {
     static_assert((std::is_same_v<std::remove_cv_t<Parameters>, Arguments> && ...));
     static_assert((sizeof(Arguments) + ...) <= kParameterBytes);
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-    const cudaError_t status =
-        cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
-                         dim3(static_cast<unsigned>(threads)), pointers, 0, stream_);
+    const cudaError_t status = cudaLaunchKernel(
+        kernel, blocks, dim3(static_cast<unsigned>(threads)), pointers, 0, stream_);
     if (status == cudaSuccess) return;
     (void)cudaGetLastError();  // cleared, so that later calls do not report it again
     FBOPT_CHECK(false, "a CUDA kernel of fbopt was not launched: ", cudaGetErrorString(status));

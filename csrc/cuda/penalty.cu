@@ -1,6 +1,7 @@
-// The penalised chunk update on CUDA. float32 words per parameter as on the CPU: perturb_ 4,
-// accumulate_ 3, accumulate_penalty_ 4 (5 for central differences). Launches per table of tensors:
-// perturb_ 3 (two of them the norm's), the others 1.
+// The penalised chunk update on CUDA. float32 words per parameter and chunk as on the CPU, with
+// stacks of K: perturb_ 3 + 1/K, accumulate_ 1 + 2/K, accumulate_penalty_ 2 + 2/K (3 + 2/K for
+// central differences). Launches per table of tensors and 64 chunks: perturb_ 3 (two of them the
+// norm's), the others 1.
 #include "multi_tensor.cuh"
 #include "../rules/accumulate.h"
 #include "../rules/perturb.h"
@@ -16,8 +17,9 @@ struct Copy {
   using Value = T;
   using Uniform = Nothing;
 
-  __device__ Uniform uniform(int) const { return {}; }
+  __device__ Uniform uniform(int, int) const { return {}; }
   static __device__ bool idle(Uniform) { return false; }
+  static __device__ constexpr bool stacked(int) { return false; }
   static __device__ constexpr bool reads(int k) { return k == 1; }
   static __device__ constexpr bool writes(int k) { return k == 0; }
   static __device__ void apply(Value (&x)[2], Uniform) { x[0] = x[1]; }
@@ -48,20 +50,23 @@ void pack_op(const Tensor& out, const TensorList& tensors) {
            [&](auto t) { call.for_each(sizes, Copy<typename decltype(t)::type>{}, {&to, &from}); });
 }
 
-Tensor squared_norm(const Call& call, ScalarType dtype, const Layout& layout, const Operand& x) {
-  std::optional<Tensor> sum;
+Tensor squared_norm(const Call& call, ScalarType dtype, const Layout& layout, const Operand& x,
+                    const Chunks& chunks) {
+  std::optional<Tensor> sums;
   dispatch(dtype, [&](auto t) {
-    sum = call.squared_norm<typename decltype(t)::type>(call.sizes(layout), x);
+    sums = call.squared_norm<typename decltype(t)::type>(call.sizes(layout), x, chunks);
   });
-  return *sum;
+  return *sums;
 }
 
-Tensor squared_norm_op(const TensorList& tensors) {
+Tensor squared_norm_op(const TensorList& tensors, bool stacks) {
   FBOPT_CHECK(!tensors.empty(), "tensors must hold at least one");
   const Call call(tensors[0]);
   const ScalarType dtype = dtype_of(tensors);
-  const Layout layout(tensors);
-  return squared_norm(call, dtype, layout, Operand("tensors", tensors, layout, dtype));
+  const Chunks chunks = stacks ? stacked("tensors", Meta(tensors[0])) : Chunks{};
+  const Layout layout(tensors, chunks);
+  const Operand x("tensors", tensors, layout, dtype, chunks);
+  return squared_norm(call, dtype, layout, x, chunks);
 }
 
 template <class T>
@@ -72,10 +77,11 @@ struct Perturb {
   Scalar squared_norm;
   double radius;
 
-  __device__ Uniform uniform(int) const {
-    return static_cast<Value>(rules::perturb_step(radius, sqrt(squared_norm())));
+  __device__ Uniform uniform(int, int chunk) const {
+    return static_cast<Value>(rules::perturb_step(radius, sqrt(squared_norm(chunk))));
   }
   static __device__ bool idle(Uniform) { return false; }
+  static __device__ constexpr bool stacked(int k) { return k != 1; }
   static __device__ constexpr bool reads(int k) { return k > 0; }
   static __device__ constexpr bool writes(int k) { return k == 0; }
   static __device__ void apply(Value (&x)[3], Uniform step) {
@@ -87,23 +93,23 @@ Tensor perturb_op(const Tensor& out, const TensorList& params, const TensorList&
                   double radius, std::optional<Tensor> squared) {
   const Call call(out.get());
   const ScalarType dtype = out.scalar_type();
+  const Chunks chunks = chunks_of(params, grads, squared);
   const Layout layout(params);
-  const Operand p("params", params, layout, dtype), g("grads", grads, layout, dtype);
-  check_flat(out, layout);
-  if (squared) call.scalar("squared_norm", *squared);
-  Tensor sum = squared ? fresh({}, ScalarType::Double, Device(out.get()))
-                       : squared_norm(call, dtype, layout, g);
-  if (squared) torch::stable::copy_(sum, *squared);
-  const Scalar source = call.scalar("squared_norm", sum);
+  const Operand p("params", params, layout, dtype), g("grads", grads, layout, dtype, chunks);
+  const Flat flat(layout, chunks);
+  check_flat(out, flat);
+  if (squared) call.scalar("squared_norm", *squared, chunks);
+  Tensor sums = squared ? call.numbers(chunks) : squared_norm(call, dtype, layout, g, chunks);
+  if (squared) torch::stable::copy_(sums, *squared);
+  const Scalar source = call.scalar("squared_norm", sums, chunks);
   dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    std::vector<void*> to(layout.size());
-    for (int64_t i = 0; i < layout.size(); ++i)
-      to[i] = static_cast<T*>(out.data_ptr()) + layout.start(i);
+    std::vector<void*> to;
+    for (const int64_t start : flat.starts) to.push_back(static_cast<T*>(out.data_ptr()) + start);
     call.for_each(call.sizes(layout), Perturb<T>{source, radius},
-                  {&to, &p.pointers(), &g.pointers()});
+                  {&to, &p.pointers(), &g.pointers()}, chunks.count);
   });
-  return sum;
+  return sums;
 }
 
 template <class G, class A>
@@ -113,8 +119,9 @@ struct Accumulate {
   using Uniform = A;
   Scalar weight;
 
-  __device__ Uniform uniform(int) const { return static_cast<A>(weight()); }
+  __device__ Uniform uniform(int, int chunk) const { return static_cast<A>(weight(chunk)); }
   static __device__ bool idle(Uniform) { return false; }
+  static __device__ constexpr bool stacked(int k) { return k > 0; }
   static __device__ constexpr bool reads(int) { return true; }
   static __device__ constexpr bool writes(int k) { return k == 0; }
   static __device__ void apply(A (&x)[2], Uniform w) { x[0] = rules::accumulate(x[0], x[1], w); }
@@ -123,13 +130,14 @@ struct Accumulate {
 void accumulate_op(const TensorList& sums, const TensorList& grads, const Tensor& weight) {
   const Call call(sums.empty() ? weight.get() : sums[0]);
   const ScalarType dtype = dtype_of(grads);
+  const Chunks chunks = chunks_of(weight);
   const Layout layout(sums);
   Operand a("sums", sums, layout, accumulator_of(dtype));
-  const Operand g("grads", grads, layout, dtype);
-  const Scalar w = call.scalar("weight", weight);
+  const Operand g("grads", grads, layout, dtype, chunks);
+  const Scalar w = call.scalar("weight", weight, chunks);
   dispatch_sums(sums, dtype, [&](auto gt, auto at) {
     using Rule = Accumulate<typename decltype(gt)::type, typename decltype(at)::type>;
-    call.for_each(call.sizes(layout), Rule{w}, {&a.pointers(), &g.pointers()});
+    call.for_each(call.sizes(layout), Rule{w}, {&a.pointers(), &g.pointers()}, chunks.count);
   });
   a.write_back();
 }
@@ -147,12 +155,13 @@ struct AccumulatePenalty {
   Scalar weight, coefficient, squared_norm;
   double radius;
 
-  __device__ Uniform uniform(int) const {
-    const double norm = sqrt(squared_norm());
+  __device__ Uniform uniform(int, int chunk) const {
+    const double norm = sqrt(squared_norm(chunk));
     return {static_cast<A>(rules::penalty_factor(coefficient(), norm, radius, Steps)),
-            static_cast<A>(weight())};
+            static_cast<A>(weight(chunk))};
   }
   static __device__ bool idle(const Uniform&) { return false; }
+  static __device__ constexpr bool stacked(int k) { return k > 0; }
   static __device__ constexpr bool reads(int) { return true; }
   static __device__ constexpr bool writes(int k) { return k == 0; }
   static __device__ void apply(Value (&x)[Steps + 2], const Uniform& u) {
@@ -167,21 +176,23 @@ void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, cons
   const Call call(sums.empty() ? weight.get() : sums[0]);
   const ScalarType dtype = dtype_of(grads);
   const bool central = !minus.empty();
+  const Chunks chunks = chunks_of(weight);
   const Layout layout(sums);
   Operand a("sums", sums, layout, accumulator_of(dtype));
-  const Operand g("grads", grads, layout, dtype), u("plus", plus, layout, dtype);
-  const Operand v("minus", central ? minus : grads, layout, dtype);
-  const Scalar w = call.scalar("weight", weight), c = call.scalar("coefficient", coefficient);
-  const Scalar s = call.scalar("squared_norm", squared_norm);
+  const Operand g("grads", grads, layout, dtype, chunks), u("plus", plus, layout, dtype, chunks);
+  const Operand v("minus", central ? minus : grads, layout, dtype, chunks);
+  const Scalar w = call.scalar("weight", weight, chunks);
+  const Scalar c = call.scalar("coefficient", coefficient);
+  const Scalar s = call.scalar("squared_norm", squared_norm, chunks);
   dispatch_sums(sums, dtype, [&](auto gt, auto at) {
     using G = typename decltype(gt)::type;
     using A = typename decltype(at)::type;
     if (central) {
       call.for_each(call.sizes(layout), AccumulatePenalty<G, A, 2>{w, c, s, radius},
-                    {&a.pointers(), &g.pointers(), &u.pointers(), &v.pointers()});
+                    {&a.pointers(), &g.pointers(), &u.pointers(), &v.pointers()}, chunks.count);
     } else {
       call.for_each(call.sizes(layout), AccumulatePenalty<G, A, 1>{w, c, s, radius},
-                    {&a.pointers(), &g.pointers(), &u.pointers()});
+                    {&a.pointers(), &g.pointers(), &u.pointers()}, chunks.count);
     }
   });
   a.write_back();

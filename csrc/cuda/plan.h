@@ -16,7 +16,7 @@ namespace fbopt::cuda {
 constexpr int64_t kParameterBytes = 32764, kTableBytes = kParameterBytes - 256;
 // A small table for short lists: what the driver copies for a launch then stays under 4 KB.
 constexpr int kFew = 72;
-constexpr int64_t kMaxBlocks = INT32_MAX;
+constexpr int64_t kMaxBlocks = INT32_MAX, kMaxGridY = 65535;
 
 // The tensors of one launch: where they lie, how long they are, and which block works on which.
 template <int Depth, int Capacity>

@@ -16,10 +16,11 @@ struct Clip {
   Scalar total_norm;
   double max_norm;
 
-  __device__ Uniform uniform(int) const {
+  __device__ Uniform uniform(int, int) const {
     return static_cast<Value>(rules::clip_coefficient(max_norm, total_norm()));
   }
   static __device__ bool idle(Uniform coefficient) { return coefficient == Value(1); }
+  static __device__ constexpr bool stacked(int) { return false; }
   static __device__ constexpr bool reads(int) { return true; }
   static __device__ constexpr bool writes(int) { return true; }
   static __device__ void apply(Value (&x)[1], Uniform coefficient) { x[0] *= coefficient; }
@@ -49,11 +50,12 @@ struct Step {
   double max_norm;
   bool divides, clips;
 
-  __device__ Uniform uniform(int) const {
+  __device__ Uniform uniform(int, int) const {
     const double clip = clips ? rules::clip_coefficient(max_norm, total_norm()) : 1.0;
     return rules::sgd_rule<Value>(options, lr(), clip, divides ? divisor() : 1.0);
   }
   static __device__ bool idle(const Uniform&) { return false; }
+  static __device__ constexpr bool stacked(int) { return false; }
   __device__ bool reads(int k) const { return k < 2 || (options.momentum != 0 && !options.first); }
   __device__ bool writes(int k) const {
     return k == 0 || (k == 1 ? divides : options.momentum != 0);

@@ -44,14 +44,21 @@ def table(device_type: str) -> SimpleNamespace | ModuleType:
 @functools.cache
 def _register_fakes() -> None:
     """Tell torch.compile and fake tensors what the ops return; the schema says the rest."""
+    fakes = {"squared_norm": _fake_squared_norm, "perturb_": _fake_perturb}
     for name in NAMES:
-        returns = name in ("squared_norm", "perturb_")
-        torch.library.register_fake(f"fbopt::{name}", _fake_norm if returns else _fake_none)
+        torch.library.register_fake(f"fbopt::{name}", fakes.get(name, _fake_none))
 
 
-def _fake_norm(first: Tensor | list[Tensor], *args: object) -> Tensor:
-    like = first if isinstance(first, Tensor) else first[0]
-    return like.new_empty((), dtype=torch.float64)
+def _fake_squared_norm(tensors: list[Tensor], stacked: bool = False) -> Tensor:
+    shape = tensors[0].shape[:1] if stacked else ()
+    return tensors[0].new_empty(shape, dtype=torch.float64)
+
+
+def _fake_perturb(
+    out: Tensor, params: list[Tensor], grads: list[Tensor], *args: object, **rest: object
+) -> Tensor:
+    stacked = bool(params) and grads[0].dim() > params[0].dim()
+    return out.new_empty(grads[0].shape[:1] if stacked else (), dtype=torch.float64)
 
 
 def _fake_none(*args: object) -> None:
@@ -80,13 +87,15 @@ clip_ = _on_device_of(1, reference.clip_)
 sgd_step_ = _on_device_of(3, reference.sgd_step_)
 
 
-def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
+def squared_norm(tensors: Sequence[Tensor], stacked: bool = False) -> Tensor:
     """See :func:`fbopt.reference.squared_norm`; here over several devices and dtypes, or none."""
     if not tensors:
+        if stacked:
+            raise ValueError("tensors must hold at least one stack: it says how many chunks")
         return torch.zeros((), dtype=torch.float64)
     groups = by_device_and_dtype(tensors)
     parts = [[tensors[i] for i in group] for group in groups]
-    squares = [table(part[0].device.type).squared_norm(part) for part in parts]
+    squares = [table(part[0].device.type).squared_norm(part, stacked) for part in parts]
     if len(squares) == 1:
         return squares[0]
-    return torch.stack([s.to(tensors[0].device) for s in squares]).sum()
+    return torch.stack([s.to(tensors[0].device) for s in squares]).sum(0)

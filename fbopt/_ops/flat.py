@@ -34,6 +34,18 @@ def flat_size(like: Sequence[Tensor], align: int = ALIGN) -> int:
     return _starts(like, align)[-1] + like[-1].numel() if like else 0
 
 
+def stacks_like(tensors: Sequence[Tensor], chunks: int) -> list[Tensor]:
+    """Meta tensors (chunks, *shape), each slice as dense in memory as its tensor would be.
+
+    Their :func:`flat_views` are where :func:`fbopt.reference.perturb_` writes the shifted points of
+    several chunks.
+    """
+    meta = [torch.empty_like(t, device="meta") for t in tensors]
+    shapes = [((chunks, *t.shape), (t.numel(), *t.stride())) for t in meta]
+    pairs = zip(shapes, meta, strict=True)
+    return [torch.empty_strided(*shape, dtype=t.dtype, device="meta") for shape, t in pairs]
+
+
 def _starts(like: Sequence[Tensor], align: int) -> list[int]:
     starts, end = [], 0
     for t in like:

@@ -1,6 +1,9 @@
 """Every op in plain torch, on any device: the tests' reference, the kernels' documentation and the
 back end where there is no compiler. Names, arguments and mutations are those of csrc/schema.cpp.
 Half precision is computed in float32 and rounded once.
+
+A *stack* has one dimension more than the tensor it belongs to, the first, and in it one slice for
+each of K chunks: K calls in one.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fbopt._ops.flat import flat_views
+from fbopt._ops.flat import flat_views, stacks_like
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
@@ -20,15 +23,30 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _chunks(numbers: Tensor, *lists: list[Tensor]) -> Iterator[tuple[Tensor, list[list[Tensor]]]]:
+    """Yield each chunk's number and lists: those of slices, or the lists themselves for 0-dim."""
+    if numbers.dim() == 0:
+        yield numbers, list(lists)
+        return
+    slices = [[t.unbind() for t in tensors] for tensors in lists]
+    if any(len(s) != len(numbers) for tensors in slices for s in tensors):
+        raise ValueError(f"stacks must have {len(numbers)} slices, one for each chunk")
+    for k, number in enumerate(numbers):
+        yield number, [[s[k] for s in tensors] for tensors in slices]
+
+
 def pack_(out: Tensor, tensors: list[Tensor]) -> None:
     """Set the 1-D `out` to the tensors one after the other, each in row-major order."""
     if tensors:
         out.copy_(torch.cat([t.reshape(-1) for t in tensors]))
 
 
-def squared_norm(tensors: list[Tensor]) -> Tensor:
-    """Return sum_i ||x_i||^2 as a 0-dim float64 tensor."""
-    return torch.stack([t.double().square().sum() for t in tensors]).sum()
+def squared_norm(tensors: list[Tensor], stacked: bool = False) -> Tensor:
+    """Return sum_i ||x_i||^2 as a 0-dim float64 tensor; of stacks (K,), one for each chunk."""
+    squares = [t.double().square() for t in tensors]
+    if stacked:
+        return torch.stack([s.reshape(len(s), -1).sum(1) for s in squares]).sum(0)
+    return torch.stack([s.sum() for s in squares]).sum()
 
 
 def perturb_(
@@ -43,12 +61,19 @@ def perturb_(
     `out` is one flat buffer: params one after the other, each in its own memory order and from a
     multiple of 16 elements on; the gaps are not written.
     `squared_norm` is given where `grads` are only a part of the gradient.
+
+    With stacks of gradients the K copies p + s_k g_k of each parameter lie one after the other
+    where the parameter would, and norms are (K,).
     """
-    squared = _squared_norm(grads) if squared_norm is None else squared_norm.double().clone()
+    stacked = any(g.dim() > p.dim() for p, g in zip(params, grads, strict=True))
+    squared = squared_norm
+    squared = _squared_norm(grads, stacked) if squared is None else squared.double().clone()
     norm = squared.sqrt()
     step = torch.where(norm == 0, 0.0, radius / norm)
-    for view, p, g in zip(flat_views(out, params), params, grads, strict=True):
-        view.copy_(_wide(p) + step.to(_wide(p).dtype) * _wide(g))
+    views = flat_views(out, stacks_like(params, len(step)) if stacked else params)
+    for s, (to, chunk) in _chunks(step, views, grads):
+        for view, p, g in zip(to, params, chunk, strict=True):
+            view.copy_(_wide(p) + s.to(_wide(p).dtype) * _wide(g))
     return squared
 
 
@@ -56,9 +81,14 @@ _squared_norm = squared_norm
 
 
 def accumulate_(sums: list[Tensor], grads: list[Tensor], weight: Tensor) -> None:
-    """Add a <- a + w g, with a in float32 (float64 for float64 grads)."""
-    for a, g in zip(sums, grads, strict=True):
-        a.add_(weight.to(a.dtype) * g.to(a.dtype))
+    """Add a <- a + w g, with a in float32 (float64 for float64 grads).
+
+    With one weight for each of K chunks, (K,), grads are stacks: a <- a + w_1 g_1 + ... + w_K g_K,
+    added from left to right.
+    """
+    for w, (chunk,) in _chunks(weight, grads):
+        for a, g in zip(sums, chunk, strict=True):
+            a.add_(w.to(a.dtype) * g.to(a.dtype))
 
 
 def accumulate_penalty_(
@@ -74,10 +104,10 @@ def accumulate_penalty_(
     """Add a <- a + w (g + k (g+ - g-)): the chunk's gradient with lambda H g by finite differences.
 
     Forward differences (`minus` empty): g- = g, k = lambda ||g|| / radius; central: half that k.
+    With (K,) weights and squared norms, grads, plus and minus are stacks, see :func:`accumulate_`.
     """
     values = _penalised(grads, plus, minus, coefficient, squared_norm, radius)
-    for a, v in zip(sums, values, strict=True):
-        a.add_(weight.to(a.dtype) * v)
+    accumulate_(sums, list(values), weight)
 
 
 def _penalised(
@@ -93,7 +123,9 @@ def _penalised(
     factor = coefficient * norm / (2 * radius if minus else radius)
     factor = torch.where(norm == 0, 0.0, factor)
     for g, up, down in zip(grads, plus, minus or grads, strict=True):
-        yield _wide(g) + factor.to(_wide(g).dtype) * (_wide(up) - _wide(down))
+        ones = [1] * (g.dim() - factor.dim())
+        k = factor.to(_wide(g).dtype).reshape([*factor.shape, *ones])
+        yield _wide(g) + k * (_wide(up) - _wide(down))
 
 
 def accumulate_exact_(
@@ -110,9 +142,11 @@ def accumulate_exact_(
     Scales are powers of two: for half precision and float32, with a weight of up to 29 significant
     bits, w g s is rounded once, to the integer, ties to even; for float64, w g is rounded as well.
     Values that are infinite, NaN or at least 2^94 are not added; maxima show them.
+    With (K,) weights, grads are stacks, see :func:`accumulate_`.
     """
-    for i, g in enumerate(grads):
-        _add_exact(sums[i], carries[i], maxima[i], _wide(g).double(), weight.double(), scales[i])
+    for w, (chunk,) in _chunks(weight.double(), grads):
+        for i, g in enumerate(chunk):
+            _add_exact(sums[i], carries[i], maxima[i], _wide(g).double(), w, scales[i])
 
 
 def accumulate_exact_penalty_(
@@ -133,8 +167,7 @@ def accumulate_exact_penalty_(
     v is computed in float32, or in float64 for float64.
     """
     values = _penalised(grads, plus, minus, coefficient, squared_norm, radius)
-    for i, v in enumerate(values):
-        _add_exact(sums[i], carries[i], maxima[i], v.double(), weight.double(), scales[i])
+    accumulate_exact_(sums, carries, maxima, list(values), weight, scales)
 
 
 def _add_exact(

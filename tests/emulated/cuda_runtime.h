@@ -155,13 +155,14 @@ template <class... P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments, size_t,
                              cudaStream_t) {
   if (emulated::fails) return cudaErrorNoDevice;
-  if ((sizeof(P) + ...) > emulated::kParameterBytes || grid.x == 0 || block.x > 1024)
+  if ((sizeof(P) + ...) > emulated::kParameterBytes || grid.x == 0 || grid.y == 0 ||
+      grid.y > 65535 || block.x > 1024)
     return cudaErrorInvalidValue;
   emulated::grids.push_back(grid);
   gridDim = grid;
   [&]<size_t... I>(std::index_sequence<I...>) {
-    for (unsigned b = 0; b < grid.x; ++b) {
-      blockIdx = dim3(b);
+    for (unsigned b = 0; b < grid.x * grid.y; ++b) {
+      blockIdx = dim3(b % grid.x, b / grid.x);
       emulated::threads.run(
           block.x, [&] { kernel(*static_cast<std::remove_cvref_t<P>*>(arguments[I])...); });
     }

@@ -8,7 +8,7 @@ import ctypes
 
 import pytest
 import torch
-from op_cases import added, assert_same, cases, clone, make, scalar
+from op_cases import FORMS, added, assert_same, cases, clone, make, scalar
 from targets import emulator, rows, span, target
 
 from fbopt._ops import dispatch, reference
@@ -65,10 +65,10 @@ def test_the_tables_fit_what_a_kernel_takes(device):
 
 
 @pytest.mark.parametrize("count", [1, 62, 72, 73, 700, 1700])
-@pytest.mark.parametrize("name", dispatch.NAMES)
-def test_lists_are_split_over_launches(device, name, count):
+@pytest.mark.parametrize("name, chunks", FORMS)
+def test_lists_are_split_over_launches(device, name, chunks, count):
     """Few launches, of tables that fit; what they compute is the reference's."""
-    arguments = cases(name, [(3,)] * count, torch.float32)[0]
+    arguments = cases(name, [(3,)] * count, torch.float32, chunks)[0]
     launched(device)
     result, found = target("emulated").call(name, arguments)
     blocks = launched(device)
@@ -76,7 +76,7 @@ def test_lists_are_split_over_launches(device, name, count):
     wanted = getattr(reference, name)(*expected)
     if name == "accumulate_exact_penalty_":
         found, expected = (added(arguments, x, torch.float32) for x in (found, expected))
-    assert_same([result, *found], [wanted, *expected])
+    assert_same([result, *found], [wanted, *expected], terms=1 + 2 * chunks)
     depth = {"pack_": 2, "accumulate_": 2, "clip_": 1, "accumulate_exact_penalty_": 4}
     per_launch = [device.capacity(ctypes.c_int64(depth.get(name, 3)))]
     norm = -(-count // device.capacity(ctypes.c_int64(1)))
@@ -86,8 +86,8 @@ def test_lists_are_split_over_launches(device, name, count):
     }.get(name, -(-count // per_launch[0]))
     assert len(blocks) == launches
     assert sum(blocks) == {
-        "squared_norm": count + 1,
-        "perturb_": 2 * count + 1,
+        "squared_norm": count + max(1, chunks),
+        "perturb_": 2 * count + max(1, chunks),
     }.get(name, count)
 
 
@@ -103,6 +103,17 @@ def test_the_penalised_chunk_update_takes_four_launches(device):
     assert len(launched(device)) == 4
 
 
+def test_a_launch_takes_64_chunks(device):
+    """A stacked update takes as many launches as that of one chunk, for 64 chunks each."""
+    for chunks, updates in ((64, 1), (65, 2), (300, 5)):
+        arguments = cases("accumulate_penalty_", [(9,)] * 62, torch.float32, chunks)[0]
+        launched(device)
+        target("emulated").call("accumulate_penalty_", arguments)
+        assert len(launched(device)) == updates
+        target("emulated").call("squared_norm", (arguments[1], True))
+        assert launched(device) == [62, chunks]
+
+
 def test_nothing_is_launched_for_no_elements(device):
     empty = [torch.zeros(0), torch.zeros(0, 3)]
     ops = target("emulated").op
@@ -115,10 +126,10 @@ def test_nothing_is_launched_for_no_elements(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", dispatch.NAMES)
-def test_the_order_of_threads_does_not_matter(device, name, dtype):
+@pytest.mark.parametrize("name, chunks", FORMS)
+def test_the_order_of_threads_does_not_matter(device, name, chunks, dtype):
     """A barrier that is missing, or two threads that write one place, would show."""
-    arguments = cases(name, [(9001,), (64,), (70, 3)], dtype)[0]
+    arguments = cases(name, [(9001,), (64,), (70, 3)], dtype, chunks)[0]
     forwards = target("emulated").call(name, arguments)
     device.run_backwards(True)
     try:
@@ -181,9 +192,9 @@ def test_kernels_run_on_the_current_stream_and_device():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", dispatch.NAMES)
-def test_no_op_waits_for_the_device(name):
-    arguments = clone(list(cases(name, [(5,), (3, 4)], torch.float32)[0]), "cuda")
+@pytest.mark.parametrize("name, chunks", FORMS)
+def test_no_op_waits_for_the_device(name, chunks):
+    arguments = clone(list(cases(name, [(5,), (3, 4)], torch.float32, chunks)[0]), "cuda")
     op = target("cuda").op(name)
     op(*arguments)
     torch.cuda.set_sync_debug_mode("error")
@@ -194,9 +205,9 @@ def test_no_op_waits_for_the_device(name):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", dispatch.NAMES)
-def test_ops_can_be_captured(name):
-    arguments = clone(list(cases(name, [(9001,), (3, 4)], torch.float32)[0]), "cuda")
+@pytest.mark.parametrize("name, chunks", FORMS)
+def test_ops_can_be_captured(name, chunks):
+    arguments = clone(list(cases(name, [(9001,), (3, 4)], torch.float32, chunks)[0]), "cuda")
     eager, captured = clone(arguments, "cuda"), clone(arguments, "cuda")
     op = target("cuda").op(name)
     op(*clone(arguments, "cuda"))
