@@ -155,6 +155,8 @@ class FullBatchClosure:
         cuda_graph: bool = False,
         backward: bool = False,
         debug: bool = False,
+        vectorize: int = 1,
+        compile: bool = False,
         process_group: torch.distributed.ProcessGroup | str | None = None,
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
@@ -164,6 +166,7 @@ class FullBatchClosure:
         self.chunk_max_norm, self.chunk_norms = chunk_max_norm, chunk_norms
         self.observe, self.on_pass_start = observe, on_pass_start
         self.cuda_graph, self.backward, self.debug = cuda_graph, backward, debug
+        self.vectorize, self.compile = vectorize, compile
         check_arguments(vars(self) | {"chunks": chunks, "accumulation": accumulation})
         if backward:
             self.model = model = unwrapped(model)

@@ -1,5 +1,5 @@
 """What a chunk adds to the sums: w g, or with a penalty w (g + lambda H g), with H g by finite
-differences or from a second backward pass; clipped where asked.
+differences or from a second backward pass; clipped where asked. The same for stacks of chunks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.gradient_sums import GradientSums, Parts
 from fbopt._engine.perturb import Perturbation
+from fbopt._engine.stacked import StackedClip, StackedPerturbation, StackedSums
 from fbopt.penalty import GradientPenalty
 
 Gradients = Sequence[Tensor | None]
@@ -29,9 +30,9 @@ class GradientAddition:
         norms: whether ||g||^2 is wanted also where nothing else needs it.
     """
 
-    sums: GradientSums
-    clip: ChunkClip | None
-    perturbation: Perturbation | None
+    sums: GradientSums | StackedSums
+    clip: ChunkClip | StackedClip | None
+    perturbation: Perturbation | StackedPerturbation | None
     norms: bool
 
     def plain(self, grads: Gradients, weight: float | Tensor) -> Tensor | None:
@@ -56,7 +57,8 @@ class GradientAddition:
         parts = self.sums.gather([None if g is None else g.detach() for g in grads])
         square = self.sums.squared_norm(parts)
         # With g+ = H g, g- = 0 and ||g|| / (2 radius) = 1 the kernel's central difference is H g.
-        plus = self.sums.buckets.gather(products, "plus")
+        known = [None if g is None else h for g, h in zip(grads, products, strict=True)]
+        plus = self.sums.gather(known, "plus")
         minus = [[torch.zeros_like(h) for h in part] for part in plus]
         self._add_penalised(parts, plus, minus, weight, coefficient, torch.ones_like(square), 0.5)
         return square

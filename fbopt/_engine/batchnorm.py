@@ -5,7 +5,7 @@ each layer over the chunks c that ran it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,9 @@ from fbopt._sharding import any_sharded
 
 if TYPE_CHECKING:
     from fbopt._distributed import Collectives
+
+
+RECORDED = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class RunningStatistics:
@@ -143,6 +146,31 @@ class RunningStatistics:
             self.store.add(k, wide, weight(wide[0].device))
         for counter in self._counters:
             counter.record(weight(counter.weights.device))
+
+    @property
+    def recorded(self) -> list[tuple[_NormBase, str]]:
+        """The buffers that a pass is recorded in: a layer and the name of its buffer."""
+        layers = [m for m in self._layers if m.running_mean is not None and m.training]
+        return [(m, name) for m in layers for name in RECORDED if m._buffers[name] is not None]
+
+    def record_stacks(self, stacks: Mapping[int, Tensor], weights: Tensor) -> None:
+        """Add the statistics of K passes at once.
+
+        Args:
+            stacks: for the id of each buffer in `recorded` its values after each pass, (K, ...).
+            weights: of the chunks, (K,).
+        """
+        if not self._active:
+            return
+        for k, running in enumerate(self._lists):
+            found = [stacks.get(id(t), t.expand(len(weights), *t.shape)) for t in running]
+            device = running[0].device
+            self.store.add(k, [t.to(torch.float64) for t in found], weights.to(device))
+        for count in self._counts():
+            if id(count) in stacks:
+                count += (stacks[id(count)] - count).sum()
+        for counter in self._counters:
+            counter.record(weights.to(counter.weights.device).sum())
 
     def count_passes(self) -> None:
         """Note how many passes the layers have counted, for :meth:`all_reduce_`."""

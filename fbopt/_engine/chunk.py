@@ -108,32 +108,22 @@ class ChunkGradient:
         draws: GeneratorSnapshot | None,
         observe: Observe,
     ) -> tuple[Tensor, Tensor | None]:
-        exact = self.penalty is not None and self.penalty.method == "exact"
         checks = self.checks and isinstance(draws, GeneratorSnapshot)  # a capture reads nothing
-        if self.repetitions or (exact and checks):
+        if self.repetitions or (self.is_exact and checks):
             draws.begin()
         self.statistics.clear()
-        loss = self._forward(index, chunk, observe)
-        if checks and self.means is not None:
-            self.means.check(index, loss, float(weight))
+        loss = self._checked_forward(index, chunk, weight, observe, checks)
         own, weight = weight, self.lockstep.weight if self.sharded else weight
         if self._is_streamed:
             self._stream(loss, weight)
             self._record(own)
             return loss.detach(), None
-        second = SecondBackward(loss) if exact and checks else None
-        grads = self._gradient(loss, create_graph=exact)
-        if checks and not self.backward:
-            refuse_unreached(loss, grads)
+        grads, products = self._gradients(index, chunk, loss, draws, checks)
         self._record(own)
         loss = loss.detach()  # frees the activations, whose memory the next pass needs
         if self.penalty is None:
             square = self.addition.plain(grads, weight)
-        elif exact:
-            products = hessian_gradient_product(grads, self.sums.params)
-            if second is not None:  # after the products, whose graph a pass could invalidate
-                again = functools.partial(self._shifted_loss, index, chunk, grads, draws)
-                second.check(self.sums.params, again)
+        elif self.is_exact:
             square = self.addition.exact(grads, products, weight, coefficient)
         else:
             with self._shifted(index, chunk, draws) as shifted:
@@ -141,6 +131,47 @@ class ChunkGradient:
                     grads, weight, coefficient, self.penalty, shifted
                 )
         return loss, square
+
+    def probe(
+        self, index: int, chunk: Any, weight: float, draws: GeneratorSnapshot, observe: Observe
+    ) -> tuple[Tensor, Gradients]:
+        """Return one chunk's loss and gradient, with all checks; call it :meth:`in_passing`."""
+        loss = self._checked_forward(index, chunk, weight, observe, self.checks)
+        grads, _ = self._gradients(index, chunk, loss, draws, checks=True)
+        return loss.detach(), grads
+
+    def probe_loss(self, index: int, chunk: Any, weight: float) -> None:
+        """Check the loss of one chunk alone."""
+        self._checked_forward(index, chunk, weight, None, self.checks)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether there is a second backward pass."""
+        return self.penalty is not None and self.penalty.method == "exact"
+
+    def _checked_forward(
+        self, index: int, chunk: Any, weight: float | Tensor, observe: Observe, checks: bool
+    ) -> Tensor:
+        loss = self._forward(index, chunk, observe)
+        if checks and self.means is not None:
+            self.means.check(index, loss, float(weight))
+        return loss
+
+    def _gradients(
+        self, index: int, chunk: Any, loss: Tensor, draws: GeneratorSnapshot | None, checks: bool
+    ) -> tuple[Gradients, Gradients]:
+        """g, and with method="exact" H g."""
+        second = SecondBackward(loss) if self.is_exact and checks else None
+        grads = self._gradient(loss, create_graph=self.is_exact)
+        if checks and not self.backward:
+            refuse_unreached(loss, grads)
+        if not self.is_exact:
+            return grads, []
+        products = hessian_gradient_product(grads, self.sums.params)
+        if second is not None:  # after the products, whose graph a pass could invalidate
+            again = functools.partial(self._shifted_loss, index, chunk, grads, draws)
+            second.check(self.sums.params, again)
+        return grads, products
 
     def _counts(self, weight: float | Tensor) -> bool:
         return not self.sharded or bool(weight)  # others come with weights above 0 alone
@@ -179,7 +210,7 @@ class ChunkGradient:
         self, index: int, chunk: Any, draws: GeneratorSnapshot
     ) -> Iterator[Callable[[bool], Gradients]]:
         """Yield what returns the gradient at the perturbed parameters."""
-        with self._repeating(draws) as rewind:
+        with self.in_passing(draws) as rewind:
 
             def gradient(again: bool) -> Gradients:
                 if again:
@@ -190,7 +221,7 @@ class ChunkGradient:
             yield gradient
 
     @contextlib.contextmanager
-    def _repeating(self, draws: GeneratorSnapshot) -> Iterator[Callable[[], None]]:
+    def in_passing(self, draws: GeneratorSnapshot) -> Iterator[Callable[[], None]]:
         """Leave buffers, generators and autocast's cache as they are after passes in this context.
 
         Yields what rewinds the generators to where the chunk's draws began.
@@ -212,7 +243,7 @@ class ChunkGradient:
         perturbation.begin()
         parts = self.sums.gather([None if g is None else g.detach() for g in grads])
         perturbation.fill(parts, self.penalty.radius)
-        with self._repeating(draws) as rewind, perturbation.applied():
+        with self.in_passing(draws) as rewind, perturbation.applied():
             rewind()
             yield self._forward(index, chunk, observe=None)
 

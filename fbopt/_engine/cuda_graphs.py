@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from fbopt._engine.chunk import ChunkGradient, Observe
 from fbopt._engine.cuda_capture import CudaRecorder
+from fbopt._engine.kinds import describe
 from fbopt._engine.snapshot import GeneratorSnapshot
 from fbopt._ops.flat import overlaps_itself
 
@@ -24,8 +25,6 @@ from fbopt._ops.flat import overlaps_itself
 # libraries choose algorithms, compile and allocate; the second runs as the capture will.
 LIMIT, WARM_UP = 8, 2
 RECORDERS = {"cuda": CudaRecorder}
-# What a chunk may hold besides tensors: values that a graph bakes in.
-VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def graph_device(model: nn.Module, params: Iterable[Tensor]) -> torch.device:
@@ -110,7 +109,11 @@ class ChunkGraphs:
     ) -> tuple[Tensor, Tensor | None]:
         """Do the work on a chunk, by a replay if there is a graph for its kind."""
         leaves, structure = tree_flatten(chunk)
-        kind = (structure, *(_describe(index, leaf) for leaf in leaves), self._setting)
+        kind = (
+            structure,
+            *(describe(index, leaf, "cuda_graph=True", "cuda_graph=False") for leaf in leaves),
+            self._setting,
+        )
         state = self._kinds.get(kind)
         self._weight.fill_(weight)
         if state == WARM_UP and not self._is_checking:
@@ -249,19 +252,6 @@ def _baked(work: ChunkGradient, device: torch.device) -> tuple:
             for name, value in vars(m).items()
             if type(value) in (bool, int, float, str)
         ),
-    )
-
-
-def _describe(index: int, leaf: Any) -> tuple:
-    """What a tensor or value in a chunk contributes to the chunk's kind."""
-    if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
-    if isinstance(leaf, VALUES):
-        return type(leaf), repr(leaf)
-    what = f"{leaf.layout} tensor" if isinstance(leaf, Tensor) else type(leaf).__name__
-    raise TypeError(
-        f"chunk {index} holds a {what}: with cuda_graph=True chunks are dense tensors, numbers and "
-        "strings in tuples, lists and dicts; take it apart, or pass cuda_graph=False"
     )
 
 

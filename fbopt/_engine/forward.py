@@ -50,6 +50,10 @@ class ChunkLoss:
         """
         # Autocast caches cast weights by parameter; a perturbation would not change them.
         torch.clear_autocast_cache()
+        return self.compute(index, chunk)
+
+    def compute(self, index: int, chunk: Any) -> tuple[Tensor, Any, Any]:
+        """Do so, where autocast's cache holds nothing."""
         with self._autocast():
             if self.evaluate is not None:
                 found = self.evaluate(self.model, chunk)

@@ -4,20 +4,22 @@ exact sums did not fit, and their means over all processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fbopt._engine.batchnorm import RunningStatistics
-from fbopt._engine.chunk import ChunkGradient
+from fbopt._engine.chunk import ChunkGradient, Observe
+from fbopt._engine.chunk_groups import Weighed, grouped
 from fbopt._engine.forward import ChunkLoss, autocast_suspended
 from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
 from fbopt._engine.other_means import SampleMeans
 from fbopt._engine.preparation import Preparation
 from fbopt._engine.reduce import Reduction
 from fbopt._engine.snapshot import GeneratorSnapshot
+from fbopt._engine.vectorized import Vectorized
 from fbopt._engine.weights import Mean, TargetCounts, mean_of, weigh
 from fbopt._ops.flat import scalar_on
 from fbopt._sharding import working_device
@@ -44,6 +46,7 @@ class FullPass:
         self._sums, self._statistics, self._reduction = sums, statistics, reduction
         self._prepared = prepared
         self._counts = TargetCounts()
+        self._vectorized = Vectorized()
         self._checked: tuple[Any, ...] = ()  # for what autograd graphs were checked
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,13 +111,39 @@ class FullPass:
         graphs, lockstep = self._prepared.graphs, self._reduction.lockstep
         if graphs is not None:
             graphs.begin(work, scale, observe)
-        for index, chunk, weight in lockstep(self._weighed(closure, mean), closure.chunks):
-            if graphs is None:
-                loss, square = work(index, chunk, weight, scale, draws, observe)
-            else:
-                loss, square = graphs.visit(work, index, chunk, weight, draws)
-            self._reduction.add(loss, square, weight)
+        chunks = lockstep(self._weighed(closure, mean), closure.chunks)
+        if closure.vectorize > 1 or closure.compile:
+            self._visit_groups(closure, work, chunks, scale, draws, observe)
+        else:
+            for index, chunk, weight in chunks:
+                if graphs is None:
+                    loss, square = work(index, chunk, weight, scale, draws, observe)
+                else:
+                    loss, square = graphs.visit(work, index, chunk, weight, draws)
+                self._reduction.add(loss, square, weight)
         self._checked = known
+
+    def _visit_groups(
+        self,
+        closure: FullBatchClosure,
+        work: ChunkGradient,
+        chunks: Iterable[Weighed],
+        scale: Tensor | None,
+        draws: GeneratorSnapshot,
+        observe: Observe,
+    ) -> None:
+        """Add up groups of chunks, those of a kind at once."""
+        together = self._vectorized.begin(work, closure.compile, observe is not None)
+        for group in grouped(chunks, closure.vectorize):
+            if len(group) == 1 and not closure.compile:
+                ((index, chunk, weight),) = group.members
+                loss, square = work(index, chunk, weight, scale, draws, observe)
+                self._reduction.add(loss, square, weight)
+                continue
+            losses, squares = together(group, scale, draws, observe)
+            for k, weight in enumerate(group.weights):
+                square = None if squares is None else squares[k]
+                self._reduction.add(losses[k], square, weight)
 
     def _work(
         self,

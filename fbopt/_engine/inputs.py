@@ -25,10 +25,10 @@ ORDER_CURE = (
     "object of your own whose __iter__ returns iter(loader)"
 )
 FUNCTIONS = ("loss_fn", "evaluate", "observe", "on_pass_start", "weight")
-FLAGS = ("chunk_norms", "cuda_graph", "backward", "debug")
+FLAGS = ("chunk_norms", "cuda_graph", "backward", "debug", "compile")
 # What may be replaced between calls, and is then checked again.
 ARGUMENTS = (
-    *("model", "chunks", "penalty", "optimizer", "autocast", "chunk_max_norm"),
+    *("model", "chunks", "penalty", "optimizer", "autocast", "chunk_max_norm", "vectorize"),
     *FUNCTIONS,
     *FLAGS,
 )
@@ -67,6 +67,26 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} must be True or False, got {_kind(given[name])}")
     if given["backward"] and given["cuda_graph"]:
         raise ValueError("backward=True runs Python in every backward pass: leave cuda_graph out")
+    _check_vectorize(given)
+
+
+def _check_vectorize(given: Mapping[str, Any]) -> None:
+    count = given["vectorize"]
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"vectorize must be a number of chunks, at least 1, got {count!r}")
+    option = "compile=True" if given["compile"] else f"vectorize={count}"
+    if count == 1 and not given["compile"]:
+        return
+    if given["backward"]:
+        raise ValueError(
+            f"backward=True takes gradients from loss.backward(), {option} from torch.func: leave "
+            "one of both out"
+        )
+    if (name := compiled_module(given["model"])) is not None:
+        raise ValueError(
+            f"{option} needs the model before torch.compile, and {name} is compiled: pass that "
+            "model, with compile=True to the closure"
+        )
 
 
 def loss_options(loss_fn: Any) -> tuple[Any, dict[str, Any]]:
@@ -163,14 +183,21 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
-def refuse_compiled(model: nn.Module) -> None:
-    """Refuse double backward through torch.compile, which would fail with an obscure error."""
+def compiled_module(model: nn.Module) -> str | None:
+    """The name of the first module that torch.compile has wrapped, None if there is none."""
     for name, module in model.named_modules():
         if _kind(module) == "OptimizedModule" or module._compiled_call_impl is not None:
-            raise RuntimeError(
-                f"method='exact' differentiates twice, which a compiled model ({name or 'model'}) "
-                "cannot: use method='forward' or 'central', or the model before torch.compile"
-            )
+            return name or "model"
+    return None
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse double backward through torch.compile, which would fail with an obscure error."""
+    if (name := compiled_module(model)) is not None:
+        raise RuntimeError(
+            f"method='exact' differentiates twice, which a compiled model ({name}) cannot: use "
+            "method='forward' or 'central', or the model before torch.compile"
+        )
 
 
 def refuse_inference_mode() -> None:
@@ -186,6 +213,14 @@ def refuse_sharded_graph(params: Sequence[Tensor]) -> None:
     if any_sharded(params):
         raise ValueError(
             "cuda_graph=True does not go with sharded parameters (DTensor): leave it out"
+        )
+
+
+def refuse_sharded_groups(params: Sequence[Tensor]) -> None:
+    """Refuse torch.func with parameters that processes share."""
+    if any_sharded(params):
+        raise ValueError(
+            "vectorize= and compile= do not go with sharded parameters (DTensor): leave them out"
         )
 
 

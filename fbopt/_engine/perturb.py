@@ -64,10 +64,7 @@ class Perturbation:
         """
         if squared_norm is None and (len(grads) > 1 or self.buckets.sharding is not None):
             squared_norm = self.buckets.squared_norm(grads)
-        for flat, theta, part in zip(self._flats, self._theta, grads, strict=True):
-            known = None if squared_norm is None else squared_norm.to(flat.device)
-            result = dispatch.perturb_(flat, theta, part, radius, known)
-        return result if squared_norm is None else squared_norm
+        return shift_(self._flats, self._theta, grads, radius, squared_norm)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -92,6 +89,23 @@ class Perturbation:
             self._originals[i].copy_(t)
         if self._written is not None:
             self._written()
+
+
+def shift_(
+    flats: Sequence[Tensor],
+    theta: list[list[Tensor]],
+    grads: list[list[Tensor]],
+    radius: float,
+    squared_norm: Tensor | None,
+) -> Tensor:
+    """Write ``theta + radius g / ||g||`` to the flat buffer of each bucket; return ``||g||^2``.
+
+    The norm may be left out where there is one bucket; see :func:`fbopt.reference.perturb_`.
+    """
+    for flat, part, moved_by in zip(flats, theta, grads, strict=True):
+        known = None if squared_norm is None else squared_norm.to(flat.device)
+        result = dispatch.perturb_(flat, part, moved_by, radius, known)
+    return result if squared_norm is None else squared_norm
 
 
 def hessian_gradient_product(

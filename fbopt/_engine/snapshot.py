@@ -76,6 +76,10 @@ class GeneratorSnapshot:
         """Go back to the states that :meth:`begin` saved."""
         self._set(self._start)
 
+    def has_moved(self) -> bool:
+        """Whether anything has been drawn since :meth:`begin`."""
+        return not all(map(torch.equal, self._start, self._get()))
+
     @contextlib.contextmanager
     def repeated(self) -> Iterator[Callable[[], None]]:
         """Yield :meth:`rewind`; afterwards restore the current states."""

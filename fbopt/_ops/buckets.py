@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from fbopt._ops import dispatch
-from fbopt._ops.flat import ALIGN, accumulator_dtype, by_device_and_dtype, flat_size, flat_views
+from fbopt._ops.flat import (
+    ALIGN,
+    accumulator_dtype,
+    by_device_and_dtype,
+    flat_size,
+    flat_views,
+    stacks_like,
+)
 from fbopt._sharding import Sharding, combine, local
 
 # Copying a tensor of this mean size costs about what it saves; fewer tensors are not worth a call.
@@ -78,6 +85,14 @@ class FlatBuckets:
             self.pack(k, part, slot) if self._packed[k] else part for k, part in enumerate(parts)
         ]
 
+    def gather_stacks(self, stacks: Sequence[Tensor]) -> list[list[Tensor]]:
+        """:meth:`gather` for stacks (K, *shape) of plain tensors; of a packed bucket (K, total)."""
+        parts = [[stacks[i] for i in group] for group in self.indices]
+        return [
+            [torch.cat([x.flatten(1) for x in part], dim=1)] if packed else part
+            for packed, part in zip(self._packed, parts, strict=True)
+        ]
+
     def pack(self, group: int, tensors: Sequence[Tensor], slot: str) -> list[Tensor]:
         """Return the tensors of one packed bucket as one flat tensor."""
         buffers = self._buffers.setdefault(slot, [None] * len(self.indices))
@@ -108,6 +123,29 @@ class FlatBuckets:
                 found[i] = view
         return found
 
+    def stacked_buffers(self, count: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Return a flat buffer of `count` copies for each bucket, and each parameter's copies.
+
+        Those are views (count, *shape), as :meth:`gather_stacks` groups them.
+        """
+        flats: list[Tensor] = []
+        found: list[Tensor] = list(self.locals)
+        for k, (group, members) in enumerate(zip(self.indices, self._members, strict=True)):
+            whole = [self._flat(k, members[0].dtype)] if self._packed[k] else members
+            stacks = stacks_like(whole, count)
+            flat = torch.zeros(flat_size(stacks), dtype=members[0].dtype, device=members[0].device)
+            views = flat_views(flat, stacks)
+            if self._packed[k]:
+                pieces = views[0].split([m.numel() for m in members], dim=1)
+                pairs = zip(pieces, members, strict=True)
+                views = [
+                    piece.unflatten(1, m.shape) if m.dim() else piece[:, 0] for piece, m in pairs
+                ]
+            for i, view in zip(group, views, strict=True):
+                found[i] = view
+            flats.append(flat)
+        return flats, found
+
     def operands(self, flats: Sequence[Tensor], views: Sequence[Tensor]) -> list[list[Tensor]]:
         """Return for each bucket what the kernels take: its flat buffer if packed, or views."""
         return [
@@ -115,10 +153,10 @@ class FlatBuckets:
             for group, packed, flat in zip(self.indices, self._packed, flats, strict=True)
         ]
 
-    def squared_norm(self, parts: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Return ``||x||^2`` of gathered tensors, over all processes: 0-dim, float64."""
+    def squared_norm(self, parts: Sequence[Sequence[Tensor]], stacked: bool = False) -> Tensor:
+        """Return ``||x||^2`` of gathered tensors, over all processes: 0-dim, float64; or (K,)."""
         if self.sharding is None:
-            return dispatch.squared_norm([x for part in parts for x in part])
+            return dispatch.squared_norm([x for part in parts for x in part], stacked)
         device = self._members[0][0].device
         squares = torch.stack([dispatch.squared_norm(part).to(device) for part in parts])
         groups = [self.sharding.groups[group[0]] for group in self.indices]

@@ -1,0 +1,184 @@
+"""The gradient of a chunk as a function of parameters, buffers and the chunk's tensors, which
+``torch.func.vmap`` turns into that of K chunks, and ``torch.compile`` compiles.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.utils._pytree import tree_leaves
+
+from fbopt._engine.chunk_groups import Stack, Template
+from fbopt._engine.forward import ChunkLoss
+from fbopt._ops.flat import accumulator_dtype
+
+Tensors = tuple[Tensor, ...]
+Place = tuple[nn.Module, str]
+_numbers = itertools.count()
+
+
+class Passes(NamedTuple):
+    """What the first passes over K chunks give, each with a leading dimension K.
+
+    Attributes:
+        grads: the gradients by the parameters, zeros where a parameter is not used.
+        loss: (K,).
+        shown: the tensors in what the loss function shows besides the loss.
+        recorded: the buffers that the passes have written to.
+        products: H g, if asked for.
+    """
+
+    grads: Tensors
+    loss: Tensor
+    shown: Tensors
+    recorded: Tensors
+    products: Tensors = ()
+
+
+class _Loss(nn.Module):
+    """The loss around the model, in which ``functional_call`` replaces parameters and buffers."""
+
+    def __init__(self, forward: ChunkLoss, recorded: Sequence[Place]) -> None:
+        super().__init__()
+        self.model, self._loss, self._recorded = forward.model, forward, recorded
+
+    def forward(self, chunk: Any, shows: bool) -> tuple[Tensor, Tensors, Tensors]:
+        loss, shown, _ = self._loss.compute(0, chunk)
+        tensors = [x for x in tree_leaves(shown) if isinstance(x, Tensor)] if shows else []
+        return loss, tuple(tensors), tuple(getattr(m, name) for m, name in self._recorded)
+
+
+class ChunkFunction:
+    """First and further passes over K chunks at once, K >= 1.
+
+    Args:
+        forward: the loss of a chunk.
+        params: what gradients are by, parameters of the model.
+        recorded: the buffers that a pass over a chunk writes to, each chunk to its own copy.
+        exact: whether the first passes also give H g.
+        shows: whether they also give what the loss shows.
+        compiled: whether passes are compiled.
+
+    Raises:
+        ValueError: a tensor in `params` is no parameter of the model.
+    """
+
+    def __init__(
+        self,
+        forward: ChunkLoss,
+        params: Sequence[Tensor],
+        recorded: Sequence[Place],
+        *,
+        exact: bool,
+        shows: bool,
+        compiled: bool,
+    ) -> None:
+        self._module = _Loss(forward, recorded)
+        self._exact, self._shows, self._compiled = exact, shows, compiled
+        self._names = _names(self._module, params)
+        self._buffers = _buffer_names(self._module, recorded)
+        self._functions: dict[Hashable, Callable[..., Any]] = {}
+
+    def first(self, params: Tensors, buffers: Tensors, stack: Stack, count: int) -> Passes:
+        """The passes at `params`, which all chunks share."""
+        result = self._call("first", params, buffers, stack, count)
+        return Passes(*result)
+
+    def gradient(self, params: Tensors, buffers: Tensors, stack: Stack, count: int) -> Passes:
+        """The passes at K points: `params` have a leading dimension K."""
+        return Passes(*self._call("gradient", params, buffers, stack, count))
+
+    def _call(
+        self, which: str, params: Tensors, buffers: Tensors, stack: Stack, count: int
+    ) -> tuple[Any, ...]:
+        key = which, count == 1, stack.dims, repr(stack.template)
+        if key not in self._functions:
+            self._functions[key] = self._make(which == "first", count, stack)
+        return self._functions[key](params, buffers, stack.tensors)
+
+    def _make(self, is_first: bool, count: int, stack: Stack) -> Callable[..., Any]:
+        function = self._one_chunk(stack.template, is_first)
+        if count > 1:
+            dims = (None if is_first else 0, 0, stack.dims)
+            function = vmap(function, in_dims=dims, randomness="different")
+        if self._compiled:
+            function = _apart(function)
+            # Eager draws, so that those of passes at other points, other code, are the same.
+            function = torch.compile(
+                function, fullgraph=True, dynamic=False, options={"fallback_random": True}
+            )
+        return function if count > 1 else _with_leading_dimension(function, not is_first)
+
+    def _one_chunk(self, template: Template, is_first: bool) -> Callable[..., Any]:
+        module, names = self._module, (*self._names, *self._buffers)
+        shows = self._shows and is_first
+
+        def value(params: Tensors, buffers: Tensors, tensors: Tensors) -> tuple[Tensor, Any]:
+            state = dict(zip(names, (*params, *buffers), strict=True))
+            given = template.fill(tensors), shows
+            loss, shown, recorded = functional_call(module, state, given)
+            return loss, (shown, recorded)
+
+        gradient = grad_and_value(value, has_aux=True)
+
+        def passes(params: Tensors, buffers: Tensors, tensors: Tensors) -> tuple[Any, ...]:
+            grads, (loss, (shown, recorded)) = gradient(params, buffers, tensors)
+            return grads, loss, shown, recorded
+
+        def half_square(params: Tensors, buffers: Tensors, tensors: Tensors) -> tuple[Tensor, Any]:
+            found = passes(params, buffers, tensors)
+            squares = [g.to(accumulator_dtype(g.dtype)).square().sum() for g in found[0]]
+            return torch.stack(squares).sum() / 2, found
+
+        def with_products(params: Tensors, buffers: Tensors, tensors: Tensors) -> tuple[Any, ...]:
+            products, (_, found) = grad_and_value(half_square, has_aux=True)(
+                params, buffers, tensors
+            )
+            return *found, products
+
+        return with_products if self._exact and is_first else passes
+
+
+def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a code object of its own, by which torch.compile counts recompilations."""
+
+    def run(params: Tensors, buffers: Tensors, tensors: Tensors) -> Any:
+        return function(params, buffers, tensors)
+
+    code = run.__code__.replace(co_name=f"chunks_{next(_numbers)}")
+    return FunctionType(code, run.__globals__, closure=run.__closure__)
+
+
+def _with_leading_dimension(function: Callable[..., Any], shifted: bool) -> Callable[..., Any]:
+    """A function of one chunk with the results of one of K = 1 chunks."""
+
+    def run(params: Tensors, buffers: Tensors, tensors: Tensors) -> tuple[Any, ...]:
+        one = tuple(p[0] for p in params) if shifted else params
+        grads, loss, *rest = function(one, tuple(b[0] for b in buffers), tensors)
+        add = [tuple(t.unsqueeze(0) for t in group) for group in (grads, *rest)]
+        return add[0], loss.unsqueeze(0), *add[1:]
+
+    return run
+
+
+def _names(module: nn.Module, params: Sequence[Tensor]) -> list[str]:
+    names = {id(p): name for name, p in module.named_parameters()}
+    for i, p in enumerate(params):
+        if id(p) not in names:
+            raise ValueError(
+                f"params[{i}] of shape {tuple(p.shape)} is no parameter of the model: vectorize= "
+                "and compile= differentiate by parameters of the model alone, pass vectorize=1 and "
+                "compile=False"
+            )
+    return [names[id(p)] for p in params]
+
+
+def _buffer_names(module: nn.Module, places: Sequence[Place]) -> list[str]:
+    names = {id(b): name for name, b in module.named_buffers()}
+    return [names[id(getattr(m, name))] for m, name in places]
