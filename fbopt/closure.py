@@ -21,6 +21,7 @@ from fbopt._engine.inputs import (
     refuse_compiled,
     refuse_inference_mode,
     refuse_sharded,
+    refuse_sharded_groups,
     refuse_twice,
     unwrapped,
 )
@@ -90,9 +91,20 @@ class FullBatchClosure:
         debug: at the first call look for mistakes in the set-up, as :func:`fbopt.check` does, by a
             few passes over the first chunks: raise for errors, warn of doubts, print a line if all
             is right.
+        vectorize: K, how many chunks of equal shapes go through the model at once, see below.
+        compile: compile the gradient of a chunk, or of K, with ``torch.compile``: both passes
+            forward and backward in one function. The model itself must not be compiled.
         process_group: the processes that have different chunks, a
             ``torch.distributed.ProcessGroup``; ``"local"`` for a process that trains on its own;
             see below.
+
+    **Chunks at once.** With ``vectorize=K`` those chunks whose indices i have the same ``i // K``
+    and whose tensors have the same shapes go through the model in one call of
+    ``torch.func.vmap``: at theta, then each at its own perturbed parameters. Every chunk keeps its
+    own loss, norm and BatchNorm statistics; results are those of ``vectorize=1`` to rounding. It
+    pays for small models and chunks; activations of K chunks are in memory at once. Random draws,
+    the same in all passes of a group, are others than with ``vectorize=1``. Of several processes
+    each has to get whole groups, ``i // K % world_size == rank``. See the guide "Chunks at once".
 
     **Exact sums.** With ``accumulation="exact"`` gradients, BatchNorm statistics and loss have the
     same bits in any order of the chunks and on any number of processes. At the first call, and
@@ -129,7 +141,8 @@ class FullBatchClosure:
             it. With ``cuda_graph`` also a model that is not on one CUDA device or that
             ``torch.compile`` captures itself.
         RuntimeError: a call while another one is at work; ``method="exact"`` with a model that
-            cannot be differentiated twice, or of which torch would lose second derivatives. A chunk
+            cannot be differentiated twice, or of which torch would lose second derivatives. Chunks
+            cannot go through the model at once; ``vectorize=1`` works. A chunk
             cannot be captured since the model waits for the device or replaces a buffer; the call
             has changed nothing, and the next one tries again. Or another process failed or was
             lost; the call has changed nothing on any.
@@ -353,6 +366,8 @@ class FullBatchClosure:
         trainable = self._trainable(candidates)
         frozen = check_optimizers(optimizer, self.optimizer, trainable, self.model)
         self._prepared.follow_params(self.model, trainable, candidates, frozen)
+        if self.vectorize > 1 or self.compile:
+            refuse_sharded_groups(self.sums.params)
         by_difference = self.penalty is not None and self.penalty.method != "exact"
         self._prepared.begin(
             modules, coefficient is not None and by_difference, self.chunk_max_norm

@@ -19,16 +19,41 @@ from fbopt._engine.kinds import describe
 Weighed = tuple[int, Any, float]
 
 
+class Template(NamedTuple):
+    """What a chunk is besides its tensors, in which None stands for them; equal for equal ones."""
+
+    structure: Hashable
+    leaves: tuple[Any, ...]
+    places: tuple[int, ...]
+
+    def fill(self, tensors: Sequence[Tensor]) -> Any:
+        """The chunk with these tensors."""
+        if not isinstance(self.structure, TreeSpec):
+            return self.structure(tensors)
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        return tree_unflatten(leaves, self.structure)
+
+
+class Stack(NamedTuple):
+    """The tensors of K chunks: (K, ...) where `dims` is 0, one for all chunks where it is None."""
+
+    tensors: tuple[Tensor, ...]
+    dims: tuple[int | None, ...]
+    template: Template
+
+
 @dataclass
 class Group:
     """Chunks of one kind, in order of their indices."""
 
     kind: Hashable
-    structure: TreeSpec
+    template: Template
     indices: list[int] = field(default_factory=list)
     chunks: list[Any] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
-    leaves: list[list[Any]] = field(default_factory=list)
+    tensors: list[Sequence[Tensor]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -46,36 +71,12 @@ class Group:
 
     def stack(self) -> Stack:
         """The tensors of all chunks with a leading dimension; of a single one as they are."""
-        columns = list(zip(*self.leaves, strict=True))
-        places = tuple(i for i, column in enumerate(columns) if isinstance(column[0], Tensor))
-        tensors = [stacked(columns[i]) for i in places]
-        dims = [None if t is columns[i][0] else 0 for i, t in zip(places, tensors, strict=True)]
+        columns = list(zip(*self.tensors, strict=True))
+        tensors = [stacked(column) for column in columns]
+        dims = [None if t is c[0] else 0 for t, c in zip(tensors, columns, strict=True)]
         if len(self) > 1 and tensors and not any(dim == 0 for dim in dims):  # all chunks are one
             tensors[0], dims[0] = tensors[0].expand(len(self), *tensors[0].shape), 0
-        return Stack(tuple(tensors), tuple(dims), Template(self.leaves[0], places, self.structure))
-
-
-class Template(NamedTuple):
-    """What a chunk is besides its tensors."""
-
-    leaves: list[Any]
-    places: tuple[int, ...]
-    structure: TreeSpec
-
-    def fill(self, tensors: Sequence[Tensor]) -> Any:
-        """The chunk with these tensors."""
-        leaves = list(self.leaves)
-        for place, tensor in zip(self.places, tensors, strict=True):
-            leaves[place] = tensor
-        return tree_unflatten(leaves, self.structure)
-
-
-class Stack(NamedTuple):
-    """The tensors of K chunks: (K, ...) where `dims` is 0, one for all chunks where it is None."""
-
-    tensors: tuple[Tensor, ...]
-    dims: tuple[int | None, ...]
-    template: Template
+        return Stack(tuple(tensors), tuple(dims), self.template)
 
 
 def grouped(chunks: Iterable[Weighed], size: int) -> Iterator[Group]:
@@ -86,18 +87,32 @@ def grouped(chunks: Iterable[Weighed], size: int) -> Iterator[Group]:
         if index // size != number:
             yield from window.values()
             window, number = {}, index // size
-        leaves, structure = tree_flatten(chunk)
-        kind = structure, *(_kind(index, leaf, size) for leaf in leaves)
-        group = window.setdefault(kind, Group(kind, structure))
+        kind, tensors, template = _taken_apart(index, chunk, size)
+        group = window.get(kind)
+        if group is None:
+            group = window[kind] = Group(kind, template)
         group.indices.append(index)
         group.chunks.append(chunk)
         group.weights.append(weight)
-        group.leaves.append(leaves)
+        group.tensors.append(tensors)
     yield from window.values()
 
 
-def _kind(index: int, leaf: Any, size: int) -> Hashable:
-    kind = describe(index, leaf, f"vectorize={size}", "vectorize=1")
+def _taken_apart(index: int, chunk: Any, size: int) -> tuple[Hashable, Sequence[Tensor], Template]:
+    """A chunk's kind, its tensors, and the rest."""
+    option = f"vectorize={size}", "vectorize=1"
+    if type(chunk) in (tuple, list) and all(type(t) is Tensor for t in chunk):  # most chunks
+        template = Template(type(chunk), (), ())
+        return (type(chunk), *(_kind(index, t, option) for t in chunk)), chunk, template
+    leaves, structure = tree_flatten(chunk)
+    places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    kind = structure, *(_kind(index, leaf, option) for leaf in leaves)
+    return kind, [leaves[i] for i in places], Template(structure, rest, places)
+
+
+def _kind(index: int, leaf: Any, option: tuple[str, str]) -> Hashable:
+    kind = describe(index, leaf, *option)
     return (kind, leaf.device) if isinstance(leaf, Tensor) else kind
 
 

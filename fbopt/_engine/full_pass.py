@@ -141,9 +141,9 @@ class FullPass:
                 self._reduction.add(loss, square, weight)
                 continue
             losses, squares = together(group, scale, draws, observe)
-            for k, weight in enumerate(group.weights):
-                square = None if squares is None else squares[k]
-                self._reduction.add(losses[k], square, weight)
+            each = [None] * len(group) if squares is None else squares.unbind()
+            for loss, square, weight in zip(losses.unbind(), each, group.weights, strict=True):
+                self._reduction.add(loss, square, weight)
 
     def _work(
         self,

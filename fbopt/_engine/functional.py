@@ -97,7 +97,7 @@ class ChunkFunction:
     def _call(
         self, which: str, params: Tensors, buffers: Tensors, stack: Stack, count: int
     ) -> tuple[Any, ...]:
-        key = which, count == 1, stack.dims, repr(stack.template)
+        key = which, count == 1, stack.dims, stack.template
         if key not in self._functions:
             self._functions[key] = self._make(which == "first", count, stack)
         return self._functions[key](params, buffers, stack.tensors)
@@ -110,9 +110,7 @@ class ChunkFunction:
         if self._compiled:
             function = _apart(function)
             # Eager draws, so that those of passes at other points, other code, are the same.
-            function = torch.compile(
-                function, fullgraph=True, dynamic=False, options={"fallback_random": True}
-            )
+            function = torch.compile(function, fullgraph=True, options={"fallback_random": True})
         return function if count > 1 else _with_leading_dimension(function, not is_first)
 
     def _one_chunk(self, template: Template, is_first: bool) -> Callable[..., Any]:
