@@ -8,23 +8,44 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, register_pytree_node, tree_flatten, tree_unflatten
 
 from fbopt._engine.kinds import describe
 
 Weighed = tuple[int, Any, float]
 
 
-class Template(NamedTuple):
-    """What a chunk is besides its tensors, in which None stands for them; equal for equal ones."""
+@dataclass(frozen=True)
+class Template:
+    """What a chunk is besides its tensors; equal for chunks of one kind.
 
-    structure: Hashable
-    leaves: tuple[Any, ...]
-    places: tuple[int, ...]
+    Attributes:
+        kind: what chunks of a kind share.
+        structure: tuple or list where a chunk is one of tensors alone, else of all leaves.
+        leaves: numbers and other values, with None in the places of tensors.
+        places: of the tensors.
+        requires_grad: whether each tensor does.
+    """
+
+    kind: Hashable
+    structure: Any = field(compare=False)
+    leaves: tuple[Any, ...] = field(compare=False)
+    places: tuple[int, ...] = field(compare=False)
+    requires_grad: tuple[bool, ...] = field(compare=False)
+
+    @classmethod
+    def of(cls, kind: Hashable, chunk: Any) -> Template:
+        """The template of a chunk."""
+        if _is_plain(chunk):
+            return cls(kind, type(chunk), (), (), tuple(t.requires_grad for t in chunk))
+        leaves, structure = tree_flatten(chunk)
+        places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+        rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        return cls(kind, structure, rest, places, tuple(leaves[i].requires_grad for i in places))
 
     def fill(self, tensors: Sequence[Tensor]) -> Any:
         """The chunk with these tensors."""
@@ -36,19 +57,35 @@ class Template(NamedTuple):
         return tree_unflatten(leaves, self.structure)
 
 
-class Stack(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Stack:
     """The tensors of K chunks: (K, ...) where `dims` is 0, one for all chunks where it is None."""
 
     tensors: tuple[Tensor, ...]
     dims: tuple[int | None, ...]
+    count: int
     template: Template
+
+    def chunk(self, k: int) -> Any:
+        """One of the chunks."""
+        pairs = zip(self.tensors, self.dims, strict=True)
+        tensors = [t.detach() if dim is None else t[k] for t, dim in pairs]
+        for t, requires_grad in zip(tensors, self.template.requires_grad, strict=True):
+            t.requires_grad_(requires_grad)
+        return self.template.fill(tensors)
+
+
+register_pytree_node(
+    Stack,
+    lambda stack: (list(stack.tensors), (stack.dims, stack.count, stack.template)),
+    lambda tensors, rest: Stack(tuple(tensors), *rest),
+)
 
 
 @dataclass
 class Group:
     """Chunks of one kind, in order of their indices."""
 
-    kind: Hashable
     template: Template
     indices: list[int] = field(default_factory=list)
     chunks: list[Any] = field(default_factory=list)
@@ -57,6 +94,11 @@ class Group:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def kind(self) -> Hashable:
+        """What the chunks share."""
+        return self.template.kind
 
     @property
     def members(self) -> list[Weighed]:
@@ -71,12 +113,11 @@ class Group:
 
     def stack(self) -> Stack:
         """The tensors of all chunks with a leading dimension; of a single one as they are."""
-        columns = list(zip(*self.tensors, strict=True))
-        tensors = [stacked(column) for column in columns]
-        dims = [None if t is c[0] else 0 for t, c in zip(tensors, columns, strict=True)]
+        pairs = [stacked(column) for column in zip(*self.tensors, strict=True)]
+        tensors, dims = [t for t, _ in pairs], [dim for _, dim in pairs]
         if len(self) > 1 and tensors and not any(dim == 0 for dim in dims):  # all chunks are one
             tensors[0], dims[0] = tensors[0].expand(len(self), *tensors[0].shape), 0
-        return Stack(tuple(tensors), tuple(dims), self.template)
+        return Stack(tuple(tensors), tuple(dims), len(self), self.template)
 
 
 def grouped(chunks: Iterable[Weighed], size: int) -> Iterator[Group]:
@@ -87,10 +128,10 @@ def grouped(chunks: Iterable[Weighed], size: int) -> Iterator[Group]:
         if index // size != number:
             yield from window.values()
             window, number = {}, index // size
-        kind, tensors, template = _taken_apart(index, chunk, size)
+        kind, tensors = _taken_apart(index, chunk, size)
         group = window.get(kind)
         if group is None:
-            group = window[kind] = Group(kind, template)
+            group = window[kind] = Group(Template.of(kind, chunk))
         group.indices.append(index)
         group.chunks.append(chunk)
         group.weights.append(weight)
@@ -98,17 +139,19 @@ def grouped(chunks: Iterable[Weighed], size: int) -> Iterator[Group]:
     yield from window.values()
 
 
-def _taken_apart(index: int, chunk: Any, size: int) -> tuple[Hashable, Sequence[Tensor], Template]:
-    """A chunk's kind, its tensors, and the rest."""
+def _is_plain(chunk: Any) -> bool:
+    """Whether a chunk is a tuple or list of plain tensors, as most are."""
+    return type(chunk) in (tuple, list) and all(type(t) is Tensor for t in chunk)
+
+
+def _taken_apart(index: int, chunk: Any, size: int) -> tuple[Hashable, Sequence[Tensor]]:
+    """A chunk's kind and its tensors."""
     option = f"vectorize={size}", "vectorize=1"
-    if type(chunk) in (tuple, list) and all(type(t) is Tensor for t in chunk):  # most chunks
-        template = Template(type(chunk), (), ())
-        return (type(chunk), *(_kind(index, t, option) for t in chunk)), chunk, template
+    if _is_plain(chunk):
+        return (type(chunk), *(_kind(index, t, option) for t in chunk)), chunk
     leaves, structure = tree_flatten(chunk)
-    places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-    rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     kind = structure, *(_kind(index, leaf, option) for leaf in leaves)
-    return kind, [leaves[i] for i in places], Template(structure, rest, places)
+    return kind, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _kind(index: int, leaf: Any, option: tuple[str, str]) -> Hashable:
@@ -116,19 +159,19 @@ def _kind(index: int, leaf: Any, option: tuple[str, str]) -> Hashable:
     return (kind, leaf.device) if isinstance(leaf, Tensor) else kind
 
 
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one kind with a leading dimension, or the tensor itself where all are the same.
+def stacked(tensors: Sequence[Tensor]) -> tuple[Tensor, int | None]:
+    """Tensors of one kind with a leading dimension, and 0; one of them, and None, if all are one.
 
     Consecutive slices of one tensor are not copied.
     """
-    first = tensors[0]
-    step = _step(tensors)
+    first = tensors[0].detach()
+    step = _step(tensors) if len(tensors) > 1 else 0
     if step == 0:
-        return first
+        return first, None
     if step is None:
-        return torch.stack([t.detach() for t in tensors])
+        return torch.stack([t.detach() for t in tensors]), 0
     size, stride = (len(tensors), *first.shape), (step, *first.stride())
-    return first.detach().as_strided(size, stride, first.storage_offset())
+    return first.as_strided(size, stride, first.storage_offset()), 0
 
 
 def _step(tensors: Sequence[Tensor]) -> int | None:
@@ -140,6 +183,6 @@ def _step(tensors: Sequence[Tensor]) -> int | None:
     if any(t.untyped_storage().data_ptr() != storage for t in tensors):
         return None
     starts = [t.storage_offset() for t in tensors]
-    steps = {b - a for a, b in itertools.pairwise(starts)} or {0}
+    steps = {b - a for a, b in itertools.pairwise(starts)}
     step = steps.pop()
     return None if steps or step < 0 else step

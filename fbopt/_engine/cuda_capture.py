@@ -126,6 +126,9 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
 
+RECORDERS: dict[str, type[CudaRecorder]] = {"cuda": CudaRecorder}  # by the type of a device
+
+
 class Draws:
     """Repeats random draws within a capture, where no generator's state can be read or set.
 

@@ -1,5 +1,5 @@
-"""CUDA graphs of the work on chunks: one for each kind of chunk, captured at its third visit and
-replayed from then on.
+"""CUDA graphs of the work on chunks, or on groups of chunks: one for each kind, captured at its
+third visit and replayed from then on.
 """
 
 from __future__ import annotations
@@ -7,16 +7,18 @@ from __future__ import annotations
 import collections
 import contextlib
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from fbopt._engine.chunk import ChunkGradient, Observe
-from fbopt._engine.cuda_capture import CudaRecorder
+from fbopt._engine.chunk_groups import Group
+from fbopt._engine.cuda_capture import RECORDERS
+from fbopt._engine.cuda_refusals import explain
 from fbopt._engine.kinds import describe
 from fbopt._engine.snapshot import GeneratorSnapshot
 from fbopt._ops.flat import overlaps_itself
@@ -24,33 +26,7 @@ from fbopt._ops.flat import overlaps_itself
 # How many kinds of chunks get a graph, and how many visits come before a capture: in the first,
 # libraries choose algorithms, compile and allocate; the second runs as the capture will.
 LIMIT, WARM_UP = 8, 2
-RECORDERS = {"cuda": CudaRecorder}
-
-
-def graph_device(model: nn.Module, params: Iterable[Tensor]) -> torch.device:
-    """Return the one device that the model is on, or raise a ValueError that names cuda_graph."""
-    devices = {t.device for t in (*params, *model.parameters(), *model.buffers())}
-    if len(devices) > 1 or next(iter(devices)).type not in RECORDERS:
-        names = " and ".join(sorted(str(d) for d in devices))
-        raise ValueError(
-            f"cuda_graph=True needs all parameters and buffers on one CUDA device, they are on "
-            f"{names}: move the model there first (model.cuda()), or leave cuda_graph out"
-        )
-    return devices.pop()
-
-
-def refuse_nested(model: nn.Module) -> None:
-    """Refuse a model that torch.compile captures in graphs of its own."""
-    for name, module in model.named_modules():
-        for compiled in (module, module._compiled_call_impl):
-            config = getattr(compiled, "get_compiler_config", lambda: None)()
-            if isinstance(config, dict) and config.get("triton.cudagraphs"):
-                what = f"module {name}" if name else "the model"
-                raise ValueError(
-                    f"cuda_graph=True captures whole chunks, but torch.compile already captures "
-                    f"{what} in graphs of its own: compile it with the default mode or "
-                    "mode='max-autotune-no-cudagraphs', or leave cuda_graph out"
-                )
+Work = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class ChunkGraphs:
@@ -63,7 +39,6 @@ class ChunkGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._weight = torch.zeros((), dtype=torch.float64, device=device)
         self._coefficient = torch.zeros((), dtype=torch.float64, device=device)
         self._kinds: dict[Hashable, int | _Graph] = {}  # visits, or the graph
         self._drop()
@@ -74,9 +49,12 @@ class ChunkGraphs:
         self._replaced: collections.Counter[str] = collections.Counter()
         self._warned = False
 
-    def begin(self, work: ChunkGradient, coefficient: Tensor | None, observe: Observe) -> None:
+    def begin(
+        self, work: ChunkGradient, coefficient: Tensor | None, observe: Observe, compiled: bool
+    ) -> None:
         """Begin a call of the closure; drop the graphs if memory that they use has moved."""
-        model = work.forward.model
+        self._model = model = work.forward.model
+        self._sums, self._repetitions = work.sums, work.repetitions
         kept = (work.sums.buckets, work.statistics.means, work.perturbation, work.clip)
         held = [model, work.forward.loss_fn, work.forward.evaluate, *kept]
         self._buffers = dict(model.named_buffers(remove_duplicate=False))
@@ -91,7 +69,7 @@ class ChunkGraphs:
         self._addresses, self._held, self._observe = addresses, held, observe
         # In the first call every chunk is checked, which no capture and no replay can do.
         self._is_checking = work.checks and work.means is not None and not self._kinds
-        setting = (*_baked(work, self.device), observe is None)
+        setting = (*_baked(work, self.device), observe is None, compiled)
         if len(self._settings) < LIMIT:
             self._settings.setdefault(setting, len(self._settings))
         self._setting = self._settings.get(setting)
@@ -101,32 +79,40 @@ class ChunkGraphs:
 
     def visit(
         self,
-        work: ChunkGradient,
-        index: int,
+        draws: GeneratorSnapshot,
+        work: Work,
+        which: int | Group,
         chunk: Any,
-        weight: float,
-        draws: GeneratorSnapshot | None,
+        weight: float | Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        """Do the work on a chunk, by a replay if there is a graph for its kind."""
-        leaves, structure = tree_flatten(chunk)
+        """Do the work on a chunk, or a group's stack, by a replay if there is a graph for its kind.
+
+        Args:
+            draws: the random generators.
+            work: does it without a graph, or in a capture.
+            which: the chunk's index, or the group.
+            chunk: a chunk or a stack.
+            weight: of the chunk, or of each in the stack.
+        """
+        leaves, structure = tree_flatten((self._sums.scalar(weight, self.device), chunk))
+        index = which.indices[0] if isinstance(which, Group) else which
         kind = (
             structure,
             *(describe(index, leaf, "cuda_graph=True", "cuda_graph=False") for leaf in leaves),
             self._setting,
         )
         state = self._kinds.get(kind)
-        self._weight.fill_(weight)
         if state == WARM_UP and not self._is_checking:
-            state = self._kinds[kind] = self._capture(work, index, leaves, structure)
+            state = self._kinds[kind] = self._capture(work, which, leaves, structure)
         if isinstance(state, _Graph):
-            work.sums.unseen &= state.unseen
+            self._sums.unseen &= state.unseen
             return state.run([x for x in leaves if isinstance(x, Tensor)], self._observe)
         if state is None and self._admits():
             state = 0
-        chunk = tree_unflatten([_copied(leaf, self.device) for leaf in leaves], structure)
+        weight, chunk = tree_unflatten([_copied(leaf, self.device) for leaf in leaves], structure)
         with contextlib.nullcontext() if state is None else self._recorder.warming():
-            result = work(index, chunk, self._weight, self._given, draws, self._observe)
-        self._check_buffers(work.forward.model, captured=False)
+            result = work(which, chunk, weight, self._given, draws, self._observe)
+        self._check_buffers(captured=False)
         if state is not None:
             self._kinds[kind] = min(state + 1, WARM_UP)
         return result
@@ -148,34 +134,32 @@ class ChunkGraphs:
             )
         return room
 
-    def _capture(
-        self, work: ChunkGradient, index: int, leaves: list[Any], structure: Any
-    ) -> _Graph:
+    def _capture(self, work: Work, which: int | Group, leaves: list[Any], structure: Any) -> _Graph:
         static = [_copied(leaf, self.device) for leaf in leaves]
-        chunk = tree_unflatten(static, structure)
+        weight, chunk = tree_unflatten(static, structure)
         seen: list[tuple[Any, Any]] = []
         keep = None if self._observe is None else lambda *shown: seen.append(shown)
-        sums = work.sums
+        sums = self._sums
         before, sums.unseen = sums.unseen, set(range(len(sums.params)))
         try:
             (loss, square), launch = self._recorder.capture(
-                lambda draws: work(index, chunk, self._weight, self._given, draws, keep),
-                work.repetitions,
+                lambda draws: work(which, chunk, weight, self._given, draws, keep),
+                self._repetitions,
             )
             unseen = sums.unseen
         except RuntimeError as error:
-            _explain(error, index)
+            explain(error, which)
             raise
         finally:
             sums.unseen = before
             torch.clear_autocast_cache()  # its casts were only captured, never computed
-        self._check_buffers(work.forward.model, captured=True)
+        self._check_buffers(captured=True)
         inputs = [x for x in static if isinstance(x, Tensor)]
-        return _Graph(inputs, loss, square, seen, unseen, launch)
+        return _Graph(inputs, loss, square, seen, unseen, launch, work)
 
-    def _check_buffers(self, model: nn.Module, captured: bool) -> None:
+    def _check_buffers(self, captured: bool) -> None:
         """Drop the graphs if the model has replaced buffers; raise if it does so repeatedly."""
-        now = dict(model.named_buffers(remove_duplicate=False))
+        now = dict(self._model.named_buffers(remove_duplicate=False))
         replaced = [name for name, b in now.items() if self._buffers.get(name) is not b]
         self._replaced.update(replaced)
         if replaced:
@@ -198,7 +182,10 @@ class ChunkGraphs:
 
 @dataclass(eq=False)
 class _Graph:
-    """A captured chunk: its input and result tensors, which each replay overwrites."""
+    """Captured work: its input and result tensors, which each replay overwrites.
+
+    `work` may own memory that the graph uses, such as constants of compiled code.
+    """
 
     inputs: list[Tensor]
     loss: Tensor
@@ -206,9 +193,10 @@ class _Graph:
     seen: list[tuple[Any, Any]]
     unseen: set[int]
     launch: Callable[[], None]
+    work: Work
 
     def run(self, tensors: list[Tensor], observe: Observe) -> tuple[Tensor, Tensor | None]:
-        """Replay on the tensors of a chunk and return copies of the results."""
+        """Replay on a weight and the tensors of a chunk; return copies of the results."""
         for mine, given in zip(self.inputs, tensors, strict=True):
             mine.copy_(given, non_blocking=True)
         self.launch()
@@ -216,24 +204,6 @@ class _Graph:
             for shown in self.seen:
                 observe(*tree_map_only(Tensor, torch.clone, shown))
         return self.loss.clone(), None if self.square is None else self.square.clone()
-
-
-def _explain(error: RuntimeError, index: int) -> None:
-    """Raise an error that says what made a capture fail and how to cure it, if one did."""
-    first: BaseException | None = None
-    cause: BaseException | None = error
-    while cause is not None:
-        first = cause if "captur" in str(cause) else first
-        cause = cause.__context__
-    if first is None:
-        return
-    lines = str(first).splitlines() or [""]
-    raise RuntimeError(
-        f"chunk {index} cannot be captured in a CUDA graph ({type(first).__name__}: {lines[0]}): "
-        "the model, the loss or a hook waits for the device (.item(), .cpu(), printing, a shape "
-        "or a branch that depends on values), or handles a random generator itself: take that "
-        "out, or pass cuda_graph=False"
-    ) from first
 
 
 def _baked(work: ChunkGradient, device: torch.device) -> tuple:

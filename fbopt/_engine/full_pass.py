@@ -4,7 +4,8 @@ exact sums did not fit, and their means over all processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,20 +13,22 @@ from torch import Tensor
 
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.chunk import ChunkGradient, Observe
-from fbopt._engine.chunk_groups import Weighed, grouped
+from fbopt._engine.chunk_groups import Group, grouped
 from fbopt._engine.forward import ChunkLoss, autocast_suspended
 from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
 from fbopt._engine.other_means import SampleMeans
 from fbopt._engine.preparation import Preparation
 from fbopt._engine.reduce import Reduction
 from fbopt._engine.snapshot import GeneratorSnapshot
-from fbopt._engine.vectorized import Vectorized
+from fbopt._engine.vectorized import Vectorized, VectorizedGradient
 from fbopt._engine.weights import Mean, TargetCounts, mean_of, weigh
 from fbopt._ops.flat import scalar_on
 from fbopt._sharding import working_device
 
 if TYPE_CHECKING:
     from fbopt.closure import FullBatchClosure
+
+Losses = tuple[Tensor, Tensor | None]
 
 
 class FullPass:
@@ -107,40 +110,43 @@ class FullPass:
         mean, device = mean_of(closure.loss_fn), self._sums.params[0].device
         work = self._work(closure, penalty, autocast, checks, mean)
         scale = None if coefficient is None else scalar_on(device, coefficient)
-        draws = self._generators()
-        graphs, lockstep = self._prepared.graphs, self._reduction.lockstep
-        if graphs is not None:
-            graphs.begin(work, scale, observe)
-        chunks = lockstep(self._weighed(closure, mean), closure.chunks)
+        visit = self._visitor(work, closure.compile, scale, observe)
+        chunks = self._reduction.lockstep(self._weighed(closure, mean), closure.chunks)
         if closure.vectorize > 1 or closure.compile:
-            self._visit_groups(closure, work, chunks, scale, draws, observe)
+            together = self._vectorized.begin(work, closure.compile, observe is not None)
+            groups = grouped(chunks, closure.vectorize)
+            self._visit_groups(groups, work, together, visit)
         else:
             for index, chunk, weight in chunks:
-                if graphs is None:
-                    loss, square = work(index, chunk, weight, scale, draws, observe)
-                else:
-                    loss, square = graphs.visit(work, index, chunk, weight, draws)
+                loss, square = visit(work, index, chunk, weight)
                 self._reduction.add(loss, square, weight)
         self._checked = known
 
+    def _visitor(
+        self, work: ChunkGradient, compiled: bool, scale: Tensor | None, observe: Observe
+    ) -> Callable[..., Losses]:
+        """What does the work on a chunk or a group, by graphs where there are any."""
+        draws, graphs = self._generators(), self._prepared.graphs
+        if graphs is None:
+            return lambda work, *given: work(*given, scale, draws, observe)
+        graphs.begin(work, scale, observe, compiled)
+        return functools.partial(graphs.visit, draws)
+
     def _visit_groups(
         self,
-        closure: FullBatchClosure,
+        groups: Iterable[Group],
         work: ChunkGradient,
-        chunks: Iterable[Weighed],
-        scale: Tensor | None,
-        draws: GeneratorSnapshot,
-        observe: Observe,
+        together: VectorizedGradient,
+        visit: Callable[..., Losses],
     ) -> None:
         """Add up groups of chunks, those of a kind at once."""
-        together = self._vectorized.begin(work, closure.compile, observe is not None)
-        for group in grouped(chunks, closure.vectorize):
-            if len(group) == 1 and not closure.compile:
+        for group in groups:
+            if len(group) == 1 and not together.function.compiled:
                 ((index, chunk, weight),) = group.members
-                loss, square = work(index, chunk, weight, scale, draws, observe)
+                loss, square = visit(work, index, chunk, weight)
                 self._reduction.add(loss, square, weight)
                 continue
-            losses, squares = together(group, scale, draws, observe)
+            losses, squares = visit(together, group, group.stack(), together.weights(group))
             each = [None] * len(group) if squares is None else squares.unbind()
             for loss, square, weight in zip(losses.unbind(), each, group.weights, strict=True):
                 self._reduction.add(loss, square, weight)

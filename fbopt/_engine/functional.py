@@ -80,38 +80,37 @@ class ChunkFunction:
         compiled: bool,
     ) -> None:
         self._module = _Loss(forward, recorded)
-        self._exact, self._shows, self._compiled = exact, shows, compiled
+        self._exact, self._shows, self.compiled = exact, shows, compiled
         self._names = _names(self._module, params)
         self._buffers = _buffer_names(self._module, recorded)
         self._functions: dict[Hashable, Callable[..., Any]] = {}
 
-    def first(self, params: Tensors, buffers: Tensors, stack: Stack, count: int) -> Passes:
+    def first(self, params: Tensors, buffers: Tensors, stack: Stack) -> Passes:
         """The passes at `params`, which all chunks share."""
-        result = self._call("first", params, buffers, stack, count)
-        return Passes(*result)
+        return Passes(*self._call("first", params, buffers, stack))
 
-    def gradient(self, params: Tensors, buffers: Tensors, stack: Stack, count: int) -> Passes:
+    def gradient(self, params: Tensors, buffers: Tensors, stack: Stack) -> Passes:
         """The passes at K points: `params` have a leading dimension K."""
-        return Passes(*self._call("gradient", params, buffers, stack, count))
+        return Passes(*self._call("gradient", params, buffers, stack))
 
-    def _call(
-        self, which: str, params: Tensors, buffers: Tensors, stack: Stack, count: int
-    ) -> tuple[Any, ...]:
-        key = which, count == 1, stack.dims, stack.template
+    def _call(self, which: str, params: Tensors, buffers: Tensors, stack: Stack) -> tuple[Any, ...]:
+        key = which, stack.count, stack.dims, stack.template
         if key not in self._functions:
-            self._functions[key] = self._make(which == "first", count, stack)
+            self._functions[key] = self._make(which == "first", stack)
         return self._functions[key](params, buffers, stack.tensors)
 
-    def _make(self, is_first: bool, count: int, stack: Stack) -> Callable[..., Any]:
+    def _make(self, is_first: bool, stack: Stack) -> Callable[..., Any]:
         function = self._one_chunk(stack.template, is_first)
-        if count > 1:
+        if stack.count > 1:
             dims = (None if is_first else 0, 0, stack.dims)
             function = vmap(function, in_dims=dims, randomness="different")
-        if self._compiled:
+        if self.compiled:
             function = _apart(function)
             # Eager draws, so that those of passes at other points, other code, are the same.
-            function = torch.compile(function, fullgraph=True, options={"fallback_random": True})
-        return function if count > 1 else _with_leading_dimension(function, not is_first)
+            # Graphs of its own would overwrite the results of the pass before.
+            options = {"fallback_random": True, "triton.cudagraphs": False}
+            function = torch.compile(function, fullgraph=True, options=options)
+        return function if stack.count > 1 else _with_leading_dimension(function, not is_first)
 
     def _one_chunk(self, template: Template, is_first: bool) -> Callable[..., Any]:
         module, names = self._module, (*self._names, *self._buffers)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.chunk_clip import ChunkClip
-from fbopt._engine.cuda_graphs import ChunkGraphs, graph_device, refuse_nested
+from fbopt._engine.cuda_graphs import ChunkGraphs
+from fbopt._engine.cuda_refusals import graph_device, refuse_nested
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.inputs import refuse_sharded_graph
 from fbopt._engine.perturb import Perturbation

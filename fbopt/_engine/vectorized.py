@@ -6,7 +6,7 @@ g_1 ... g_K at theta, then g+_1 ... g+_K at theta + s_k g_k, each in one call of
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,11 +28,10 @@ class Vectorized:
     """What groups of chunks need from call to call: functions, their kinds, buffers for points."""
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] = ()
-        self._function: ChunkFunction | None = None
+        self._held: tuple[Any, ...] = ()
+        self._known: dict[Hashable, tuple[ChunkFunction, dict[Hashable, Kind]]] = {}
         self._points: dict[int, StackedPerturbation] = {}
         self._weights: dict[tuple[float, ...], Tensor] = {}
-        self.kinds: dict[Hashable, Kind] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle nothing: every call can make it anew."""
@@ -40,31 +39,22 @@ class Vectorized:
 
     def begin(self, work: ChunkGradient, compiled: bool, observed: bool) -> VectorizedGradient:
         """Return what works on groups of chunks in a call of the closure."""
-        forward = work.forward
-        recorded = work.statistics.recorded
+        forward, recorded = work.forward, work.statistics.recorded
+        held = work.sums.buckets, forward.model, forward.loss_fn, forward.evaluate
+        if [*map(id, held)] != [*map(id, self._held)]:
+            for kept in (self._known, self._points, self._weights):
+                kept.clear()
+            self._held = held
         modes = tuple(m.training for m in forward.model.modules())
-        held = [*(id(x) for x in (work.sums.buckets, forward.model)), *map(_identity, recorded)]
-        losses = forward.loss_fn, forward.evaluate, forward.autocast, forward.is_observed
-        key = *held, losses, modes, work.is_exact, compiled, observed
-        if key != self._key or self._function is None:
-            if self._key[: len(held)] != tuple(held):
-                self._points.clear()
-                self._weights.clear()
-            self.kinds.clear()
-            self._function = ChunkFunction(
-                forward,
-                work.sums.params,
-                recorded,
-                exact=work.is_exact,
-                shows=observed,
-                compiled=compiled,
-            )
-            self._key = key
-        if work.checks:
-            self.kinds.clear()
+        places = tuple((id(module), name) for module, name in recorded)
+        settings = forward.autocast, forward.is_observed, work.is_exact, compiled, observed
+        key = places, modes, *settings
+        if key not in self._known:
+            options = {"exact": work.is_exact, "shows": observed, "compiled": compiled}
+            self._known[key] = ChunkFunction(forward, work.sums.params, recorded, **options), {}
         for points in self._points.values():
             points.begin()
-        return VectorizedGradient(work, self._function, self)
+        return VectorizedGradient(work, self, *self._known[key])
 
     def points(self, sums: GradientSums, count: int) -> StackedPerturbation:
         """The buffer for `count` shifted points."""
@@ -73,59 +63,83 @@ class Vectorized:
             self._points[count].begin()
         return self._points[count]
 
-    def weights(self, values: Sequence[float], device: torch.device) -> Tensor:
-        """The weights of chunks as a tensor; most groups have the same."""
+    def weights(self, values: Sequence[float], sums: GradientSums, device: torch.device) -> Tensor:
+        """The weights of chunks as a tensor, made on the device; most groups have the same."""
         key = tuple(values)
         if len(self._weights) > 64:
             self._weights.clear()
         if key not in self._weights:
-            self._weights[key] = torch.tensor(key, dtype=torch.float64, device=device)
+            self._weights[key] = torch.stack([sums.scalar(value, device) for value in key])
         return self._weights[key]
-
-
-def _identity(place: Place) -> tuple[int, str]:
-    return id(place[0]), place[1]
 
 
 @dataclass(frozen=True)
 class VectorizedGradient:
-    """Works on groups of chunks: what :class:`ChunkGradient` does with one."""
+    """Works on groups of chunks: what :class:`ChunkGradient` does with one.
+
+    Args:
+        work: what is done with one chunk.
+        kept: what calls share.
+        function: the passes.
+        kinds: what is known of groups, by their kind.
+        probed: the kinds that were compared in this call.
+    """
 
     work: ChunkGradient
-    function: ChunkFunction
     kept: Vectorized
+    function: ChunkFunction
+    kinds: dict[Hashable, Kind]
+    probed: set[Hashable] = field(default_factory=set)
+
+    def weights(self, group: Group) -> Tensor:
+        """The weights of a group's chunks, (K,)."""
+        return self.kept.weights(group.weights, self.work.sums, self.work.sums.params[0].device)
 
     def __call__(
-        self, group: Group, coefficient: Tensor | None, draws: GeneratorSnapshot, observe: Observe
+        self,
+        group: Group,
+        stack: Stack,
+        weights: Tensor,
+        coefficient: Tensor | None,
+        draws: GeneratorSnapshot,
+        observe: Observe,
     ) -> tuple[Tensor, Tensor | None]:
         """Add a group's gradients; return its losses and ||g||^2 (None if not needed), (K,)."""
-        work, count = self.work, len(group)
-        kind, probe = self.kept.kinds.get(group.kind), None
-        if kind is None or (work.checks and work.means is not None):
-            probe = Probe(work, group, draws, observe is not None)
-            kind = self.kept.kinds[group.kind] = probe.kind
-        stack, weights = group.stack(), self.kept.weights(group.weights, self._device)
         draws.begin()
-        with explained(work, group, draws):
-            passes = self._first(stack, count)
+        if isinstance(draws, GeneratorSnapshot):
+            passes = self._checked(group, stack, draws, observe is not None)
+        else:  # in a capture, which reads nothing, of a kind that is known
+            passes = self._first(stack)
+        kind = self.kinds[group.kind]
+        if observe is not None:
+            evaluates = self.work.forward.evaluate is not None
+            for shown in kind.shown_by(stack, passes, evaluates):
+                observe(*shown)
+        self._record(passes, weights)
+        square = self._add(kind, stack, passes, weights, coefficient, draws)
+        return passes.loss, square
+
+    def _checked(
+        self, group: Group, stack: Stack, draws: GeneratorSnapshot, observed: bool
+    ) -> Passes:
+        """The first passes, compared with those one by one in the first call."""
+        work, probe = self.work, None
+        fresh = work.means is not None or group.kind not in self.probed
+        if group.kind not in self.kinds or (work.checks and fresh):
+            probe = Probe(work, group, stack, draws, observed)
+        with explained(work, group, stack, draws):
+            passes = self._first(stack)
             if probe is not None:
                 probe.compare(passes)
                 self._check_draws(group, stack, passes, draws)
-        if observe is not None:
-            evaluates = work.forward.evaluate is not None
-            for shown in kind.shown_by(group, passes, evaluates):
-                observe(*shown)
-        self._record(passes, weights)
-        square = self._add(group, kind, stack, passes, weights, coefficient, draws)
-        return passes.loss, square
+        if probe is not None:
+            self.kinds[group.kind] = probe.kind
+            self.probed.add(group.kind)
+        return passes
 
-    @property
-    def _device(self) -> torch.device:
-        return self.work.sums.params[0].device
-
-    def _first(self, stack: Stack, count: int) -> Passes:
+    def _first(self, stack: Stack) -> Passes:
         theta = tuple(p.detach() for p in self.work.sums.params)
-        return self.function.first(theta, self._buffers(count), stack, count)
+        return self.function.first(theta, self._buffers(stack.count), stack)
 
     def _buffers(self, count: int) -> Tensors:
         """For each chunk buffers to record its statistics in, zeros as before every pass."""
@@ -145,7 +159,6 @@ class VectorizedGradient:
 
     def _add(
         self,
-        group: Group,
         kind: Kind,
         stack: Stack,
         passes: Passes,
@@ -153,8 +166,8 @@ class VectorizedGradient:
         coefficient: Tensor | None,
         draws: GeneratorSnapshot,
     ) -> Tensor | None:
-        work, count = self.work, len(group)
-        points = self.kept.points(work.sums, count) if work.repetitions else None
+        work = self.work
+        points = self.kept.points(work.sums, stack.count) if work.repetitions else None
         clip = None if work.clip is None else StackedClip(work.clip)
         sums = StackedSums(work.sums, kind.seen)
         addition = GradientAddition(sums, clip, points, work.chunk_norms)
@@ -166,13 +179,13 @@ class VectorizedGradient:
 
             def shifted(again: bool) -> Gradients:
                 rewind()
-                return self._at(points.points, stack, count).grads
+                return self._at(points.points, stack).grads
 
             return addition.differences(passes.grads, weights, coefficient, work.penalty, shifted)
 
-    def _at(self, points: Sequence[Tensor], stack: Stack, count: int) -> Passes:
+    def _at(self, points: Sequence[Tensor], stack: Stack) -> Passes:
         torch.clear_autocast_cache()
-        return self.function.gradient(tuple(points), self._buffers(count), stack, count)
+        return self.function.gradient(tuple(points), self._buffers(stack.count), stack)
 
     def _check_draws(
         self, group: Group, stack: Stack, passes: Passes, draws: GeneratorSnapshot
@@ -180,8 +193,8 @@ class VectorizedGradient:
         """Compare the losses of both kinds of passes at theta, where they draw random numbers."""
         if not self.work.repetitions or not draws.has_moved():
             return
-        theta = [p.detach().expand(len(group), *p.shape) for p in self.work.sums.params]
+        theta = [p.detach().expand(stack.count, *p.shape) for p in self.work.sums.params]
         with draws.repeated() as rewind:
             rewind()
-            again = self._at(theta, stack, len(group))
+            again = self._at(theta, stack)
         compare_draws(group, passes.loss, again.loss)

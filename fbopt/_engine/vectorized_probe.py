@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from fbopt._engine.chunk import ChunkGradient
-from fbopt._engine.chunk_groups import Group
+from fbopt._engine.chunk_groups import Group, Stack
 from fbopt._engine.functional import Passes
 from fbopt._engine.snapshot import GeneratorSnapshot
 
@@ -40,12 +40,13 @@ class Kind:
     shown: TreeSpec | None = None
     places: tuple[int, ...] = ()
 
-    def shown_by(self, group: Group, passes: Passes, evaluates: bool) -> Iterator[tuple[Any, Any]]:
+    def shown_by(self, stack: Stack, passes: Passes, evaluates: bool) -> Iterator[tuple[Any, Any]]:
         """For each chunk what ``observe`` is called with."""
-        for k, chunk in enumerate(group.chunks):
+        for k in range(stack.count):
             leaves: list[Any] = [None] * self.shown.num_leaves
-            for place, stack in zip(self.places, passes.shown, strict=True):
-                leaves[place] = stack[k].detach()
+            for place, shown in zip(self.places, passes.shown, strict=True):
+                leaves[place] = shown[k].detach()
+            chunk = tree_map_only(Tensor, Tensor.detach, stack.chunk(k))
             yield tree_unflatten(leaves, self.shown), chunk if evaluates else chunk[1]
 
 
@@ -60,7 +61,12 @@ class Probe:
     """
 
     def __init__(
-        self, work: ChunkGradient, group: Group, draws: GeneratorSnapshot, observed: bool
+        self,
+        work: ChunkGradient,
+        group: Group,
+        stack: Stack,
+        draws: GeneratorSnapshot,
+        observed: bool,
     ) -> None:
         self._work, self._group = work, group
         shown: list[Any] = []
@@ -68,11 +74,13 @@ class Probe:
         draws.begin()
         with work.in_passing(draws):
             before = _buffers(work)
-            self.loss, self.grads = work.probe(*group.members[0], draws, watch)
+            pairs = list(zip(group.indices, group.weights, strict=True))
+            (index, weight), *others = pairs
+            self.loss, self.grads = work.probe(index, stack.chunk(0), weight, draws, watch)
             _refuse_writes(before, work)
             self.draws = draws.has_moved()
-            for index, chunk, weight in group.members[1:]:
-                work.probe_loss(index, chunk, weight)
+            for k, (index, weight) in enumerate(others, start=1):
+                work.probe_loss(index, stack.chunk(k), weight)
         seen = frozenset(i for i, g in enumerate(self.grads) if g is not None)
         self.kind = Kind(seen, *_structure(group, shown[0])) if observed else Kind(seen)
 
@@ -119,7 +127,9 @@ def compare_draws(group: Group, first: Tensor, again: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def explained(work: ChunkGradient, group: Group, draws: GeneratorSnapshot) -> Iterator[None]:
+def explained(
+    work: ChunkGradient, group: Group, stack: Stack, draws: GeneratorSnapshot
+) -> Iterator[None]:
     """Say what to do where chunks cannot be worked on at once; check that buffers stay in place."""
     before = _buffers(work)
     try:
@@ -131,7 +141,7 @@ def explained(work: ChunkGradient, group: Group, draws: GeneratorSnapshot) -> It
         if type(error) is RuntimeError and "vectorize=1" in str(error):
             raise
         draws.rewind()
-        Probe(work, group, draws, observed=False)  # raises if a chunk by itself fails, too
+        Probe(work, group, stack, draws, observed=False)  # raises if a chunk by itself fails, too
         raise RuntimeError(
             f"{group.where} cannot be worked on at once by torch.func.vmap{_inside(error, work)}: "
             f"{type(error).__name__}: {_first_line(error)}; without vmap all of PyTorch works: "

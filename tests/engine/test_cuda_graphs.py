@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
 from fbopt._build import load
-from fbopt._engine import cuda_graphs
+from fbopt._engine import cuda_capture, cuda_graphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CALLS = 4
@@ -39,7 +39,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     if request.param == "cuda":
         assert load.backend() == "reference" or load.cuda_kernels() is not None
         return torch.device("cuda", torch.cuda.current_device())
-    monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", Tape)
+    monkeypatch.setitem(cuda_capture.RECORDERS, "cpu", Tape)
     return torch.device("cpu")
 
 
@@ -692,7 +692,7 @@ def test_needs_a_gpu():
 
 def test_moving_away_from_the_gpu_is_refused(device: torch.device, monkeypatch):
     closure = three_calls(device)
-    monkeypatch.delitem(cuda_graphs.RECORDERS, "cpu", raising=False)
+    monkeypatch.delitem(cuda_capture.RECORDERS, "cpu", raising=False)
     closure.model.cpu()
     before = bits(closure.model, closure.step)
     with pytest.raises(ValueError, match=r"cuda_graph=True needs .*they are on cpu"):
