@@ -121,7 +121,11 @@ class Group:
 
 
 def grouped(chunks: Iterable[Weighed], size: int) -> Iterator[Group]:
-    """Yield groups of at most `size` chunks, whose indices divided by `size` are the same."""
+    """Yield groups of at most `size` chunks, whose indices divided by `size` are the same.
+
+    A group is yielded as soon as its last chunk is there, so that random generators are in the
+    state that `chunks` has left for this group, not for the next.
+    """
     window: dict[Hashable, Group] = {}
     number = 0
     for index, chunk, weight in chunks:
@@ -136,6 +140,9 @@ def grouped(chunks: Iterable[Weighed], size: int) -> Iterator[Group]:
         group.chunks.append(chunk)
         group.weights.append(weight)
         group.tensors.append(tensors)
+        if index % size == size - 1:
+            yield from window.values()
+            window = {}
     yield from window.values()
 
 
