@@ -13,28 +13,28 @@ template <class T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // A number for all chunks of a call, or one for each.
-inline void check_number(const char* name, const Tensor& t, const Chunks& chunks = {}) {
+inline void check_number(const char* name, const Meta& t, const Chunks& chunks = {}) {
   if (chunks.stacked) {
-    FBOPT_CHECK(t.dim() == 1 && t.numel() == chunks.count, name, " must be a 1-D tensor of ",
+    FBOPT_CHECK(t.dim == 1 && t.numel == chunks.count, name, " must be a 1-D tensor of ",
                 chunks.count, " elements, one for each chunk");
   } else {
-    FBOPT_CHECK(t.numel() == 1, name, " must be a 0-dim tensor");
+    FBOPT_CHECK(t.numel == 1, name, " must be a 0-dim tensor");
   }
-  const ScalarType dtype = t.scalar_type();
+  const ScalarType dtype = dtype_of(t);
   FBOPT_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, name,
               " must be float32 or float64");
 }
 
 // How far apart the numbers of a tensor are that check_number() accepts.
-inline int64_t step_of(const Tensor& t) { return t.numel() == 1 ? 0 : t.stride(0); }
+inline int64_t step_of(const Meta& t) { return t.numel == 1 ? 0 : *t.strides; }
 
 // Chunks with a weight each, or the one of a 0-dim weight.
-inline Chunks chunks_of(const Tensor& weight) {
-  if (weight.dim() == 0) return {};
+inline Chunks chunks_of(const Meta& weight) {
+  if (weight.dim == 0) return {};
   FBOPT_CHECK(
-      weight.dim() == 1 && weight.numel() > 0,
+      weight.dim == 1 && weight.numel > 0,
       "weight must be a 0-dim tensor, or 1-D with one element for each chunk of the stacks");
-  return {weight.numel(), true};
+  return {weight.numel, true};
 }
 
 // The chunks of stacks, at least one.
@@ -46,29 +46,26 @@ inline Chunks stacked(const char* name, const Meta& first) {
 
 // Gradients are stacks if they have one dimension more than their parameters.
 inline Chunks chunks_of(const TensorList& params, const TensorList& grads,
-                        const std::optional<Tensor>& squared_norm) {
+                        const std::optional<Meta>& squared_norm) {
   if (params.empty() || grads.empty())
-    return squared_norm && squared_norm->dim() == 1 ? Chunks{squared_norm->numel(), true}
-                                                    : Chunks{};
-  const Meta grad(grads[0]);
-  return grad.dim == Meta(params[0]).dim + 1 ? stacked("grads", grad) : Chunks{};
+    return squared_norm && squared_norm->dim == 1 ? Chunks{squared_norm->numel, true} : Chunks{};
+  return grads[0].dim == params[0].dim + 1 ? stacked("grads", grads[0]) : Chunks{};
 }
 
-inline void check_flat(const Tensor& out, const Flat& flat) {
-  FBOPT_CHECK(out.is_contiguous() && out.numel() == flat.size, "out must be contiguous and have ",
+inline void check_flat(const Meta& out, const Flat& flat) {
+  FBOPT_CHECK(is_contiguous(out) && out.numel == flat.size, "out must be contiguous and have ",
               flat.size, " elements: params one after the other, each from a multiple of ", kAlign,
               " on, and of stacks as many copies of each as there are chunks");
 }
 
 // One float64 for each tensor of a list.
-inline double* per_tensor(const char* name, const Tensor& t, const Layout& layout) {
-  FBOPT_CHECK(
-      t.scalar_type() == ScalarType::Double && t.is_contiguous() && t.numel() == layout.size(),
-      name, " must be a contiguous float64 tensor of ", layout.size(),
-      " elements, one for each of sums");
-  FBOPT_CHECK(layout.size() == 0 || Device(t.get()) == layout[0].device, name,
+inline double* per_tensor(const char* name, const Meta& t, const Layout& layout) {
+  FBOPT_CHECK(dtype_of(t) == ScalarType::Double && is_contiguous(t) && t.numel == layout.size(),
+              name, " must be a contiguous float64 tensor of ", layout.size(),
+              " elements, one for each of sums");
+  FBOPT_CHECK(layout.size() == 0 || t.device == layout[0].device, name,
               " must be on the device of the tensors");
-  return static_cast<double*>(t.data_ptr());
+  return static_cast<double*>(t.data);
 }
 
 // f(Type<G>, Type<A>) for the element types of gradients and of their sums.
@@ -84,7 +81,7 @@ void dispatch_sums(const TensorList& sums, ScalarType grads, F&& f) {
 
 inline void check_step(const TensorList& params, const TensorList& grads,
                        const TensorList& momentum_buffers, double momentum,
-                       const std::optional<Tensor>& total_norm,
+                       const std::optional<Meta>& total_norm,
                        const std::optional<double>& max_norm) {
   const ScalarType dtype = dtype_of(params), grad_dtype = dtype_of(grads, dtype);
   FBOPT_CHECK(grad_dtype == dtype || grad_dtype == accumulator_of(dtype),

@@ -1,7 +1,9 @@
-// The Python module: facts about this build, for `fbopt doctor`, benchmarks and bug reports.
-// The kernels themselves are reached through torch.ops, not from here.
+// The Python module: the ops for plain tensors of the CPU, and facts about this build, for `fbopt
+// doctor`, benchmarks and bug reports. All other tensors reach the ops through torch.ops.
 
 #include <pybind11/pybind11.h>
+
+#include "direct.h"
 
 namespace {
 
@@ -38,7 +40,8 @@ constexpr const char* instruction_set() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Facts about the compiled kernels.";
+  m.doc() = "Ops on plain tensors of the CPU, and facts about the compiled kernels.";
+  if (!fbopt::direct::add_methods(m.ptr())) throw pybind11::error_already_set();
   m.attr("compiler") = compiler();
   m.attr("cxx_standard") = static_cast<long>(__cplusplus);
   m.attr("instruction_set") = instruction_set();

@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -41,37 +42,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-// Owns the handles of a list. A torch::stable::Tensor each would add a shared_ptr control block:
-// for 1,000 small tensors that costs more than the arithmetic.
-class TensorList {
- public:
-  explicit TensorList(StableListHandle list) {
-    size_t n = 0;
-    FBOPT_CALL(torch_list_size(list, &n));
-    handles_.reserve(n);
-    for (size_t i = 0; i < n; ++i) {
-      StableIValue item{};
-      FBOPT_CALL(torch_list_get_item(list, i, &item));
-      handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(item));
-    }
-    FBOPT_CALL(torch_delete_list(list));
-  }
-  TensorList(TensorList&&) noexcept = default;
-  TensorList(const TensorList&) = delete;
-  TensorList& operator=(const TensorList&) = delete;
-  TensorList& operator=(TensorList&&) = delete;
-  ~TensorList() {
-    for (AtenTensorHandle h : handles_) aoti_torch_delete_tensor_object(h);
-  }
-
-  int64_t size() const { return static_cast<int64_t>(handles_.size()); }
-  bool empty() const { return handles_.empty(); }
-  AtenTensorHandle operator[](int64_t i) const { return handles_[i]; }
-
- private:
-  std::vector<AtenTensorHandle> handles_;
-};
-
 struct Device {
   int32_t type, index;
 
@@ -79,6 +49,7 @@ struct Device {
     FBOPT_CALL(aoti_torch_get_device_type(t, &type));
     FBOPT_CALL(aoti_torch_get_device_index(t, &index));
   }
+  Device(int32_t type, int32_t index) : type(type), index(index) {}
   bool operator==(const Device& other) const { return type == other.type && index == other.index; }
 };
 
@@ -98,6 +69,17 @@ struct Meta {
     FBOPT_CALL(aoti_torch_get_dtype(t, &dtype));
     FBOPT_CALL(aoti_torch_get_data_ptr(t, &data));
   }
+  Meta(const Tensor& t) : Meta(t.get()) {}
+  Meta(int64_t dim, int64_t* sizes, int64_t* strides, int32_t dtype, void* data, Device device)
+      : numel(1),
+        dim(dim),
+        sizes(sizes),
+        strides(strides),
+        dtype(dtype),
+        data(data),
+        device(device) {
+    for (int64_t d = 0; d < dim; ++d) numel *= sizes[d];
+  }
   // The first slice of a stack.
   Meta slice() const {
     Meta first = *this;
@@ -105,6 +87,64 @@ struct Meta {
     --first.dim, ++first.sizes, ++first.strides;
     return first;
   }
+};
+
+// Thrown, before anything is changed, where a call that came without handles needs one.
+struct NeedsHandle {};
+
+// A `Tensor` argument: its facts, and the handle they were read from, if there is one.
+class Argument : public Meta {
+ public:
+  explicit Argument(AtenTensorHandle owned) : Meta(owned), owner_(owned) {}
+  explicit Argument(const Meta& facts) : Meta(facts) {}
+
+ private:
+  std::optional<Tensor> owner_;
+};
+
+// What an op returns: a number, or one for each chunk of stacks.
+struct Numbers {
+  std::vector<double> values;
+  bool stacked;
+};
+
+// Facts and handles of a list. A torch::stable::Tensor each would add a shared_ptr control block:
+// for 1,000 small tensors that costs more than the arithmetic.
+class TensorList {
+ public:
+  explicit TensorList(StableListHandle list) {
+    size_t n = 0;
+    FBOPT_CALL(torch_list_size(list, &n));
+    handles_.reserve(n);
+    metas_.reserve(n);
+    for (size_t i = 0; i < n; ++i) {
+      StableIValue item{};
+      FBOPT_CALL(torch_list_get_item(list, i, &item));
+      handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(item));
+      metas_.emplace_back(handles_.back());
+    }
+    FBOPT_CALL(torch_delete_list(list));
+  }
+  explicit TensorList(std::vector<Meta> metas) : metas_(std::move(metas)) {}
+  TensorList(TensorList&&) noexcept = default;
+  TensorList(const TensorList&) = delete;
+  TensorList& operator=(const TensorList&) = delete;
+  TensorList& operator=(TensorList&&) = delete;
+  ~TensorList() {
+    for (AtenTensorHandle h : handles_) aoti_torch_delete_tensor_object(h);
+  }
+
+  int64_t size() const { return static_cast<int64_t>(metas_.size()); }
+  bool empty() const { return metas_.empty(); }
+  const Meta& operator[](int64_t i) const { return metas_[i]; }
+  AtenTensorHandle handle(int64_t i) const {
+    if (handles_.empty()) throw NeedsHandle{};
+    return handles_[i];
+  }
+
+ private:
+  std::vector<AtenTensorHandle> handles_;
+  std::vector<Meta> metas_;
 };
 
 // The chunks of a call: those of stacks, or one without a dimension for it.
@@ -174,6 +214,13 @@ inline Tensor fresh(std::initializer_list<int64_t> size, ScalarType dtype, const
                        device);
 }
 
+inline bool is_contiguous(const Meta& t) {
+  int64_t expected = 1;
+  for (int64_t d = t.dim; d-- > 0; expected *= t.sizes[d])
+    if (t.sizes[d] != 1 && t.strides[d] != expected && t.numel > 0) return false;
+  return true;
+}
+
 // A copy with its elements in row-major order.
 inline Tensor row_major(AtenTensorHandle t) {
   const Meta meta(t);
@@ -197,9 +244,9 @@ class Layout {
   explicit Layout(const TensorList& list, const Chunks& chunks = {}) {
     metas_.reserve(list.size());
     for (int64_t i = 0; i < list.size(); ++i) {
-      metas_.push_back(chunks.first("tensors", i, Meta(list[i])));
+      metas_.push_back(chunks.first("tensors", i, list[i]));
       if (is_dense(metas_.back())) continue;
-      Tensor own = borrow(list[i]);
+      Tensor own = borrow(list.handle(i));
       if (chunks.stacked) own = torch::stable::select(own, 0, 0);
       stand_ins_.push_back(torch::stable::empty_like(own));
       metas_.back() = Meta(stand_ins_.back().get());
@@ -246,7 +293,7 @@ class Operand {
     const int32_t expected = code_of(dtype);
     pointers_.reserve(list.size());
     for (int64_t i = 0; i < list.size(); ++i) {
-      const Meta meta(list[i]), first = chunks.first(name, i, meta);
+      const Meta &meta = list[i], first = chunks.first(name, i, meta);
       FBOPT_CHECK(meta.dtype == expected, name, "[", i, "] has another dtype than the op expects");
       FBOPT_CHECK(same_shape(first, layout[i]), name, "[", i,
                   "] has another shape than the tensor it belongs to",
@@ -267,7 +314,7 @@ class Operand {
 
   void write_back() {
     for (auto& [i, copy] : staged_) {
-      Tensor target = borrow(list_[i]);
+      Tensor target = borrow(list_.handle(i));
       torch::stable::copy_(target, copy);
     }
   }
@@ -282,8 +329,8 @@ class Operand {
       strides.insert(strides.begin(), slot.numel);
     }
     Tensor copy = empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                Meta(list_[i]).dtype, slot.device);
-    torch::stable::copy_(copy, borrow(list_[i]));
+                                list_[i].dtype, slot.device);
+    torch::stable::copy_(copy, borrow(list_.handle(i)));
     void* data = copy.data_ptr();
     staged_.emplace_back(i, std::move(copy));
     return data;
@@ -295,8 +342,12 @@ class Operand {
   std::vector<std::pair<int64_t, Tensor>> staged_;
 };
 
+inline ScalarType dtype_of(const Meta& t) {
+  return torch::stable::detail::to<ScalarType>(torch::stable::detail::from(t.dtype));
+}
+
 inline ScalarType dtype_of(const TensorList& list, ScalarType if_empty = ScalarType::Float) {
-  return list.empty() ? if_empty : borrow(list[0]).scalar_type();
+  return list.empty() ? if_empty : dtype_of(list[0]);
 }
 
 // Sums of float64 are kept in float64, all others in float32.
@@ -329,6 +380,23 @@ void dispatch(ScalarType dtype, F&& f) {
 }  // namespace fbopt
 
 namespace torch::stable::detail {
+template <>
+struct FromImpl<fbopt::Numbers> {
+  static StableIValue call(const fbopt::Numbers& numbers, uint64_t, bool) {
+    using torch::headeronly::ScalarType;
+    const auto count = static_cast<int64_t>(numbers.values.size());
+    Tensor t = numbers.stacked ? empty({count}, ScalarType::Double) : empty({}, ScalarType::Double);
+    std::copy(numbers.values.begin(), numbers.values.end(),
+              static_cast<double*>(t.mutable_data_ptr()));
+    return from(t);
+  }
+};
+template <>
+struct ToImpl<fbopt::Argument> {
+  static fbopt::Argument call(StableIValue value, uint64_t, bool) {
+    return fbopt::Argument(to<AtenTensorHandle>(value));
+  }
+};
 template <>
 struct ToImpl<fbopt::TensorList> {
   static fbopt::TensorList call(StableIValue value, uint64_t, bool) {

@@ -22,7 +22,7 @@ from fbopt._build import load
 from fbopt._ops import dispatch, reference
 
 BACKENDS = ("kernels", "reference")
-TARGETS = ("cpu", "emulated", pytest.param("cuda", marks=pytest.mark.cuda))
+TARGETS = ("cpu", "dispatched", "emulated", pytest.param("cuda", marks=pytest.mark.cuda))
 
 
 # A machine that is lent for its GPU may have only what the kernels need.

@@ -1,4 +1,6 @@
-"""Where the ops run in tests: the CPU's kernels, CUDA's compiled for the CPU, CUDA's on a GPU."""
+"""Where the ops run in tests: the CPU's kernels, directly and through torch's dispatcher, CUDA's
+compiled for the CPU, CUDA's on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +69,9 @@ def target(name: str) -> Target:
     if name == "emulated":
         emulator()
         return Target(name, "cpu", lambda op: getattr(torch.ops.fbopt_emulated, op).default, few=1)
+    if name == "dispatched":
+        dispatch.table("cpu")
+        return Target(name, "cpu", lambda op: getattr(torch.ops.fbopt, op).default)
     if name == "cuda":
         assert load.cuda_kernels() is not None  # not plain torch in their place
     return Target(name, name, lambda op: getattr(dispatch.table(name), op))

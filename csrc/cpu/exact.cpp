@@ -65,8 +65,7 @@ struct Sums {
   Operand sums, carries;
   double *maxima, *scales;
 
-  Sums(const TensorList& sum_list, const TensorList& carry_list, const Tensor& max,
-       const Tensor& scale)
+  Sums(const TensorList& sum_list, const TensorList& carry_list, const Meta& max, const Meta& scale)
       : layout(sum_list),
         sums("sums", sum_list, layout, ScalarType::Long),
         carries("carries", carry_list, layout, ScalarType::Int),
@@ -98,8 +97,8 @@ struct Sums {
   }
 };
 
-void accumulate_exact_op(const TensorList& sums, const TensorList& carries, const Tensor& maxima,
-                         const TensorList& grads, const Tensor& weight, const Tensor& scales) {
+void accumulate_exact_op(const TensorList& sums, const TensorList& carries, const Argument& maxima,
+                         const TensorList& grads, const Argument& weight, const Argument& scales) {
   const ScalarType dtype = dtype_of(grads);
   const Chunks chunks = chunks_of(weight);
   Sums target(sums, carries, maxima, scales);
@@ -117,10 +116,10 @@ void accumulate_exact_op(const TensorList& sums, const TensorList& carries, cons
 }
 
 void accumulate_exact_penalty_op(const TensorList& sums, const TensorList& carries,
-                                 const Tensor& maxima, const TensorList& grads,
+                                 const Argument& maxima, const TensorList& grads,
                                  const TensorList& plus, const TensorList& minus,
-                                 const Tensor& weight, const Tensor& scales,
-                                 const Tensor& coefficient, const Tensor& squared_norm,
+                                 const Argument& weight, const Argument& scales,
+                                 const Argument& coefficient, const Argument& squared_norm,
                                  double radius) {
   const Chunks chunks = chunks_of(weight);
   Sums target(sums, carries, maxima, scales);
@@ -141,7 +140,7 @@ void accumulate_exact_penalty_op(const TensorList& sums, const TensorList& carri
 }
 
 void exact_mean_op(const TensorList& means, const TensorList& sums, const TensorList& carries,
-                   const Tensor& maxima, const Tensor& scales, const Tensor& divisor) {
+                   const Argument& maxima, const Argument& scales, const Argument& divisor) {
   const ScalarType dtype = dtype_of(means);
   Sums source(sums, carries, maxima, scales);
   Operand out("means", means, source.layout, dtype);
@@ -170,3 +169,9 @@ STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, CPU, m) {
   m.impl("accumulate_exact_penalty_", TORCH_BOX(&fbopt::cpu::accumulate_exact_penalty_op));
   m.impl("exact_mean_", TORCH_BOX(&fbopt::cpu::exact_mean_op));
 }
+
+static const fbopt::direct::Ops direct_ops{
+    {"accumulate_exact_", fbopt::direct::method<&fbopt::cpu::accumulate_exact_op>},
+    {"accumulate_exact_penalty_", fbopt::direct::method<&fbopt::cpu::accumulate_exact_penalty_op>},
+    {"exact_mean_", fbopt::direct::method<&fbopt::cpu::exact_mean_op>},
+};

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../direct.h"
 #include "tile.h"
 
 namespace fbopt::cpu {
@@ -25,17 +26,17 @@ constexpr int64_t kShared = 2048;
 inline bool exceeds_cache(int64_t bytes) { return bytes > int64_t{32} << 20; }
 
 // A number of the CPU, or one for each chunk.
-inline std::vector<double> numbers(const char* name, const Tensor& t, const Chunks& chunks) {
-  FBOPT_CHECK(t.is_cpu(), name, " must be on the CPU");
+inline std::vector<double> numbers(const char* name, const Meta& t, const Chunks& chunks) {
+  FBOPT_CHECK(t.device.type == aoti_torch_device_type_cpu(), name, " must be on the CPU");
   check_number(name, t, chunks);
   std::vector<double> found(chunks.count);
+  const bool wide = dtype_of(t) == ScalarType::Double;
   for (int64_t k = 0; k < chunks.count; ++k)
-    found[k] = t.scalar_type() == ScalarType::Double
-                   ? static_cast<const double*>(t.data_ptr())[k * step_of(t)]
-                   : static_cast<const float*>(t.data_ptr())[k * step_of(t)];
+    found[k] = wide ? static_cast<const double*>(t.data)[k * step_of(t)]
+                    : static_cast<const float*>(t.data)[k * step_of(t)];
   return found;
 }
-inline double number(const char* name, const Tensor& t) { return numbers(name, t, {})[0]; }
+inline double number(const char* name, const Meta& t) { return numbers(name, t, {})[0]; }
 
 // body(i, begin, end): elements begin ... end of tensor i, each element once, from the last run
 // to the first: after a forward sum over the same memory the caches still hold its end. An element

@@ -13,8 +13,8 @@ struct Passes {
 
   // Forward differences have no list `minus`: grads stand for it.
   Passes(const TensorList& at, const TensorList& ahead, const TensorList& behind,
-         const Layout& layout, const Chunks& chunks, const Tensor& coefficient,
-         const Tensor& squared_norm, double radius)
+         const Layout& layout, const Chunks& chunks, const Meta& coefficient,
+         const Meta& squared_norm, double radius)
       : grads("grads", at, layout, dtype_of(at), chunks),
         plus("plus", ahead, layout, dtype_of(at), chunks),
         minus("minus", behind.empty() ? at : behind, layout, dtype_of(at), chunks),

@@ -7,54 +7,39 @@
 namespace fbopt::cpu {
 namespace {
 
-Tensor tensor_of(const std::vector<double>& values, const Chunks& chunks) {
-  Tensor t = chunks.stacked ? torch::stable::empty({chunks.count}, ScalarType::Double)
-                            : torch::stable::empty({}, ScalarType::Double);
-  std::copy(values.begin(), values.end(), static_cast<double*>(t.mutable_data_ptr()));
-  return t;
-}
-
-// Packing saves a fixed cost per tensor in later calls, so this one queries as few properties of
-// each tensor as it can.
-void pack_op(const Tensor& out, const TensorList& tensors) {
-  const Meta target(out.get());
-  FBOPT_CHECK(out.is_contiguous(), "out must be contiguous");
-  const auto size = static_cast<int64_t>(out.element_size());
-  std::vector<int64_t> bytes(tensors.size());
+// Packing saves a fixed cost per tensor in later calls.
+void pack_op(const Argument& out, const TensorList& tensors) {
+  FBOPT_CHECK(is_contiguous(out), "out must be contiguous");
   int64_t total = 0;
   for (int64_t i = 0; i < tensors.size(); ++i) {
-    int32_t dtype = 0;
-    FBOPT_CALL(aoti_torch_get_dtype(tensors[i], &dtype));
-    FBOPT_CALL(aoti_torch_get_numel(tensors[i], &bytes[i]));
-    FBOPT_CHECK(dtype == target.dtype, "tensors[", i, "] has another dtype than out");
-    total += bytes[i];
-    bytes[i] *= size;
+    FBOPT_CHECK(tensors[i].dtype == out.dtype, "tensors[", i, "] has another dtype than out");
+    total += tensors[i].numel;
   }
-  FBOPT_CHECK(total == target.numel, "out must have ", total, " elements, one for each of tensors");
-  char* to = static_cast<char*>(target.data);
-  for (int64_t i = 0; i < tensors.size(); to += bytes[i++]) {
-    if (bytes[i] == 0) continue;
-    bool contiguous = false;
-    FBOPT_CALL(aoti_torch_is_contiguous(tensors[i], &contiguous));
-    std::optional<Tensor> copy;
-    if (!contiguous) copy = row_major(tensors[i]);
-    void* from = nullptr;
-    FBOPT_CALL(aoti_torch_get_data_ptr(copy ? copy->get() : tensors[i], &from));
-    std::memcpy(to, from, bytes[i]);
-  }
+  FBOPT_CHECK(total == out.numel, "out must have ", total, " elements, one for each of tensors");
+  std::vector<std::optional<Tensor>> copies(tensors.size());
+  for (int64_t i = 0; i < tensors.size(); ++i)
+    if (!is_contiguous(tensors[i])) copies[i] = row_major(tensors.handle(i));
+  dispatch(dtype_of(out), [&](auto t) {
+    using T = typename decltype(t)::type;
+    T* to = static_cast<T*>(out.data);
+    for (int64_t i = 0; i < tensors.size(); to += tensors[i++].numel) {
+      const void* from = copies[i] ? copies[i]->data_ptr() : tensors[i].data;
+      if (tensors[i].numel > 0) std::memcpy(to, from, tensors[i].numel * sizeof(T));
+    }
+  });
 }
 
-Tensor squared_norm_op(const TensorList& tensors, bool stacks) {
+Numbers squared_norm_op(const TensorList& tensors, bool stacks) {
   FBOPT_CHECK(!stacks || !tensors.empty(), "tensors must hold at least one stack");
   const ScalarType dtype = dtype_of(tensors);
-  const Chunks chunks = stacks ? stacked("tensors", Meta(tensors[0])) : Chunks{};
+  const Chunks chunks = stacks ? stacked("tensors", tensors[0]) : Chunks{};
   const Layout layout(tensors, chunks);
   const Operand x("tensors", tensors, layout, dtype, chunks);
   std::vector<double> sums;
   dispatch(dtype, [&](auto t) {
     sums = squared_norm<typename decltype(t)::type>(layout, x, chunks.count);
   });
-  return tensor_of(sums, chunks);
+  return {sums, chunks.stacked};
 }
 
 template <class T>
@@ -83,9 +68,9 @@ void shift(const Layout& layout, const Operand& p, const Operand& g, T* out, con
   });
 }
 
-Tensor perturb_op(const Tensor& out, const TensorList& params, const TensorList& grads,
-                  double radius, std::optional<Tensor> squared) {
-  const ScalarType dtype = out.scalar_type();
+Numbers perturb_op(const Argument& out, const TensorList& params, const TensorList& grads,
+                   double radius, std::optional<Argument> squared) {
+  const ScalarType dtype = dtype_of(out);
   const Chunks chunks = chunks_of(params, grads, squared);
   const Layout layout(params);
   const Operand p("params", params, layout, dtype), g("grads", grads, layout, dtype, chunks);
@@ -98,12 +83,12 @@ Tensor perturb_op(const Tensor& out, const TensorList& params, const TensorList&
     if (!squared) sums = squared_norm<T>(layout, g, chunks.count);
     std::vector<double> steps;
     for (const double sum : sums) steps.push_back(rules::perturb_step(radius, std::sqrt(sum)));
-    shift(layout, p, g, static_cast<T*>(out.mutable_data_ptr()), flat, steps);
+    shift(layout, p, g, static_cast<T*>(out.data), flat, steps);
   });
-  return tensor_of(sums, chunks);
+  return {sums, chunks.stacked};
 }
 
-void accumulate_op(const TensorList& sums, const TensorList& grads, const Tensor& weight) {
+void accumulate_op(const TensorList& sums, const TensorList& grads, const Argument& weight) {
   const ScalarType dtype = dtype_of(grads);
   const Chunks chunks = chunks_of(weight);
   const Layout layout(sums);
@@ -131,8 +116,9 @@ void accumulate_op(const TensorList& sums, const TensorList& grads, const Tensor
 }
 
 void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, const TensorList& plus,
-                           const TensorList& minus, const Tensor& weight, const Tensor& coefficient,
-                           const Tensor& squared_norm, double radius) {
+                           const TensorList& minus, const Argument& weight,
+                           const Argument& coefficient, const Argument& squared_norm,
+                           double radius) {
   const ScalarType dtype = dtype_of(grads);
   const Chunks chunks = chunks_of(weight);
   const Layout layout(sums);
@@ -173,3 +159,11 @@ STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, CPU, m) {
   m.impl("accumulate_", TORCH_BOX(&fbopt::cpu::accumulate_op));
   m.impl("accumulate_penalty_", TORCH_BOX(&fbopt::cpu::accumulate_penalty_op));
 }
+
+static const fbopt::direct::Ops direct_ops{
+    {"pack_", fbopt::direct::method<&fbopt::cpu::pack_op>},
+    {"squared_norm", fbopt::direct::method<&fbopt::cpu::squared_norm_op>},
+    {"perturb_", fbopt::direct::method<&fbopt::cpu::perturb_op>},
+    {"accumulate_", fbopt::direct::method<&fbopt::cpu::accumulate_op>},
+    {"accumulate_penalty_", fbopt::direct::method<&fbopt::cpu::accumulate_penalty_op>},
+};

@@ -7,7 +7,7 @@
 namespace fbopt::cpu {
 namespace {
 
-void clip_op(const TensorList& grads, const Tensor& total_norm, double max_norm) {
+void clip_op(const TensorList& grads, const Argument& total_norm, double max_norm) {
   const ScalarType dtype = dtype_of(grads);
   const Layout layout(grads);
   Operand g("grads", grads, layout, dtype);
@@ -59,8 +59,8 @@ void step(const Layout& layout, const Operand& p, const Operand& g, const Operan
 }
 
 void sgd_step_op(const TensorList& params, const TensorList& grads,
-                 const TensorList& momentum_buffers, const Tensor& lr,
-                 std::optional<Tensor> divisor, std::optional<Tensor> total_norm,
+                 const TensorList& momentum_buffers, const Argument& lr,
+                 std::optional<Argument> divisor, std::optional<Argument> total_norm,
                  std::optional<double> max_norm, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, bool first) {
   const ScalarType dtype = dtype_of(params), grad_dtype = dtype_of(grads, dtype);
@@ -97,3 +97,8 @@ STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, CPU, m) {
   m.impl("clip_", TORCH_BOX(&fbopt::cpu::clip_op));
   m.impl("sgd_step_", TORCH_BOX(&fbopt::cpu::sgd_step_op));
 }
+
+static const fbopt::direct::Ops direct_ops{
+    {"clip_", fbopt::direct::method<&fbopt::cpu::clip_op>},
+    {"sgd_step_", fbopt::direct::method<&fbopt::cpu::sgd_step_op>},
+};

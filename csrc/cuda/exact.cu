@@ -155,7 +155,7 @@ struct Sums {
 
   Sums(const TensorList& sum_list, const TensorList& carry_list, const Tensor& max,
        const Tensor& scale, const Tensor& weight)
-      : call(sum_list.empty() ? weight.get() : sum_list[0]),
+      : call(sum_list.empty() ? Meta(weight) : sum_list[0]),
         layout(sum_list),
         sums("sums", sum_list, layout, ScalarType::Long),
         carries("carries", carry_list, layout, ScalarType::Int),

@@ -14,7 +14,7 @@ using Pointers = std::array<const std::vector<void*>*, Depth>;
 // Where a call runs: under a guard for the device, on torch's current stream.
 class Call {
  public:
-  explicit Call(AtenTensorHandle on) : device_(on), guard_(device_.index) {
+  explicit Call(const Meta& on) : device_(on.device), guard_(device_.index) {
     void* stream = nullptr;
     FBOPT_CALL(aoti_torch_get_current_cuda_stream(device_.index, &stream));
     stream_ = static_cast<cudaStream_t>(stream);

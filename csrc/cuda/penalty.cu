@@ -26,7 +26,7 @@ struct Copy {
 };
 
 void pack_op(const Tensor& out, const TensorList& tensors) {
-  const Call call(out.get());
+  const Call call(out);
   const Meta target(out.get());
   FBOPT_CHECK(out.is_contiguous(), "out must be contiguous");
   std::vector<int64_t> sizes(tensors.size());
@@ -34,12 +34,12 @@ void pack_op(const Tensor& out, const TensorList& tensors) {
   std::vector<Tensor> copies;
   int64_t total = 0;
   for (int64_t i = 0; i < tensors.size(); ++i) {
-    const Meta meta(tensors[i]);
+    const Meta& meta = tensors[i];
     FBOPT_CHECK(meta.dtype == target.dtype, "tensors[", i, "] has another dtype than out");
     FBOPT_CHECK(meta.device == target.device, "tensors[", i, "] is on another device than out");
     bool contiguous = false;
-    FBOPT_CALL(aoti_torch_is_contiguous(tensors[i], &contiguous));
-    if (!contiguous) copies.push_back(row_major(tensors[i]));
+    FBOPT_CALL(aoti_torch_is_contiguous(tensors.handle(i), &contiguous));
+    if (!contiguous) copies.push_back(row_major(tensors.handle(i)));
     from[i] = contiguous ? meta.data : copies.back().data_ptr();
     to[i] = static_cast<char*>(target.data) + total * static_cast<int64_t>(out.element_size());
     sizes[i] = meta.numel;
@@ -63,7 +63,7 @@ Tensor squared_norm_op(const TensorList& tensors, bool stacks) {
   FBOPT_CHECK(!tensors.empty(), "tensors must hold at least one");
   const Call call(tensors[0]);
   const ScalarType dtype = dtype_of(tensors);
-  const Chunks chunks = stacks ? stacked("tensors", Meta(tensors[0])) : Chunks{};
+  const Chunks chunks = stacks ? stacked("tensors", tensors[0]) : Chunks{};
   const Layout layout(tensors, chunks);
   const Operand x("tensors", tensors, layout, dtype, chunks);
   return squared_norm(call, dtype, layout, x, chunks);
@@ -91,7 +91,7 @@ struct Perturb {
 
 Tensor perturb_op(const Tensor& out, const TensorList& params, const TensorList& grads,
                   double radius, std::optional<Tensor> squared) {
-  const Call call(out.get());
+  const Call call(out);
   const ScalarType dtype = out.scalar_type();
   const Chunks chunks = chunks_of(params, grads, squared);
   const Layout layout(params);
@@ -128,7 +128,7 @@ struct Accumulate {
 };
 
 void accumulate_op(const TensorList& sums, const TensorList& grads, const Tensor& weight) {
-  const Call call(sums.empty() ? weight.get() : sums[0]);
+  const Call call(sums.empty() ? Meta(weight) : sums[0]);
   const ScalarType dtype = dtype_of(grads);
   const Chunks chunks = chunks_of(weight);
   const Layout layout(sums);
@@ -173,7 +173,7 @@ struct AccumulatePenalty {
 void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, const TensorList& plus,
                            const TensorList& minus, const Tensor& weight, const Tensor& coefficient,
                            const Tensor& squared_norm, double radius) {
-  const Call call(sums.empty() ? weight.get() : sums[0]);
+  const Call call(sums.empty() ? Meta(weight) : sums[0]);
   const ScalarType dtype = dtype_of(grads);
   const bool central = !minus.empty();
   const Chunks chunks = chunks_of(weight);

@@ -27,7 +27,7 @@ struct Clip {
 };
 
 void clip_op(const TensorList& grads, const Tensor& total_norm, double max_norm) {
-  const Call call(grads.empty() ? total_norm.get() : grads[0]);
+  const Call call(grads.empty() ? Meta(total_norm) : grads[0]);
   const ScalarType dtype = dtype_of(grads);
   const Layout layout(grads);
   Operand g("grads", grads, layout, dtype);
@@ -71,7 +71,7 @@ void sgd_step_op(const TensorList& params, const TensorList& grads,
                  std::optional<Tensor> divisor, std::optional<Tensor> total_norm,
                  std::optional<double> max_norm, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, bool first) {
-  const Call call(params.empty() ? lr.get() : params[0]);
+  const Call call(params.empty() ? Meta(lr) : params[0]);
   const ScalarType dtype = dtype_of(params), grad_dtype = dtype_of(grads, dtype);
   check_step(params, grads, momentum_buffers, momentum, total_norm, max_norm);
   const Layout layout(params);

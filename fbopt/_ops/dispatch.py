@@ -1,13 +1,14 @@
 """The ops as the rest of the library calls them: the compiled kernels where there are some for the
-device, fbopt.reference elsewhere. The only file that uses torch.ops.
+device, fbopt.reference elsewhere. The only file that uses torch.ops, and calls past it.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,10 +36,24 @@ LIBRARIES = {"cpu": load.kernels, "cuda": load.cuda_kernels}
 @functools.cache
 def table(device_type: str) -> SimpleNamespace | ModuleType:
     """The ops for a device, by name. The first call for a compiled device may build them."""
-    if device_type not in LIBRARIES or LIBRARIES[device_type]() is None:
+    library = LIBRARIES[device_type]() if device_type in LIBRARIES else None
+    if library is None:
         return reference
     _register_fakes()
-    return SimpleNamespace(**{name: getattr(torch.ops.fbopt, name).default for name in NAMES})
+    ops = {name: getattr(torch.ops.fbopt, name).default for name in NAMES}
+    if device_type == "cpu":
+        ops = {name: _direct(getattr(library, name), op) for name, op in ops.items()}
+    return SimpleNamespace(**ops)
+
+
+def _direct(kernel: Callable[..., Any], op: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a kernel past torch's dispatcher, unless its arguments need that."""
+
+    def run(*args: Any) -> Any:
+        found = kernel(*args)
+        return op(*args) if found is NotImplemented else found
+
+    return run
 
 
 @functools.cache
@@ -67,11 +82,14 @@ def _fake_none(*args: object) -> None:
 
 def _on_device_of(position: int, op: Callable[P, R]) -> Callable[P, R]:
     """The op of the reference's name, signature and docstring, on the device of one argument."""
-    name = op.__name__
+    name, names = op.__name__, tuple(inspect.signature(op).parameters)
 
     @functools.wraps(op)
     def run(*args: P.args, **rule: P.kwargs) -> R:
-        return getattr(table(args[position].device.type), name)(*args, **rule)
+        given: tuple[Any, ...] = args
+        if rule:
+            given += tuple(rule[name] for name in names[len(args) :])
+        return getattr(table(given[position].device.type), name)(*given)
 
     return run
 

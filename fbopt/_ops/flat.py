@@ -69,9 +69,12 @@ def scalar_on(device: torch.device, value: float | Tensor) -> Tensor:
 
 def by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Indices of the tensors that one kernel call can take together, in order of appearance."""
+    kinds = [(t.device, t.dtype) for t in tensors]
+    if kinds and kinds.count(kinds[0]) == len(kinds):  # the usual case
+        return [list(range(len(kinds)))]
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, t in enumerate(tensors):
-        groups.setdefault((t.device, t.dtype), []).append(i)
+    for i, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(i)
     return list(groups.values())
 
 

@@ -27,7 +27,7 @@ from fbopt._build import load
 from fbopt._ops import dispatch, reference
 from fbopt._ops.flat import accumulator_dtype, flat_size, flat_views
 
-OTHERS = ["emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
+OTHERS = ["dispatched", "emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
 pytestmark = [
     pytest.mark.skipif(load.kernels() is None, reason="no compiled kernels here"),
     pytest.mark.usefixtures("one_thread"),  # bits do not depend on the threads, as a test shows
@@ -234,7 +234,8 @@ def test_flat_views_are_aligned():
 
 
 def test_compiled_function_calls_the_ops():
-    ops = dispatch.table("cpu")
+    dispatch.table("cpu")
+    ops = torch.ops.fbopt
 
     def update(sums, grads, weight):
         ops.accumulate_(sums, grads, weight)

@@ -1,0 +1,131 @@
+// How ops called directly reach Python's tensors.
+#include "direct.h"
+
+#include "dlpack.h"
+
+namespace fbopt::direct {
+namespace {
+
+// What is needed of torch; the exchange is null where it has none.
+const dlpack::Exchange* exchange = nullptr;
+PyObject *tensor_type = nullptr, *parameter_type = nullptr, *count_modes = nullptr,
+         *is_neg = nullptr;
+
+// An element type as torch's ABI numbers it, and as DLPack describes it.
+struct Element {
+  ScalarType type;
+  uint8_t code, bits;
+  int32_t number;
+};
+Element elements[] = {
+    {ScalarType::Float, dlpack::kFloat, 32, -1},     {ScalarType::Double, dlpack::kFloat, 64, -1},
+    {ScalarType::BFloat16, dlpack::kBfloat, 16, -1}, {ScalarType::Half, dlpack::kFloat, 16, -1},
+    {ScalarType::Long, dlpack::kInt, 64, -1},        {ScalarType::Int, dlpack::kInt, 32, -1},
+};
+
+int32_t number_of(const dlpack::DataType& t) {
+  for (const Element& e : elements)
+    if (e.code == t.code && e.bits == t.bits && t.lanes == 1) return e.number;
+  throw NeedsHandle{};
+}
+
+// An attribute of a module, or of a class in it; null if there is none.
+PyObject* attribute(const char* module, const char* name, const char* inner = nullptr) {
+  PyObject* found = PyImport_ImportModule(module);
+  for (const char* part : {name, inner}) {
+    if (found == nullptr || part == nullptr) continue;
+    PyObject* next = PyObject_GetAttrString(found, part);
+    Py_DECREF(found);
+    found = next;
+  }
+  PyErr_Clear();
+  return found;
+}
+
+// Whether a function without further arguments, or of one tensor, returns another value.
+bool differs(PyObject* found, PyObject* expected) {
+  const int same = found == nullptr ? 0 : PyObject_RichCompareBool(found, expected, Py_EQ);
+  Py_XDECREF(found);
+  PyErr_Clear();
+  return same != 1;
+}
+
+std::vector<PyMethodDef>& methods() {
+  static std::vector<PyMethodDef> all;
+  return all;
+}
+
+}  // namespace
+
+Meta meta_of(PyObject* tensor, bool may_be_strided) {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  if (exchange == nullptr || (type != tensor_type && type != parameter_type)) throw NeedsHandle{};
+  dlpack::Tensor t;
+  if (exchange->borrow(tensor, &t) != 0) {
+    PyErr_Clear();
+    throw NeedsHandle{};
+  }
+  if (t.device.type != dlpack::kCpu) throw NeedsHandle{};
+  const Meta meta(t.dim, t.shape, t.strides, number_of(t.dtype),
+                  static_cast<char*>(t.data) + t.byte_offset,
+                  Device(aoti_torch_device_type_cpu(), -1));
+  // Only imaginary parts of conjugates are negated lazily. These leave out every second number, so
+  // that as tensors of several elements, in a list, they are not dense, which needs a handle
+  // anyway.
+  if ((may_be_strided || meta.numel < 2) && differs(PyObject_CallOneArg(is_neg, tensor), Py_False))
+    throw NeedsHandle{};
+  return meta;
+}
+
+bool is_watched() {
+  static PyObject* const none = PyLong_FromLong(0);
+  return differs(PyObject_CallNoArgs(count_modes), none);
+}
+
+PyObject* to_python(const Numbers& numbers) {
+  struct Own {
+    std::vector<double> values;
+    int64_t size, stride;
+    dlpack::ManagedTensor managed;
+  };
+  auto* own = new Own{numbers.values, static_cast<int64_t>(numbers.values.size()), 1, {}};
+  own->managed = {{dlpack::kMajor, dlpack::kMinor},
+                  own,
+                  [](dlpack::ManagedTensor* t) { delete static_cast<Own*>(t->context); },
+                  0,
+                  {own->values.data(),
+                   {dlpack::kCpu, 0},
+                   numbers.stacked,
+                   {dlpack::kFloat, 64, 1},
+                   &own->size,
+                   &own->stride,
+                   0}};
+  void* tensor = nullptr;
+  if (exchange->from_managed(&own->managed, &tensor) != 0) return nullptr;
+  return static_cast<PyObject*>(tensor);
+}
+
+Ops::Ops(std::initializer_list<std::pair<const char*, Method>> ops) {
+  for (const auto& [name, method] : ops)
+    methods().push_back({name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(method)),
+                         METH_FASTCALL, nullptr});
+}
+
+bool add_methods(PyObject* module) {
+  for (Element& e : elements) e.number = code_of(e.type);
+  tensor_type = attribute("torch", "Tensor");
+  parameter_type = attribute("torch.nn", "Parameter");
+  count_modes = attribute("torch._C", "_len_torch_dispatch_stack");
+  is_neg = attribute("torch", "Tensor", "is_neg");
+  PyObject* capsule = attribute("torch", "Tensor", "__dlpack_c_exchange_api__");
+  if (capsule != nullptr && count_modes != nullptr) {
+    void* found = PyCapsule_GetPointer(capsule, dlpack::kExchange);
+    PyErr_Clear();
+    exchange = static_cast<const dlpack::Exchange*>(found);
+    if (exchange != nullptr && exchange->version.major != dlpack::kMajor) exchange = nullptr;
+  }
+  methods().push_back({});
+  return PyModule_AddFunctions(module, methods().data()) == 0;
+}
+
+}  // namespace fbopt::direct
