@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from fbopt._distributed import Collectives
 from fbopt.train.data.dataset import Chunks, Split
 from fbopt.train.precision import cross_entropy
 
@@ -17,26 +21,35 @@ def evaluate(
     size: int = 1000,
     flip: bool = False,
     dtype: torch.dtype | None = None,
+    processes: Collectives | None = None,
 ) -> tuple[float, float]:
     """Accuracy (0 to 1) and mean cross-entropy (nats) on a split, in evaluation mode.
 
     With `flip`, of the mean probabilities of each image and its mirror image. `dtype` is what the
-    forward passes, of `size` samples each, are autocast to.
+    forward passes, of `size` samples each, are autocast to. The passes are shared out to
+    `processes`, all of which call this with the same model, and summed in the same order on any
+    number of them: the result has the same bits.
     """
     training = model.training
     model.eval()
-    correct = loss = torch.zeros((), dtype=torch.float64, device=split.y.device)
-    for input, target in Chunks(split, size):
+    processes = processes or Collectives()
+    share = Chunks(split, size, rank=processes.rank, world_size=processes.world_size)
+    # For each pass, or 0 where another process makes it: correct samples, sum of their losses.
+    found = torch.zeros(len(share), 2, dtype=torch.float64, device=split.y.device)
+    for row, (input, target) in zip(share.dealt(), share, strict=True):
         with torch.autocast(split.device.type, dtype, enabled=dtype is not None):
             output = model(input)
             mirrored = model(input.flip(-1)) if flip else None
         if mirrored is not None:
             both = torch.stack([output, mirrored])
             output = both.log_softmax(2, dtype=torch.float32).logsumexp(0)
-        correct = correct + (output.argmax(1) == target).sum()
-        loss = loss + cross_entropy(output, target, reduction="sum")
+        found[row, 0] = (output.argmax(1) == target).sum()
+        found[row, 1] = cross_entropy(output, target, reduction="sum")
     model.train(training)
-    return correct.item() / len(split), loss.item() / len(split)
+    processes.all_reduce_([found])
+    # One after the other: the order in which Python's sum and torch's add depends on the version.
+    correct, loss = (functools.reduce(operator.add, found[:, k].tolist()) for k in (0, 1))
+    return correct / len(split), loss / len(split)
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:

@@ -178,8 +178,7 @@ def _fit(
 ) -> None:
     """Take the remaining steps; log, save now and then, and stop after a signal.
 
-    Rank 0 has `saver` and `write`. It also evaluates the test set alone, which is small and needs
-    no backward pass: no number of it then depends on the number of processes.
+    Rank 0 has `saver` and `write`.
     """
     progress = Progress(
         trainer.options.passes, trainer.position[0], len(trainer.current_chunks.split)
@@ -212,7 +211,7 @@ def _log(
     test = done % options.eval_every == 0 or trainer.step == trainer.total_steps
     track = tracker.is_due(done)
     if test or track or done == 1 or done % options.log_every == 0:
-        record = trainer.record(with_test=test and write is not None)
+        record = trainer.record(with_test=test)
         if track and write is not None:
             record |= tracker.measure()
         progress.report(record)

@@ -207,7 +207,7 @@ class Trainer:
     def record(self, with_test: bool) -> dict[str, Any]:
         """The metrics after a pass, read from the device; `with_test`, of the test set too.
 
-        Raises Diverged.
+        All processes call it together. Raises Diverged.
         """
         self.check_finite()
         o, norm, done = self.options, float(self.gradient_norm), self.position[0]
@@ -232,6 +232,7 @@ class Trainer:
                 self.data.test,
                 flip=o.tta == "flip",
                 dtype=autocast_dtype(o.precision),
+                processes=self.context,
             )
         return record
 

@@ -15,6 +15,7 @@ from fbopt import cli
 from fbopt.train import loop
 from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.digest import GROUPS, fingerprint, groups, sha256
+from fbopt.train.checkpoint.provenance import changed
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options
 from fbopt.train.config.resolve import resolve
@@ -24,6 +25,7 @@ from fbopt.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEPT = {"steps": 6, "chunk_size": 20, "eval_every": 6, "save_every": 3, "keep": 9}
+KEPT |= {"accumulation": "float32"}  # whose bits depend on more
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +150,7 @@ FACTS = {
     "data": ("ab" * 32, "other samples or labels"),
     "chunk_order": ([1, 0], "float32 sums depend on the order of the chunks"),
     "accumulation": ("exact", "sums over the chunks"),
+    "processes": (2, "float32 sums depend on how the chunks are spread"),
     "processor": ("aarch64 DEFAULT", "other instructions"),
 }
 
@@ -178,6 +181,14 @@ def test_environments_that_differ_are_named(first, tmp_path, capsys, fact):
     altered(first, tmp_path / "early", 3, **{fact: value})
     assert run(first, tmp_path / "early") == 1
     assert f"  {fact} " not in capsys.readouterr().out
+
+
+def test_exact_sums_do_not_depend_on_how_chunks_are_spread():
+    made = {"accumulation": "exact", "threads": 1, "processes": 1, "chunk_order": "natural"}
+    now = {"accumulation": "exact", "threads": 2, "processes": 3, "chunk_order": [1, 0]}
+    assert changed(made, now) == [("threads", 1, 2)]
+    float32 = {"accumulation": "float32"}
+    assert [name for name, *_ in changed(made | float32, now | float32)] == [*now][1:]
 
 
 def test_the_same_runs_are_the_same(tiny, tmp_path, first, capsys):

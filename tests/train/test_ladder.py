@@ -100,6 +100,11 @@ def test_other_options_than_those_of_a_finished_run_are_refused(tiny, done):
         runner.run_all(plan_of(tiny, done, *ROWS, "--share", "0.04"))
 
 
+def test_sums_are_for_the_rows_that_have_them(tiny, tmp_path):
+    runs = plan_of(tiny, tmp_path, *ROWS, "--accumulation", "float32").runs
+    assert [runs[row][0].accumulation for row in runs] == [None, "float32"]
+
+
 def test_interrupted_and_resumed(tiny, tmp_path, monkeypatch, capsys):
     """SIGINT to the ladder alone: its runs save, it says how to go on, and goes on from there."""
     words = ["--data", tiny, "--out", "out", "--rows", "fb-clip", "--seeds", "2", "--width", "4"]

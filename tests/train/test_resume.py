@@ -366,6 +366,16 @@ def test_other_versions_are_noted(tiny, tmp_path, monkeypatch, capsys):
     assert "note: threads 64 before, 1 now: " in out
 
 
+def test_a_run_keeps_its_kind_of_sums(tiny, tmp_path, monkeypatch):
+    """Float32 was the default before exact was, and older runs have it in their options."""
+    options = stopped(tiny, tmp_path / "run", monkeypatch, step=3, accumulation="float32")
+    today = Options(**{**vars(options), "accumulation": None})
+    with pytest.raises(OptionsError, match="--accumulation float32, now exact"):
+        train(automatic(today, accumulation="exact"))
+    assert train(automatic(today)).options.accumulation == "float32"
+    assert train(Options(**{**vars(today), "out": tmp_path / "new"})).options.accumulation == "exact"
+
+
 def test_a_folder_that_is_called_auto(tiny, tmp_path, monkeypatch, capsys):
     """`--resume ./auto` is a folder; `--resume auto` is not."""
     from fbopt.train.__main__ import main

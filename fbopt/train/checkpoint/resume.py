@@ -39,21 +39,23 @@ def find_start(options: Options, lock: ExitStack) -> Start:
         folder.check_free(options.overwrite)
         return Start(options, folder, None)
     if options.resume == "auto":
-        return _resume_auto(resolve(options), lock)
+        return _resume_auto(options, lock)
     return _resume_folder(options, options.resume, lock)
 
 
 def _resume_auto(options: Options, lock: ExitStack) -> Start:
     """The run that these options make, from its newest sound checkpoint if there is any."""
-    folder = RunFolder(options.folder)
+    resolved = resolve(options)
+    folder = RunFolder(resolved.folder)
     folder.lock_existing(lock)
     if not folder.checkpoints():
         folder.check_free(overwrite=False)
         print(f"--resume auto: no checkpoint in {folder.path}/, so from the beginning", flush=True)
-        return Start(options, folder, None)
+        return Start(resolved, folder, None)
     state = folder.load()
-    diff.check_options(f"the run in {folder.path}", state["options"], options)
-    return Start(options, folder, state)
+    resolved = diff.resolve_for(state["options"], options)
+    diff.check_options(f"the run in {folder.path}", state["options"], resolved)
+    return Start(resolved, folder, state)
 
 
 def _resume_folder(options: Options, path: Path, lock: ExitStack) -> Start:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from fbopt.train.config.options import Options, OptionsError, flag
+from fbopt.train.config.resolve import resolve
 
 # Options that do not change the numbers of a run, only its place, speed and records: first those
 # that may be given with --resume RUN, then the others.
@@ -35,6 +36,17 @@ def given(options: Options) -> dict[str, Any]:
     """The options given beside `--resume RUN` that replace the run's own."""
     values = {name: getattr(options, name) for name in RESUMABLE}
     return {name: value for name, value in values.items() if value not in (None, "auto")}
+
+
+def resolve_for(made: Mapping[str, Any], options: Options) -> Options:
+    """Resolve the options of a run that has begun: it keeps its kind of sums unless one is given.
+
+    Their default was float32 before it was exact.
+    """
+    resolved = resolve(options)
+    if options.accumulation is None:
+        resolved = replace(resolved, accumulation=made.get("accumulation"))
+    return resolved
 
 
 def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:

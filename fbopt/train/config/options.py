@@ -139,9 +139,9 @@ class Options:
     precision: Literal["fp32", "tf32", "bf16"] | None = None
     """Arithmetic of the forward and backward passes (sums and updates stay in float32): fp32; tf32,
     for CUDA; bf16, autocast to bfloat16. Default: fp32 on the CPU, tf32 on CUDA."""
-    accumulation: Literal["float32", "exact"] = "float32"
-    """Sums of gradients over chunks (not for sgd): in float32, or exact: in integers, with the same
-    bits for any order of the chunks and any number of processes."""
+    accumulation: Literal["exact", "float32"] | None = None
+    """Sums of gradients over chunks (not for sgd): exact, in integers, with the same bits for any
+    order of the chunks and any number of processes; or in float32. Default: exact."""
     channels_last: bool | None = None
     """Keep the channels of images last in memory, which makes convolutions faster. Default:
     True."""

@@ -42,7 +42,9 @@ def resolve(options: Options) -> Options:
         values["threads"] = values["threads"] or 1
     if options.stochastic:
         values["cuda_graph"] = False
-    elif options.switch_at:
+    else:
+        values["accumulation"] = values["accumulation"] or "exact"
+    if options.switch_at:
         values["batch_size"] = values["batch_size"] or RECIPES[scale]["sgd"]["batch_size"]
     check_effect(options, values)
     return Options(**values | _without_effect(values) | {"scale": scale})

@@ -76,7 +76,8 @@ class Chunks:
     `current_pass()` returns.
 
     `order` lists the chunks in the order of visit, by default 0, 1, …; `before_chunk(i)` is called
-    before chunk i is yielded. Each rank takes every `world_size`-th chunk, beginning at its `rank`.
+    before chunk i is yielded. The chunks are dealt out in that order, `group` at a time: `rank` takes
+    every `world_size`-th group, beginning at the `rank`-th.
     """
 
     split: Split | Augmented
@@ -88,16 +89,22 @@ class Chunks:
     current_pass: Callable[[], int] = lambda: 0
     rank: int = 0
     world_size: int = 1
+    group: int = 1
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = range(len(self)) if self.order is None else self.order
-        for index in order[self.rank :: self.world_size]:
+        for index in self.dealt():
             if self.before_chunk is not None:
                 self.before_chunk(index)
             yield self[index]
+
+    def dealt(self) -> Iterator[int]:
+        """The chunks of this rank, in the order of visit."""
+        order = range(len(self)) if self.order is None else self.order
+        for first in range(self.rank * self.group, len(order), self.world_size * self.group):
+            yield from order[first : first + self.group]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """The samples and labels of chunk `index` in the current pass."""

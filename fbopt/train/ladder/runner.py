@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fbopt.train.checkpoint.run_dir import RunFolder
-from fbopt.train.config.diff import check_options
+from fbopt.train.config.diff import check_options, resolve_for
 from fbopt.train.config.options import Options
 from fbopt.train.config.parser import command_line
-from fbopt.train.config.resolve import resolve
 from fbopt.train.data.load import load
 from fbopt.train.ladder.plan import Plan
 
@@ -33,7 +32,7 @@ def run_all(plan: Plan) -> int:
     """
     for options in plan.last_row_first:
         if (made := RunFolder(options.out).read_options()) is not None:
-            check_options(f"the run in {options.out}", made, resolve(options))
+            check_options(f"the run in {options.out}", made, resolve_for(made, options))
     left = [o for o in plan.last_row_first if not RunFolder(o.out).result.exists()]
     for one in left[:1]:  # one download, one error for data that cannot be used
         load(one.data, one.image_size, one.data_dir, one.download, one.samples)

@@ -65,5 +65,5 @@ def _extras(o: Options) -> str:
         "until fitted for {} passes": o.stop_fitted,
     }
     words = [text.format(f"{value:g}") for text, value in parts.items() if value]
-    words += ["exact sums"] * (o.accumulation == "exact")
+    words += ["float32 sums"] * (o.accumulation == "float32")
     return "".join(f", {word}" for word in words)
