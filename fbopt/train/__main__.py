@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fbopt.train.config.dataspec import DataError
-from fbopt.train.config.options import Options, OptionsError
+from fbopt.train.config.options import Options
 from fbopt.train.config.parser import fail, parse, until_closed
 from fbopt.train.config.recipes import overview
 from fbopt.train.torchrun import exit_with, is_rank_zero, only_rank_zero_prints
@@ -21,37 +20,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: Options) -> int:
     """Train, print what went wrong, if anything, and return the exit status."""
-    from fbopt._build.compiler import BuildError
     from fbopt._build.load import requested_backend
-    from fbopt._distributed import PeerError
-    from fbopt.train.checkpoint.atomic import WriteError
-    from fbopt.train.distributed import peer_error_status
-    from fbopt.train.loop import train
+    from fbopt.train.launch import start
     from fbopt.train.malloc import keep_freed
-    from fbopt.train.signals import Interrupted
-    from fbopt.train.trainer import Diverged
+    from fbopt.train.outcome import status_of
 
-    prints = is_rank_zero()  # errors that all ranks raise alike are printed by rank 0 alone
     keep_freed()
     try:
         requested_backend()
     except ValueError as error:  # a mistyped FBOPT_BACKEND
-        return fail(f"fbopt train: {error}" if prints else "", 2)
-    try:
-        train(options)
-    except (OptionsError, DataError, BuildError) as error:
-        return fail(f"fbopt train: {error}", 2)
-    except (Diverged, WriteError) as error:
-        return fail(f"fbopt train: {error}" if prints else "", 1)
-    except PeerError as error:
-        return peer_error_status(error)
-    except Interrupted as stop:
-        if prints:
-            print(stop, flush=True)
-        return 130
-    except KeyboardInterrupt:
-        return fail("stopped at once" if prints else "", 130)
-    return 0
+        return fail(f"fbopt train: {error}" if is_rank_zero() else "", 2)
+    return status_of(lambda: start(options))
 
 
 if __name__ == "__main__":

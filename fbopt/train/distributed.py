@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from fbopt._distributed import Collectives, Failure, PeerError
 from fbopt.train.config.options import OptionsError
+from fbopt.train.config.resolve import device_type
 from fbopt.train.torchrun import is_rank_zero, only_rank_zero_prints, rank_and_world_size
 
 T = TypeVar("T")
@@ -64,9 +65,8 @@ def select_device(name: str, world_size: int = 1) -> torch.device:
 
     Raises OptionsError.
     """
-    cuda = torch.cuda.is_available()
     try:
-        device = torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
+        device = torch.device(device_type(name) if name == "auto" else name)
         if device.type == "cuda" and world_size > 1:
             device = _own_gpu(device, world_size)
         torch.empty(0, device=device)
@@ -93,14 +93,17 @@ def _own_gpu(device: torch.device, world_size: int) -> torch.device:
 
 
 @contextlib.contextmanager
-def distributed_context() -> Iterator[DistributedContext]:
-    """Join the process group of torchrun's job, if any; only rank 0 prints meanwhile."""
+def distributed_context(device: str = "auto") -> Iterator[DistributedContext]:
+    """Join the process group of torchrun's job, if any; only rank 0 prints meanwhile.
+
+    `device` is what `--device` asks for.
+    """
     if rank_and_world_size()[1] == 1:
         yield DistributedContext()
         return
     own = not dist.is_initialized()
     if own:
-        _init_process_group()
+        _init_process_group(device)
     try:
         with only_rank_zero_prints():
             yield DistributedContext(dist.group.WORLD)
@@ -112,8 +115,8 @@ def distributed_context() -> Iterator[DistributedContext]:
             dist.destroy_process_group()
 
 
-def _init_process_group() -> None:
-    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+def _init_process_group(device: str) -> None:
+    nccl = device != "cpu" and torch.cuda.is_available() and dist.is_nccl_available()
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # After a restart torchrun's store still has the addresses of processes that are gone, which

@@ -14,21 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from fbopt.train import models, precision
+from fbopt.train import models
+from fbopt.train.begin import Loaded, broadcast_model, build_trainer, find
 from fbopt.train.checkpoint.provenance import environment
-from fbopt.train.checkpoint.resume import Start, find_start, restore
+from fbopt.train.checkpoint.resume import Start, restore
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.checkpoint.saver import Saver
-from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.curvature import CurvatureTracker
-from fbopt.train.data.load import load
-from fbopt.train.distributed import DistributedContext, distributed_context, select_device
+from fbopt.train.distributed import DistributedContext, distributed_context
 from fbopt.train.reporting.describe import describe
 from fbopt.train.reporting.plots import draw_curves
 from fbopt.train.reporting.progress import Progress
-from fbopt.train.reporting.tensorboard import TensorBoard, check_installed
-from fbopt.train.signals import Interrupted, SignalHandler
+from fbopt.train.reporting.tensorboard import TensorBoard
+from fbopt.train.signals import STOP, Interrupted, SignalHandler
 from fbopt.train.trainer import Trainer
 
 Write = Callable[[dict[str, Any]], None]
@@ -51,7 +50,8 @@ def train(options: Options, callbacks: Sequence[Callback] = ()) -> Result:
     Each of `callbacks` is called with every row that goes to metrics.jsonl, a dict of numbers,
     after it was written, on rank 0. A resumed run begins with the first row after its checkpoint.
 
-    Under torchrun all processes train together, each on its share of the chunks. Rank 0 alone reads
+    It trains in this process alone (`fbopt train` starts others, see launch.py). Under torchrun all
+    processes train together, each on its share of the chunks. Rank 0 alone reads
     and writes the folder, and prints. An error is raised on the rank where it happened; the others
     raise PeerError.
 
@@ -61,26 +61,36 @@ def train(options: Options, callbacks: Sequence[Callback] = ()) -> Result:
         Diverged: the loss is not finite.
         WriteError: a full disk and the like; earlier checkpoints are whole.
     """
-    with distributed_context() as context, ExitStack() as lock:
-        return _train(options, callbacks, context, lock)
+    with distributed_context(options.device) as context, ExitStack() as lock:
+        start = context.from_rank_zero(lambda: find(options, lock))
+        return train_from(start, context, lock, callbacks)
 
 
-def _train(
-    options: Options, callbacks: Sequence[Callback], context: DistributedContext, lock: ExitStack
+def train_from(
+    start: Start,
+    context: DistributedContext,
+    lock: ExitStack,
+    callbacks: Sequence[Callback] = (),
+    *,
+    loaded: Loaded | None = None,
+    stop_by: Sequence[int] = STOP,
 ) -> Result:
-    start = context.from_rank_zero(lambda: _find_start(options, lock))
+    """Train as `train` does, from a start that was found, on data that may be `loaded` already.
+
+    `lock` holds the lock of the run folder. The signals in `stop_by` let the run stop.
+    """
     with context.raising_together():
-        trainer, digest = _build(start.options, context)
+        trainer, digest = build_trainer(start.options, context, loaded)
         facts = environment(trainer, digest)
         if start.state is not None:
             restore(trainer, start, facts)
     if start.state is None:
-        _broadcast_model(trainer, digest)
+        broadcast_model(trainer, digest)
     summary = context.from_rank_zero(lambda: _summary_if_finished(trainer, start.folder))
     if summary is None:
         context.from_rank_zero(lambda: _open_folder(trainer, start, facts, lock))
         saver = write = None
-        with SignalHandler(start.folder) as signals, ExitStack() as logs:
+        with SignalHandler(start.folder, stop_by) as signals, ExitStack() as logs:
             if context.is_rank_zero:
                 saved = None if start.state is None else trainer.step
                 extra = {"data": digest, "environment": facts}
@@ -89,13 +99,6 @@ def _train(
             _fit(trainer, saver, signals, write)
         summary = context.from_rank_zero(lambda: _write_summary(trainer, start.folder))
     return Result(trainer.options, start.folder, summary, trainer.model)
-
-
-def _find_start(options: Options, lock: ExitStack) -> Start:
-    start = find_start(options, lock)
-    if start.options.log:
-        check_installed()
-    return start
 
 
 @contextmanager
@@ -111,42 +114,6 @@ def _logging(options: Options, folder: RunFolder, callbacks: Sequence[Callback])
 
     with closing(board) if board else nullcontext():
         yield write
-
-
-def _build(options: Options, context: DistributedContext) -> tuple[Trainer, str]:
-    """The trainer, and the SHA-256 of its data."""
-    if not context.is_single and (options.stochastic or options.switch_at):
-        what = "--recipe sgd runs" if options.stochastic else "--switch-at's mini-batches are taken"
-        raise OptionsError(
-            f"{what} in one process, not in {context.world_size}, which would change its "
-            "mini-batches; start it without torchrun, or choose a full-batch recipe"
-        )
-    device = select_device(options.device, context.world_size)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    data = load(
-        options.data, options.image_size, options.data_dir, options.download, options.samples
-    )
-    precision.set_float32_precision(options.precision, device)
-    on_device = data.to(device, options.channels_last)
-    return Trainer(options, on_device, device, context), data.sha256()
-
-
-def _broadcast_model(trainer: Trainer, digest: str) -> None:
-    """Give every rank the initial weights of rank 0; refuse other data than rank 0 has."""
-    context = trainer.context
-    if context.is_single:
-        return
-    model = {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}
-    theirs, state = context.from_rank_zero(lambda: (digest, model))
-    with context.raising_together():
-        if theirs != digest:
-            raise DataError(
-                f"--data {trainer.options.data}: process {context.rank} has other samples or "
-                f"labels than process 0 (SHA-256 {digest[:12]}…, not {theirs[:12]}…); give all the "
-                "same"
-            )
-        trainer.model.load_state_dict(state)
 
 
 def _open_folder(trainer: Trainer, start: Start, facts: dict[str, Any], lock: ExitStack) -> None:

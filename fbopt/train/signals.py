@@ -1,9 +1,10 @@
-"""SIGINT and SIGTERM: the first lets a run save after the current step, a second stops at once."""
+"""Signals to stop: the first lets a run save after the current step, a second stops at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -17,16 +18,19 @@ class Interrupted(Exception):
         super().__init__(f"{what}; go on with\n  {folder.resume_command}")
 
 
-class SignalHandler:
-    """A context in which the first SIGINT or SIGTERM only sets `requested`."""
+STOP = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder, self.requested = folder, False
+
+class SignalHandler:
+    """A context in which the first of the signals `numbers` only sets `requested`."""
+
+    def __init__(self, folder: RunFolder, numbers: Sequence[int] = STOP) -> None:
+        self.folder, self.numbers, self.requested = folder, numbers, False
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in self.numbers:
                 self.previous[number] = signal.signal(number, self._handle)
         return self
 

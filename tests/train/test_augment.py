@@ -17,6 +17,7 @@ from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.resolve import resolve
 from fbopt.train.data.augment import PADDING, Augmented, augmented, crop_and_flip
 from fbopt.train.data.dataset import Chunks, Split, from_arrays
+from fbopt.train.data.load import load
 from fbopt.train.data.rng import REPLACEMENT, below, hashed
 from fbopt.train.reporting.describe import describe
 from fbopt.train.signals import Interrupted
@@ -369,7 +370,7 @@ def test_augmented_runs_learn(tiny, tmp_path, recipe, augment):
 def test_draws_follow_the_passes_of_a_run(tiny, recipe, steps, changes):
     """New draws after every full-batch step, or after every epoch of 3 mini-batches."""
     options = tiny_runs.options(tiny, Path("never written"), recipe, **changes)
-    trainer = Trainer(resolve(options), loop.load(tiny), torch.device("cpu"))
+    trainer = Trainer(resolve(options), load(tiny), torch.device("cpu"))
     first = trainer.chunks[0][0].clone()
     for step in range(1, 2 * steps + 1):
         trainer.take_step()
@@ -383,6 +384,6 @@ def test_the_sizes_of_a_run(tiny, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "120 samples in chunks of 32, 3 fixed crops and flips of each)" in out
     wanted = resolve(replace(options, recipe="sgd", steps=None, chunk_size=None, epochs=2))
-    trainer = Trainer(wanted, loop.load(tiny), torch.device("cpu"))
+    trainer = Trainer(wanted, load(tiny), torch.device("cpu"))
     assert len(trainer.chunks.split) == 40
     assert "3 fixed crops and flips of each, one an epoch" in describe(trainer)

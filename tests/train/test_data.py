@@ -342,3 +342,19 @@ def test_constant_channel_is_not_divided_by_zero():
     values = arrays() | {"x_train": np.full((30, 1, 8, 8), 7, np.uint8)}
     x, _ = from_arrays(**values, name="test").train.batch(slice(None))
     assert torch.equal(x, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 9])
+def test_chunks_are_dealt_out_in_whole_groups(group, world_size):
+    x = np.zeros((20, 3))
+    data = from_arrays(x, np.arange(20) % 2, x, np.arange(20) % 2, "these")
+    order = [6, 0, 5, 1, 4, 2, 3]  # 20 samples are seven chunks of three
+    shares = [
+        Chunks(data.train, 3, order, rank=rank, world_size=world_size, group=group)
+        for rank in range(world_size)
+    ]
+    groups = [order[i : i + group] for i in range(0, len(order), group)]
+    for rank, share in enumerate(shares):
+        assert list(share.dealt()) == [i for g in groups[rank::world_size] for i in g]
+        assert len(list(share)) == len(list(share.dealt()))

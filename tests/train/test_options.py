@@ -29,7 +29,8 @@ def test_nothing_is_left_open(data, recipe):
     open_names = {f.name for f in fields(o) if getattr(o, f.name) is None}
     allowed = {"width", "threads", "out", "resume", "max_norm", "penalty", "radius", "method"}
     allowed |= {"save_every", "data_dir", "replicas", "chunk_max_norm", "samples", "log"}
-    allowed |= {"steps", "chunk_size"} if o.stochastic else {"epochs", "batch_size"}
+    others = {"steps", "chunk_size", "accumulation"}
+    allowed |= others if o.stochastic else {"epochs", "batch_size"}
     assert open_names <= allowed
     assert Options.from_json(o.as_json()) == o
     assert resolve(o) == o

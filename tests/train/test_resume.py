@@ -373,7 +373,8 @@ def test_a_run_keeps_its_kind_of_sums(tiny, tmp_path, monkeypatch):
     with pytest.raises(OptionsError, match="--accumulation float32, now exact"):
         train(automatic(today, accumulation="exact"))
     assert train(automatic(today)).options.accumulation == "float32"
-    assert train(Options(**{**vars(today), "out": tmp_path / "new"})).options.accumulation == "exact"
+    fresh = Options(**{**vars(today), "out": tmp_path / "new"})
+    assert train(fresh).options.accumulation == "exact"
 
 
 def test_a_folder_that_is_called_auto(tiny, tmp_path, monkeypatch, capsys):

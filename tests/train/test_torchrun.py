@@ -319,14 +319,14 @@ def test_a_folder_is_for_one_process_until_it_is_gone(tiny, tmp_path, monkeypatc
 def test_a_new_folder_that_another_has_begun_meanwhile(tiny, tmp_path, monkeypatch):
     wanted = tiny_runs.options(tiny, tmp_path / "run", steps=2)
     with contextlib.ExitStack() as lock:
-        build = loop._build
+        build = loop.build_trainer
 
         def slow(*arguments: Any) -> Any:  # the other is faster
             wanted.out.mkdir()
             RunFolder(wanted.out).lock(lock)
             return build(*arguments)
 
-        monkeypatch.setattr(loop, "_build", slow)
+        monkeypatch.setattr(loop, "build_trainer", slow)
         with pytest.raises(OptionsError, match="is in use"):
             train(wanted)
         assert [p.name for p in wanted.out.iterdir()] == [".lock"]

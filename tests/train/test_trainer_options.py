@@ -17,6 +17,7 @@ from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.resolve import SPEED, resolve
 from fbopt.train.data.dataset import Split
+from fbopt.train.data.load import load
 from fbopt.train.evaluate import evaluate, moving_average
 from fbopt.train.grad_transforms import GradientTransform
 from fbopt.train.loop import train
@@ -36,7 +37,7 @@ def no_pictures(monkeypatch):
 
 def trainer_of(tiny: str, recipe: str = "fb-penalty", **changes) -> Trainer:
     chosen = resolve(options(tiny, Path("never written"), recipe, **changes))
-    return Trainer(chosen, loop.load(tiny), torch.device("cpu"))
+    return Trainer(chosen, load(tiny), torch.device("cpu"))
 
 
 def test_moving_average():
@@ -68,7 +69,7 @@ def test_the_average_is_what_is_evaluated(tiny):
 
 def test_only_weights_decay(tiny):
     wanted = tiny_runs.with_noise(tiny, Path("never written"), "fb", decay="weights")
-    trainer = Trainer(resolve(wanted), loop.load(tiny), torch.device("cpu"))
+    trainer = Trainer(resolve(wanted), load(tiny), torch.device("cpu"))
     modules = dict(trainer.model.named_modules())
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     decays = {names[id(p)]: group["weight_decay"]
@@ -82,7 +83,7 @@ def test_only_weights_decay(tiny):
 
 def test_label_smoothing_is_for_training_only(tiny):
     wanted = options(tiny, Path("never written"), "fb", label_smoothing=0.2)
-    trainer = Trainer(resolve(wanted), loop.load(tiny), torch.device("cpu"))
+    trainer = Trainer(resolve(wanted), load(tiny), torch.device("cpu"))
     x, y = trainer.data.train.batch(slice(None))
     logits = trainer.model(x)
     target = torch.nn.functional.one_hot(y, 3) * 0.8 + 0.2 / 3
@@ -96,7 +97,7 @@ def test_label_smoothing_is_for_training_only(tiny):
 
 def test_flips_at_test_time(tiny):
     wanted = options(tiny, Path("never written"), "fb")
-    trainer = Trainer(resolve(wanted), loop.load(tiny), torch.device("cpu"))
+    trainer = Trainer(resolve(wanted), load(tiny), torch.device("cpu"))
     test = trainer.data.test
     with torch.no_grad():
         mean = (trainer.model(test.x).softmax(1) + trainer.model(test.x.flip(3)).softmax(1)) / 2
@@ -234,7 +235,7 @@ def test_images_lie_in_memory_as_asked(tiny, last, augment):
     chosen = resolve(
         options(tiny, Path("x"), model="resnet18", channels_last=last, augment=augment)
     )
-    data = loop.load(tiny).to("cpu", last)
+    data = load(tiny).to("cpu", last)
     three = replace(data.train, x=data.train.x.repeat(1, 3, 1, 1))
     if last:
         three = three.to("cpu")

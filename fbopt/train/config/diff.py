@@ -12,8 +12,8 @@ from fbopt.train.config.resolve import resolve
 # Options that do not change the numbers of a run, only its place, speed and records: first those
 # that may be given with --resume RUN, then the others.
 RESUMABLE = (
-    "data_dir", "download", "device", "threads", "save_every", "keep", "fingerprint_every",
-    "cuda_graph", "log",
+    "data_dir", "download", "device", "threads", "processes", "save_every", "keep",
+    "fingerprint_every", "cuda_graph", "log",
 )  # fmt: skip
 FREE = (*RESUMABLE, "out", "resume", "overwrite", "chunk_norms", "track", "every")
 
@@ -33,9 +33,13 @@ def check_resume(options: Options) -> None:
 
 
 def given(options: Options) -> dict[str, Any]:
-    """The options given beside `--resume RUN` that replace the run's own."""
+    """The options given beside `--resume RUN` that replace the run's own.
+
+    Processes always: a run goes on with as many as this machine is good for.
+    """
     values = {name: getattr(options, name) for name in RESUMABLE}
-    return {name: value for name, value in values.items() if value not in (None, "auto")}
+    replacing = {name: value for name, value in values.items() if value not in (None, "auto")}
+    return replacing | {"processes": options.processes}
 
 
 def resolve_for(made: Mapping[str, Any], options: Options) -> Options:

@@ -156,8 +156,12 @@ class Options:
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto is cuda if there is one."""
     threads: int | None = None
-    """Threads that torch computes with. Default: 1 for the small CNN on small data, which more
-    would slow down, else torch's own choice."""
+    """Threads that torch computes with, in each process. Default: 1 for the small CNN on small
+    data, which more would slow down, else torch's own choice."""
+    processes: Literal["auto"] | int = "auto"
+    """Processes that share the chunks of every step (not for sgd), started on the CPU of this
+    machine. With exact sums the result has the same bits for any number. auto: as many as there are
+    cores for, where one thread is the default; else 1."""
     out: Path | None = None
     """Folder to write. Default: runs/DATA-RECIPE-sSEED."""
     overwrite: bool = False

@@ -115,7 +115,8 @@ def check(options: Options) -> None:
     """Raise OptionsError or DataError for values that cannot work, before reading or writing."""
     for name, hint in get_type_hints(Options).items():
         allowed, value = literals(hint), getattr(options, name)
-        if allowed and value is not None and value not in allowed and name != "resume":
+        others = name in ("resume", "processes")  # also paths, also numbers
+        if allowed and value is not None and value not in allowed and not others:
             words = ", ".join(map(str, allowed))
             raise OptionsError(f"{flag(name)} {value}: choose {words}")
     check_bounds(options, _BOUNDS)
@@ -126,6 +127,7 @@ def check(options: Options) -> None:
         raise OptionsError(f"--seed {options.seed}: has to be below 2**63")
     if options.resume == "auto" and options.overwrite:
         raise OptionsError("--overwrite contradicts --resume auto; leave one of them out")
+    _check_processes(options)
     _check_belongs(options)
     _check_tracked(options)
     _check_data(options)
@@ -154,6 +156,20 @@ def _check_belongs(options: Options) -> None:
                 f"{flag(name)} is only for {other}, not for --recipe "
                 f"{options.recipe}; {_INSTEAD.get(name, 'leave it out')}"
             )
+
+
+def _check_processes(options: Options) -> None:
+    number = options.processes
+    if number == "auto" or number == 1:
+        return
+    if not isinstance(number, int) or number < 1:
+        raise OptionsError(f"--processes {number}: has to be auto, or at least 1")
+    if options.stochastic or options.switch_at:
+        whose = "sgd's" if options.stochastic else "--switch-at's"
+        raise OptionsError(
+            f"--processes {number}: {whose} mini-batches are taken in one process; leave it out, "
+            "or choose a full-batch recipe"
+        )
 
 
 def _check_tracked(options: Options) -> None:

@@ -76,8 +76,8 @@ class Chunks:
     `current_pass()` returns.
 
     `order` lists the chunks in the order of visit, by default 0, 1, …; `before_chunk(i)` is called
-    before chunk i is yielded. The chunks are dealt out in that order, `group` at a time: `rank` takes
-    every `world_size`-th group, beginning at the `rank`-th.
+    before chunk i is yielded. The chunks are dealt out in that order, `group` at a time: a rank
+    takes every `world_size`-th group, beginning at its `rank`.
     """
 
     split: Split | Augmented

@@ -14,7 +14,8 @@ from fbopt.train.config.options import Options, OptionsError, RecipeName, flag
 from fbopt.train.config.resolve import ABOVE_0, AT_LEAST_1, check_bounds, device_type, resolve
 
 RUN_BYTES = 1_500_000_000  # of a small run, most of it torch
-OWN = ("recipe", "seed", "resume", "overwrite", "chunk_norms")  # set for every run
+# Set for every run.
+OWN = ("recipe", "seed", "processes", "resume", "overwrite", "chunk_norms")
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ def make_plan(wanted: Ladder, common: Options, command: str = "fbopt ladder") ->
     folder = wanted.out or Path("runs") / f"ladder-{common.data_name}"
     rows = {row: _row(replace(common, recipe=row), wanted.share) for row in wanted.rows}
     jobs = wanted.jobs or _jobs(list(rows.values()))
-    share = max(1, cores() // jobs) if jobs > 1 else None  # alone: torch's own choice
-    rows = {row: replace(o, threads=o.threads or share) for row, o in rows.items()}
+    if jobs > 1:  # alone: torch's own choice, and processes as they pay
+        share = max(1, cores() // jobs)
+        rows = {row: replace(o, threads=o.threads or share, processes=1) for row, o in rows.items()}
     runs = {
         row: [replace(o, seed=s, out=folder / f"{row}-s{s}") for s in range(wanted.seeds)]
         for row, o in rows.items()
