@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,16 +30,15 @@ class BarePasses:
 
 
 class FboptCall(BarePasses):
-    """FullBatchClosure."""
+    """FullBatchClosure, with further options."""
 
-    name, cuda_graph = "fbopt", False
+    name = "fbopt"
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, **options: Any) -> None:
         super().__init__(task)
-        penalty = GradientPenalty(coefficient=task.coefficient, radius=task.radius)
-        graphs = self.cuda_graph and task.device.type == "cuda"
-        how = {"autocast": task.autocast, "cuda_graph": graphs, "evaluate": task.evaluate}
-        how |= {"penalty": penalty} if task.penalised else {}
+        how = {"autocast": task.autocast, "evaluate": task.evaluate, **options}
+        if task.penalised:
+            how["penalty"] = GradientPenalty(coefficient=task.coefficient, radius=task.radius)
         self.closure = FullBatchClosure(task.model, task.loss_fn, task.chunks, **how)
 
     def __call__(self) -> Tensor:
@@ -48,7 +48,10 @@ class FboptCall(BarePasses):
 class GraphedCall(FboptCall):
     """The same with the work on a chunk in a CUDA graph; on the CPU there is none."""
 
-    name, cuda_graph = "fbopt, CUDA graphs", True
+    name = "fbopt, CUDA graphs"
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task, cuda_graph=task.device.type == "cuda")
 
 
 class TorchCall(BarePasses):

@@ -56,12 +56,13 @@ class Task:
             loss = self.loss(*chunk)
         return loss.detach(), torch.autograd.grad(loss, self.params)
 
-    def loss(self, *chunk: Tensor) -> Tensor:
-        """The mean loss of a chunk."""
+    def loss(self, *chunk: Tensor, model: nn.Module | None = None) -> Tensor:
+        """The mean loss of a chunk, by another model than its own if one is given."""
+        model = self.model if model is None else model
         if self.evaluate is not None:
-            return self.evaluate(self.model, chunk)
+            return self.evaluate(model, chunk)
         inputs, target = chunk
-        return self.loss_fn(self.model(inputs), target)
+        return self.loss_fn(model(inputs), target)
 
     def precision(self) -> contextlib.AbstractContextManager[object]:
         """The context of forward passes."""

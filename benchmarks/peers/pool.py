@@ -6,12 +6,11 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Pipe
+from multiprocessing.connection import Pipe, wait
 from typing import Any
-
-from benchmarks.peers.workload import LeftOut
 
 # Idle threads of OpenMP and XLA spin for some milliseconds before they block.
 IDLE_SHARE, LOOK_SECONDS, PATIENCE_SECONDS = 0.02, 0.02, 10.0
@@ -21,7 +20,7 @@ class Worker:
     """A process with its own cores and as many threads; every message gets one answer."""
 
     def __init__(self, kind: str, cores: Sequence[int], **environment: str) -> None:
-        self.label = f"{kind} with {len(cores)} threads"
+        self.label = f"{kind} on {'one core' if len(cores) == 1 else f'{len(cores)} cores'}"
         self.connection, theirs = Pipe()
         place = [str(theirs.fileno()), ",".join(map(str, cores))]
         command = [sys.executable, "-m", "benchmarks.peers.worker", kind, *place]
@@ -34,14 +33,12 @@ class Worker:
             self.connection.send(message)
 
     def receive(self) -> Any:
-        """The answer; raises LeftOut, or RuntimeError with what went wrong there."""
+        """The answer; raises RuntimeError with what went wrong there."""
         try:
-            how, answer = self.connection.recv()
+            done, answer = self.connection.recv()
         except (EOFError, OSError):
             raise RuntimeError(f"the worker {self.label} has ended") from None
-        if how == "left out":
-            raise LeftOut(answer)
-        if how == "failed":
+        if not done:
             raise RuntimeError(f"the worker {self.label} failed:\n{answer}")
         return answer
 
@@ -55,34 +52,51 @@ class Worker:
             self.process.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
+            self.process.wait()
 
 
 class Team:
-    """Workers that do one work together."""
+    """Workers that do one work together; usually one."""
 
-    def __init__(self, workers: Sequence[Worker]) -> None:
-        self.workers = workers
+    def __init__(self, workers: Sequence[Worker], setting: str) -> None:
+        self.workers, self.setting = workers, setting
 
     def ask(self, *message: Any) -> list[Any]:
-        """Their answers, once all have answered."""
+        """Their answers, once all have answered or one has failed."""
         for worker in self.workers:
             worker.send(*message)
-        return [worker.receive() for worker in self.workers]
+        waiting = {worker.connection: worker for worker in self.workers}
+        answers = {}
+        while waiting:
+            for connection in wait(list(waiting)):
+                worker = waiting.pop(connection)
+                answers[worker.connection] = worker.receive()
+        return [answers[worker.connection] for worker in self.workers]
+
+    def time(self, name: str, calls: int, warm: bool) -> float:
+        """The seconds of a call; of several workers from the request to the last answer."""
+        if len(self.workers) == 1:
+            return self.ask("time", name, calls, warm)[0]
+        if warm:
+            self.ask("time", name, 1, False)
+        start = time.perf_counter()
+        self.ask("time", name, calls, False)
+        return (time.perf_counter() - start) / calls
 
 
 class Pool:
-    """All workers, by kind."""
+    """All teams."""
 
-    def __init__(self, teams: dict[tuple[str, int], Team]) -> None:
+    def __init__(self, teams: Sequence[Team]) -> None:
         self.teams = teams
 
     @property
     def workers(self) -> list[Worker]:
-        return [worker for team in self.teams.values() for worker in team.workers]
+        return [worker for team in self.teams for worker in team.workers]
 
     def clear(self) -> None:
         """Drop all contenders."""
-        for team in self.teams.values():
+        for team in self.teams:
             team.ask("clear")
 
     def settle(self) -> None:
@@ -91,7 +105,8 @@ class Pool:
         while True:
             before, start = self._used(), time.monotonic()
             time.sleep(LOOK_SECONDS)
-            shares = self._shares(before, time.monotonic() - start)
+            seconds = time.monotonic() - start
+            shares = [(b - a) / seconds for a, b in zip(before, self._used(), strict=True)]
             if max(shares) < IDLE_SHARE:
                 return
             if time.monotonic() > limit:
@@ -101,15 +116,16 @@ class Pool:
     def _used(self) -> list[float]:
         return [worker.cpu_seconds() for worker in self.workers]
 
-    def _shares(self, before: list[float], seconds: float) -> list[float]:
-        return [(b - a) / seconds for a, b in zip(before, self._used(), strict=True)]
-
 
 @contextlib.contextmanager
 def pool(cores: Sequence[int], kinds: Sequence[str]) -> Iterator[Pool]:
-    """For every kind a worker on one core, and one on all."""
-    teams: dict[tuple[str, int], Team] = {}
+    """Start the workers: of every kind one on a single core and one on all of them.
+
+    Of the kind "ranks" as many as there are cores, each on its own.
+    """
+    teams = []
     with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
 
         def started(kind: str, places: Sequence[int], **environment: str) -> Worker:
             worker = Worker(kind, places, **environment)
@@ -117,6 +133,12 @@ def pool(cores: Sequence[int], kinds: Sequence[str]) -> Iterator[Pool]:
             return worker
 
         for kind in kinds:
+            if kind == "ranks":
+                given = {"WORLD_SIZE": str(len(cores)), "PEERS_STORE": f"{folder}/ranks"}
+                ranks = [started(kind, [c], RANK=str(i), **given) for i, c in enumerate(cores)]
+                teams.append(Team(ranks, "1 thread each"))
+                continue
             for count in sorted({1, len(cores)}):
-                teams[kind, count] = Team([started(kind, cores[:count])])
+                setting = f"{count} thread{'s' * (count > 1)}"
+                teams.append(Team([started(kind, cores[:count])], setting))
         yield Pool(teams)

@@ -1,20 +1,23 @@
-"""The contenders in torch: plain, as published, compiled, and fbopt."""
+"""The contenders in torch: plain, as published, compiled, vectorised, and fbopt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from benchmarks import calls
+from benchmarks.calls import BarePasses, FboptCall, PublishedCall, TorchCall
 from benchmarks.peers import torch_work
+from benchmarks.peers.func_calls import FuncCall
 from benchmarks.peers.workload import Result, Workload
+from benchmarks.task import Task
 
 
-class TorchCall:
-    """A call of benchmarks.calls on a workload."""
+class OnWorkload:
+    """A call on the task of a workload."""
 
-    def __init__(self, kind: type[calls.BarePasses], workload: Workload) -> None:
-        self.call = kind(torch_work.task(workload))
+    def __init__(self, make: Callable[[Task], Any], workload: Workload, functional: bool) -> None:
+        self.call = make(torch_work.task(workload, functional))
 
     def __call__(self) -> object:
         return self.call()
@@ -24,9 +27,26 @@ class TorchCall:
         return None if loss is None else torch_work.result(self.call.task.model, loss)
 
 
-KINDS = (calls.BarePasses, calls.TorchCall, calls.PublishedCall, calls.FboptCall)
+def contenders(workload: Workload) -> dict[str, Callable[[], OnWorkload]]:
+    """By name, how to make each; what vmap and torch.compile transform is written in torch.func."""
+    some = workload.group
+    plain = {kind.name: kind for kind in (BarePasses, TorchCall, PublishedCall, FboptCall)}
+    func: dict[str, Callable[[Task], Any]] = {
+        "torch.compile": partial(FuncCall, compiled=True),
+        f"vmap, {some} at once": partial(FuncCall, together=some),
+        f"vmap, {some} at once, compiled": partial(FuncCall, together=some, compiled=True),
+    }
+    for how, options in ways(some).items():
+        func[f"fbopt, {how}"] = partial(FboptCall, **options)
+    found = {name: partial(OnWorkload, make, workload, False) for name, make in plain.items()}
+    return found | {name: partial(OnWorkload, make, workload, True) for name, make in func.items()}
 
 
-def contenders(workload: Workload) -> dict[str, Callable[[], TorchCall]]:
-    """By name, how to make each."""
-    return {kind.name: partial(TorchCall, kind, workload) for kind in KINDS}
+def ways(together: int) -> dict[str, dict[str, Any]]:
+    """The options of FullBatchClosure that use more of the machine, in words and as arguments."""
+    at_once = f"{together} at once"
+    return {
+        "compiled": {"compile": True},
+        at_once: {"vectorize": together},
+        f"{at_once}, compiled": {"vectorize": together, "compile": True},
+    }

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import CLASSES, with_gradients
+from benchmarks.peers import burgers
 from benchmarks.peers.workload import Result, Workload
 from benchmarks.task import Task
 from fbopt.train import models
-from fbopt.train.precision import autocast_dtype, cross_entropy
+from fbopt.train.precision import autocast_dtype
 
-MLP_WIDTHS = (64, 64, 64, 64, CLASSES)
+RESNET_WIDTH = 16
 
 
 def tanh_network(*widths: int) -> nn.Sequential:
@@ -24,24 +25,34 @@ def tanh_network(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def network(name: str) -> nn.Module:
+def network(name: str, width: int | None = None) -> nn.Module:
     """The network of a workload with its initial weights; every parameter gets a gradient."""
     torch.manual_seed(0)
     if name == "mlp":
-        return tanh_network(*MLP_WIDTHS)
-    return with_gradients(models.build("cnn", (1, 40), CLASSES))
+        return tanh_network(64, *[width or 64] * 3, CLASSES)
+    if name == "pinn":
+        return tanh_network(2, *[width or 32] * 4, 1)
+    shape = (3, 32, 32) if name == "resnet18" else (1, 40)
+    return with_gradients(models.build(name, shape, CLASSES, width))
 
 
-def task(workload: Workload) -> Task:
-    """The workload as a task of plain torch."""
-    model = network(workload.network)
-    weights = {name: torch.from_numpy(value) for name, value in workload.weights.items()}
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.data = weights[name].clone()
-    chunks = [tuple(map(torch.from_numpy, chunk)) for chunk in workload.chunks()]
-    penalty = {"radius": workload.radius, "coefficient": workload.coefficient}
-    return Task(model, chunks, True, autocast_dtype(workload.precision), cross_entropy, **penalty)
+def task(workload: Workload, functional: bool = False) -> Task:
+    """The workload as a task of plain torch; `functional`: its derivatives are torch.func's."""
+    model = network(workload.network, workload.width)
+    model = model.double() if workload.precision == "fp64" else model
+    for name, p in model.named_parameters():
+        p.data = torch.from_numpy(workload.weights[name]).clone()
+    arrays = [torch.from_numpy(array) for array in workload.arrays]
+    if workload.precision == "bf16":
+        last = {"memory_format": torch.channels_last}
+        model = model.to(**last)
+        arrays = [a.contiguous(**last) if a.ndim == 4 else a for a in arrays]
+    chunks = list(zip(*(array.split(workload.chunk) for array in arrays), strict=True))
+    how = {"radius": workload.radius, "coefficient": workload.coefficient}
+    if workload.network == "pinn":
+        loss = burgers.functional_loss if functional else burgers.autograd_loss
+        how |= {"evaluate": loss, "loss_fn": None}
+    return Task(model, chunks, True, autocast_dtype(workload.precision), **how)
 
 
 def result(model: nn.Module, loss: Tensor) -> Result:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Protocol
 
-from benchmarks.peers.workload import LeftOut, Result, Workload
+from benchmarks.peers.workload import Result, Workload
 from fbopt.train.malloc import keep_freed
 
 
@@ -79,11 +79,9 @@ def serve(desk: Desk, connection: Connection) -> None:
         except EOFError:
             return
         try:
-            answer = ("done", getattr(desk, verb)(*arguments))
-        except LeftOut as reason:
-            answer = ("left out", str(reason))
+            answer = (True, getattr(desk, verb)(*arguments))
         except Exception:
-            answer = ("failed", traceback.format_exc())
+            answer = (False, traceback.format_exc())
         connection.send(answer)
 
 

@@ -10,16 +10,12 @@ import numpy as np
 Arrays = tuple[np.ndarray, ...]
 
 
-class LeftOut(Exception):
-    """A contender that cannot run here; the message says why."""
-
-
 @dataclass(frozen=True)
 class Workload:
     """The penalised gradient of a network's mean loss over chunks of equal size.
 
     Args:
-        network: its name: cnn, mlp, pinn or resnet.
+        network: its name: cnn, mlp, pinn or resnet18.
         title: the work in words.
         weights: the parameters by their names in torch, in its order and layout.
         arrays: what chunks are cut from along the first axis: inputs and labels, or what the loss
@@ -27,6 +23,7 @@ class Workload:
         chunk: samples in a chunk.
         radius, coefficient: of the penalty, by forward differences.
         precision: fp32 or bf16.
+        width: of the network, None for the usual one.
         together: chunks that vectorised contenders work on at once, 0 for all.
     """
 
@@ -38,6 +35,7 @@ class Workload:
     radius: float = 0.1
     coefficient: float = 0.1
     precision: str = "fp32"
+    width: int | None = None
     together: int = 0
 
     @property

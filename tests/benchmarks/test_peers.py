@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import types
 from dataclasses import replace
 from importlib.util import find_spec
-from multiprocessing import Pipe
 
 import pytest
 
 from benchmarks import report, step
 from benchmarks.cases import WrongResult
-from benchmarks.peers import compare, pool, program, torch_calls, worker
-from benchmarks.peers.workload import LeftOut, Result
-from benchmarks.peers.workloads import CHUNKS, workload
+from benchmarks.peers import compare, pool, program, torch_calls
+from benchmarks.peers.workload import Result
+from benchmarks.peers.workloads import SETTINGS, workload
+from benchmarks.timing import Contender, Plan, Timing
 
-NETWORKS = tuple(CHUNKS)
+NETWORKS = tuple(SETTINGS)
 needs_jax = pytest.mark.skipif(find_spec("jax") is None, reason="JAX is not installed")
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -26,24 +25,37 @@ pytestmark = [
 ]
 
 
-def results(module, network):
+def results(module, network, wanted=lambda name: "compile" not in name):
     """What every contender finds for a few samples in float64, and what is expected."""
-    small = workload(network, 12, 4).double()
-    found = {name: make().result() for name, make in module.contenders(small).items()}
-    return found, compare.Expected(small)
+    small = replace(workload(network, 12, 4).double(), together=2)
+    calls = {name: make for name, make in module.contenders(small).items() if wanted(name)}
+    return {name: make().result() for name, make in calls.items()}, compare.Expected(small)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_torch_agrees(network):
     found, expected = results(torch_calls, network)
-    assert {"bare passes", "plain torch", "as published", "fbopt"} <= found.keys()
+    assert {"plain torch", "as published", "fbopt", "vmap, 2 at once", "fbopt, 2 at once"} < set(
+        found
+    )
     assert found.pop("bare passes") is None
     for name, given in found.items():
         expected.check(name, [given])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["mlp", "pinn", "resnet18"])
+def test_compiled_agrees(network):
+    found, expected = results(torch_calls, network, lambda name: "compile" in name)
+    assert len(found) == 4
+    for name, given in found.items():
+        expected.check(name, [given])
+
+
 @needs_jax
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    "network", ["cnn", "mlp", "pinn", pytest.param("resnet18", marks=pytest.mark.slow)]
+)
 def test_jax_agrees(network):
     from benchmarks.peers import jax_calls
 
@@ -91,47 +103,57 @@ def test_peers_run_and_are_written(tmp_path, capsys):
 
 def test_without_jax(monkeypatch, capsys):
     monkeypatch.setattr(program, "find_spec", lambda name: None)
-    assert "jax" not in program.kinds()
+    assert program.kinds(2) == ["torch", "ranks"]
     assert "pip install" in capsys.readouterr().out
+
+
+def test_two_processes_agree():
+    work = replace(workload("mlp", 24, 4), together=2)
+    with pool.pool([0, 0], ["ranks"]) as workers:
+        found = compare.entrants(workers, work, program.wanted(True))
+        timings = compare.compare(workers, work, Plan(3), program.wanted(True))
+    assert [e.name for e in found] == ["fbopt, 2 processes", "fbopt, 2 processes, 2 at once"]
+    assert [len(t.seconds) for t in timings] == [3, 3]
+
+
+def test_one_of_two_processes_may_fail(monkeypatch):
+    monkeypatch.setattr(pool, "PATIENCE_SECONDS", 1)
+    with pool.pool([0, 0], ["ranks"]) as workers:
+        (team,) = workers.teams
+        team.workers[1].process.kill()
+        with pytest.raises(RuntimeError, match="has ended"):
+            team.ask("make", "fbopt, 2 processes", workload("mlp", 8, 4))
+
+
+def test_the_best_setting_counts():
+    times = {"a (1 thread)": [2.0], "a (2 threads)": [1.0], "b (1 thread)": [3.0]}
+    timings = [Timing(Contender(name, list), seconds) for name, seconds in times.items()]
+    assert [t.contender.name for t in compare.best(timings)] == ["a (2 threads)", "b (1 thread)"]
 
 
 def test_errors_of_workers_arrive():
     with pool.pool([0], ["torch"]) as workers:
-        (team,) = workers.teams.values()
-        with pytest.raises(RuntimeError, match=r"torch with 1 threads failed:[\s\S]*KeyError"):
+        (team,) = workers.teams
+        with pytest.raises(RuntimeError, match=r"torch on one core failed:[\s\S]*KeyError"):
             team.ask("result", "nobody")
         workers.workers[0].process.kill()
         with pytest.raises(RuntimeError, match="has ended"):
             team.ask("clear")
 
 
-def test_left_out_arrives():
-    def refuse():
-        raise LeftOut("no such argument")
-
-    ours, theirs = Pipe()
-    desk = types.SimpleNamespace(make=refuse)
-    serving = threading.Thread(target=worker.serve, args=(desk, theirs))
-    serving.start()
-    ours.send(("make",))
-    assert ours.recv() == ("left out", "no such argument")
-    ours.close()
-    serving.join()
-
-
 def test_workers_that_stay_busy_are_named(monkeypatch):
     monkeypatch.setattr(pool, "PATIENCE_SECONDS", 0.1)
     clock = iter(range(1000))
-    busy = types.SimpleNamespace(label="jax with 2 threads", cpu_seconds=lambda: next(clock))
-    idle = types.SimpleNamespace(label="torch with 1 threads", cpu_seconds=lambda: 1.0)
-    pool.Pool({("torch", 1): pool.Team([idle])}).settle()
-    with pytest.raises(RuntimeError, match=r"jax with 2 threads: uses \d+% of a core"):
-        pool.Pool({("torch", 1): pool.Team([idle, busy])}).settle()
+    busy = types.SimpleNamespace(label="jax on 2 cores", cpu_seconds=lambda: next(clock))
+    idle = types.SimpleNamespace(label="torch on one core", cpu_seconds=lambda: 1.0)
+    pool.Pool([pool.Team([idle], "")]).settle()
+    with pytest.raises(RuntimeError, match=r"jax on 2 cores: uses \d+% of a core"):
+        pool.Pool([pool.Team([idle], ""), pool.Team([busy], "")]).settle()
 
 
 def test_processor_time_of_workers_is_read():
     with pool.pool([0], ["torch"]) as workers:
-        (worker,), (team,) = workers.workers, workers.teams.values()
+        (worker,), (team,) = workers.workers, workers.teams
         before = worker.cpu_seconds()
         team.ask("make", "plain torch", workload("mlp", 8, 4))
         assert worker.cpu_seconds() > before + 0.1  # it imports torch
