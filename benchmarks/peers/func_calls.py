@@ -70,7 +70,7 @@ class FuncCall:
                 loss, grads = losses.sum(), [stack.sum(0) for stack in stacks]
             return loss, [s + g for s, g in zip(sums, grads, strict=True)]
 
-        self.add: Any = torch.compile(add, dynamic=False) if compiled else add
+        self.add: Any = torch.compile(add, fullgraph=True, dynamic=False) if compiled else add
         self.groups, self.count = list(_groups(task, together)), len(task.chunks)
 
     def __call__(self) -> Tensor:

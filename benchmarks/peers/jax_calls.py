@@ -77,6 +77,7 @@ class JaxCall:
         return Result(float(loss), shown)
 
 
+forget = jax.clear_caches
 KINDS = {"JAX jit(scan)": scanned, "JAX jit(vmap)": vmapped}
 
 

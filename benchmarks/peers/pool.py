@@ -24,7 +24,8 @@ class Worker:
         self.connection, theirs = Pipe()
         place = [str(theirs.fileno()), ",".join(map(str, cores))]
         command = [sys.executable, "-m", "benchmarks.peers.worker", kind, *place]
-        given = os.environ | {"OMP_NUM_THREADS": str(len(cores))} | environment
+        threads = {"OMP_NUM_THREADS": str(len(cores)), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        given = os.environ | threads | environment
         self.process = subprocess.Popen(command, env=given, pass_fds=[theirs.fileno()])
         theirs.close()
 
@@ -118,10 +119,10 @@ class Pool:
 
 
 @contextlib.contextmanager
-def pool(cores: Sequence[int], kinds: Sequence[str]) -> Iterator[Pool]:
-    """Start the workers: of every kind one on a single core and one on all of them.
+def pool(cores: Sequence[int], kinds: Sequence[str], ranks: Sequence[int] = ()) -> Iterator[Pool]:
+    """Start workers: of every kind one on a single core and one on all, and teams of `ranks`.
 
-    Of the kind "ranks" as many as there are cores, each on its own.
+    Every rank has a core of its own.
     """
     teams = []
     with contextlib.ExitStack() as stack:
@@ -133,12 +134,12 @@ def pool(cores: Sequence[int], kinds: Sequence[str]) -> Iterator[Pool]:
             return worker
 
         for kind in kinds:
-            if kind == "ranks":
-                given = {"WORLD_SIZE": str(len(cores)), "PEERS_STORE": f"{folder}/ranks"}
-                ranks = [started(kind, [c], RANK=str(i), **given) for i, c in enumerate(cores)]
-                teams.append(Team(ranks, "1 thread each"))
-                continue
             for count in sorted({1, len(cores)}):
                 setting = f"{count} thread{'s' * (count > 1)}"
                 teams.append(Team([started(kind, cores[:count])], setting))
+        for size in ranks:
+            given = {"WORLD_SIZE": str(size), "PEERS_STORE": f"{folder}/{size}"}
+            each = enumerate(cores[:size])
+            team = [started("ranks", [core], RANK=str(rank), **given) for rank, core in each]
+            teams.append(Team(team, "1 thread each" if size > 1 else "1 thread"))
         yield Pool(teams)

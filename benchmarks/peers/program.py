@@ -26,14 +26,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     found.add_argument("--data-dir", type=Path, help="CIFAR-10 as DIR/train/CLASS/IMAGE")
 
 
-def kinds(cores: int) -> list[str]:
-    """The kinds of workers: JAX where it is installed, several processes for several cores."""
-    found = ["torch"]
-    if find_spec("jax") is None:
-        print("JAX is left out, it is not installed: pip install jax, or fbopt[bench]")
-    else:
-        found.append("jax")
-    return found + ["ranks"] * (cores > 1)
+def kinds() -> list[str]:
+    """The kinds of workers: JAX where it is installed."""
+    if find_spec("jax") is not None:
+        return ["torch", "jax"]
+    print("JAX is left out, it is not installed: pip install jax, or fbopt[bench]")
+    return ["torch"]
 
 
 def wanted(quick: bool) -> Callable[[str], bool]:
@@ -58,7 +56,8 @@ def main(choice: argparse.Namespace, argv: Sequence[str] | None = None) -> Path:
     report = Report("step", choice, argv, variant="peers")
     plan = Plan(choice.rounds or (QUICK_ROUNDS if choice.quick else ROUNDS), seconds=choice.seconds)
     cores, takes_part = CORES[: choice.threads], wanted(choice.quick)
-    with pool(cores, kinds(len(cores))) as workers:
+    ranks = [len(cores)] if len(cores) > 1 else []
+    with pool(cores, kinds(), ranks) as workers:
         for workload in chosen(choice):
             rows = compare(workers, workload, plan, takes_part)
             jax = [row for row in rows if row.contender.name.startswith("JAX")]

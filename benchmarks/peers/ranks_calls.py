@@ -12,9 +12,11 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.calls import FboptCall
-from benchmarks.peers.torch_calls import OnWorkload, ways
+from benchmarks.peers.torch_calls import OnWorkload, forget, ways
 from benchmarks.peers.workload import Workload
 from benchmarks.task import Task
+
+__all__ = ["contenders", "forget"]
 
 
 @functools.cache
@@ -42,9 +44,9 @@ def contenders(workload: Workload) -> dict[str, Callable[[], OnWorkload]]:
         own = share(task, options.get("vectorize", 1))
         return FboptCall(own, process_group=process_group(), **options)
 
-    found = {f"fbopt, {size} processes": ({}, False)}
-    for how, options in ways(together).items():
-        found[f"fbopt, {size} processes, {how}"] = (options, True)
+    name = f"fbopt, {size} process{'es' * (size > 1)}"
+    found: dict[str, tuple[dict[str, Any], bool]] = {name: ({}, False)}
+    found |= {f"{name}, {how}": (options, True) for how, options in ways(together).items()}
     return {
         name: partial(OnWorkload, partial(make, **options), workload, functional)
         for name, (options, functional) in found.items()

@@ -6,11 +6,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+import torch._dynamo
+
 from benchmarks.calls import BarePasses, FboptCall, PublishedCall, TorchCall
 from benchmarks.peers import torch_work
 from benchmarks.peers.func_calls import FuncCall
 from benchmarks.peers.workload import Result, Workload
 from benchmarks.task import Task
+
+# A function compiled for one contender counts as a recompilation of the same one of the others.
+torch._dynamo.config.recompile_limit = 64
+
+
+def forget() -> None:
+    """Drop what was compiled."""
+    torch._dynamo.reset()
 
 
 class OnWorkload:

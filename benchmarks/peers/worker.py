@@ -33,8 +33,12 @@ class Call(Protocol):
 class Desk:
     """What a worker can be asked."""
 
-    def __init__(self, contenders: Callable[[Workload], dict[str, Callable[[], Call]]]) -> None:
-        self.contenders = contenders
+    def __init__(
+        self,
+        contenders: Callable[[Workload], dict[str, Callable[[], Call]]],
+        forget: Callable[[], object],
+    ) -> None:
+        self.contenders, self.forget = contenders, forget
         self.calls: dict[str, Call] = {}
 
     def names(self, workload: Workload) -> list[str]:
@@ -66,8 +70,9 @@ class Desk:
         return statistics.median(seconds)
 
     def clear(self) -> None:
-        """Drop all contenders."""
+        """Drop all contenders and what was compiled for them."""
         self.calls.clear()
+        self.forget()
         gc.collect()
 
 
@@ -91,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
     os.sched_setaffinity(0, map(int, cores.split(",")))
     keep_freed()  # in all workers alike
     module = importlib.import_module(f"benchmarks.peers.{kind}_calls")
-    serve(Desk(module.contenders), Connection(int(descriptor)))
+    serve(Desk(module.contenders, module.forget), Connection(int(descriptor)))
 
 
 if __name__ == "__main__":

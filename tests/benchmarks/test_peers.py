@@ -103,13 +103,13 @@ def test_peers_run_and_are_written(tmp_path, capsys):
 
 def test_without_jax(monkeypatch, capsys):
     monkeypatch.setattr(program, "find_spec", lambda name: None)
-    assert program.kinds(2) == ["torch", "ranks"]
+    assert program.kinds() == ["torch"]
     assert "pip install" in capsys.readouterr().out
 
 
 def test_two_processes_agree():
     work = replace(workload("mlp", 24, 4), together=2)
-    with pool.pool([0, 0], ["ranks"]) as workers:
+    with pool.pool([0, 0], [], [2]) as workers:
         found = compare.entrants(workers, work, program.wanted(True))
         timings = compare.compare(workers, work, Plan(3), program.wanted(True))
     assert [e.name for e in found] == ["fbopt, 2 processes", "fbopt, 2 processes, 2 at once"]
@@ -118,7 +118,7 @@ def test_two_processes_agree():
 
 def test_one_of_two_processes_may_fail(monkeypatch):
     monkeypatch.setattr(pool, "PATIENCE_SECONDS", 1)
-    with pool.pool([0, 0], ["ranks"]) as workers:
+    with pool.pool([0, 0], [], [2]) as workers:
         (team,) = workers.teams
         team.workers[1].process.kill()
         with pytest.raises(RuntimeError, match="has ended"):
@@ -131,12 +131,14 @@ def test_the_best_setting_counts():
     assert [t.contender.name for t in compare.best(timings)] == ["a (2 threads)", "b (1 thread)"]
 
 
-def test_errors_of_workers_arrive():
+def test_workers_tell_of_errors_and_their_time_is_read():
     with pool.pool([0], ["torch"]) as workers:
-        (team,) = workers.teams
+        (worker,), (team,) = workers.workers, workers.teams
+        before = worker.cpu_seconds()
         with pytest.raises(RuntimeError, match=r"torch on one core failed:[\s\S]*KeyError"):
             team.ask("result", "nobody")
-        workers.workers[0].process.kill()
+        assert worker.cpu_seconds() > before + 0.1  # it has imported torch
+        worker.process.kill()
         with pytest.raises(RuntimeError, match="has ended"):
             team.ask("clear")
 
@@ -149,14 +151,6 @@ def test_workers_that_stay_busy_are_named(monkeypatch):
     pool.Pool([pool.Team([idle], "")]).settle()
     with pytest.raises(RuntimeError, match=r"jax on 2 cores: uses \d+% of a core"):
         pool.Pool([pool.Team([idle], ""), pool.Team([busy], "")]).settle()
-
-
-def test_processor_time_of_workers_is_read():
-    with pool.pool([0], ["torch"]) as workers:
-        (worker,), (team,) = workers.workers, workers.teams
-        before = worker.cpu_seconds()
-        team.ask("make", "plain torch", workload("mlp", 8, 4))
-        assert worker.cpu_seconds() > before + 0.1  # it imports torch
 
 
 @pytest.mark.parametrize(
