@@ -25,7 +25,7 @@ from fbopt._engine.inputs import (
     refuse_twice,
     unwrapped,
 )
-from fbopt._engine.modules import list_modules, list_parameters
+from fbopt._engine.modules import list_parts
 from fbopt._engine.parameter_sets import alone_in_threads, check_optimizers
 from fbopt._engine.preparation import Preparation
 from fbopt._engine.reduce import Reduction
@@ -222,7 +222,7 @@ class FullBatchClosure:
     @eager
     def __call__(self) -> Tensor:
         """Fill ``p.grad`` and return the mean loss: 0-dim, float32 (float64 for a float64 loss)."""
-        loss = self.accumulate()
+        loss = self._accumulate(self.optimizer)
         self.assign()
         return loss
 
@@ -357,8 +357,8 @@ class FullBatchClosure:
         refuse_inference_mode()
         self._check_again()
         self._reduction.sharded.reshard()  # gathered parameters would be listed in place of shards
-        modules = list_modules(self.model)
-        candidates = self._given or list_parameters(self.model, modules)
+        modules, listed = list_parts(self.model)
+        candidates = self._given or listed
         self._prepared.follow_cuda_graph(self.cuda_graph, self.model, candidates)
         coefficient = self._coefficient()
         if self.backward:

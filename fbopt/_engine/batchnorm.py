@@ -80,9 +80,12 @@ class RunningStatistics:
         """E for each layer in eval mode, T for each one in training mode."""
         return "".join("ET"[m.training] for m in self._layers)
 
+    def averaging(self) -> contextlib.AbstractContextManager[None]:
+        """A context that makes layers in training mode record each pass by itself."""
+        return self._averaging() if self._layers or self._running else contextlib.nullcontext()
+
     @contextlib.contextmanager
-    def averaging(self) -> Iterator[None]:
-        """Make layers in training mode record each pass by itself, with momentum 1."""
+    def _averaging(self) -> Iterator[None]:
         layers = [m for m in self._layers if m.running_mean is not None]
         active = [m for m in layers if m.training]
         momenta = [m.momentum for m in active]

@@ -74,7 +74,7 @@ class ChunkGradient:
         """What adds the chunk's gradient to the sums."""
         return GradientAddition(self.sums, self.clip, self.perturbation, self.chunk_norms)
 
-    @property
+    @functools.cached_property
     def repetitions(self) -> int:
         """How often a chunk's random draws are repeated."""
         return {"forward": 1, "central": 2}.get(self.penalty and self.penalty.method, 0)
@@ -113,7 +113,7 @@ class ChunkGradient:
             draws.begin()
         self.statistics.clear()
         loss = self._checked_forward(index, chunk, weight, observe, checks)
-        own, weight = weight, self.lockstep.weight if self.sharded else weight
+        own, weight = weight, self.lockstep.weight if self._is_sharded else weight
         if self._is_streamed:
             self._stream(loss, weight)
             self._record(own)
@@ -126,7 +126,8 @@ class ChunkGradient:
         elif self.is_exact:
             square = self.addition.exact(grads, products, weight, coefficient)
         else:
-            with self._shifted(index, chunk, draws) as shifted:
+            with self.in_passing(draws) as rewind:
+                shifted = functools.partial(self._shifted, index, chunk, rewind)
                 square = self.addition.differences(
                     grads, weight, coefficient, self.penalty, shifted
                 )
@@ -144,7 +145,7 @@ class ChunkGradient:
         """Check the loss of one chunk alone."""
         self._checked_forward(index, chunk, weight, None, self.checks)
 
-    @property
+    @functools.cached_property
     def is_exact(self) -> bool:
         """Whether there is a second backward pass."""
         return self.penalty is not None and self.penalty.method == "exact"
@@ -173,8 +174,12 @@ class ChunkGradient:
             second.check(self.sums.params, again)
         return grads, products
 
+    @functools.cached_property
+    def _is_sharded(self) -> bool:
+        return bool(self.sharded)
+
     def _counts(self, weight: float | Tensor) -> bool:
-        return not self.sharded or bool(weight)  # others come with weights above 0 alone
+        return not self._is_sharded or bool(weight)  # others come with weights above 0 alone
 
     def _record(self, weight: float | Tensor) -> None:
         if self._counts(weight):
@@ -183,13 +188,15 @@ class ChunkGradient:
     @property
     def _is_streamed(self) -> bool:
         """Whether gradients are added one by one: exact sums count one addition for each chunk."""
+        if not self.backward:
+            return False
         whole = self.penalty or self.clip or self.chunk_norms or self.sums.accumulation == "exact"
-        return self.backward and (not whole or self._is_apart)
+        return not whole or self._is_apart
 
     @property
     def _is_apart(self) -> bool:
         """Whether the gradients of processes are added one by one, for exact sums with FSDP2."""
-        return bool(self.sharded) and self.sharded.contributions is not None
+        return self._is_sharded and self.sharded.contributions is not None
 
     def _stream(self, loss: Tensor, weight: float | Tensor) -> None:
         addition: ChunkAddition | ApartAddition = ChunkAddition(self.sums, weight)
@@ -200,25 +207,10 @@ class ChunkGradient:
         addition.finish()
 
     def _backward(self, loss: Tensor, take: Take) -> None:
-        scale = self.lockstep.scale if self.sharded and not self._is_apart else 1.0
+        scale = self.lockstep.scale if self._is_sharded and not self._is_apart else 1.0
         run_backward(
             loss, self.sums.params, self.forward.model, take, sharded=self.sharded, scale=scale
         )
-
-    @contextlib.contextmanager
-    def _shifted(
-        self, index: int, chunk: Any, draws: GeneratorSnapshot
-    ) -> Iterator[Callable[[bool], Gradients]]:
-        """Yield what returns the gradient at the perturbed parameters."""
-        with self.in_passing(draws) as rewind:
-
-            def gradient(again: bool) -> Gradients:
-                if again:
-                    self.buffers.restore()
-                rewind()
-                return self._perturbed_gradient(index, chunk)
-
-            yield gradient
 
     @contextlib.contextmanager
     def in_passing(self, draws: GeneratorSnapshot) -> Iterator[Callable[[], None]]:
@@ -247,7 +239,13 @@ class ChunkGradient:
             rewind()
             yield self._forward(index, chunk, observe=None)
 
-    def _perturbed_gradient(self, index: int, chunk: Any) -> Sequence[Tensor | None]:
+    def _shifted(
+        self, index: int, chunk: Any, rewind: Callable[[], None], again: bool
+    ) -> Gradients:
+        """The gradient at the perturbed parameters."""
+        if again:
+            self.buffers.restore()
+        rewind()
         with self.perturbation.applied():
             return self._gradient(self._forward(index, chunk, observe=None))
 
@@ -277,7 +275,7 @@ class ChunkGradient:
             ):
                 raise
         for i, g in enumerate(grads):
-            if g is not None and g.layout != torch.strided:
+            if g is not None and g.layout is not torch.strided:
                 raise TypeError(
                     f"the gradient of parameter {i} ({self._name(i)}) is sparse: fbopt needs dense "
                     "gradients, for an embedding pass sparse=False"

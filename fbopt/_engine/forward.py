@@ -16,15 +16,19 @@ from fbopt._sharding import gathered
 BARE = object()
 
 
-@contextlib.contextmanager
-def autocast_suspended(device: torch.device) -> Iterator[torch.dtype | None]:
+def autocast_suspended(
+    device: torch.device,
+) -> contextlib.AbstractContextManager[torch.dtype | None]:
     """Switch the caller's autocast off and yield its dtype: it is meant for forward passes alone.
 
     Backward passes within it would compute in other dtypes than the forward pass did.
     """
-    if not torch.is_autocast_enabled(device.type):
-        yield None
-        return
+    is_on = torch.is_autocast_enabled(device.type)
+    return _suspended(device) if is_on else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _suspended(device: torch.device) -> Iterator[torch.dtype]:
     with torch.autocast(device.type, enabled=False):
         yield torch.get_autocast_dtype(device.type)
 
@@ -54,27 +58,27 @@ class ChunkLoss:
 
     def compute(self, index: int, chunk: Any) -> tuple[Tensor, Any, Any]:
         """Do so, where autocast's cache holds nothing."""
-        with self._autocast():
-            if self.evaluate is not None:
-                found = self.evaluate(self.model, chunk)
-                is_pair = isinstance(found, tuple) and len(found) == 2
-                loss, aux = found if is_pair else (found, BARE)
-                if is_pair and not self.is_observed:
-                    refuse_second_loss(index, found)
-                return loss, aux, chunk
-            inputs, target = pair(index, chunk)
-            output = self.model(inputs)
-            return self.loss_fn(output, target), output, target
+        if self.autocast is None:
+            return self._compute(index, chunk)
+        with torch.autocast(self.device.type, dtype=self.autocast):
+            return self._compute(index, chunk)
+
+    def _compute(self, index: int, chunk: Any) -> tuple[Tensor, Any, Any]:
+        if self.evaluate is not None:
+            found = self.evaluate(self.model, chunk)
+            is_pair = isinstance(found, tuple) and len(found) == 2
+            loss, aux = found if is_pair else (found, BARE)
+            if is_pair and not self.is_observed:
+                refuse_second_loss(index, found)
+            return loss, aux, chunk
+        inputs, target = pair(index, chunk)
+        output = self.model(inputs)
+        return self.loss_fn(output, target), output, target
 
     def differentiable(self, index: int, chunk: Any) -> tuple[Tensor, Any, Any]:
         """Return the same with an autograd graph; the loss has to depend on a parameter."""
         with torch.enable_grad():
-            loss, *shown = self(index, chunk)
+            loss, output, target = self(index, chunk)
             loss = gathered(loss)
         check_loss(index, loss, "evaluate" if self.evaluate else "loss_fn")
-        return loss, *shown
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast)
+        return loss, output, target

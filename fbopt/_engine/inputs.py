@@ -263,7 +263,7 @@ def refuse_second_loss(index: int, pair: Any) -> None:
 
 def pair(index: int, chunk: Any) -> tuple[Any, Any]:
     """Return a chunk's (input, target)."""
-    if not isinstance(chunk, Sequence) or len(chunk) != 2:
+    if (type(chunk) is not tuple and not isinstance(chunk, Sequence)) or len(chunk) != 2:
         raise TypeError(
             f"chunk {index} is no (input, target) pair but {_kind(chunk)}: for other "
             "chunks pass evaluate=lambda model, chunk: mean_loss"

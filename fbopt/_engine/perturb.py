@@ -5,7 +5,7 @@ by double backward.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Perturbation:
     def __init__(self, buckets: FlatBuckets, written: Callable[[], None] | None = None) -> None:
         self.buckets, self._written = buckets, written
         self._originals = [p.detach() for p in buckets.locals]
+        self._places = [p.data_ptr() for p in self._originals]
         self._flats = buckets.buffers()
         self._views = buckets.views(self._flats)
         whole = [p is shard for p, shard in zip(buckets.params, buckets.locals, strict=True)]
@@ -41,10 +42,9 @@ class Perturbation:
 
     def fits(self, buckets: FlatBuckets) -> bool:
         """Whether the buffer was made for these parameters and their current memory."""
-        return buckets is self.buckets and all(
-            p.data_ptr() == o.data_ptr()
-            for p, o in zip(buckets.current(), self._originals, strict=True)
-        )
+        if buckets is not self.buckets:
+            return False
+        return [p.data_ptr() for p in buckets.current()] == self._places
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -54,7 +54,6 @@ class Perturbation:
             theta[i] = saved.copy_(theta[i])
         self._theta = self.buckets.group(theta, "params")
 
-    @torch.no_grad()
     def fill(
         self, grads: list[list[Tensor]], radius: float, squared_norm: Tensor | None = None
     ) -> Tensor:
@@ -66,29 +65,37 @@ class Perturbation:
             squared_norm = self.buckets.squared_norm(grads)
         return shift_(self._flats, self._theta, grads, radius, squared_norm)
 
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> contextlib.AbstractContextManager[None]:
         """Point the parameters to the buffer, or copy it to the shards, within this context."""
-        try:
-            self._point_to(self._views)
-            if self._in_place:
-                self._write([self._views[i] for i in self._in_place])
-            yield
-        finally:
-            self._point_to(self._originals)
-            if self._in_place:
-                self._write(self._saved)
+        return _Applied(self)
 
-    def _point_to(self, tensors: list[Tensor]) -> None:
+    def _move_to(self, tensors: list[Tensor], shards: list[Tensor]) -> None:
         for i in self._pointed:
             self.buckets.params[i].data = tensors[i]
+        if self._in_place:
+            with torch.no_grad():
+                for i, shard in zip(self._in_place, shards, strict=True):
+                    self._originals[i].copy_(shard)
+            if self._written is not None:
+                self._written()
 
-    @torch.no_grad()
-    def _write(self, tensors: list[Tensor]) -> None:
-        for i, t in zip(self._in_place, tensors, strict=True):
-            self._originals[i].copy_(t)
-        if self._written is not None:
-            self._written()
+
+class _Applied:
+    """Parameters at their perturbed values; a class, as every chunk enters it."""
+
+    def __init__(self, perturbation: Perturbation) -> None:
+        self._of = perturbation
+
+    def __enter__(self) -> None:
+        views = self._of._views
+        try:
+            self._of._move_to(views, [views[i] for i in self._of._in_place])
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *raised: object) -> None:
+        self._of._move_to(self._of._originals, self._of._saved)
 
 
 def shift_(

@@ -84,7 +84,9 @@ class Preparation:
         self._sums.reset(trainable)
         self._reduction.follow_params(model)
         self._reduction.sharded.check()
-        for p in (*before, *candidates, *frozen):  # a frozen one could keep an old gradient
+        if before is not self._sums.params:
+            candidates = *before, *candidates
+        for p in (*candidates, *frozen):  # a frozen one could keep an old gradient
             p.grad = None
 
     def begin(

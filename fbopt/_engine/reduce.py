@@ -62,9 +62,15 @@ class Reduction:
             self._comparison.is_joint = self.lockstep.is_joint
             self._followed = self._sums.buckets
 
-    @contextlib.contextmanager
-    def preparing(self) -> Iterator[None]:
+    def preparing(self) -> contextlib.AbstractContextManager[None]:
         """Report an error in this process to the others, which would wait in :meth:`begin`."""
+        if not self.collectives.is_single:
+            return self._preparing()
+        self.collectives.refuse_unknown_processes(self._sums.params)
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _preparing(self) -> Iterator[None]:
         with self._comparison.reporting():
             self.collectives.refuse_unknown_processes(self._sums.params)
             yield
@@ -131,7 +137,6 @@ class Reduction:
         wide = any(loss.dtype == torch.float64 for loss in self._losses)
         return [len(self._losses), math.fsum(self._weights), wide]
 
-    @torch.no_grad()
     def combine(self) -> tuple[Tensor, Tensor] | None:
         """Reduce over the processes: sums of gradients, and means of BatchNorm's statistics.
 

@@ -6,6 +6,7 @@ tensors are therefore copied into one flat buffer first, and the kernels then se
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from fbopt._ops.flat import (
     flat_views,
     stacks_like,
 )
-from fbopt._sharding import Sharding, combine, local
+from fbopt._sharding import Sharding, combine, local, working_device
 
 # Copying a tensor of this mean size costs about what it saves; fewer tensors are not worth a call.
 PACK_NUMEL, PACK_COUNT = 512, 16
@@ -101,6 +102,11 @@ class FlatBuckets:
             flat = buffers[group] = self._flat(group, tensors[0].dtype)
         dispatch.pack_(flat, list(tensors))
         return [flat]
+
+    @functools.cached_property
+    def devices(self) -> set[torch.device]:
+        """Where the model computes with the parameters."""
+        return {working_device(p) for p in self.params}
 
     def current(self) -> list[Tensor]:
         """Return ``locals`` as they are now: a parameter may have got other memory."""

@@ -1,4 +1,4 @@
-"""list_modules and list_parameters list what torch's own methods do, in their order."""
+"""list_parts lists what torch's own methods do, in their order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fbopt._engine.modules import list_modules, list_parameters
+from fbopt._engine.modules import list_parts
 
 
 class Tied(nn.Module):
@@ -62,7 +62,6 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_the_lists_of_torch(name):
     model = MODELS[name]()
-    modules = list_modules(model)
+    modules, listed = list_parts(model)
     assert [*map(id, modules)] == [*map(id, model.modules())]
-    listed = list_parameters(model, modules)
     assert [*map(id, listed)] == [*map(id, model.parameters())]
