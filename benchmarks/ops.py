@@ -1,4 +1,5 @@
-"""The library's own part of a step: penalised chunk update, finishing step, single kernels.
+"""The library's own part of a step: penalised chunk update, of K chunks at once too, finishing
+step, single kernels.
 
     python -m benchmarks.ops [--sizes resnet18 small-cnn tiny] [--device cuda] [--quick]
 
@@ -20,10 +21,13 @@ from benchmarks.cases import TITLES, Operands, require_close, shapes
 from benchmarks.contenders import CHUNK_UPDATES, FINISHING_STEPS, ChunkUpdate, FinishingStep
 from benchmarks.kernels import kernels
 from benchmarks.report import QUICK_ROUNDS, Report, compiles, options
+from benchmarks.stacks import STACKED_UPDATES, Stacks, check_stacked
 from benchmarks.timing import Contender, Plan, Table, measure
 
 ROUNDS = {"resnet18": 40, "small-cnn": 60, "tiny": 60, "large": 40}
 SIZES = ("resnet18", "small-cnn", "tiny")
+# How many chunks are worked on at once.
+STACKS = {"resnet18": (4,), "small-cnn": (8, 32)}
 COMPILED = ("resnet18", "small-cnn")
 # torch's norms are summed in float32 and off by some 1e-5; what is added to a parameter is rounded
 # with it.
@@ -78,6 +82,20 @@ def part_table(part: str, size: str, plan: Plan, compiled: bool) -> Table:
     return measure(f"{part}, {TITLES[size]}", contenders, plan, case.refresh)
 
 
+def stack_table(size: str, chunks: int, plan: Plan, compiled: bool) -> Table:
+    """Check and time the penalised update of several chunks at once."""
+    case = Stacks(shapes(size), chunks, plan.device)
+    contenders = []
+    for kind in STACKED_UPDATES:
+        if compiled or not kind.compiled:
+            update = kind(case)
+            check_stacked(update)
+            contenders.append(Contender(kind.name, update.step, kind.words(chunks) * case.numel))
+    contenders += limits((5 * chunks + 3) * case.numel, plan.device)
+    title = f"Penalised update of {chunks} chunks at once, {TITLES[size]}"
+    return measure(title, contenders, plan, case.refresh)
+
+
 def kernel_table(size: str, plan: Plan) -> Table:
     """Check and time the kernels one by one."""
     chunk = Operands.of(shapes(size), plan.device)
@@ -102,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         plan = Plan(rounds, choice.device, choice.seconds)
         for part in PARTS:
             report.table(part_table(part, size, plan, compiled))
+        for chunks in STACKS.get(size, ()):
+            report.table(stack_table(size, chunks, plan, compiled))
         table = kernel_table(size, plan)
         report.table(table, base=table.limit)
     return report.write(choice.out)

@@ -1,7 +1,14 @@
-"""A short run of every kernel for compute-sanitizer: dtypes, layouts and alignments, each result
-compared with fbopt.reference in float64.
+"""A short run of every kernel under a sanitizer: dtypes, layouts and alignments, stacks too, each
+result compared with fbopt.reference in float64.
 
     compute-sanitizer --tool memcheck python -m benchmarks.sanitized
+
+On the CPU, by the compiler's own:
+
+    FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize=vptr"
+    LIBRARIES="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)"
+    CXXFLAGS=$FLAGS LD_PRELOAD=$LIBRARIES ASAN_OPTIONS=detect_leaks=0 FBOPT_BACKEND=kernels \
+        python -m benchmarks.sanitized --device cpu
 
 `--plant` writes past the end of an allocation instead, which memcheck has to find.
 """
@@ -13,21 +20,26 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.cases import Operands, require_close
 from benchmarks.kernels import RULE, KernelArguments, Place, Tensors, cloned
 from fbopt import reference
 from fbopt._ops import dispatch
-from fbopt._ops.flat import DTYPES, accumulator_dtype, flat_size, flat_views
+from fbopt._ops.flat import DTYPES, accumulator_dtype, flat_size, flat_views, stacks_like
 
 # Odd and even sizes, empty and 0-dim tensors, one block and several.
 SHAPES = [torch.Size(s) for s in ((3, 4), (), (0,), (7,), (2, 3, 5, 5), (33, 65), (70001,))]
+STACKED = ("squared_norm", "perturb_", "accumulate_", "accumulate_penalty_", "accumulate_exact_")
+STACKED += ("accumulate_exact_penalty_",)
 # More tensors than the arguments of one launch hold.
 MANY = [torch.Size([1 + i % 23]) for i in range(2500)]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 AGREED = "calls agree with the reference"
+Form = Callable[[KernelArguments, object], dict[str, Callable[[], object]]]
 
 
 def misaligned(tensors: Tensors) -> Tensors:
@@ -90,6 +102,33 @@ def variants(a: KernelArguments, ops: object) -> dict[str, Callable[[], object]]
     }
 
 
+class StackArguments(KernelArguments):
+    """Arguments with stacks of three chunks, for the ops that take them."""
+
+    chunks = 3
+
+    def __init__(self, chunk: Operands, *where: Any) -> None:
+        super().__init__(chunk, *where)
+        place = where[1] if len(where) > 1 else cloned
+        self.grads, self.plus = (
+            place([torch.stack([t * 2**k for k in range(self.chunks)]) for t in tensors])
+            for tensors in (self.grads, self.plus)
+        )
+        like = stacks_like(self.params, self.chunks)
+        self.perturbed = self.perturbed.new_full((flat_size(like),), float("nan"))
+        scales = 2.0 ** torch.arange(self.chunks).to(self.square)
+        self.square, self.weight = self.square * scales**2, self.weight * scales
+
+    def calls(self, ops: object) -> dict[str, Callable[[], object]]:
+        calls = {n: call for n, call in super().calls(ops).items() if n in STACKED}
+        return calls | {"squared_norm": lambda: ops.squared_norm(self.grads, True)}
+
+    def outcome(self, op: str) -> list[Tensor]:
+        if op == "perturb_":
+            return flat_views(self.perturbed, stacks_like(self.params, self.chunks))
+        return super().outcome(op)
+
+
 def compare(
     shapes: Sequence[torch.Size], dtype: torch.dtype, layout: Place, device: torch.device
 ) -> int:
@@ -98,19 +137,27 @@ def compare(
     lists = {name: getattr(chunk, name) for name in ("params", "grads", "plus")}
     # The reference starts from values that the dtype can hold.
     chunk = replace(chunk, **{n: [t.to(dtype).double() for t in ts] for n, ts in lists.items()})
-    found = KernelArguments(chunk, dtype, layout, device)
-    right = KernelArguments(chunk, torch.float64)
-    who = f"of {len(shapes)} tensors, {dtype}, {layout.__name__}"
-    forms = (KernelArguments.calls, variants)
-    for form in forms:
-        references = form(right, reference)
-        for op, call in form(found, dispatch).items():
-            call()
-            references[op]()
-            results, expected = (side.outcome(op) for side in (found, right))
-            tolerance = TOLERANCES[results[0].dtype]
-            require_close(f"{op} {who}", "the result", results, expected, tolerance)
-    return sum(len(form(found, dispatch)) for form in forms)
+    calls = 0
+    for kind in (KernelArguments, StackArguments):
+        who = f"of {len(shapes)} tensors, {dtype}, {layout.__name__}, {kind.__name__}"
+        found, right = kind(chunk, dtype, layout, device), kind(chunk, torch.float64)
+        for form in (kind.calls, variants):
+            calls += agree(who, form, found, right)
+    return calls
+
+
+def agree(who: str, form: Form, found: KernelArguments, right: KernelArguments) -> int:
+    """Compare a form of each op that takes these arguments with its reference; count the ops."""
+    calls, references = form(found, dispatch), form(right, reference)
+    names = [name for name in calls if name in found.calls(dispatch)]
+    for name in names:
+        returned, wanted = calls[name](), references[name]()
+        if wanted is not None:
+            require_close(f"{name} {who}", "the squared norm", [returned], [wanted], 1e-6)
+        results, expected = found.outcome(name), right.outcome(name)
+        tolerance = TOLERANCES[results[0].dtype]
+        require_close(f"{name} {who}", "the result", results, expected, tolerance)
+    return len(names)
 
 
 def plant(device: torch.device) -> None:

@@ -4,6 +4,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "scalar.h"
 #include "stable_abi.h"
 
 namespace fbopt {
@@ -12,8 +13,8 @@ namespace fbopt {
 template <class T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// A number for all chunks of a call, or one for each.
-inline void check_number(const char* name, const Meta& t, const Chunks& chunks = {}) {
+// A 0-dim tensor, or for stacks a 1-D one with a number for each chunk.
+inline Scalar scalar_of(const char* name, const Meta& t, const Chunks& chunks) {
   if (chunks.stacked) {
     FBOPT_CHECK(t.dim == 1 && t.numel == chunks.count, name, " must be a 1-D tensor of ",
                 chunks.count, " elements, one for each chunk");
@@ -23,10 +24,8 @@ inline void check_number(const char* name, const Meta& t, const Chunks& chunks =
   const ScalarType dtype = dtype_of(t);
   FBOPT_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, name,
               " must be float32 or float64");
+  return {t.data, dtype == ScalarType::Double, t.numel == 1 ? 0 : *t.strides};
 }
-
-// How far apart the numbers of a tensor are that check_number() accepts.
-inline int64_t step_of(const Meta& t) { return t.numel == 1 ? 0 : *t.strides; }
 
 // Chunks with a weight each, or the one of a 0-dim weight.
 inline Chunks chunks_of(const Meta& weight) {

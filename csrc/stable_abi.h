@@ -62,30 +62,28 @@ struct Meta {
   Device device;
 
   explicit Meta(AtenTensorHandle t) : device(t) {
-    FBOPT_CALL(aoti_torch_get_numel(t, &numel));
     FBOPT_CALL(aoti_torch_get_dim(t, &dim));
     FBOPT_CALL(aoti_torch_get_sizes(t, &sizes));
     FBOPT_CALL(aoti_torch_get_strides(t, &strides));
     FBOPT_CALL(aoti_torch_get_dtype(t, &dtype));
     FBOPT_CALL(aoti_torch_get_data_ptr(t, &data));
+    count();
   }
   Meta(const Tensor& t) : Meta(t.get()) {}
   Meta(int64_t dim, int64_t* sizes, int64_t* strides, int32_t dtype, void* data, Device device)
-      : numel(1),
-        dim(dim),
-        sizes(sizes),
-        strides(strides),
-        dtype(dtype),
-        data(data),
-        device(device) {
-    for (int64_t d = 0; d < dim; ++d) numel *= sizes[d];
+      : dim(dim), sizes(sizes), strides(strides), dtype(dtype), data(data), device(device) {
+    count();
   }
-  // The first slice of a stack.
-  Meta slice() const {
-    Meta first = *this;
-    first.numel /= *sizes;
-    --first.dim, ++first.sizes, ++first.strides;
-    return first;
+  // Leaves out the first dimension: what is left is the first slice of a stack.
+  void take_slice() {
+    --dim, ++sizes, ++strides;
+    count();
+  }
+
+ private:
+  void count() {
+    numel = 1;
+    for (int64_t d = 0; d < dim; ++d) numel *= sizes[d];
   }
 };
 
@@ -152,12 +150,15 @@ struct Chunks {
   int64_t count = 1;
   bool stacked = false;
 
-  // A tensor of the call as the one of its first chunk.
-  Meta first(const char* name, int64_t i, const Meta& t) const {
-    if (!stacked) return t;
+  // Makes of a tensor of the call the one of its first chunk. Returns whether those of the others
+  // follow it in memory.
+  bool take_first(const char* name, int64_t i, Meta& t) const {
+    if (!stacked) return true;
     FBOPT_CHECK(t.dim > 0 && *t.sizes == count, name, "[", i, "] must be a stack of ", count,
                 " slices, one for each chunk: its first dimension must be ", count);
-    return t.slice();
+    const int64_t stride = *t.strides;
+    t.take_slice();
+    return count == 1 || stride == t.numel;
   }
 };
 
@@ -244,7 +245,8 @@ class Layout {
   explicit Layout(const TensorList& list, const Chunks& chunks = {}) {
     metas_.reserve(list.size());
     for (int64_t i = 0; i < list.size(); ++i) {
-      metas_.push_back(chunks.first("tensors", i, list[i]));
+      metas_.push_back(list[i]);
+      chunks.take_first("tensors", i, metas_.back());
       if (is_dense(metas_.back())) continue;
       Tensor own = borrow(list.handle(i));
       if (chunks.stacked) own = torch::stable::select(own, 0, 0);
@@ -293,15 +295,15 @@ class Operand {
     const int32_t expected = code_of(dtype);
     pointers_.reserve(list.size());
     for (int64_t i = 0; i < list.size(); ++i) {
-      const Meta &meta = list[i], first = chunks.first(name, i, meta);
+      Meta meta = list[i];
+      const bool in_row = chunks.take_first(name, i, meta);
       FBOPT_CHECK(meta.dtype == expected, name, "[", i, "] has another dtype than the op expects");
-      FBOPT_CHECK(same_shape(first, layout[i]), name, "[", i,
+      FBOPT_CHECK(same_shape(meta, layout[i]), name, "[", i,
                   "] has another shape than the tensor it belongs to",
                   chunks.stacked ? ", after the dimension of the chunks" : "");
       FBOPT_CHECK(meta.device == layout[i].device, name, "[", i,
                   "] is on another device than the tensor it belongs to");
-      const bool in_row = chunks.count == 1 || *meta.strides == first.numel;
-      pointers_.push_back(in_row && same_layout(first, layout[i]) ? meta.data : stage(i, chunks));
+      pointers_.push_back(in_row && same_layout(meta, layout[i]) ? meta.data : stage(i, chunks));
     }
   }
 

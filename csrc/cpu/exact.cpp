@@ -72,21 +72,20 @@ struct Sums {
         maxima(per_tensor("maxima", max, layout)),
         scales(per_tensor("scales", scale, layout)) {}
 
-  // Adds weights[k] * v for every chunk k; tile(i, k, e, n, add) calls add(v) for n elements v(j)
+  // Adds weights(k) * v for every chunk k; tile(i, k, e, n, add) calls add(v) for n elements v(j)
   // of tensor i, from element e on.
   template <class A, class Tile>
-  void add(const std::vector<double>& weights, const Tile& tile) {
-    const auto chunks = static_cast<int64_t>(weights.size());
+  void add(const Scalar& weights, int64_t chunks, const Tile& tile) {
     for_each_backwards(layout, chunks, [&](int64_t i, int64_t begin, int64_t end) {
       int64_t* sum = sums.at<int64_t>(i);
       int32_t* carry = carries.at<int32_t>(i);
       Bits<double> most = 0;
       for_each_chunk(chunks, begin, end, [&](int64_t k, int64_t first, int64_t last) {
-        const double scale = weights[k] * scales[i];
+        const double weight = weights(k), scale = weight * scales[i];
         tiles(first, last, 0, [&](int64_t e, int64_t n) {
           tile(i, k, e, n, [&](const auto& v) {
             const A largest = add_tile<A>(sum + e, carry + e, n, scale, v);
-            most = std::max(most, magnitude(static_cast<double>(largest) * weights[k]));
+            most = std::max(most, magnitude(static_cast<double>(largest) * weight));
           });
         });
       });
@@ -103,15 +102,16 @@ void accumulate_exact_op(const TensorList& sums, const TensorList& carries, cons
   const Chunks chunks = chunks_of(weight);
   Sums target(sums, carries, maxima, scales);
   const Operand g("grads", grads, target.layout, dtype, chunks);
-  const std::vector<double> weights = numbers("weight", weight, chunks);
+  const Scalar weights = scalar("weight", weight, chunks);
   dispatch(dtype, [&](auto t) {
     using G = typename decltype(t)::type;
     using A = accumulate_t<G>;
-    target.add<A>(weights, [&](int64_t i, int64_t k, int64_t e, int64_t n, const auto& add) {
+    const auto tile = [&](int64_t i, int64_t k, int64_t e, int64_t n, const auto& add) {
       Buffer<G, A> bd;
       const A* d = widen<A>(g.at<const G>(i, k) + e, bd, n);
       add([=](int64_t j) { return d[j]; });
-    });
+    };
+    target.add<A>(weights, chunks.count, tile);
   });
 }
 
@@ -124,18 +124,19 @@ void accumulate_exact_penalty_op(const TensorList& sums, const TensorList& carri
   const Chunks chunks = chunks_of(weight);
   Sums target(sums, carries, maxima, scales);
   const Passes passes(grads, plus, minus, target.layout, chunks, coefficient, squared_norm, radius);
-  const std::vector<double> weights = numbers("weight", weight, chunks);
+  const Scalar weights = scalar("weight", weight, chunks);
   dispatch(dtype_of(grads), [&](auto t) {
     using G = typename decltype(t)::type;
     using A = accumulate_t<G>;
-    target.add<A>(weights, [&](int64_t i, int64_t k, int64_t e, int64_t n, const auto& add) {
+    const auto tile = [&](int64_t i, int64_t k, int64_t e, int64_t n, const auto& add) {
       Buffer<G, A> bd, bp, bm;
       const A* d = widen<A>(passes.grads.at<const G>(i, k) + e, bd, n);
       const A* p = widen<A>(passes.plus.at<const G>(i, k) + e, bp, n);
       const A* m = widen<A>(passes.minus.at<const G>(i, k) + e, bm, n);
       const A f = static_cast<A>(passes.factors[k]);
       add([=](int64_t j) { return rules::penalised(d[j], p[j], m[j], f); });
-    });
+    };
+    target.add<A>(weights, chunks.count, tile);
   });
 }
 
@@ -145,7 +146,7 @@ void exact_mean_op(const TensorList& means, const TensorList& sums, const Tensor
   Sums source(sums, carries, maxima, scales);
   Operand out("means", means, source.layout, dtype);
   FBOPT_CHECK(dtype == accumulator_of(dtype), "means must be float32 or float64");
-  const double total = number("divisor", divisor);
+  const double total = scalar("divisor", divisor)();
   dispatch(dtype, [&](auto t) {
     using A = typename decltype(t)::type;
     for_each_backwards(source.layout, 1, [&](int64_t i, int64_t begin, int64_t end) {

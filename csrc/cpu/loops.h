@@ -25,18 +25,10 @@ constexpr int64_t kShared = 2048;
 // that machines report range from one core's share to the sum over all sockets.
 inline bool exceeds_cache(int64_t bytes) { return bytes > int64_t{32} << 20; }
 
-// A number of the CPU, or one for each chunk.
-inline std::vector<double> numbers(const char* name, const Meta& t, const Chunks& chunks) {
+inline Scalar scalar(const char* name, const Meta& t, const Chunks& chunks = {}) {
   FBOPT_CHECK(t.device.type == aoti_torch_device_type_cpu(), name, " must be on the CPU");
-  check_number(name, t, chunks);
-  std::vector<double> found(chunks.count);
-  const bool wide = dtype_of(t) == ScalarType::Double;
-  for (int64_t k = 0; k < chunks.count; ++k)
-    found[k] = wide ? static_cast<const double*>(t.data)[k * step_of(t)]
-                    : static_cast<const float*>(t.data)[k * step_of(t)];
-  return found;
+  return scalar_of(name, t, chunks);
 }
-inline double number(const char* name, const Meta& t) { return numbers(name, t, {})[0]; }
 
 // body(i, begin, end): elements begin ... end of tensor i, each element once, from the last run
 // to the first: after a forward sum over the same memory the caches still hold its end. An element
@@ -152,18 +144,20 @@ std::vector<double> squared_norm(const Layout& layout, const Operand& tensors, i
   const int64_t grain =
       std::max<int64_t>(1, kGrain * blocks / std::max<int64_t>(1, layout.total()));
   torch::stable::parallel_for(0, blocks * chunks, grain, [&](int64_t b, int64_t e) {
-    int64_t i = std::upper_bound(ends.begin(), ends.end(), b / chunks) - ends.begin();
+    int64_t block = b / chunks, k = b % chunks;
+    int64_t i = std::upper_bound(ends.begin(), ends.end(), block) - ends.begin();
     for (int64_t part = b; part < e; ++part) {
-      const int64_t block = part / chunks, k = part % chunks;
       while (block >= ends[i]) ++i;
       const int64_t count = (layout[i].numel + kBlock - 1) / kBlock;
       const int64_t begin = (block - (ends[i] - count)) * kBlock;
       partial[part] =
           sum_of_squares(tensors.at<T>(i, k) + begin, std::min(kBlock, layout[i].numel - begin));
+      if (++k == chunks) ++block, k = 0;
     }
   });
   std::vector<double> sums(chunks);
-  for (int64_t part = 0; part < blocks * chunks; ++part) sums[part % chunks] += partial[part];
+  for (auto part = partial.begin(); part != partial.end(); part += chunks)
+    for (int64_t k = 0; k < chunks; ++k) sums[k] += part[k];
   return sums;
 }
 

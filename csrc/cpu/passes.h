@@ -18,10 +18,11 @@ struct Passes {
       : grads("grads", at, layout, dtype_of(at), chunks),
         plus("plus", ahead, layout, dtype_of(at), chunks),
         minus("minus", behind.empty() ? at : behind, layout, dtype_of(at), chunks),
-        factors(numbers("squared_norm", squared_norm, chunks)) {
-    const double c = number("coefficient", coefficient);
-    for (double& x : factors)
-      x = rules::penalty_factor(c, std::sqrt(x), radius, behind.empty() ? 1 : 2);
+        factors(chunks.count) {
+    const Scalar square = scalar("squared_norm", squared_norm, chunks);
+    const double c = scalar("coefficient", coefficient)();
+    for (int64_t k = 0; k < chunks.count; ++k)
+      factors[k] = rules::penalty_factor(c, std::sqrt(square(k)), radius, behind.empty() ? 1 : 2);
   }
 };
 

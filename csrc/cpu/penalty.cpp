@@ -76,13 +76,16 @@ Numbers perturb_op(const Argument& out, const TensorList& params, const TensorLi
   const Operand p("params", params, layout, dtype), g("grads", grads, layout, dtype, chunks);
   const Flat flat(layout, chunks);
   check_flat(out, flat);
-  std::vector<double> sums;
-  if (squared) sums = numbers("squared_norm", *squared, chunks);
+  std::vector<double> sums(chunks.count), steps(chunks.count);
+  if (squared) {
+    const Scalar given = scalar("squared_norm", *squared, chunks);
+    for (int64_t k = 0; k < chunks.count; ++k) sums[k] = given(k);
+  }
   dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (!squared) sums = squared_norm<T>(layout, g, chunks.count);
-    std::vector<double> steps;
-    for (const double sum : sums) steps.push_back(rules::perturb_step(radius, std::sqrt(sum)));
+    for (int64_t k = 0; k < chunks.count; ++k)
+      steps[k] = rules::perturb_step(radius, std::sqrt(sums[k]));
     shift(layout, p, g, static_cast<T*>(out.data), flat, steps);
   });
   return {sums, chunks.stacked};
@@ -94,7 +97,7 @@ void accumulate_op(const TensorList& sums, const TensorList& grads, const Argume
   const Layout layout(sums);
   Operand a("sums", sums, layout, accumulator_of(dtype));
   const Operand g("grads", grads, layout, dtype, chunks);
-  const std::vector<double> weights = numbers("weight", weight, chunks);
+  const Scalar weights = scalar("weight", weight, chunks);
   dispatch_sums(sums, dtype, [&](auto gt, auto at) {
     using G = typename decltype(gt)::type;
     using A = typename decltype(at)::type;
@@ -102,7 +105,7 @@ void accumulate_op(const TensorList& sums, const TensorList& grads, const Argume
       A* sum = a.at<A>(i);
       for_each_chunk(chunks.count, begin, end, [&](int64_t k, int64_t first, int64_t last) {
         const G* grad = g.at<G>(i, k);
-        const A w = static_cast<A>(weights[k]);
+        const A w = static_cast<A>(weights(k));
         tiles(first, last, 0, [&](int64_t e, int64_t n) {
           Buffer<G, A> bd;
           A* __restrict x = sum + e;
@@ -124,7 +127,7 @@ void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, cons
   const Layout layout(sums);
   Operand a("sums", sums, layout, accumulator_of(dtype));
   const Passes passes(grads, plus, minus, layout, chunks, coefficient, squared_norm, radius);
-  const std::vector<double> weights = numbers("weight", weight, chunks);
+  const Scalar weights = scalar("weight", weight, chunks);
   dispatch_sums(sums, dtype, [&](auto gt, auto at) {
     using G = typename decltype(gt)::type;
     using A = typename decltype(at)::type;
@@ -133,7 +136,7 @@ void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, cons
       for_each_chunk(chunks.count, begin, end, [&](int64_t k, int64_t first, int64_t last) {
         const G *grad = passes.grads.at<G>(i, k), *up = passes.plus.at<G>(i, k),
                 *down = passes.minus.at<G>(i, k);
-        const A w = static_cast<A>(weights[k]), f = static_cast<A>(passes.factors[k]);
+        const A w = static_cast<A>(weights(k)), f = static_cast<A>(passes.factors[k]);
         tiles(first, last, 0, [&](int64_t e, int64_t n) {
           Buffer<G, A> bd, bp, bm;
           A* __restrict x = sum + e;

@@ -11,7 +11,7 @@ void clip_op(const TensorList& grads, const Argument& total_norm, double max_nor
   const ScalarType dtype = dtype_of(grads);
   const Layout layout(grads);
   Operand g("grads", grads, layout, dtype);
-  const double c = rules::clip_coefficient(max_norm, number("total_norm", total_norm));
+  const double c = rules::clip_coefficient(max_norm, scalar("total_norm", total_norm)());
   if (c == 1.0) return;
   dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
@@ -70,10 +70,10 @@ void sgd_step_op(const TensorList& params, const TensorList& grads,
   std::optional<Operand> v;
   if (momentum != 0) v.emplace("momentum_buffers", momentum_buffers, layout, dtype);
   const rules::SgdOptions options{momentum, dampening, weight_decay, nesterov, maximize, first};
-  const double rate = number("lr", lr);
+  const double rate = scalar("lr", lr)();
   const double clip =
-      max_norm ? rules::clip_coefficient(*max_norm, number("total_norm", *total_norm)) : 1.0;
-  const double weight = divisor ? number("divisor", *divisor) : 1.0;
+      max_norm ? rules::clip_coefficient(*max_norm, scalar("total_norm", *total_norm)()) : 1.0;
+  const double weight = divisor ? scalar("divisor", *divisor)() : 1.0;
   dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     using A = accumulate_t<T>;

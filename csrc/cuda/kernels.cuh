@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../rules/math.h"
+#include "../scalar.h"
 #include "plan.h"
 
 namespace fbopt::cuda {
@@ -25,18 +25,6 @@ constexpr int kMaxChunks = 64;
 // Accesses in flight before the first is used.
 constexpr int kUnroll = 2;
 constexpr int kAccess = 16;
-
-// A number for all chunks or one for each, read on the device; nothing is read where there is none.
-struct Scalar {
-  const void* data = nullptr;
-  bool wide = true;
-  int64_t step = 0;
-
-  __device__ double operator()(int chunk = 0) const {
-    const int64_t i = chunk * step;
-    return wide ? static_cast<const double*>(data)[i] : static_cast<const float*>(data)[i];
-  }
-};
 
 // The chunks of a launch.
 struct Group {

@@ -22,8 +22,7 @@ class Call {
 
   Scalar scalar(const char* name, const Tensor& t, const Chunks& chunks = {}) const {
     FBOPT_CHECK(Device(t.get()) == device_, name, " must be on the device of the tensors");
-    check_number(name, t, chunks);
-    return {t.data_ptr(), t.scalar_type() == ScalarType::Double, step_of(t)};
+    return scalar_of(name, t, chunks);
   }
 
   // How many elements each tensor has; all must be on the device.
