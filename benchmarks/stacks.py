@@ -95,7 +95,7 @@ class FboptStacked(StackedUpdate):
 
 
 class FboptOneByOne(StackedUpdate):
-    """K updates; each chunk's gradients are tensors of their own."""
+    """K updates, of the stacks' slices."""
 
     name = "fbopt, one by one"
 

@@ -23,6 +23,7 @@ from benchmarks import (
 )
 from benchmarks.cases import Operands, WrongResult, require_close
 from benchmarks.contenders import CHUNK_UPDATES, FINISHING_STEPS, FboptExactUpdate
+from benchmarks.stacks import STACKED_UPDATES, Stacks, check_stacked
 from benchmarks.task import Task
 from benchmarks.timing import CPU, Contender, Plan, Table, Timing, measure
 from fbopt._build.compiler import BuildError
@@ -31,6 +32,7 @@ FEW = [torch.Size(s) for s in ((3, 4), (), (5,), (2, 3, 3, 3), (40,))]
 MACHINE = {"cpu", "cores", "threads", "openmp", "backend", "torch", "fbopt", "python", "system"}
 ROW = {"name", "median_s", "quartiles_s", "fastest_s", "rounds", "ratio", "ratio_quartiles"}
 UPDATES = [kind for kind in CHUNK_UPDATES if not kind.compiled]
+STACKED = [kind for kind in STACKED_UPDATES if not kind.compiled]
 STEPS = [kind for kind in FINISHING_STEPS if not kind.compiled]
 CALLS = [kind for kind in step.CALLS["cuda"] if kind is not step.BarePasses]
 GPU = torch.device("cuda")
@@ -62,8 +64,8 @@ def run(benchmark, tmp_path, capsys, *arguments: str) -> tuple[dict, str]:
 
 def test_ops_run_and_are_written(few, tmp_path, capsys):
     content, printed = run(ops, tmp_path, capsys, "--sizes", "tiny", "resnet18")
-    assert len(content["tables"]) == 6
-    for kind in (*UPDATES, *STEPS):
+    assert len(content["tables"]) == 7
+    for kind in (*UPDATES, *STACKED, *STEPS):
         assert f"| {kind.name} " in printed
     assert "torch.compile" not in printed
 
@@ -161,6 +163,23 @@ def test_wrong_chunk_update_is_caught(kind, what):
     ops.check_update(kind(chunk), chunk)
     with pytest.raises(WrongResult, match=what):
         ops.check_update(Wrong(chunk), chunk)
+
+
+@pytest.mark.parametrize("kind", STACKED)
+@pytest.mark.parametrize("what", ["sum", "shift"])
+def test_wrong_stacked_update_is_caught(kind, what):
+    class Wrong(kind):
+        def step(self):
+            super().step()
+            if what == "sum":
+                self.sums[3].view(-1)[-1] *= 1.01
+            else:
+                self.points[0][2].view(-1)[0] += 0.01
+
+    stacks = Stacks(FEW, 3, CPU)
+    check_stacked(kind(stacks))
+    with pytest.raises(WrongResult, match=what):
+        check_stacked(Wrong(stacks))
 
 
 @pytest.mark.parametrize("kind", STEPS)
@@ -306,3 +325,4 @@ def test_compiled_contenders_agree():
         chunk, finish = Operands.of(FEW), Operands.of(FEW, penalised=False)
         ops.check_update(CHUNK_UPDATES[-1](chunk), chunk)
         ops.check_step(FINISHING_STEPS[-1](finish), finish)
+        check_stacked(STACKED_UPDATES[-1](Stacks(FEW, 3, CPU)))

@@ -42,7 +42,7 @@ def one_by_one(target, name, arguments, chunks):
             params = found["params"]
             views = flat_views(mine[0], stacks_like(params, chunks))
             found["out"] = mine[0].new_zeros(flat_size(params))
-        results.append(target.op(name)(**found))
+        results.append(target.op(name)(*found.values()))
         if name == "perturb_":
             for view, copy in zip(views, flat_views(found["out"], params), strict=True):
                 view[k] = copy
