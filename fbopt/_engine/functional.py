@@ -84,6 +84,11 @@ class ChunkFunction:
         self._names = _names(self._module, params)
         self._buffers = _buffer_names(self._module, recorded)
         self._functions: dict[Hashable, Callable[..., Any]] = {}
+        self._guarded: set[Hashable] = set()
+
+    def begin(self) -> None:
+        """Begin a call of the closure, between which Python values may have changed."""
+        self._guarded.clear()
 
     def first(self, params: Tensors, buffers: Tensors, stack: Stack) -> Passes:
         """The passes at `params`, which all chunks share."""
@@ -93,11 +98,22 @@ class ChunkFunction:
         """The passes at K points: `params` have a leading dimension K."""
         return Passes(*self._call("gradient", params, buffers, stack))
 
-    def _call(self, which: str, params: Tensors, buffers: Tensors, stack: Stack) -> tuple[Any, ...]:
+    def _call(self, which: str, params: Tensors, buffers: Tensors, stack: Stack) -> Any:
         key = which, stack.count, stack.dims, stack.template
         if key not in self._functions:
             self._functions[key] = self._make(which == "first", stack)
-        return self._functions[key](params, buffers, stack.tensors)
+        function, given = self._functions[key], (params, buffers, stack.tensors)
+        if not self.compiled:
+            return function(*given)
+        layout = key, *((t.shape, t.stride()) for t in stack.tensors)
+        if layout not in self._guarded:
+            result = function(*given)
+            self._guarded.add(layout)
+            return result
+        # Guards compare all that Python code has read, and may take as long as a small model: once
+        # in a call of the closure for each function and layout.
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
+            return function(*given)
 
     def _make(self, is_first: bool, stack: Stack) -> Callable[..., Any]:
         function = self._one_chunk(stack.template, is_first)

@@ -52,6 +52,7 @@ class Vectorized:
         if key not in self._known:
             options = {"exact": work.is_exact, "shows": observed, "compiled": compiled}
             self._known[key] = ChunkFunction(forward, work.sums.params, recorded, **options), {}
+        self._known[key][0].begin()
         for points in self._points.values():
             points.begin()
         return VectorizedGradient(work, self, *self._known[key])
