@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode,
+)
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -117,7 +121,11 @@ class Log(TorchDispatchMode):
         if READS & set(func.tags):
             self.spoilt = True
             raise RuntimeError("operation not permitted when stream is capturing")
-        args, kwargs = tree_map_only(Tensor, self.alias, (args, kwargs or {}))
+        return self.record(func, args, kwargs or {}, func._schema.is_mutable)
+
+    def record(self, func: Callable, args: tuple, kwargs: dict, writes: bool) -> Any:
+        """Do an operation, to be repeated if it writes to memory, which may be new."""
+        args, kwargs = tree_map_only(Tensor, self.alias, (args, kwargs))
         given = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for t in tree_leaves((args, kwargs)):
             if isinstance(t, Tensor) and address(t) not in self.before | self.made:
@@ -128,7 +136,7 @@ class Log(TorchDispatchMode):
         for t in fresh:
             if t is not None:
                 self.made[address(t)] = t
-        if func._schema.is_mutable or any(t is not None for t in fresh):
+        if writes or any(t is not None for t in fresh):
             self.steps.append(lambda: run(func, args, kwargs, fresh))
         return result
 
@@ -154,6 +162,22 @@ class Log(TorchDispatchMode):
                 step()
         for t in self.scratch:
             whole(t).fill_(255)
+
+
+def as_kernels(compiled: Callable) -> Callable:
+    """A compiled function as one operation of a tape, which does not see its kernels.
+
+    It is not compiled during a capture, as torch refuses that.
+    """
+
+    def call(*args: Any) -> Any:
+        log = _get_current_dispatch_mode()
+        if log is None:
+            return compiled(*args)
+        with _disable_current_modes(), torch.compiler.set_stance("fail_on_recompile"):
+            return log.record(compiled, args, {}, writes=True)
+
+    return call
 
 
 def run(func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor | None]) -> None:

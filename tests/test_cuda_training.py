@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import use_backend
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fbopt import (
     FullBatchClosure,
@@ -22,7 +23,9 @@ from fbopt import (
     clip_grad_norm_,
 )
 from fbopt._build import load
-from fbopt._engine import chunk_addition, weights
+from fbopt._engine import chunk_addition, vectorized, weights
+from fbopt._engine.functional import ChunkFunction, Passes
+from fbopt._engine.vectorized_probe import Kind
 from fbopt._ops import dispatch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -30,6 +33,7 @@ PENALTIES = {
     "none": None,
     **{m: GradientPenalty(strength=2.0, method=m) for m in ("forward", "central", "exact")},
 }
+in_groups_or_not = pytest.mark.parametrize("vectorize", [1, 3])
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "max_norm": 0.25}
 
 
@@ -58,7 +62,7 @@ def chunks(device="cpu", dtype=torch.float32, size=8):
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
-def trained(model, data, penalty=None, steps=5, accumulation="float32", **options):
+def trained(model, data, penalty=None, steps=5, accumulation="float32", vectorize=1, **options):
     """The loss of every step, and what the model is afterwards."""
     optimizer = FullBatchGD(model.parameters(), **(OPTIONS | options))
     closure = FullBatchClosure(
@@ -68,6 +72,7 @@ def trained(model, data, penalty=None, steps=5, accumulation="float32", **option
         penalty=penalty,
         optimizer=optimizer,
         accumulation=accumulation,
+        vectorize=vectorize,
     )
     torch.manual_seed(7)
     losses = [optimizer.step(closure) for _ in range(steps)]
@@ -75,22 +80,28 @@ def trained(model, data, penalty=None, steps=5, accumulation="float32", **option
     return [torch.stack(losses).cpu(), optimizer.last_grad_norm.cpu(), *state]
 
 
+@in_groups_or_not
 @pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
-def test_training_equals_plain_torch_in_float64(penalty, device, monkeypatch):
-    found = trained(
-        network(device=device, dtype=torch.float64), chunks(device, torch.float64), penalty
-    )
+def test_training_equals_plain_torch_in_float64(penalty, vectorize, device, monkeypatch):
+    model, data = network(device=device, dtype=torch.float64), chunks(device, torch.float64)
+    found = trained(model, data, penalty, vectorize=vectorize)
     use_backend("reference", monkeypatch)
     wanted = trained(network(dtype=torch.float64), chunks(dtype=torch.float64), penalty)
     # Finite differences divide the rounding of gradients by the step.
     torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9)
 
 
+@in_groups_or_not
 @pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
-def test_training_twice_gives_the_same_bits(penalty, device):
+def test_training_twice_gives_the_same_bits(penalty, vectorize, device):
     with deterministic():
         runs = [
-            trained(network(nn.Dropout(0.3), device=device), chunks(device), penalty)
+            trained(
+                network(nn.Dropout(0.3), device=device),
+                chunks(device),
+                penalty,
+                vectorize=vectorize,
+            )
             for _ in range(2)
         ]
     torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=0)
@@ -119,13 +130,15 @@ def deterministic():
 
 
 @pytest.mark.cuda
+@in_groups_or_not
 @pytest.mark.parametrize("options", [{}, {"max_norm": None, "momentum": 0, "nesterov": False}])
 @pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
-def test_a_step_reads_nothing_from_the_device(penalty, options):
+def test_a_step_reads_nothing_from_the_device(penalty, options, vectorize):
     assert load.cuda_kernels() is not None
     data, model = chunks("cuda"), network(nn.Dropout(0.3), device="cuda")
     optimizer = FullBatchGD(model.parameters(), **(OPTIONS | options))
-    closure = FullBatchClosure(model, F.cross_entropy, data, penalty=penalty, optimizer=optimizer)
+    given = {"penalty": penalty, "optimizer": optimizer, "vectorize": vectorize}
+    closure = FullBatchClosure(model, F.cross_entropy, data, **given)
     optimizer.step(closure)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -144,14 +157,46 @@ class Anew(list):
         return ((x.clone(), y.clone()) for x, y in super().__iter__())
 
 
+def first_passes(function, params, buffers, stack):
+    """In place of the passes over a group at theta: results of their shapes, on their device."""
+    grads = tuple(torch.randn(stack.count, *p.shape, device=p.device) for p in params)
+    return Passes(grads, torch.randn(stack.count, device=params[0].device), (), buffers)
+
+
+def passes_at_points(function, points, buffers, stack):
+    """The same for passes at perturbed parameters."""
+    return Passes(tuple(map(torch.randn_like, points)), points[0].sum(), (), buffers)
+
+
+def unchecked(work, group, stack, draws, observed):
+    """In place of the passes that are compared in the first call."""
+    work.kinds[group.kind] = Kind(frozenset(range(len(work.work.sums.params))))
+    return work._first(stack)
+
+
+class NoUploads(TorchDispatchMode):
+    """Refuses copies from the CPU to the device, which wait for it, and which no graph repeats."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            assert (source.device.type, result.device.type) != ("cpu", "cuda"), "an upload"
+        return result
+
+
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch was built without CUDA")
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@in_groups_or_not
 @pytest.mark.parametrize("options", [{}, {"max_norm": None, "momentum": 0, "nesterov": False}])
 @pytest.mark.parametrize("penalty", ["none", "forward", "central"])
-def test_a_step_on_fake_cuda_tensors_reads_nothing(penalty, options, kernels, monkeypatch):
+def test_a_step_on_fake_cuda_tensors_reads_nothing(
+    penalty, options, vectorize, kernels, monkeypatch
+):
     """Without a GPU: fake tensors of the device run all code but the kernels, and hold no values.
 
-    Their autograd would ask for a driver; random gradients stand for it.
+    Their autograd would ask for a driver; random gradients stand for it. In groups the first call
+    compares, and reads: without that, it makes what later calls find.
     """
     table = dispatch.table("cpu")
     monkeypatch.setattr(dispatch, "table", lambda device_type: table)
@@ -160,6 +205,9 @@ def test_a_step_on_fake_cuda_tensors_reads_nothing(penalty, options, kernels, mo
     monkeypatch.setattr(
         torch.autograd, "grad", lambda _, params, **options: [torch.randn_like(p) for p in params]
     )
+    monkeypatch.setattr(ChunkFunction, "first", first_passes)
+    monkeypatch.setattr(ChunkFunction, "gradient", passes_at_points)
+    monkeypatch.setattr(vectorized.VectorizedGradient, "_checked", unchecked)
     count = mock.Mock(side_effect=lambda target, mean: len(target))  # reads, in the first call
     monkeypatch.setattr(weights, "_count", count)
     with FakeTensorMode(allow_non_fake_inputs=False):
@@ -169,9 +217,16 @@ def test_a_step_on_fake_cuda_tensors_reads_nothing(penalty, options, kernels, mo
         optimizer = FullBatchGD(model.parameters(), **(OPTIONS | options))
         data = list(zip(x.split(6), y.split(6), strict=True))
         closure = FullBatchClosure(
-            model, F.cross_entropy, Anew(data), penalty=PENALTIES[penalty], optimizer=optimizer
+            model,
+            F.cross_entropy,
+            Anew(data),
+            penalty=PENALTIES[penalty],
+            optimizer=optimizer,
+            vectorize=vectorize,
         )
-        for _ in range(2):
+        optimizer.step(closure)
+        closure.weight = lambda chunk: 0.5  # others than in the first call
+        with NoUploads():
             loss = optimizer.step(closure)
         assert count.call_count == len(data)
         optimizer.step()

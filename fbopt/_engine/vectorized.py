@@ -194,8 +194,10 @@ class VectorizedGradient:
         """Compare the losses of both kinds of passes at theta, where they draw random numbers."""
         if not self.work.repetitions or not draws.has_moved():
             return
-        theta = [p.detach().expand(stack.count, *p.shape) for p in self.work.sums.params]
+        points = self.kept.points(self.work.sums, stack.count).points
+        for point, p in zip(points, self.work.sums.params, strict=True):
+            point.copy_(p.detach())
         with draws.repeated() as rewind:
             rewind()
-            again = self._at(theta, stack)
+            again = self._at(points, stack)
         compare_draws(group, passes.loss, again.loss)
