@@ -86,6 +86,7 @@ class Launcher:
 
     def run(self) -> int:
         """Start the processes, wait until all have ended, and return the exit status."""
+        # Imported here: not every torch has these modules.
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
         handlers = {number: signal.signal(number, self._pass_on) for number in STOP}
@@ -135,7 +136,8 @@ class Launcher:
             raise KeyboardInterrupt
         self.stops.value += 1
         for process in processes:
-            os.kill(process.pid, PASSED_ON)
+            with contextlib.suppress(ProcessLookupError):  # one that has just ended
+                os.kill(process.pid, PASSED_ON)
 
     def _reason(self, rank: int, failure: Any) -> str:
         """What happened to a process that could not say so itself."""

@@ -27,7 +27,10 @@ from fbopt.train.config.options import Options
 from fbopt.train.loop import train
 from fbopt.train.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(sys.platform != "linux", reason="processes are started on Linux alone"),
+]
 
 LONG = 120.0  # seconds after which something hangs
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,10 @@ from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.resolve import resolve
 from fbopt.train.loop import train
 from fbopt.train.processes import settle
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="processes are started on Linux alone"
+)
 
 
 @pytest.fixture
@@ -86,6 +92,24 @@ def test_where_processes_cannot_be_forked(cores, monkeypatch):
     assert number() == (1, 1)
     with pytest.raises(OptionsError, match=r"torchrun --nproc-per-node 2 -m fbopt\.train"):
         number(processes=2)
+
+
+def test_where_processes_could_not_talk_to_each_other(cores, monkeypatch):
+    def unreachable(address):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(processes.socket, "create_server", unreachable)
+    assert number() == (1, 1)
+    with pytest.raises(OptionsError, match=r"localhost, which does not answer \(Network is"):
+        number(processes=2)
+
+
+def test_where_signals_would_not_arrive(cores):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(number()))
+    thread.start()
+    thread.join()
+    assert found == [(1, 1)]
 
 
 def test_a_call_from_python_starts_none(tmp_path):

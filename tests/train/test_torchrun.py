@@ -117,7 +117,7 @@ def scenario(case: str, rank: int, tiny: str, other: str, patch: pytest.MonkeyPa
         return attempt(options("npz:own.npz", "data"))
     if kind == "sgd":
         return command(tiny_runs.options(tiny, Path("sgd"), "sgd"))
-    return command(Options(data=tiny, lr=-1.0))
+    return command(Options(data=tiny, **({"lr": -1.0} if kind == "option" else {"processes": 3})))
 
 
 # Cases and numbers of processes, in this order: the stopped run is resumed.
@@ -130,6 +130,7 @@ CASES = [
     ("data", 3),
     ("sgd", 2),
     ("option", 3),
+    ("number", 2),
 ]
 
 
@@ -264,6 +265,7 @@ def test_a_chunk_that_fails_stops_all(found):
         ("diverge", 2, 1, "the loss became infinite or undefined at step 2"),
         ("sgd", 2, 2, "--recipe sgd runs in one process, not in 2"),
         ("option", 3, 2, "--lr -1.0: has to be above 0"),
+        ("number", 2, 2, "--processes 3: torchrun has started 2; leave it out"),
     ],
 )
 def test_an_error_of_all_is_one_message(found, home, case, world, status, words):
