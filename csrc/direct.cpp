@@ -50,6 +50,34 @@ bool differs(PyObject* found, PyObject* expected) {
   return same != 1;
 }
 
+bool is_floating(int32_t number) {
+  return std::any_of(elements, elements + 4, [=](const Element& e) { return e.number == number; });
+}
+
+bool alike(const TensorList& list, const TensorList& others) {
+  if (list.size() != others.size()) return false;
+  for (int64_t i = 0; i < list.size(); ++i) {
+    const Meta &a = list[i], &b = others[i];
+    if (a.dtype != list[0].dtype || b.dtype != a.dtype || !is_floating(a.dtype)) return false;
+    if (!same_shape(a, b) || !same_layout(a, b) || !is_dense(a)) return false;
+  }
+  return true;
+}
+
+// alike(list, *others): whether all are plain tensors of the CPU and of one dtype that the ops
+// take, and lie in memory without gaps, each of the others as that in the list.
+PyObject* alike_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  try {
+    const TensorList list = From<TensorList>::call(count > 0 ? args[0] : nullptr);
+    bool found = true;
+    for (Py_ssize_t i = 1; found && i < count; ++i)
+      found = alike(list, From<TensorList>::call(args[i]));
+    return PyBool_FromLong(found);
+  } catch (const NeedsHandle&) {
+    Py_RETURN_FALSE;
+  }
+}
+
 std::vector<PyMethodDef>& methods() {
   static std::vector<PyMethodDef> all;
   return all;
@@ -124,6 +152,7 @@ bool add_methods(PyObject* module) {
     exchange = static_cast<const dlpack::Exchange*>(found);
     if (exchange != nullptr && exchange->version.major != dlpack::kMajor) exchange = nullptr;
   }
+  static const Ops others{{"alike", alike_method}};
   methods().push_back({});
   return PyModule_AddFunctions(module, methods().data()) == 0;
 }

@@ -124,7 +124,8 @@ PyObject* method(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
 }
 
-// The ops of a file, for the Python module; add_methods() adds those of all files to it.
+// The ops of a file, for the Python module; add_methods() adds those of all files to it, and
+// alike().
 using Method = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 struct Ops {
   Ops(std::initializer_list<std::pair<const char*, Method>> methods);

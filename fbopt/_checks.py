@@ -62,8 +62,8 @@ def check_storage(tensor: Tensor, name: str) -> None:
 
 def is_flattened(tensors: Iterable[Tensor]) -> bool:
     """Whether one of the tensors is a piece of a flat parameter of FullyShardedDataParallel."""
-    loaded = "torch.distributed.fsdp" in sys.modules
-    return loaded and any(getattr(t, "_fsdp_flattened", False) for t in tensors)
+    works = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return works and any(getattr(t, "_fsdp_flattened", False) for t in tensors)
 
 
 def refuse_flattened(params: Iterable[Tensor], what: str, cure: str) -> None:

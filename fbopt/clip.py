@@ -163,7 +163,7 @@ def total_norm(
 
 
 def _norm_dtype(grads: Sequence[Tensor]) -> torch.dtype:
-    wide = any(g.dtype == torch.float64 for g in grads)
+    wide = torch.float64 in {g.dtype for g in grads}
     return torch.float64 if wide else torch.float32
 
 

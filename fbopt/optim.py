@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,22 +18,15 @@ from fbopt._checks import (
 )
 from fbopt._eager import eager
 from fbopt._engine.gradient_sums import GradientSums
+from fbopt._engine.step_batches import Batch, batched, mean_norm
 from fbopt._ops import dispatch
-from fbopt._ops.flat import accumulator_dtype, scalar_on
-from fbopt._sharding import (
-    all_groups,
-    any_sharded,
-    check_same_placement,
-    local,
-    locals_of,
-    placed_as,
-)
-from fbopt.clip import check_finite, clip_operands, norm_order, total_norm
+from fbopt._ops.flat import scalar_on
+from fbopt._sharding import locals_of
+from fbopt.clip import check_finite, clip_operands, norm_order
 from fbopt.closure import FullBatchClosure
 
 # The whole gradient is clipped at once: one value for all groups.
 GLOBAL = ("max_norm", "norm_type", "error_if_nonfinite")
-RULE = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
 
 class FullBatchGD(torch.optim.Optimizer):
@@ -192,8 +184,8 @@ class FullBatchGD(torch.optim.Optimizer):
         norm_type: float,
         error_if_nonfinite: bool,
     ) -> None:
-        batches = list(self._batches(sums))
-        norm = _mean_norm(batches, norm_type)
+        batches = list(batched(self.param_groups, self.state, sums))
+        norm = mean_norm(batches, norm_type)
         if error_if_nonfinite:
             check_finite(norm)
         clip = (None, None) if max_norm is None else clip_operands(norm, max_norm)
@@ -204,42 +196,7 @@ class FullBatchGD(torch.optim.Optimizer):
         is_part = max_norm is None and self._holds_part()  # with max_norm that was refused
         self.last_grad_norm = None if is_part else norm
 
-    def _batches(self, sums: GradientSums | None) -> Iterator[_Batch]:
-        """Batch tensors for one kernel call: the same group, device, dtypes and first step."""
-        index = {} if sums is None else {id(p): i for i, p in enumerate(sums.params)}
-        sharded = any(any_sharded(group["params"]) for group in self.param_groups)
-        for group in self.param_groups:
-            rule = {name: _number(group[name]) for name in RULE}
-            moves = rule["momentum"] != 0
-            batches: dict[tuple[Any, ...], _Batch] = {}
-            for p in group["params"]:
-                i = index.get(id(p))
-                if sums is None:
-                    grad = None if p.grad is None else _own_gradient(p, p.grad, sharded)
-                else:
-                    grad = None if i is None or i in sums.unseen else sums.views[i]
-                if grad is None:
-                    continue
-                buffer = self.state.get(p, {}).get("momentum_buffer") if moves else None
-                if buffer is not None:
-                    _check_fit(buffer, p, "momentum_buffer", p.dtype)
-                    if sharded:
-                        check_same_placement(buffer, p, "a momentum_buffer")
-                first = moves and buffer is None
-                key = (p.device, p.dtype, grad.dtype, first)
-                if key not in batches:
-                    divisor = None if sums is None else sums.divisor(p.device)
-                    batches[key] = _Batch(rule, group["lr"], divisor, first)
-                batch = batches[key]
-                batch.params.append(p)
-                batch.grads.append(grad)
-                if buffer is not None:
-                    batch.buffers.append(buffer)
-                if i is not None:
-                    batch.indices.append(i)
-            yield from batches.values()
-
-    def _step(self, batch: _Batch, norm: Tensor | None, max_norm: float | None) -> None:
+    def _step(self, batch: Batch, norm: Tensor | None, max_norm: float | None) -> None:
         device = batch.params[0].device
         if batch.first:
             batch.buffers = [torch.empty_like(p, requires_grad=False) for p in batch.params]
@@ -301,71 +258,13 @@ class FullBatchGD(torch.optim.Optimizer):
         )
 
 
-@dataclass
-class _Batch:
-    """Tensors that one kernel call updates.
-
-    Where gradients are sums over chunks, `indices` locate them and `divisor` is their weight.
-    """
-
-    rule: dict[str, Any]
-    lr: float | Tensor
-    divisor: Tensor | None
-    first: bool
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    buffers: list[Tensor] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)
-
-
-def _mean_norm(batches: list[_Batch], norm_type: float) -> Tensor:
-    """The norm of the mean gradient: that of the sums is divided by N, not each element."""
-    grads = [g for batch in batches for g in batch.grads]
-    groups = all_groups([p for batch in batches for p in batch.params])
-    norm = total_norm(grads, norm_type, groups)
-    divisor = batches[0].divisor if batches else None
-    return norm if divisor is None else norm / divisor.to(norm)
-
-
-def _own_gradient(param: Tensor, grad: Tensor, sharded: bool) -> Tensor:
-    """Return what p.grad holds as the kernels take it, or raise an error."""
-    if not param.requires_grad:
-        raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} does not require grad but has a gradient, "
-            "from before it was frozen: call optimizer.zero_grad() (or set p.grad = None) after "
-            "freezing"
-        )
-    if not param.is_contiguous():  # was it frozen when its group was added?
-        check_storage(param, "a parameter")
-    check_storage(grad, "a gradient")
-    _check_fit(grad, param, "gradient", accumulator_dtype(param.dtype))
-    return local(placed_as(grad, param, "a gradient")) if sharded else grad
-
-
 def _global_options(group: dict[str, Any]) -> dict[str, Any]:
     """What has to be the same in all groups, since the clip is of the whole gradient."""
     return {name: group[name] for name in GLOBAL} | {"norm_type": norm_order(group["norm_type"])}
 
 
-def _check_fit(tensor: Tensor, param: Tensor, name: str, wide: torch.dtype) -> None:
-    """Refuse a gradient or momentum that does not fit, before any parameter is changed."""
-    dtype = tensor.dtype
-    same = dtype == param.dtype or dtype == wide
-    if same and tensor.shape == param.shape and tensor.device == param.device:
-        return
-    raise ValueError(
-        f"a {name} has shape {tuple(tensor.shape)}, dtype {dtype} and device {tensor.device}, its "
-        f"parameter {tuple(param.shape)}, {param.dtype} and {param.device}: compute it anew, or "
-        "load the state dict of the same model"
-    )
-
-
 def _frozen(param: Tensor) -> bool:
     return not param.requires_grad and param.grad is None
-
-
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else value
 
 
 def _same(a: Any, b: Any) -> bool:

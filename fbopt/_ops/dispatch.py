@@ -117,3 +117,13 @@ def squared_norm(tensors: Sequence[Tensor], stacked: bool = False) -> Tensor:
     if len(squares) == 1:
         return squares[0]
     return torch.stack([s.to(tensors[0].device) for s in squares]).sum(0)
+
+
+def are_alike(first: list[Tensor], *others: list[Tensor]) -> bool:
+    """Whether tensors are plain, on the CPU, of one dtype that the ops take and without gaps in
+    memory, those of the other lists like those of the first. One call answers for all.
+    """
+    if not first or not first[0].is_cpu:
+        return False
+    library = load.kernels()
+    return library is not None and library.alike(first, *others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Tensors in a flat buffer begin at multiples of this many elements: kAlign of csrc/stable_abi.h.
 ALIGN = 16
+_is_cpu, _dtype = operator.attrgetter("is_cpu"), operator.attrgetter("dtype")
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -69,12 +71,11 @@ def scalar_on(device: torch.device, value: float | Tensor) -> Tensor:
 
 def by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Indices of the tensors that one kernel call can take together, in order of appearance."""
-    kinds = [(t.device, t.dtype) for t in tensors]
-    if kinds and kinds.count(kinds[0]) == len(kinds):  # the usual case
-        return [list(range(len(kinds)))]
+    if all(map(_is_cpu, tensors)) and len(set(map(_dtype, tensors))) == 1:  # the usual case
+        return [list(range(len(tensors)))]
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, kind in enumerate(kinds):
-        groups.setdefault(kind, []).append(i)
+    for i, t in enumerate(tensors):
+        groups.setdefault((t.device, t.dtype), []).append(i)
     return list(groups.values())
 
 
