@@ -85,7 +85,7 @@ class FullBatchClosure:
         on_pass_start: called without arguments before all chunks are visited, again where exact
             sums visit them once more: the place to reset what ``observe`` counts. Without it
             ``observe`` sees the first of these visits only.
-        cuda_graph: capture the work on a chunk in a CUDA graph and replay it, see below.
+        cuda_graph: capture the work on a chunk, or on K, in a CUDA graph and replay it, see below.
         backward: take gradients from ``loss.backward()`` rather than ``torch.autograd.grad``, for
             models that need it, see below.
         debug: at the first call look for mistakes in the set-up, as :func:`fbopt.check` does, by a
@@ -122,10 +122,10 @@ class FullBatchClosure:
     (``evaluate`` gets the module in it). ``p.grad`` of tensors other than ``params`` stays as it
     was. Not with ``method="exact"`` or ``cuda_graph``.
 
-    **CUDA graphs.** With ``cuda_graph=True`` all device work on a chunk is captured at the third
-    visit of its kind and then replayed; the bits are those without graphs. Python of the model,
-    ``loss_fn`` and ``evaluate`` does not run in a replay, and tensors that the model uses besides
-    parameters and buffers must not move in memory. See the guide "CUDA graphs".
+    **CUDA graphs.** With ``cuda_graph=True`` all device work on a chunk, or on K chunks at once, is
+    captured at the third visit of its kind and then replayed; the bits are those without graphs.
+    Python of the model, ``loss_fn`` and ``evaluate`` does not run in a replay, and tensors that the
+    model uses besides parameters and buffers must not move in memory. See the guide "CUDA graphs".
 
     Attributes:
         step: number of completed calls; the argument of a penalty's ``coefficient`` function.
