@@ -2,7 +2,7 @@
 
     python -m benchmarks.step [--sizes resnet18 small-cnn] [--chunk N] [--chunks N] [--rounds N]
                               [--device cuda] [--precision fp32 tf32 bf16] [--quick]
-    python -m benchmarks.step --peers [--workloads cnn mlp] [--rounds N] [--quick]
+    python -m benchmarks.step --peers [--workloads cnn mlp] [--data-dir DIR] [--growth] [--quick]
 
 The second form compares the penalised step with JAX and others, see benchmarks/peers.
 

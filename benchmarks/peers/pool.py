@@ -95,6 +95,10 @@ class Pool:
     def workers(self) -> list[Worker]:
         return [worker for team in self.teams for worker in team.workers]
 
+    def cpu_seconds(self) -> float:
+        """Processor time so far, of this process too."""
+        return time.process_time() + sum(self._used())
+
     def clear(self) -> None:
         """Drop all contenders."""
         for team in self.teams:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import CORES
+from benchmarks.peers import growth_figure
 from benchmarks.peers.compare import compare
-from benchmarks.peers.pool import pool
+from benchmarks.peers.growth import Axis, points
+from benchmarks.peers.others import Others
+from benchmarks.peers.pool import Pool, pool
 from benchmarks.peers.workload import Workload
 from benchmarks.peers.workloads import SETTINGS, chosen
 from benchmarks.report import QUICK_ROUNDS, Report, compiles
-from benchmarks.timing import CPU, Plan, Table
+from benchmarks.timing import CPU, Plan, Table, Timing
 
 ROUNDS = 15
 
@@ -23,6 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     found = parser.add_argument_group("beside torch and JAX, on the CPU")
     found.add_argument("--peers", action="store_true", help="compare the penalised step")
     found.add_argument("--workloads", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
+    found.add_argument("--growth", action="store_true", help="how the time grows, as a figure")
     found.add_argument("--data-dir", type=Path, help="CIFAR-10 as DIR/train/CLASS/IMAGE")
 
 
@@ -41,7 +46,7 @@ def wanted(quick: bool) -> Callable[[str], bool]:
     return lambda name: True
 
 
-def title(workload: Workload, folder: Path | None) -> str:
+def title(workload: Workload, folder: Path | None = None) -> str:
     """A workload in words."""
     what = {"resnet18": "random images" if folder is None else "images of CIFAR-10"}
     size = f"{workload.samples:,} {what.get(workload.network, 'samples')} in {workload.count}"
@@ -49,18 +54,56 @@ def title(workload: Workload, folder: Path | None) -> str:
     return f"Penalised gradient, {workload.title}, {size} chunks of {workload.chunk}{layout}"
 
 
+@dataclass(frozen=True)
+class Run:
+    """What all tables share."""
+
+    workers: Pool
+    plan: Plan
+    report: Report
+    takes_part: Callable[[str], bool]
+
+    def table(
+        self, heading: str, workload: Workload, is_shown: Callable[[str], bool] = bool
+    ) -> list[Timing]:
+        """Measure, print and keep a table; its ratios are to JAX's faster contender, if any."""
+        rows = compare(
+            self.workers, workload, self.plan, lambda n: self.takes_part(n) and is_shown(n)
+        )
+        jax = [row for row in rows if row.contender.name.startswith("JAX")]
+        base = min(jax, key=lambda row: row.median, default=rows[0])
+        self.report.table(Table(heading, rows), base)
+        return rows
+
+    def growth(self, quick: bool) -> list[Axis]:
+        """Measure all sizes."""
+        axes: dict[str, Axis] = {}
+        for point in points(quick):
+            axis = axes.setdefault(point.axis.label, point.axis)
+            axis.add(self.table(title(point.workload), point.workload, axis.draws), point.value)
+        self.report.facts["growth"] = {label: axis.curves for label, axis in axes.items()}
+        return list(axes.values())
+
+
 def main(choice: argparse.Namespace, argv: Sequence[str] | None = None) -> Path:
-    """Run all workloads and return the path of the JSON."""
+    """Run all workloads, or all sizes, and return the path of the JSON."""
     if not CORES or choice.device.type != "cpu":
         raise SystemExit("--peers: runs on the CPU, under Linux, which gives workers their cores")
-    report = Report("step", choice, argv, variant="peers")
+    report = Report("step", choice, argv, variant="growth" if choice.growth else "peers")
     plan = Plan(choice.rounds or (QUICK_ROUNDS if choice.quick else ROUNDS), seconds=choice.seconds)
-    cores, takes_part = CORES[: choice.threads], wanted(choice.quick)
-    ranks = [len(cores)] if len(cores) > 1 else []
+    cores, takes_part, axes = CORES[: choice.threads], wanted(choice.quick), []
+    ranks = range(1, len(cores) + 1) if choice.growth else [len(cores)] * (len(cores) > 1)
     with pool(cores, kinds(), ranks) as workers:
-        for workload in chosen(choice):
-            rows = compare(workers, workload, plan, takes_part)
-            jax = [row for row in rows if row.contender.name.startswith("JAX")]
-            base = min(jax, key=lambda row: row.median, default=rows[0])
-            report.table(Table(title(workload, choice.data_dir), rows), base)
-    return report.write(choice.out)
+        others, run = Others(workers.cpu_seconds), Run(workers, plan, report, takes_part)
+        if choice.growth:
+            axes = run.growth(choice.quick)
+        else:
+            for workload in chosen(choice):
+                run.table(title(workload, choice.data_dir), workload)
+        report.facts["others"] = others.share()
+    print(f"\nother programs used {report.facts['others']:.1%} of the processor meanwhile")
+    path = report.write(choice.out)
+    if axes:
+        heading = f"{report.machine['cpu']}, {len(cores)} cores, torch {report.machine['torch']}"
+        growth_figure.draw(axes, heading, path.with_suffix(".png"))
+    return path

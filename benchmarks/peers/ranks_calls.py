@@ -46,7 +46,8 @@ def contenders(workload: Workload) -> dict[str, Callable[[], OnWorkload]]:
 
     name = f"fbopt, {size} process{'es' * (size > 1)}"
     found: dict[str, tuple[dict[str, Any], bool]] = {name: ({}, False)}
-    found |= {f"{name}, {how}": (options, True) for how, options in ways(together).items()}
+    for how, options in ways(together, workload.at_once).items():
+        found[f"{name}, {how}"] = options, True
     return {
         name: partial(OnWorkload, partial(make, **options), workload, functional)
         for name, (options, functional) in found.items()

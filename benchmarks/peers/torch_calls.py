@@ -40,22 +40,21 @@ class OnWorkload:
 
 def contenders(workload: Workload) -> dict[str, Callable[[], OnWorkload]]:
     """By name, how to make each; what vmap and torch.compile transform is written in torch.func."""
-    some = workload.group
+    some, words = workload.group, workload.at_once
     plain = {kind.name: kind for kind in (BarePasses, TorchCall, PublishedCall, FboptCall)}
     func: dict[str, Callable[[Task], Any]] = {
         "torch.compile": partial(FuncCall, compiled=True),
-        f"vmap, {some} at once": partial(FuncCall, together=some),
-        f"vmap, {some} at once, compiled": partial(FuncCall, together=some, compiled=True),
+        f"vmap, {words}": partial(FuncCall, together=some),
+        f"vmap, {words}, compiled": partial(FuncCall, together=some, compiled=True),
     }
-    for how, options in ways(some).items():
+    for how, options in ways(some, words).items():
         func[f"fbopt, {how}"] = partial(FboptCall, **options)
     found = {name: partial(OnWorkload, make, workload, False) for name, make in plain.items()}
     return found | {name: partial(OnWorkload, make, workload, True) for name, make in func.items()}
 
 
-def ways(together: int) -> dict[str, dict[str, Any]]:
+def ways(together: int, at_once: str) -> dict[str, dict[str, Any]]:
     """The options of FullBatchClosure that use more of the machine, in words and as arguments."""
-    at_once = f"{together} at once"
     return {
         "compiled": {"compile": True},
         at_once: {"vectorize": together},

@@ -54,6 +54,11 @@ class Workload:
         """The number of chunks at once."""
         return min(self.together or self.count, self.count)
 
+    @property
+    def at_once(self) -> str:
+        """That in words, the same for any number of samples."""
+        return f"{self.together or 'all'} at once"
+
     def chunks(self) -> Iterator[Arrays]:
         """The arrays of every chunk."""
         for start in range(0, self.count * self.chunk, self.chunk):

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import report, step
 from benchmarks.cases import WrongResult
-from benchmarks.peers import compare, pool, program, torch_calls
+from benchmarks.peers import compare, growth, pool, program, torch_calls
 from benchmarks.peers.workload import Result
 from benchmarks.peers.workloads import SETTINGS, workload
 from benchmarks.timing import Contender, Plan, Timing
@@ -99,6 +99,48 @@ def test_peers_run_and_are_written(tmp_path, capsys):
     assert table["base"].startswith("JAX" if has_jax else "bare")
     assert all(row["rounds"] == 3 and row["median_s"] > 0 for row in table["rows"])
     assert ("JAX is left out" in printed) == (not has_jax)
+
+
+def test_growth_is_written_with_its_figure(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    work = growth.of_size(chunks=2, samples=2, width=2)
+    axes = [growth.Axis(label, "2 chunks") for label in ("chunks", "samples", "parameters")]
+    few = [growth.Point(axis, 2, work) for axis in axes]
+    processes = growth.Axis("processes", "2 chunks")
+    monkeypatch.setattr(program, "points", lambda quick: [*few, growth.Point(processes, 0, work)])
+    monkeypatch.setattr(program, "kinds", lambda: ["torch"])
+    arguments = ["--peers", "--growth", "--quick", "--threads", "1", "--out", str(tmp_path)]
+    path = step.main(arguments)
+    assert path.stem.startswith("step-growth-") and path.with_suffix(".png").stat().st_size > 10_000
+    content = json.loads(path.read_text())
+    lines = {"plain torch", "fbopt, chunk by chunk", "fbopt, all chunks at once"}
+    assert content["growth"]["chunks"].keys() == lines
+    assert content["growth"]["processes"].keys() == lines - {"plain torch"}
+    assert all(list(curve) == ["1"] for curve in content["growth"]["processes"].values())
+    assert 0 <= content["others"] <= 1
+    assert "other programs used" in capsys.readouterr().out
+
+
+def test_points_cover_their_axes():
+    found = {}
+    for point in growth.points(quick=False):
+        found.setdefault(point.axis.label, []).append(point)
+    assert list(found) == ["chunks", "samples in a chunk", "parameters", "processes"]
+    assert [p.workload.count for p in found["chunks"]] == list(growth.COUNTS)
+    assert [p.workload.chunk for p in found["samples in a chunk"]] == list(growth.SIZES)
+    parameters = [p.value for p in found["parameters"]]
+    assert parameters == sorted(set(parameters)) and parameters[-1] > 500_000
+
+
+def test_of_two_contenders_in_one_line_the_faster_is_drawn():
+    axis = growth.Axis("chunks", "")
+    named = {"JAX jit(scan) (1 thread)": 2.0, "JAX jit(vmap) (2 threads)": 1.0}
+    axis.add([Timing(Contender(name, list), [s]) for name, s in named.items()], 8)
+    assert list(axis.curves.values()) == [{8: 1.0}]
+    assert not axis.draws("as published") and not axis.draws("fbopt, 2 processes")
+    processes = growth.Axis("processes", "")
+    assert processes.place("fbopt, 2 processes, all at once (1 thread each)", 0)[1] == 2
+    assert not processes.draws("fbopt")
 
 
 def test_without_jax(monkeypatch, capsys):
