@@ -61,7 +61,7 @@ def start(options: Options) -> int:
         select_device(wanted.device)
         loaded = read(wanted)
         chunks = build_chunks(wanted, loaded.data.train, stochastic=wanted.stochastic)
-        begin = begin._replace(options=settle(wanted, len(chunks)))
+        begin = begin._replace(options=settle(wanted, chunks.groups))
         if begin.options.processes == 1:
             train_from(begin, DistributedContext(), lock, loaded=loaded)
             return 0

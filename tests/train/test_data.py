@@ -356,5 +356,6 @@ def test_chunks_are_dealt_out_in_whole_groups(group, world_size):
     ]
     groups = [order[i : i + group] for i in range(0, len(order), group)]
     for rank, share in enumerate(shares):
+        assert share.groups == len(groups)
         assert list(share.dealt()) == [i for g in groups[rank::world_size] for i in g]
         assert len(list(share)) == len(list(share.dealt()))

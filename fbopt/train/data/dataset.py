@@ -100,6 +100,11 @@ class Chunks:
                 self.before_chunk(index)
             yield self[index]
 
+    @property
+    def groups(self) -> int:
+        """How many groups there are to deal out."""
+        return -(-len(self) // self.group)
+
     def dealt(self) -> Iterator[int]:
         """The chunks of this rank, in the order of visit."""
         order = range(len(self)) if self.order is None else self.order
