@@ -30,8 +30,9 @@ def may_start_some(options: Options) -> bool:
             cure = f"use torchrun --nproc-per-node {options.processes} -m fbopt.train"
             raise OptionsError(f"--processes {options.processes}: {obstacle}; {cure}")
         return True
-    # Measured on two cores, a penalised step of the small CNN is 1.2 to 1.8 times as fast in two
-    # processes as on two threads; where a chunk takes some 20 ms and more, both are as fast.
+    # Measured on two busy cores: two processes make a penalised step of the small CNN on MNIST-1D
+    # 1.6 to 1.8 times as fast as one thread, and 1.8 to 2.1 times as fast as two (chunks of 128
+    # and of 32). Where a chunk takes 20 ms and more, as of 3x32x32 images, two threads do as well.
     small = (options.scale, options.model) == ("small", "cnn")
     # With float32 sums the number of cores would show in the result.
     may_share = options.accumulation == "exact" and not options.switch_at
