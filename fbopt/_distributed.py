@@ -61,6 +61,9 @@ class Collectives:
         group: the processes that have different data, a ``torch.distributed.ProcessGroup``; None
             in a job of one process; ``"local"``: this process trains on its own.
 
+    Attributes:
+        is_single: whether there is no other process.
+
     Raises:
         TypeError: ``group`` is something else.
     """
@@ -76,6 +79,7 @@ class Collectives:
             )
         self.group = group
         self.rank, self.world_size = (0, 1) if group is None else (group.rank(), group.size())
+        self.is_single = self.world_size == 1
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.group is not None:
@@ -113,11 +117,6 @@ class Collectives:
             "process_group=torch.distributed.group.WORLD to sum over all, or "
             'process_group="local" if this process trains on its own'
         )
-
-    @property
-    def is_single(self) -> bool:
-        """Whether there is no other process."""
-        return self.world_size == 1
 
     @classmethod
     def named(cls, name: str) -> Collectives:

@@ -89,7 +89,7 @@ class ChunkGradient:
         observe: Observe,
     ) -> tuple[Tensor, Tensor | None]:
         """Add one chunk's gradient; return its loss and ||g||^2 (float64; None if not needed)."""
-        if self._counts(weight):
+        if not self._is_sharded or self._counts(weight):
             return self._add(index, chunk, weight, coefficient, draws, observe)
         # Of weight 0, run in step with processes whose chunks count: it leaves no trace.
         buffers = BufferSnapshot(self.forward.model)
@@ -182,7 +182,7 @@ class ChunkGradient:
         return not self._is_sharded or bool(weight)  # others come with weights above 0 alone
 
     def _record(self, weight: float | Tensor) -> None:
-        if self._counts(weight):
+        if not self._is_sharded or self._counts(weight):
             self.statistics.record(lambda device: self.sums.scalar(weight, device))
 
     @property
@@ -212,19 +212,14 @@ class ChunkGradient:
             loss, self.sums.params, self.forward.model, take, sharded=self.sharded, scale=scale
         )
 
-    @contextlib.contextmanager
-    def in_passing(self, draws: GeneratorSnapshot) -> Iterator[Callable[[], None]]:
+    def in_passing(
+        self, draws: GeneratorSnapshot
+    ) -> contextlib.AbstractContextManager[Callable[[], None]]:
         """Leave buffers, generators and autocast's cache as they are after passes in this context.
 
-        Yields what rewinds the generators to where the chunk's draws began.
+        It gives what rewinds the generators to where the chunk's draws began.
         """
-        with draws.repeated() as rewind:
-            self.buffers.save()
-            try:
-                yield rewind
-            finally:
-                torch.clear_autocast_cache()
-                self.buffers.restore()
+        return _InPassing(self.buffers, draws.repeated())
 
     @contextlib.contextmanager
     def _shifted_loss(
@@ -285,3 +280,23 @@ class ChunkGradient:
     def _name(self, index: int) -> str:
         wanted = self.sums.params[index]
         return next((n for n, p in self.forward.model.named_parameters() if p is wanted), "unnamed")
+
+
+class _InPassing:
+    """See :meth:`ChunkGradient.in_passing`; a class, as every chunk enters it."""
+
+    def __init__(
+        self, buffers: BufferSnapshot, repeated: contextlib.AbstractContextManager[Any]
+    ) -> None:
+        self._buffers, self._repeated = buffers, repeated
+
+    def __enter__(self) -> Callable[[], None]:
+        self._buffers.save()
+        return self._repeated.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        try:
+            torch.clear_autocast_cache()
+            self._buffers.restore()
+        finally:
+            self._repeated.__exit__(*raised)

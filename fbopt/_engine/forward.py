@@ -37,6 +37,9 @@ def _suspended(device: torch.device) -> Iterator[torch.dtype]:
 class ChunkLoss:
     """The mean loss of a chunk. Fields as for FullBatchClosure; `device` is where it computes,
     `is_observed` says that somebody looks at aux.
+
+    Autocast caches cast weights by parameter, which a perturbation would not change: its cache is
+    cleared before each pass.
     """
 
     model: nn.Module
@@ -52,7 +55,6 @@ class ChunkLoss:
         That is (output, target), or (aux, chunk) where ``evaluate`` is given; aux is BARE where
         that returned the loss alone.
         """
-        # Autocast caches cast weights by parameter; a perturbation would not change them.
         torch.clear_autocast_cache()
         return self.compute(index, chunk)
 
@@ -77,8 +79,10 @@ class ChunkLoss:
 
     def differentiable(self, index: int, chunk: Any) -> tuple[Tensor, Any, Any]:
         """Return the same with an autograd graph; the loss has to depend on a parameter."""
+        torch.clear_autocast_cache()
         with torch.enable_grad():
-            loss, output, target = self(index, chunk)
-            loss = gathered(loss)
+            loss, output, target = self.compute(index, chunk)
+            if type(loss) is not Tensor:
+                loss = gathered(loss)
         check_loss(index, loss, "evaluate" if self.evaluate else "loss_fn")
         return loss, output, target

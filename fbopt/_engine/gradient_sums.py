@@ -182,7 +182,7 @@ class GradientSums:
         for k, part in enumerate(grads):
             device = part[0].device
             passes = part, plus[k], minus[k] if minus else []
-            penalty = coefficient.to(device), squared_norm.to(device), radius
+            penalty = _on(device, coefficient), _on(device, squared_norm), radius
             self.store.add_penalised(k, *passes, self.scalar(weight, device), *penalty)
 
     def squared_norm(self, parts: Parts) -> Tensor:
@@ -261,3 +261,7 @@ class GradientSums:
         if key not in self._scalars:
             self._scalars[key] = torch.full((), value, dtype=torch.float64, device=device)
         return self._scalars[key]
+
+
+def _on(device: torch.device, number: Tensor) -> Tensor:
+    return number if number.device == device else number.to(device)

@@ -35,6 +35,7 @@ class Perturbation:
         self._pointed = [i for i, is_whole in enumerate(whole) if is_whole]
         self._in_place = [i for i, is_whole in enumerate(whole) if not is_whole]
         self._saved = [torch.empty_like(self._originals[i]) for i in self._in_place]
+        self._shard_views = [self._views[i] for i in self._in_place]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the parameters alone: the buffer holds nothing between calls."""
@@ -87,9 +88,8 @@ class _Applied:
         self._of = perturbation
 
     def __enter__(self) -> None:
-        views = self._of._views
         try:
-            self._of._move_to(views, [views[i] for i in self._of._in_place])
+            self._of._move_to(self._of._views, self._of._shard_views)
         except BaseException:
             self.__exit__()
             raise

@@ -5,6 +5,7 @@ each process has summed over its own. A single process only divides.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import operator
 from collections.abc import Iterator
@@ -194,7 +195,7 @@ def _products(values: list[Tensor], weights: list[float]) -> Tensor:
 
 
 def _lie_on_host(*values: list[Tensor]) -> bool:
-    return all(value.is_cpu for part in values for value in part)
+    return all(map(operator.attrgetter("is_cpu"), itertools.chain(*values)))
 
 
 def _sum_on_host(values: list[Tensor], weights: list[float]) -> float:

@@ -126,7 +126,8 @@ class TargetCounts:
     def __call__(self, index: int, target: Tensor, mean: Mean) -> float:
         """The count of a chunk's targets."""
         weights = mean.class_weights
-        if all(t is None or t.device.type == "cpu" for t in (target, weights)):
+        here = target.device.type == "cpu"
+        if here and (weights is None or weights.device.type == "cpu"):
             return _count(target, mean)  # NumPy could have written to it
         known = self._known.get(index)
         if known is not None and known.holds(target, mean):
