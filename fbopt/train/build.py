@@ -45,6 +45,7 @@ def build_chunks(options: Options, split: Split, *, stochastic: bool, **context:
         options.batch_size if stochastic else options.chunk_size,
         sampling=options.chunks if options.stochastic == stochastic else "shuffled",
         seed=options.seed,
+        group=1 if stochastic else options.vectorize or 1,
         **context,
     )
 
@@ -111,5 +112,7 @@ def build_closure(
         cuda_graph=options.cuda_graph and next(model.parameters()).is_cuda,
         chunk_max_norm=options.chunk_max_norm,
         chunk_norms=options.chunk_norms,
+        vectorize=options.vectorize or 1,
+        compile=options.compile,
         **context,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from fbopt.analysis.eigen import eigenpairs
@@ -21,10 +20,13 @@ def training_loss(trainer: Trainer, **options: Any) -> Objective:
     `options` are Objective's batchnorm, dropout and seed. Process 0 measures on its own.
     """
     chunks = Chunks(trainer.data.train, trainer.chunks.size)
-    # The copy shares all but torch.compile, which cannot be differentiated twice.
-    model, autocast = copy.copy(trainer.model), autocast_dtype(trainer.options.precision)
     return Objective(
-        model, trainer.loss_fn, chunks, autocast=autocast, process_group="local", **options
+        trainer.model,
+        trainer.loss_fn,
+        chunks,
+        autocast=autocast_dtype(trainer.options.precision),
+        process_group="local",
+        **options,
     )
 
 

@@ -94,8 +94,9 @@ class Trainer:
                 process_group=self.context.group,
             )
         self.average = moving_average(self.model, options.ema) if options.ema else None
-        if options.compile:
-            self.model.compile()
+        # For mini-batches: the closure compiles its passes, and the model is measured as it is.
+        compiles = options.compile and self.batches is not None
+        self.forward = torch.compile(self.model) if compiles else self.model
 
     @property
     def position(self) -> tuple[int, int]:
@@ -122,8 +123,12 @@ class Trainer:
         return passes - epochs + (epochs * len(self.batches) if epochs else 0)
 
     def seed_chunk(self, chunk: int = 0) -> None:
-        """Seed the generators of dropout before a chunk or a mini-batch."""
-        seed_generators([self.device], self.options.seed, DROPOUT, self.step, chunk)
+        """Seed the generators of dropout before a mini-batch or a chunk, by the group it is in.
+
+        A group draws when its last chunk is there.
+        """
+        group = chunk // (self.options.vectorize or 1)
+        seed_generators([self.device], self.options.seed, DROPOUT, self.step, group)
 
     def observe(self, output: Tensor, target: Tensor) -> None:
         """Count correctly classified samples, after every forward pass of training."""
@@ -162,7 +167,7 @@ class Trainer:
         self.seed_chunk()
         dtype = autocast_dtype(self.options.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            output = self.model(input)
+            output = self.forward(input)
             loss = self.loss_fn(output, target)
         loss.backward()
         optimizer_clips = isinstance(self.optimizer, FullBatchGD) and self.grad_transform is None

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CHUNKS = 10
 ORDERS = [None, range(CHUNKS - 1, -1, -1), random.Random(0).sample(range(CHUNKS), CHUNKS)]
+PAIRS = [[6, 7, 2, 3, 8, 9, 0, 1, 4, 5], [4, 5, 8, 9, 0, 1, 6, 7, 2, 3]]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,15 @@ def test_the_order_of_the_chunks_leaves_no_trace(tiny, tmp_path, monkeypatch):
     natural, reverse = runs("float32", ORDERS[:2])
     assert natural["parameters"] != reverse["parameters"]
     assert natural["momentum"] != reverse["momentum"]
+
+
+def test_the_order_of_groups_of_chunks_leaves_no_trace(tiny, tmp_path, monkeypatch):
+    """The last group has the ragged chunk."""
+    runs = [
+        trained(tiny, tmp_path / str(i), order, monkeypatch, vectorize=2)
+        for i, order in enumerate([None, *PAIRS])
+    ]
+    assert all(run == runs[0] for run in runs)
 
 
 def test_exact_sums_are_refused_for_sgd(tiny, tmp_path):

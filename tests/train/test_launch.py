@@ -143,6 +143,7 @@ def jobs(tiny, tmp_path_factory) -> dict[str, Any]:
     for _ in range(2):
         os.kill(running["twice"].process.pid, signal.SIGTERM)
         time.sleep(0.3)
+    running["at once"] = job("at once", vectorize=2)
     return found | {name: one.finish() for name, one in running.items()}
 
 
@@ -158,10 +159,13 @@ def same_run(one: RunFolder, other: RunFolder) -> bool:
 @pytest.fixture(scope="module")
 def alone(tiny, tmp_path_factory) -> RunFolder:
     """The same run in one process."""
+    return trained_alone(tiny, tmp_path_factory.mktemp("alone") / "run")
+
+
+def trained_alone(tiny: str, out: Path, **changes: Any) -> RunFolder:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "draw_curves", lambda folder, options: False)
-        wanted = options(tiny, tmp_path_factory.mktemp("alone") / "run", processes="auto")
-        return train(wanted).folder
+        return train(options(tiny, out, processes="auto", **changes)).folder
 
 
 def test_two_processes_make_the_run_of_one(jobs, alone):
@@ -176,6 +180,15 @@ def test_two_processes_make_the_run_of_one(jobs, alone):
     assert (made["processes"], one["processes"]) == (2, 1)
     (facts,) = atomic.read_lines(folder.environment)
     assert (facts["processes"], facts["threads"]) == (2, 1)
+
+
+def test_two_processes_share_whole_groups_of_chunks(tiny, jobs, alone, tmp_path):
+    """The first has chunks 0, 1 and 4, the ragged one; masks are drawn for a group."""
+    status, out, err = jobs["at once"]
+    assert (status, err) == (0, "") and " in chunks of 16, 2 at once): " in out
+    folder = RunFolder(jobs["home"] / "at once")
+    assert same_run(folder, trained_alone(tiny, tmp_path / "run", vectorize=2))
+    assert not same_run(folder, alone)
 
 
 def test_one_signal_to_all_of_them_is_one_request(jobs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
 
@@ -16,7 +16,7 @@ from fbopt.train.__main__ import main
 from fbopt.train.build import lr_factor
 from fbopt.train.config import recipes
 from fbopt.train.config.dataspec import DataError
-from fbopt.train.config.diff import check_resume, differences
+from fbopt.train.config.diff import check_resume, differences, resolve_for
 from fbopt.train.config.options import ModelName, Options, OptionsError, RecipeName
 from fbopt.train.config.resolve import resolve
 from fbopt.train.data.rng import epoch_order
@@ -29,6 +29,7 @@ def test_nothing_is_left_open(data, recipe):
     open_names = {f.name for f in fields(o) if getattr(o, f.name) is None}
     allowed = {"width", "threads", "out", "resume", "max_norm", "penalty", "radius", "method"}
     allowed |= {"save_every", "data_dir", "replicas", "chunk_max_norm", "samples", "log"}
+    allowed.add("vectorize")
     others = {"steps", "chunk_size", "accumulation"}
     allowed |= others if o.stochastic else {"epochs", "batch_size"}
     assert open_names <= allowed
@@ -50,6 +51,28 @@ def test_what_is_given_wins():
     assert (o.penalty, o.radius, o.method) == (0.1, 0.01, "forward")
     o = resolve(Options(scale="images", steps=300, cosine=77))
     assert (o.model, o.warmup, o.cosine, o.threads) == ("resnet18", 40, 77, None)
+
+
+@pytest.mark.parametrize("data", ["mnist1d", "digits"])
+def test_small_chunks_of_small_data_go_through_the_small_network_at_once(data):
+    for recipe in recipes.NAMES:
+        o = resolve(Options(data=data, recipe=recipe))
+        assert o.vectorize == (32 if o.chunk_size == 32 else None)
+    strong = Options(data=data, recipe="fb-strong")
+    assert resolve(replace(strong, vectorize=8)).vectorize == 8
+    others = {"vectorize": 1}, {"chunk_size": 33}, {"model": "resnet20"}, {"data": "npz:x.npz"}
+    assert all(resolve(replace(strong, **change)).vectorize is None for change in others)
+
+
+def test_a_run_keeps_how_many_chunks_go_through_the_model_at_once():
+    """In older runs they went one by one, and their options do not say so."""
+    strong = Options(recipe="fb-strong")
+    older = {k: v for k, v in resolve(strong).as_json().items() if k != "vectorize"}
+    assert resolve_for(older, strong).vectorize is None
+    assert resolve_for(resolve(strong).as_json(), strong).vectorize == 32
+    now = resolve_for(older, replace(strong, vectorize=8))
+    assert differences(older, now.as_json()) == [("--vectorize", "none", "8")]
+    assert not differences(older, resolve_for(older, replace(strong, vectorize=1)).as_json())
 
 
 def test_augmentation():

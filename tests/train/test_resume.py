@@ -326,6 +326,7 @@ MISMATCHES = {
     "two": ({"seed": 1, "chunk_size": 16}, None, "--chunk-size 32, now 16; --seed 0, now 1"),
     "no penalty": ({"penalty": 0.0}, None, "--penalty 0.5, now none; --radius 0.01, now none"),
     "dropout": ({"dropout": 0.1}, None, "--dropout 0.0, now 0.1"),
+    "at once": ({"vectorize": 2}, None, "--vectorize none, now 2"),
     "model option": ({"model": "resnet18"}, None, "--model cnn, now resnet18"),
     "data option": ({"data": "digits"}, None, "--data npz:.*tiny.npz, now digits"),
     "unknown option": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_runs
@@ -13,7 +14,6 @@ from tiny_runs import digest, interrupt_after, options
 from torch import nn
 
 from fbopt.train import loop
-from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.resolve import SPEED, resolve
 from fbopt.train.data.dataset import Split
@@ -193,6 +193,7 @@ EXTRAS = {
     "noise": ({"additive_noise": 0.01, "multiplicative_noise": 0.1, "norm_bias": 0.01}, 5),
     "chunks": ({"chunk_max_norm": 0.2, "chunk_norms": True}, 5),
     "bf16": ({"precision": "bf16", "model": "resnet18"}, 5),
+    "chunks at once": ({"vectorize": 2, "model": "resnet18", "width": 2, "dropout": 0.3}, 5),
 }
 
 
@@ -229,6 +230,23 @@ def test_precision_and_layout_change_bits_not_results(tiny):
             assert other["loss"] != plain["loss"]
 
 
+@pytest.mark.parametrize("recipe", ["fb-clip", "fb-penalty", "fb-shuffled-aug"])
+@pytest.mark.parametrize("count", [2, 100])
+def test_chunks_at_once_are_worked_on_as_one_by_one(tiny, count, recipe):
+    """Crops and flips, of which there are no others for groups, and BatchNorm included."""
+
+    def after_three_steps(**changes):
+        trainer = trainer_of(
+            tiny, recipe, model="resnet18", width=2, chunk_size=16, chunk_norms=True, **changes
+        )
+        for _ in range(3):
+            trainer.take_step()
+        return trainer.record(with_test=True) | {"seconds": 0}
+
+    one_by_one, at_once = after_three_steps(), after_three_steps(vectorize=count)
+    assert at_once == pytest.approx(one_by_one, rel=1e-3)
+
+
 @pytest.mark.parametrize("augment", ["none", "random"])
 @pytest.mark.parametrize("last", [True, False])
 def test_images_lie_in_memory_as_asked(tiny, last, augment):
@@ -262,7 +280,8 @@ BAD = {
     "graphs on the CPU": ({"cuda_graph": True, "device": "cpu"}, "--cuda-graph True is for CUDA"),
     "tf32 on the CPU": ({"precision": "tf32", "device": "cpu"}, "--precision tf32 is for CUDA"),
     "precision": ({"precision": "fp16"}, "--precision fp16: choose fp32, tf32, bf16"),
-    "compile, exact": ({"compile": True, "method": "exact"}, "--compile cannot go with --method"),
+    "at once": ({"vectorize": 0}, "--vectorize 0: has to be at least 1"),
+    "at once, sgd": ({"recipe": "sgd", "vectorize": 1}, "--vectorize is only for .*sgd has none"),
     "ema": ({"ema": 1.0}, "--ema 1.0: has to be at least 0 and below 1"),
     "noise": ({"additive_noise": -1.0}, "--additive-noise -1.0: has to be at least 0"),
     "noise, sgd": ({"recipe": "sgd", "additive_noise": 1.0}, "--additive-noise is only for a full"),
@@ -291,19 +310,47 @@ def test_a_switch_takes_its_mini_batches_from_the_baseline():
     assert resolve(Options(switch_at=3, batch_size=7)).batch_size == 7
 
 
-def test_compiled(tiny, tmp_path, monkeypatch):
-    """With torch.compile's own tracing and autograd, without its slow code generator."""
-    compile_module = nn.Module.compile
-    compiled = []
+@pytest.fixture
+def compiled(monkeypatch) -> list[Any]:
+    """What torch.compile is given: traced and differentiated as ever, without code generation."""
+    compile, given = torch.compile, []
 
-    def compile_quickly(module):
-        compiled.append(module)
-        compile_module(module, backend="aot_eager")
+    def quickly(function, *, fullgraph=False, options=None):
+        given.append(function)
+        return compile(function, fullgraph=fullgraph, backend="aot_eager")
 
-    monkeypatch.setattr(nn.Module, "compile", compile_quickly)
-    changes = {"steps": 2, "chunk_size": 25}
+    monkeypatch.setattr(torch, "compile", quickly)
+    return given
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"vectorize": 2}, {"method": "exact"}, {"ema": 0.5}], ids=str
+)
+def test_compiled_passes(tiny, tmp_path, compiled, changes):
+    changes = {"steps": 2, "chunk_size": 25, "track": "sharpness", **changes}
     plain = train(options(tiny, tmp_path / "plain", **changes))
+    assert not compiled
     fast = train(options(tiny, tmp_path / "fast", **changes, compile=True))
+    assert compiled and fast.model not in compiled  # measured and evaluated as it is
+    assert fast.folder.read_options()["compile"] is True
+    for name in ("loss", "test_loss", "sharpness"):
+        assert fast.summary[name] == pytest.approx(plain.summary[name], rel=1e-4)
+
+
+def test_compiled_mini_batches(tiny, tmp_path, compiled):
+    plain = train(options(tiny, tmp_path / "plain", "sgd", epochs=2))
+    fast = train(options(tiny, tmp_path / "fast", "sgd", epochs=2, compile=True))
     assert compiled == [fast.model]
     assert fast.summary["loss"] == pytest.approx(plain.summary["loss"], rel=1e-4)
-    assert RunFolder(tmp_path / "fast").read_options()["compile"] is True
+
+
+def test_mini_batches_and_chunks_are_compiled_in_turn(tiny, tmp_path, monkeypatch, compiled):
+    changes = {"steps": 4, "switch_at": 2, "batch_size": 25, "chunk_size": 25, "compile": True}
+    whole = train(options(tiny, tmp_path / "whole", **changes))
+    model, *passes = compiled
+    assert model is whole.model and passes
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, 5)
+        train(options(tiny, tmp_path / "part", **changes))
+    resumed = train(Options(resume=tmp_path / "part"))
+    assert digest(resumed.model) == digest(whole.model)

@@ -94,7 +94,7 @@ def read(path: Path, options: Analysis) -> Subject:
     check_data(str(path), state["data"], data.sha256(), trained.data)
     device = select_device(options.device)
     data = data.to(device)
-    # Exact products differentiate twice, which torch.compile cannot.
+    # A few steps at most: not worth the wait for a compiler.
     run = Trainer(replace(trained, compile=False), data, device)
     check_model(str(path), state["model"], run.model.state_dict())
     conditions = {name: getattr(options, name) for name in ("batchnorm", "dropout", "seed")}

@@ -43,14 +43,14 @@ def given(options: Options) -> dict[str, Any]:
 
 
 def resolve_for(made: Mapping[str, Any], options: Options) -> Options:
-    """Resolve the options of a run that has begun: it keeps its kind of sums unless one is given.
+    """Resolve the options of a run that has begun: it keeps its kind of sums, and how many chunks
+    go through the model at once, unless they are given.
 
-    Their default was float32 before it was exact.
+    The defaults were float32 and 1 before.
     """
     resolved = resolve(options)
-    if options.accumulation is None:
-        resolved = replace(resolved, accumulation=made.get("accumulation"))
-    return resolved
+    kept = [name for name in ("accumulation", "vectorize") if getattr(options, name) is None]
+    return replace(resolved, **{name: made.get(name) for name in kept})
 
 
 def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -146,7 +146,12 @@ class Options:
     """Keep the channels of images last in memory, which makes convolutions faster. Default:
     True."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the passes over a chunk, or over K at once, with torch.compile, which takes up to
+    minutes before the first step; for sgd, the model."""
+    vectorize: int | None = None
+    """Number K of chunks of one size that go through the model at once (not for sgd); 1 for one by
+    one. It changes the result by rounding, and the draws of --dropout. Default: 32 for the small
+    CNN on mnist1d and digits in chunks of at most 32, else 1."""
     cuda_graph: bool | None = None
     """Capture the work on a chunk in a CUDA graph and replay it. Default: True on CUDA, except for
     sgd."""

@@ -76,6 +76,14 @@ RECIPES: dict[str, dict[str, Recipe]] = {
 NAMES = tuple(RECIPES["small"])
 
 
+def chunks_at_once(values: Recipe) -> int:
+    """How many chunks go through the model at once, given all other values, where it was measured
+    to pay without torch.compile: docs/guides/vectorize.md.
+    """
+    measured = values["data"] in ("mnist1d", "digits") and values["model"] == "cnn"
+    return 32 if measured and values["chunk_size"] <= 32 else 1
+
+
 def split(name: str) -> tuple[str, str]:
     """The step of the ladder and the table's suffix: ("fb-clip", "-aug") for "fb-clip-aug"."""
     step = next(step for step in sorted(STEPS, key=len, reverse=True) if name.startswith(step))

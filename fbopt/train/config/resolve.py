@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from fbopt.train.config.dataspec import parse, scale_of
 from fbopt.train.config.options import TRACKED, Options, OptionsError, flag, literals
-from fbopt.train.config.recipes import RECIPES, Recipe
+from fbopt.train.config.recipes import RECIPES, Recipe, chunks_at_once
 
 # The fastest settings of a type of device that cost no accuracy.
 SPEED = {
@@ -22,7 +22,7 @@ def resolve(options: Options) -> Options:
     """Fill in everything that was left out, from the recipe and the device, and check the result.
 
     An option without effect becomes None (or False): `max_norm` without clipping; `penalty`,
-    `radius` and `method` without a penalty; `replicas` without fixed augmentation.
+    `radius` and `method` without a penalty; `replicas` without fixed augmentation; `vectorize` 1.
     """
     check(options)
     scale = options.scale or scale_of(options.data)
@@ -44,6 +44,7 @@ def resolve(options: Options) -> Options:
         values["cuda_graph"] = False
     else:
         values["accumulation"] = values["accumulation"] or "exact"
+        values["vectorize"] = values["vectorize"] or chunks_at_once(values)
     if options.switch_at:
         values["batch_size"] = values["batch_size"] or RECIPES[scale]["sgd"]["batch_size"]
     check_effect(options, values)
@@ -72,6 +73,8 @@ def _without_effect(values: dict[str, Any]) -> dict[str, Any]:
         found |= {"penalty": None, "radius": None, "method": None}
     if values["augment"] != "fixed":
         found |= {"replicas": None, "with_clean": False}
+    if values["vectorize"] == 1:
+        found |= {"vectorize": None}
     return found
 
 
@@ -88,6 +91,7 @@ _SGD_ONLY = ("epochs", "batch_size")
 _FULL_BATCH_ONLY = (
     "steps", "chunk_size", "penalty", "radius", "method", "chunk_max_norm", "switch_at",
     "additive_noise", "multiplicative_noise", "norm_bias", "cuda_graph", "accumulation",
+    "vectorize",
 )  # fmt: skip
 _INSTEAD = {
     "epochs": "use --steps",
@@ -96,9 +100,10 @@ _INSTEAD = {
     "chunk_size": "use --batch-size",
     "accumulation": "it is for sums over chunks, of which sgd has none, so leave it out",
     "chunk_max_norm": "use --max-norm, which clips every mini-batch",
+    "vectorize": "it is for chunks, of which sgd has none, so leave it out",
 }
 _COUNTS = """width image_size samples replicas threads steps epochs cosine chunk_size batch_size
-eval_every log_every save_every keep"""
+vectorize eval_every log_every save_every keep"""
 _NOT_NEGATIVE = """seed warmup penalty weight_decay fingerprint_every stop_fitted switch_at
 additive_noise multiplicative_noise norm_bias norm_bias_target every"""
 # Lower bound, whether the bound itself is allowed, upper bound (never allowed).
@@ -210,10 +215,6 @@ def check_effect(given: Options, values: dict[str, Any]) -> None:
         raise OptionsError(
             f"--switch-at {given.switch_at}: has to be below --steps {values['steps']}, or no "
             "full-batch step is left; for SGD alone use --recipe sgd"
-        )
-    if values["compile"] and values["method"] == "exact":
-        raise OptionsError(
-            "--compile cannot go with --method exact, which differentiates twice; leave one out"
         )
 
 

@@ -1,8 +1,8 @@
 """Random draws that depend on their purpose, not on the process or on earlier draws.
 
-Dropout masks are a function of (seed, step, chunk), the order of samples of (seed, pass), an
-image's crop of (seed, draw, sample): a resumed run, another order of the chunks or another process
-draws the same.
+Dropout masks are a function of (seed, step, chunk), or of (seed, step, group) for chunks that go
+through the model at once; the order of samples of (seed, pass), an image's crop of (seed, draw,
+sample): a resumed run, another order of the chunks or another process draws the same.
 """
 
 from __future__ import annotations

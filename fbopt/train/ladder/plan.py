@@ -84,7 +84,7 @@ def _check(wanted: Ladder, common: Options) -> None:
 def _row(options: Options, share: float) -> Options:
     """The options of a row's runs, with the recipe's threads."""
     if options.stochastic:
-        options = replace(options, accumulation=None)  # for the other rows: it has no such sums
+        options = replace(options, accumulation=None, vectorize=None)  # it has no chunks
     recipe = resolve(options)
     length = {"epochs" if options.stochastic else "steps": max(1, round(share * recipe.passes))}
     return replace(options, resume="auto", chunk_norms=True, threads=recipe.threads, **length)

@@ -16,10 +16,11 @@ def describe(trainer: Trainer) -> str:
     kind, unit = ("mini-batches", "epochs") if o.stochastic else ("chunks", "full-batch steps")
     if o.switch_at:
         unit += f", the first {o.switch_at} of them epochs in mini-batches of {o.batch_size}"
+    at_once = f", {o.vectorize} at once" if o.vectorize else ""
     precision = "" if o.precision == "fp32" else f", {o.precision}"
     return (
         f"{o.recipe} on {o.data} ({len(chunks.split):,} samples in {kind} of "
-        f"{chunks.size}{describe_sampling(o)}): {o.model} with "
+        f"{chunks.size}{at_once}{describe_sampling(o)}): {o.model} with "
         f"{models.count_parameters(trainer.model):,} parameters, {o.passes} {unit}, "
         f"{device}{precision}{', compiled' if o.compile else ''}\nlr {o.lr:g} ({o.warmup} of "
         f"warm-up, cosine over {o.cosine}), momentum {o.momentum:g}"
