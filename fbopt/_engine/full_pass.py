@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.chunk import ChunkGradient, Observe
-from fbopt._engine.chunk_groups import Group, grouped
+from fbopt._engine.chunk_groups import Group, Stack, Weighed, grouped
 from fbopt._engine.forward import ChunkLoss, autocast_suspended
 from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
+from fbopt._engine.known_groups import KnownGroups
 from fbopt._engine.other_means import SampleMeans
 from fbopt._engine.preparation import Preparation
 from fbopt._engine.reduce import Reduction
@@ -49,7 +50,7 @@ class FullPass:
         self._sums, self._statistics, self._reduction = sums, statistics, reduction
         self._prepared = prepared
         self._counts = TargetCounts()
-        self._vectorized = Vectorized()
+        self._vectorized, self._known_groups = Vectorized(), KnownGroups()
         self._checked: tuple[Any, ...] = ()  # for what autograd graphs were checked
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,8 +115,7 @@ class FullPass:
         chunks = self._reduction.lockstep(self._weighed(closure, mean), closure.chunks)
         if closure.vectorize > 1 or closure.compile:
             together = self._vectorized.begin(work, closure.compile, observe is not None)
-            groups = grouped(chunks, closure.vectorize)
-            self._visit_groups(groups, work, together, visit)
+            self._visit_groups(self._groups(closure, chunks, mean), work, together, visit)
         else:
             for index, chunk, weight in chunks:
                 loss, square = visit(work, index, chunk, weight)
@@ -132,21 +132,35 @@ class FullPass:
         graphs.begin(work, scale, observe, compiled)
         return functools.partial(graphs.visit, draws)
 
+    def _groups(
+        self, closure: FullBatchClosure, chunks: Iterable[Weighed], mean: Mean | None
+    ) -> Iterable[tuple[Group, Stack]]:
+        """The groups of all chunks with their stacks, those of the last call if they still fit."""
+        if closure.weight is not None:
+            return ((group, group.stack()) for group in grouped(chunks, closure.vectorize))
+        of = closure.chunks, closure.vectorize, mean
+        known = self._known_groups.find(*of)
+        if known is None:
+            return self._known_groups.keep(grouped(chunks, closure.vectorize), *of)
+        if closure.on_pass_start is not None:
+            closure.on_pass_start()
+        return known
+
     def _visit_groups(
         self,
-        groups: Iterable[Group],
+        groups: Iterable[tuple[Group, Stack]],
         work: ChunkGradient,
         together: VectorizedGradient,
         visit: Callable[..., Losses],
     ) -> None:
         """Add up groups of chunks, those of a kind at once."""
-        for group in groups:
+        for group, stack in groups:
             if len(group) == 1 and not together.function.compiled:
                 ((index, chunk, weight),) = group.members
                 loss, square = visit(work, index, chunk, weight)
                 self._reduction.add(loss, square, weight)
                 continue
-            losses, squares = visit(together, group, group.stack(), together.weights(group))
+            losses, squares = visit(together, group, stack, together.weights(group))
             each = [None] * len(group) if squares is None else squares.unbind()
             for loss, square, weight in zip(losses.unbind(), each, group.weights, strict=True):
                 self._reduction.add(loss, square, weight)
