@@ -19,6 +19,7 @@ import faulty_train
 import pytest
 import tiny_runs
 
+from fbopt._build import load
 from fbopt.train import launch, loop
 from fbopt.train.__main__ import main
 from fbopt.train.checkpoint import atomic
@@ -115,6 +116,7 @@ def tiny(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def jobs(tiny, tmp_path_factory) -> dict[str, Any]:
     home = tmp_path_factory.mktemp("jobs")
+    load.backend()  # compiles what is not yet, and says so, here
 
     def job(name: str, fault: str = "", read_lines: int | None = None, **changes: Any) -> Job:
         return Job(options(tiny, home / name, **changes), fault, read_lines)
