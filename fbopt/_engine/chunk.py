@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from fbopt._engine.addition import GradientAddition, Gradients
 from fbopt._engine.autograd_graph import (
     SecondBackward,
+    dtypes,
     hint_at_checkpoints,
     naming_methods,
     refuse_unreached,
@@ -31,6 +32,7 @@ from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.lockstep import Lockstep
 from fbopt._engine.other_means import SampleMeans
 from fbopt._engine.perturb import Perturbation, hessian_gradient_product
+from fbopt._engine.rounding import Found
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt.penalty import GradientPenalty
 
@@ -135,11 +137,12 @@ class ChunkGradient:
 
     def probe(
         self, index: int, chunk: Any, weight: float, draws: GeneratorSnapshot, observe: Observe
-    ) -> tuple[Tensor, Gradients]:
+    ) -> Found:
         """Return one chunk's loss and gradient, with all checks; call it :meth:`in_passing`."""
         loss = self._checked_forward(index, chunk, weight, observe, self.checks)
-        grads, _ = self._gradients(index, chunk, loss, draws, checks=True)
-        return loss.detach(), grads
+        found = frozenset(dtypes(loss))
+        grads, products = self._gradients(index, chunk, loss, draws, checks=True)
+        return Found(loss.detach(), grads, products, found)
 
     def probe_loss(self, index: int, chunk: Any, weight: float) -> None:
         """Check the loss of one chunk alone."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, register_pytree_node, tree_flatten, tree_unflatten
 
 from fbopt._engine.kinds import describe
+from fbopt._engine.refilled import Samples
 
 Weighed = tuple[int, Any, float]
 
@@ -91,6 +92,7 @@ class Group:
     chunks: list[Any] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     tensors: list[Sequence[Tensor]] = field(default_factory=list)
+    samples: Samples = field(default_factory=Samples)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -120,17 +122,29 @@ class Group:
         return Stack(tuple(tensors), tuple(dims), len(self), self.template)
 
 
-def grouped(chunks: Iterable[Weighed], size: int) -> Iterator[Group]:
+def grouped(chunks: Iterable[Weighed], size: int, watched: bool = False) -> Iterator[Group]:
     """Yield groups of at most `size` chunks, whose indices divided by `size` are the same.
 
     A group is yielded as soon as its last chunk is there, so that random generators are in the
     state that `chunks` has left for this group, not for the next.
+
+    Args:
+        chunks: the chunks.
+        size: K.
+        watched: whether chunks are compared with what they were when they were fetched.
     """
+    for window in _windows(chunks, size, watched):
+        for group in window:
+            group.samples.check(group.indices, group.tensors)
+        yield from window
+
+
+def _windows(chunks: Iterable[Weighed], size: int, watched: bool) -> Iterator[list[Group]]:
     window: dict[Hashable, Group] = {}
     number = 0
     for index, chunk, weight in chunks:
         if index // size != number:
-            yield from window.values()
+            yield list(window.values())
             window, number = {}, index // size
         kind, tensors = _taken_apart(index, chunk, size)
         group = window.get(kind)
@@ -140,15 +154,17 @@ def grouped(chunks: Iterable[Weighed], size: int) -> Iterator[Group]:
         group.chunks.append(chunk)
         group.weights.append(weight)
         group.tensors.append(tensors)
+        if watched and size > 1:
+            group.samples.keep(tensors)
         if index % size == size - 1:
-            yield from window.values()
+            yield list(window.values())
             window = {}
-    yield from window.values()
+    yield list(window.values())
 
 
 def _is_plain(chunk: Any) -> bool:
     """Whether a chunk is a tuple or list of plain tensors, as most are."""
-    return type(chunk) in (tuple, list) and all(type(t) is Tensor for t in chunk)
+    return type(chunk) in (tuple, list) and bool(chunk) and all(type(t) is Tensor for t in chunk)
 
 
 def _taken_apart(index: int, chunk: Any, size: int) -> tuple[Hashable, Sequence[Tensor]]:
@@ -158,7 +174,8 @@ def _taken_apart(index: int, chunk: Any, size: int) -> tuple[Hashable, Sequence[
         return (type(chunk), *(_kind(index, t, option) for t in chunk)), chunk
     leaves, structure = tree_flatten(chunk)
     kind = structure, *(_kind(index, leaf, option) for leaf in leaves)
-    return kind, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return kind if found else (kind, index), found  # without tensors there is nothing to stack
 
 
 def _kind(index: int, leaf: Any, option: tuple[str, str]) -> Hashable:
@@ -185,6 +202,8 @@ def _step(tensors: Sequence[Tensor]) -> int | None:
     """How many elements of one storage lie between one tensor and the next, if it is constant."""
     first = tensors[0]
     if any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+        return None
+    if any(t.is_conj() or t.is_neg() for t in tensors):  # whose memory holds other values
         return None
     storage = first.untyped_storage().data_ptr()
     if any(t.untyped_storage().data_ptr() != storage for t in tensors):

@@ -17,11 +17,13 @@ from fbopt._engine.chunk_groups import Group, Stack, Weighed, grouped
 from fbopt._engine.forward import ChunkLoss, autocast_suspended
 from fbopt._engine.gradient_sums import MOST_PASSES, GradientSums
 from fbopt._engine.known_groups import KnownGroups
+from fbopt._engine.observation import InOrder, ignore
 from fbopt._engine.other_means import SampleMeans
 from fbopt._engine.preparation import Preparation
 from fbopt._engine.reduce import Reduction
 from fbopt._engine.snapshot import GeneratorSnapshot
-from fbopt._engine.vectorized import Vectorized, VectorizedGradient
+from fbopt._engine.vectorized import Vectorized
+from fbopt._engine.vectorized_gradient import VectorizedGradient
 from fbopt._engine.weights import Mean, TargetCounts, mean_of, weigh
 from fbopt._ops.flat import scalar_on
 from fbopt._sharding import working_device
@@ -102,7 +104,7 @@ class FullPass:
         """Add up this process's chunks."""
         # Without on_pass_start an observer has counted these chunks already.
         is_again = attempt and closure.observe is not None and closure.on_pass_start is None
-        observe = _ignore if is_again else closure.observe
+        observe = ignore if is_again else closure.observe
         penalty = None if coefficient is None else closure.penalty
         known = self._sums.buckets, penalty, closure.evaluate or closure.loss_fn, closure.chunks
         checks = [*map(id, known)] != [*map(id, self._checked)]
@@ -111,12 +113,12 @@ class FullPass:
         mean, device = mean_of(closure.loss_fn), self._sums.params[0].device
         work = self._work(closure, penalty, autocast, checks, mean)
         scale = None if coefficient is None else scalar_on(device, coefficient)
-        visit = self._visitor(work, closure.compile, scale, observe)
         chunks = self._reduction.lockstep(self._weighed(closure, mean), closure.chunks)
         if closure.vectorize > 1 or closure.compile:
-            together = self._vectorized.begin(work, closure.compile, observe is not None)
-            self._visit_groups(self._groups(closure, chunks, mean), work, together, visit)
+            groups = self._groups(closure, chunks, mean)
+            self._visit_groups(closure, groups, work, scale, observe)
         else:
+            visit = self._visitor(work, False, scale, observe)
             for index, chunk, weight in chunks:
                 loss, square = visit(work, index, chunk, weight)
                 self._reduction.add(loss, square, weight)
@@ -136,34 +138,58 @@ class FullPass:
         self, closure: FullBatchClosure, chunks: Iterable[Weighed], mean: Mean | None
     ) -> Iterable[tuple[Group, Stack]]:
         """The groups of all chunks with their stacks, those of the last call if they still fit."""
+        size = closure.vectorize
+        watched = self._vectorized.is_new(closure.chunks, size)
         if closure.weight is not None:
-            return ((group, group.stack()) for group in grouped(chunks, closure.vectorize))
-        of = closure.chunks, closure.vectorize, mean
+            return ((group, group.stack()) for group in grouped(chunks, size, watched))
+        of = closure.chunks, size, mean
         known = self._known_groups.find(*of)
         if known is None:
-            return self._known_groups.keep(grouped(chunks, closure.vectorize), *of)
+            return self._known_groups.keep(grouped(chunks, size, watched), *of)
         if closure.on_pass_start is not None:
             closure.on_pass_start()
         return known
 
     def _visit_groups(
         self,
+        closure: FullBatchClosure,
         groups: Iterable[tuple[Group, Stack]],
+        work: ChunkGradient,
+        scale: Tensor | None,
+        observe: Observe,
+    ) -> None:
+        """Add up groups of chunks, those of a kind at once."""
+        ordered = None if observe is None else InOrder(observe, closure.vectorize)
+        visit = self._visitor(work, closure.compile, scale, ordered)
+        together = self._vectorized.begin(work, closure.compile, observe is not None)
+        try:
+            for group, stack in groups:
+                if ordered is not None:
+                    ordered.begin(group.indices)
+                self._visit_group(group, stack, work, together, visit)
+            if ordered is not None:
+                ordered.end()
+        finally:
+            together.state.drop_leftovers()
+        self._vectorized.watched = closure.chunks, closure.vectorize
+
+    def _visit_group(
+        self,
+        group: Group,
+        stack: Stack,
         work: ChunkGradient,
         together: VectorizedGradient,
         visit: Callable[..., Losses],
     ) -> None:
-        """Add up groups of chunks, those of a kind at once."""
-        for group, stack in groups:
-            if len(group) == 1 and not together.function.compiled:
-                ((index, chunk, weight),) = group.members
-                loss, square = visit(work, index, chunk, weight)
-                self._reduction.add(loss, square, weight)
-                continue
-            losses, squares = visit(together, group, stack, together.weights(group))
-            each = [None] * len(group) if squares is None else squares.unbind()
-            for loss, square, weight in zip(losses.unbind(), each, group.weights, strict=True):
-                self._reduction.add(loss, square, weight)
+        if len(group) == 1 and not together.function.compiled:
+            ((index, chunk, weight),) = group.members
+            loss, square = visit(work, index, chunk, weight)
+            self._reduction.add(loss, square, weight)
+            return
+        losses, squares = visit(together, group, stack, together.weights(group))
+        each = [None] * len(group) if squares is None else squares.unbind()
+        for loss, square, weight in zip(losses.unbind(), each, group.weights, strict=True):
+            self._reduction.add(loss, square, weight)
 
     def _work(
         self,
@@ -219,7 +245,3 @@ class FullPass:
         weight = weigh(index, chunk, own, known, self._counts)
         self._sums.store.check_weight(weight)
         return weight
-
-
-def _ignore(*shown: Any) -> None:
-    """Observe nothing, in the same CUDA graphs as an observer."""

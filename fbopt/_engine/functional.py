@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_leaves
 
+from fbopt._engine.autograd_graph import leaves
 from fbopt._engine.chunk_groups import Stack, Template
 from fbopt._engine.forward import ChunkLoss
+from fbopt._engine.shared_state import Place
 from fbopt._ops.flat import accumulator_dtype
 
 Tensors = tuple[Tensor, ...]
-Place = tuple[nn.Module, str]
 _numbers = itertools.count()
 
 
@@ -65,6 +66,10 @@ class ChunkFunction:
         shows: whether they also give what the loss shows.
         compiled: whether passes are compiled.
 
+    Attributes:
+        compiled: as given.
+        functions: those that were made, by kind of chunk.
+
     Raises:
         ValueError: a tensor in `params` is no parameter of the model.
     """
@@ -81,9 +86,9 @@ class ChunkFunction:
     ) -> None:
         self._module = _Loss(forward, recorded)
         self._exact, self._shows, self.compiled = exact, shows, compiled
-        self._names = _names(self._module, params)
+        self._params, self._names = params, _names(self._module, params)
         self._buffers = _buffer_names(self._module, recorded)
-        self._functions: dict[Hashable, Callable[..., Any]] = {}
+        self.functions: dict[Hashable, Callable[..., Any]] = {}
         self._guarded: set[Hashable] = set()
 
     def begin(self) -> None:
@@ -98,11 +103,24 @@ class ChunkFunction:
         """The passes at K points: `params` have a leading dimension K."""
         return Passes(*self._call("gradient", params, buffers, stack))
 
+    def by_copies(self, buffers: Tensors, chunk: Any) -> tuple[Tensor, list[int]]:
+        """A chunk's loss by copies of the parameters, without torch.func; which it takes others of.
+
+        The functions would see neither the gradients of such ones nor their shifted values.
+        """
+        copies = tuple(p.detach().requires_grad_() for p in self._params)
+        given = *copies, *(b[0] for b in buffers)
+        state = dict(zip((*self._names, *self._buffers), given, strict=True))
+        with torch.enable_grad():
+            loss, *_ = functional_call(self._module, state, (chunk, False))
+        used = set(map(id, leaves(loss)))
+        return loss.detach(), [i for i, p in enumerate(self._params) if id(p) in used]
+
     def _call(self, which: str, params: Tensors, buffers: Tensors, stack: Stack) -> Any:
         key = which, stack.count, stack.dims, stack.template
-        if key not in self._functions:
-            self._functions[key] = self._make(which == "first", stack)
-        function, given = self._functions[key], (params, buffers, stack.tensors)
+        if key not in self.functions:
+            self.functions[key] = self._make(which == "first", stack)
+        function, given = self.functions[key], (params, buffers, stack.tensors)
         if not self.compiled:
             return function(*given)
         layout = key, *((t.shape, t.stride()) for t in stack.tensors)

@@ -41,25 +41,30 @@ class StackedSums:
 class StackedPerturbation:
     """K shifted points in a second buffer: the parameters with a leading dimension K.
 
+    Args:
+        buckets: of the parameters.
+        count: K.
+        memory: where to put them, the `flats` of more points; none for memory of its own.
+        theta: the gathered parameters.
+
     Attributes:
+        flats: the memory of each bucket's points.
         points: for each parameter its copies (K, *shape).
+        theta: what all perturbations start from.
     """
 
-    def __init__(self, buckets: FlatBuckets, count: int) -> None:
-        self._buckets = buckets
-        self._flats, self.points = buckets.stacked_buffers(count)
-
-    @torch.no_grad()
-    def begin(self) -> None:
-        """Read theta, which all perturbations start from until the next call."""
-        self._theta = self._buckets.group([p.detach() for p in self._buckets.params], "params")
+    def __init__(
+        self, buckets: FlatBuckets, count: int, memory: Sequence[Tensor], theta: Parts
+    ) -> None:
+        self._buckets, self.theta = buckets, theta
+        self.flats, self.points = buckets.stacked_buffers(count, memory)
 
     @torch.no_grad()
     def fill(self, grads: Parts, radius: float, squared_norm: Tensor | None = None) -> Tensor:
         """Write ``theta + radius g / ||g||`` for each of K gradients; return ``||g||^2`` (K,)."""
         if squared_norm is None and len(grads) > 1:
             squared_norm = self._buckets.squared_norm(grads, stacked=True)
-        return shift_(self._flats, self._theta, grads, radius, squared_norm)
+        return shift_(self.flats, self.theta, grads, radius, squared_norm)
 
 
 class StackedClip:
@@ -84,3 +89,47 @@ class StackedClip:
                 [[x[k] for x in part] for part in parts] for parts in (grads, plus, minus)
             ]
             self._clip.add_penalised(*one, weight[k], coefficient, squared_norm[k], radius)
+
+
+class StackedMemory:
+    """Buffers for shifted points and for weights, kept from call to call."""
+
+    def __init__(self) -> None:
+        self._points: dict[int, StackedPerturbation] = {}
+        self._weights: dict[tuple[float, ...], Tensor] = {}
+
+    def clear(self) -> None:
+        """Forget all: parameters have changed."""
+        self._points.clear()
+        self._weights.clear()
+
+    @torch.no_grad()
+    def begin(self, sums: GradientSums) -> None:
+        """Read theta, which all perturbations start from until the next call."""
+        if self._points:
+            theta = _gathered(sums)
+            for points in self._points.values():
+                points.theta = theta
+
+    @torch.no_grad()
+    def points(self, sums: GradientSums, count: int) -> StackedPerturbation:
+        """The buffer for `count` shifted points; the most points' serves for fewer, too."""
+        if count not in self._points:
+            most = self._points.get(max(self._points, default=0))
+            memory = most.flats if most is not None and max(self._points) > count else ()
+            theta = _gathered(sums) if most is None else most.theta
+            self._points[count] = StackedPerturbation(sums.buckets, count, memory, theta)
+        return self._points[count]
+
+    def weights(self, values: Sequence[float], sums: GradientSums, device: torch.device) -> Tensor:
+        """The weights of chunks as a tensor, made on the device; most groups have the same."""
+        key = tuple(values)
+        if len(self._weights) > 64:
+            self._weights.clear()
+        if key not in self._weights:
+            self._weights[key] = torch.stack([sums.scalar(value, device) for value in key])
+        return self._weights[key]
+
+
+def _gathered(sums: GradientSums) -> Parts:
+    return sums.buckets.group([p.detach() for p in sums.params], "params")

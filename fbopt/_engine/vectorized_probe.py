@@ -1,29 +1,42 @@
-"""A group's chunks one by one, in the first call, before they are worked on at once: their checks,
-and whether both ways give the same.
-"""
+"""A chunk of a group by itself, and whether it gives the same together with the others."""
 
 from __future__ import annotations
 
-import contextlib
-import traceback
-from collections.abc import Iterator
+import random
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-from fbopt._engine.chunk import ChunkGradient
+from fbopt._engine.chunk import ChunkGradient, Observe
 from fbopt._engine.chunk_groups import Group, Stack
 from fbopt._engine.functional import Passes
+from fbopt._engine.rounding import Comparison, Found
+from fbopt._engine.shared_state import SharedState
 from fbopt._engine.snapshot import GeneratorSnapshot
 
-# How far losses, and a gradient, may be from those one by one, as a share: rounding, which grows
-# where terms cancel. More than this is another computation.
-LOSS_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-GRADIENT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 0.1}
-HALF = 0.1
+
+@dataclass(frozen=True)
+class Visit:
+    """A group at work, its stack, and the random generators; in a capture others than torch's."""
+
+    group: Group
+    stack: Stack
+    draws: GeneratorSnapshot
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether nothing may be read, nor Python code be run for anything but its passes."""
+        return not isinstance(self.draws, GeneratorSnapshot)
+
+    @property
+    def kind(self) -> Hashable:
+        """What functions of passes depend on."""
+        return self.group.kind, self.stack.dims
 
 
 @dataclass(frozen=True)
@@ -51,160 +64,127 @@ class Kind:
 
 
 class Probe:
-    """The first chunk of a group by itself, with its gradient, and the losses of the others.
+    """One chunk of a group by itself, at the values that the parameters have now.
 
-    Buffers and random generators are afterwards as before.
+    Buffers and random generators are afterwards as before; the generators begin where `draws` does.
+
+    Args:
+        work: what is done with one chunk.
+        visit: the group.
+        state: what chunks share.
+        place: which chunk of the group.
+        observed: whether somebody looks at what the loss shows.
+
+    Attributes:
+        has_drawn: whether random numbers were drawn.
 
     Raises:
-        RuntimeError: the model writes to buffers that chunks would share.
-        TypeError: what is observed is no tensor.
+        RuntimeError: the model writes to buffers that chunks would share, or draws numbers from
+            elsewhere than from torch's generators.
     """
 
     def __init__(
         self,
         work: ChunkGradient,
-        group: Group,
-        stack: Stack,
-        draws: GeneratorSnapshot,
-        observed: bool,
+        visit: Visit,
+        state: SharedState,
+        place: int = 0,
+        observed: bool = False,
     ) -> None:
-        self._work, self._group = work, group
-        shown: list[Any] = []
-        watch = (lambda *found: shown.append(found[0])) if observed else None
-        draws.begin()
-        with work.in_passing(draws):
-            before = _buffers(work)
-            pairs = list(zip(group.indices, group.weights, strict=True))
-            (index, weight), *others = pairs
-            self.loss, self.grads = work.probe(index, stack.chunk(0), weight, draws, watch)
-            _refuse_writes(before, work)
-            self.draws = draws.has_moved()
-            for k, (index, weight) in enumerate(others, start=1):
-                work.probe_loss(index, stack.chunk(k), weight)
-        seen = frozenset(i for i, g in enumerate(self.grads) if g is not None)
-        self.kind = Kind(seen, *_structure(group, shown[0])) if observed else Kind(seen)
+        self._work, self._visit, self._state, self._place = work, visit, state, place
+        self._shown: list[Any] = []
+        self._observe: Observe = (lambda *found: self._shown.append(found[0])) if observed else None
+        self._comparison = Comparison(self._run, work.sums.params, parameter_names(work))
+
+    def _run(self) -> Found:
+        work, (group, draws), k = self._work, (self._visit.group, self._visit.draws), self._place
+        given = group.indices[k], self._visit.stack.chunk(k), group.weights[k]
+        self._state.drop_leftovers()
+        others = _drawn_elsewhere()
+        with work.in_passing(draws) as rewind:
+            rewind()
+            before = self._state.buffers()
+            found = work.probe(*given, draws, self._observe)
+            self._state.refuse_writes(before)
+            self.has_drawn = draws.has_moved()
+        if _drawn_elsewhere() != others:
+            raise RuntimeError(
+                "the model or the loss draws from Python's or NumPy's random numbers, of which "
+                "chunks that are worked on at once would get the same: draw from torch's, or pass "
+                "vectorize=1 and compile=False"
+            )
+        return found
+
+    def kind(self) -> Kind:
+        """What is known of the group's kind.
+
+        Raises:
+            TypeError: what is observed is no tensor.
+        """
+        grads = self._comparison.expected.grads
+        seen = frozenset(i for i, g in enumerate(grads) if g is not None)
+        return Kind(seen, *_structure(self._visit, self._shown[0])) if self._shown else Kind(seen)
 
     def compare(self, passes: Passes) -> None:
-        """Raise RuntimeError if the first chunk's loss or gradient is another one now."""
-        params = self._work.sums.params
-        names = {id(p): name for name, p in self._work.forward.model.named_parameters()}
-        kept = [(i, g) for i, g in enumerate(self.grads) if g is not None]
-        for i, g in kept:
-            if not passes.grads[i][0].any() and g.any():
-                raise self._differs(
-                    f"no gradient reaches {names.get(id(params[i]), 'a parameter')}"
-                )
-        if self.draws:  # the masks of dropout are others
+        """Raise RuntimeError if the chunk together with others gives something else.
+
+        Where numbers are drawn, which are others then, only gradients that do not depend on the
+        chunk are looked at: such ones are zero where none reaches the parameter.
+        """
+        k, expected = self._place, self._comparison.expected
+        if not self.has_drawn:
+            vectors = [g[k] for g in passes.grads], [h[k] for h in passes.products]
+            self._require_same(Found(passes.loss[k], *vectors))
             return
-        half = self._work.forward.autocast is not None or self.loss.dtype not in LOSS_TOLERANCE
-        tolerance = HALF if half else LOSS_TOLERANCE[self.loss.dtype]
-        if not torch.isclose(passes.loss[0], self.loss, tolerance, tolerance, equal_nan=True):
-            raise self._differs(f"its loss is {passes.loss[0]:.6g} rather than {self.loss:.6g}")
-        if half or not all(torch.isfinite(g).all() for _, g in kept):
-            return
-        off = torch.stack([(passes.grads[i][0] - g).double().square().sum() for i, g in kept])
-        size = torch.stack([g.double().square().sum() for _, g in kept])
-        if off.sum().sqrt() > GRADIENT_TOLERANCE[self.loss.dtype] * size.sum().sqrt():
-            raise self._differs("its gradient is another one")
+        pairs = zip(passes.grads, expected.grads, parameter_names(self._work), strict=True)
+        for grads, wanted, name in pairs:
+            if _is_lost(grads, wanted):
+                raise self._differs(f"no gradient reaches {name}")
+
+    def compare_loss(self, loss: Tensor) -> None:
+        """Raise RuntimeError if this is another loss than the chunk's was before."""
+        if not self.has_drawn:
+            self._require_same(self._comparison.expected._replace(loss=loss.detach()))
+
+    def _require_same(self, found: Found) -> None:
+        how = self._comparison.difference(found)
+        if how is not None:
+            raise self._differs(how)
 
     def _differs(self, how: str) -> RuntimeError:
         return RuntimeError(
-            f"chunk {self._group.indices[0]} gives something else together with others than by "
-            f"itself: {how}; the model, or a layer in it, does not compute each chunk on its own "
-            "under torch.func.vmap (recurrent layers, caches, custom functions): pass vectorize=1"
+            f"chunk {self._visit.group.indices[self._place]} gives something else together with "
+            f"others than by itself: {how}; the model, the loss or a layer does not compute each "
+            "chunk on its own under torch.func (recurrent layers, caches, custom functions, random "
+            "numbers that are not from torch's generators): pass vectorize=1 and compile=False"
         )
 
 
-def compare_draws(group: Group, first: Tensor, again: Tensor) -> None:
-    """Raise RuntimeError if two passes over a group at the same parameters differ."""
-    tolerance = LOSS_TOLERANCE.get(first.dtype, HALF)
-    if not torch.allclose(first, again, tolerance, tolerance, equal_nan=True):
-        raise RuntimeError(
-            f"{group.where} together draw other random numbers in the passes at perturbed "
-            "parameters than in the first passes, so that their difference would be noise: pass "
-            "vectorize=1"
-        )
+def parameter_names(work: ChunkGradient) -> list[str]:
+    """The names of the parameters that gradients are by."""
+    names = {id(p): name for name, p in work.forward.model.named_parameters()}
+    return [names.get(id(p), "unnamed") for p in work.sums.params]
 
 
-@contextlib.contextmanager
-def explained(
-    work: ChunkGradient, group: Group, stack: Stack, draws: GeneratorSnapshot
-) -> Iterator[None]:
-    """Say what to do where chunks cannot be worked on at once; check that buffers stay in place."""
-    before = _buffers(work)
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        _put_back(before)
-        if type(error) is RuntimeError and "vectorize=1" in str(error):
-            raise
-        draws.rewind()
-        Probe(work, group, stack, draws, observed=False)  # raises if a chunk by itself fails, too
-        raise RuntimeError(
-            f"{group.where} cannot be worked on at once by torch.func.vmap{_inside(error, work)}: "
-            f"{type(error).__name__}: {_first_line(error)}; without vmap all of PyTorch works: "
-            "pass vectorize=1"
-        ) from error
-    _refuse_writes(before, work)
+def _is_lost(grads: Tensor, wanted: Tensor | None) -> bool:
+    """Whether K gradients are the zeros that vmap repeats where a parameter is not used."""
+    repeated = len(grads) > 1 and grads.stride(0) == 0
+    return bool(repeated and wanted is not None and wanted.any() and not grads[0].any())
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
+def _drawn_elsewhere() -> tuple[Any, ...]:
+    """The states of random generators that torch.func knows nothing of."""
+    _, numbers, position, *_ = np.random.get_state()
+    return random.getstate(), np.asarray(numbers).tobytes(), position
 
 
-def _inside(error: Exception, work: ChunkGradient) -> str:
-    """The innermost module of the model in which an error was raised."""
-    names = {id(m): name for name, m in work.forward.model.named_modules()}
-    found = ""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and names.get(id(module)):
-            found = f" ({type(module).__name__} {names[id(module)]})"
-    return found
-
-
-Held = list[tuple[nn.Module, str, Tensor, int]]
-
-
-def _buffers(work: ChunkGradient) -> Held:
-    """Buffers that no pass may write to, as all chunks of a group share them."""
-    recorded = {(id(m), name) for m, name in work.statistics.recorded}
-    return [
-        (m, name, b, b._version)
-        for m in work.forward.model.modules()
-        for name, b in m._buffers.items()
-        if b is not None and (id(m), name) not in recorded
-    ]
-
-
-def _refuse_writes(before: Held, work: ChunkGradient) -> None:
-    for module, name, buffer, version in before:
-        if module._buffers.get(name) is buffer and buffer._version == version:
-            continue
-        _put_back(before)
-        names = {id(m): n for n, m in work.forward.model.named_modules()}
-        path = f"{names[id(module)]}.{name}".lstrip(".")
-        raise RuntimeError(
-            f"{type(module).__name__} writes to its buffer {path} when it runs, and each chunk "
-            "begins with what the one before has left there: chunks that are worked on at once "
-            "cannot; pass vectorize=1"
-        )
-
-
-def _put_back(before: Held) -> None:
-    for module, name, buffer, _ in before:
-        module._buffers[name] = buffer
-
-
-def _structure(group: Group, shown: Any) -> tuple[TreeSpec, tuple[int, ...]]:
+def _structure(visit: Visit, shown: Any) -> tuple[TreeSpec, tuple[int, ...]]:
     leaves, structure = tree_flatten(shown)
     for leaf in leaves:
-        if not isinstance(leaf, Tensor) and leaf is not None:
+        if not isinstance(leaf, torch.Tensor) and leaf is not None:
             raise TypeError(
-                f"what is observed of chunk {group.indices[0]} holds a {type(leaf).__name__}: with "
-                "vectorize= or compile= an output, or aux of evaluate, is made of tensors alone; "
-                "take it from the chunk in observe, or pass vectorize=1"
+                f"what is observed of chunk {visit.group.indices[0]} holds a {type(leaf).__name__}:"
+                " with vectorize= or compile= an output, or aux of evaluate, is made of tensors "
+                "alone; take it from the chunk in observe, or pass vectorize=1 and compile=False"
             )
     return structure, tuple(i for i, leaf in enumerate(leaves) if leaf is not None)

@@ -129,17 +129,22 @@ class FlatBuckets:
                 found[i] = view
         return found
 
-    def stacked_buffers(self, count: int) -> tuple[list[Tensor], list[Tensor]]:
+    def stacked_buffers(
+        self, count: int, memory: Sequence[Tensor] = ()
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Return a flat buffer of `count` copies for each bucket, and each parameter's copies.
 
-        Those are views (count, *shape), as :meth:`gather_stacks` groups them.
+        Those are views (count, *shape), as :meth:`gather_stacks` groups them. The buffers lie in
+        `memory`, those of more copies, if it is given.
         """
         flats: list[Tensor] = []
         found: list[Tensor] = list(self.locals)
         for k, (group, members) in enumerate(zip(self.indices, self._members, strict=True)):
             whole = [self._flat(k, members[0].dtype)] if self._packed[k] else members
             stacks = stacks_like(whole, count)
-            flat = torch.zeros(flat_size(stacks), dtype=members[0].dtype, device=members[0].device)
+            size = flat_size(stacks)
+            options = {"dtype": members[0].dtype, "device": members[0].device}
+            flat = memory[k][:size] if memory else torch.zeros(size, **options)
             views = flat_views(flat, stacks)
             if self._packed[k]:
                 pieces = views[0].split([m.numel() for m in members], dim=1)

@@ -1,0 +1,162 @@
+"""Whether two computations of a loss and its gradient differ by more than rounding.
+
+How much rounding there is depends on the loss: near a minimum the gradient is what is left of terms
+that cancel. Where doubt remains it is measured, by parameters that differ in their last bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Tensors = Sequence[Tensor | None]
+TRIALS, FACTOR = 2, 100.0  # changes of the last bits; how many times their effect is rounding
+
+
+class Found(NamedTuple):
+    """A loss, its gradient and perhaps H g by the parameters, None where one is not used; or those
+    of K chunks.
+
+    `dtypes` are those that the loss was computed in, empty where they are not known.
+    """
+
+    loss: Tensor
+    grads: Tensors
+    products: Tensors = ()
+    dtypes: frozenset[torch.dtype] = frozenset()
+
+    @property
+    def vectors(self) -> list[Tensor | None]:
+        """All but the loss."""
+        return [*self.grads, *self.products]
+
+
+class Precision(NamedTuple):
+    """How exact a computation is.
+
+    Attributes:
+        share: what results may differ by, as a share.
+        last_bit: the relative distance of neighbouring numbers.
+    """
+
+    share: float
+    last_bit: float
+
+    @classmethod
+    def of(cls, dtypes: Iterable[torch.dtype], device: torch.device) -> Precision:
+        """That of the least exact of some dtypes on a device."""
+        last_bit = max(torch.finfo(dtype).eps for dtype in dtypes)
+        exact = device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+        if last_bit < 1e-12:
+            return cls(1e-8, last_bit)
+        if last_bit < 1e-5 and exact:
+            return cls(1e-3, last_bit)
+        return cls(0.1, max(last_bit, 2.0**-10))  # half precision, or float32 by TF32
+
+
+class Comparison:
+    """Compares a computation at some parameters with others.
+
+    Args:
+        run: computes, at the values that the parameters have when it is called.
+        params: the parameters.
+        names: theirs, for errors.
+    """
+
+    def __init__(
+        self, run: Callable[[], Found], params: Sequence[Tensor], names: Sequence[str]
+    ) -> None:
+        self._run, self._params, self._names = run, params, names
+        self.expected = run()
+        dtypes = self.expected.dtypes or {self.expected.loss.dtype}
+        self._precision = Precision.of(dtypes, self.expected.loss.device)
+
+    def difference(self, found: Found) -> str | None:
+        """How a computation differs by more than rounding; None if it does not."""
+        if self._apart(found, 0.0, self._no_noise) is None:
+            return None
+        return self._apart(found, *self._noise)
+
+    def _apart(self, found: Found, noise: float, noises: Sequence[float]) -> str | None:
+        wanted, share = self.expected, self._precision.share
+        if _distance(found.loss, wanted.loss) > share * _norm([wanted.loss]) + FACTOR * noise:
+            return f"its loss is {_shown(found.loss)} rather than {_shown(wanted.loss)}"
+        floor = min(FACTOR * self._precision.last_bit, 1e-2) * _norm(wanted.vectors)
+        triples = zip(found.vectors, wanted.vectors, noises, strict=True)
+        for i, (v, w, n) in enumerate(triples):
+            if v is None or w is None:
+                continue
+            if _distance(v, w) > share * _norm([w]) + floor + FACTOR * n:
+                name = self._names[i % len(self._names)]
+                is_lost = i < len(self._names) and not v.any()
+                return f"{'no' if is_lost else 'another'} gradient reaches {name}"
+        return None
+
+    @property
+    def _no_noise(self) -> list[float]:
+        return [0.0] * len(self.expected.vectors)
+
+    @functools.cached_property
+    def _noise(self) -> tuple[float, list[float]]:
+        """By how much the loss, and each vector, change with the last bits of the parameters.
+
+        Zero where they change without, also in the second run: a state of its own is no rounding.
+        """
+        loss, vectors = 0.0, self._no_noise
+        if any(self._apart(self._run(), loss, vectors) for _ in range(TRIALS)):
+            return loss, vectors
+        values = [p.detach() for p in self._params]
+        for trial in range(TRIALS):
+            with pointing(self._params, [self._moved(v, trial) for v in values]):
+                found = self._run()
+            loss = max(loss, _distance(found.loss, self.expected.loss))
+            pairs = zip(found.vectors, self.expected.vectors, strict=True)
+            offs = [0.0 if v is None or w is None else _distance(v, w) for v, w in pairs]
+            vectors = list(map(max, vectors, offs))
+        return loss, vectors
+
+    def _moved(self, value: Tensor, trial: int) -> Tensor:
+        """The value with other last bits, in a pattern that only its shape and the trial fix."""
+        generator = torch.Generator().manual_seed(trial)
+        signs = torch.randint(2, value.shape, generator=generator).to(value.device) * 2 - 1
+        size = value.abs() + value.abs().float().mean().to(value.dtype)
+        return value + (self._precision.last_bit * signs * size).to(value.dtype)
+
+
+@contextlib.contextmanager
+def pointing(params: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Point parameters to other memory within this context."""
+    own = [p.detach() for p in params]
+    try:
+        _point(params, tensors)
+        yield
+    finally:
+        _point(params, own)
+
+
+def _point(params: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    for p, t in zip(params, tensors, strict=True):
+        p.data = t
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """||a - b||, 0 where both are not finite in the same places; inf where only one is."""
+    a, b = a.double(), b.double()
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()):
+        return float("inf")
+    return float(torch.where(finite, a - b, 0.0).norm())
+
+
+def _norm(vectors: Iterable[Tensor | None]) -> float:
+    squares = [v.double().nan_to_num(0, 0, 0).square().sum() for v in vectors if v is not None]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+
+def _shown(loss: Tensor) -> str:
+    return ", ".join(f"{value:.6g}" for value in loss.reshape(-1).tolist())
