@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.cases import Operands, WrongResult, point_to
 from fbopt import FullBatchGD
+from fbopt._engine.flat_parameters import FlatParameters
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.perturb import Perturbation
 from fbopt._ops.flat import scalar_on
@@ -67,6 +68,18 @@ class FboptUpdate(ChunkUpdate):
             second_pass()
         plus = gradients.gather(c.plus, "plus")
         gradients.add_penalised(grads, plus, [], self.weight, self.coefficient, square, c.radius)
+
+
+class FboptFlatUpdate(FboptUpdate):
+    """The same with ``flatten_parameters=True``."""
+
+    name = "fbopt, parameters in one buffer"
+
+    def __init__(self, chunk: Operands) -> None:
+        super().__init__(chunk)
+        FlatParameters().follow(self.params, nn.Module())
+        self.perturbation = Perturbation(self.gradients.buckets, in_place=True)
+        self.perturbation.begin()
 
 
 class FboptExactUpdate(FboptUpdate):
@@ -217,8 +230,8 @@ def _accumulate(
     torch._foreach_add_(sums, torch._foreach_add(grads, difference), alpha=weight)
 
 
-CHUNK_UPDATES = (FboptUpdate, FboptExactUpdate, LoopUpdate, PublishedUpdate, ForeachUpdate)
-CHUNK_UPDATES += (ForeachSwappedUpdate, CompiledUpdate)
+CHUNK_UPDATES = (FboptUpdate, FboptFlatUpdate, FboptExactUpdate, LoopUpdate, PublishedUpdate)
+CHUNK_UPDATES += (ForeachUpdate, ForeachSwappedUpdate, CompiledUpdate)
 
 
 class FinishingStep:

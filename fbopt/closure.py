@@ -94,6 +94,12 @@ class FullBatchClosure:
         vectorize: K, how many chunks of equal shapes go through the model at once, see below.
         compile: compile the gradient of a chunk, or of K, with ``torch.compile``: both passes
             forward and backward in one function. The model itself must not be compiled.
+        flatten_parameters: move the parameters that require grad one after the other into one flat
+            buffer for each device and dtype, now and whenever a call finds them elsewhere, as after
+            ``model.to``. Values and strides stay, and so do state dicts; tensors outside the model
+            that shared a parameter's memory no longer do. Of hundreds of small parameters the
+            passes at perturbed ones then overwrite that buffer and copy it back, rather than to
+            point each of them to a second one.
         process_group: the processes that have different chunks, a
             ``torch.distributed.ProcessGroup``; ``"local"`` for a process that trains on its own;
             see below.
@@ -170,6 +176,7 @@ class FullBatchClosure:
         debug: bool = False,
         vectorize: int = 1,
         compile: bool = False,
+        flatten_parameters: bool = False,
         process_group: torch.distributed.ProcessGroup | str | None = None,
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
@@ -180,6 +187,7 @@ class FullBatchClosure:
         self.observe, self.on_pass_start = observe, on_pass_start
         self.cuda_graph, self.backward, self.debug = cuda_graph, backward, debug
         self.vectorize, self.compile = vectorize, compile
+        self.flatten_parameters = flatten_parameters
         check_arguments(vars(self) | {"chunks": chunks, "accumulation": accumulation})
         if backward:
             self.model = model = unwrapped(model)
@@ -196,6 +204,8 @@ class FullBatchClosure:
         self._reduction = Reduction(model, self.sums, self._statistics, process_group, sharded)
         shared = self.sums, self._statistics, self._reduction
         self._prepared = Preparation(model, *shared)
+        if flatten_parameters:
+            self._prepared.flat.follow(self.sums.params, model)
         self._prepared.follow_cuda_graph(cuda_graph, model, self._candidates())
         self._full_pass = FullPass(*shared, self._prepared)
         self._running = threading.Lock()
@@ -265,6 +275,7 @@ class FullBatchClosure:
         try:
             loss, self.mean_sqnorm = self._full_pass(self, coefficient)
         except BaseException:
+            self._prepared.restore_parameters()
             self._rollback()
             raise
         self.step += 1
@@ -365,13 +376,14 @@ class FullBatchClosure:
             self.accumulator._find_wrappers()
         trainable = self._trainable(candidates)
         frozen = check_optimizers(optimizer, self.optimizer, trainable, self.model)
+        if self.flatten_parameters:
+            self._prepared.flat.follow(trainable, self.model)
         self._prepared.follow_params(self.model, trainable, candidates, frozen)
         if self.vectorize > 1 or self.compile:
             refuse_sharded_groups(self.sums.params)
         by_difference = self.penalty is not None and self.penalty.method != "exact"
-        self._prepared.begin(
-            modules, coefficient is not None and by_difference, self.chunk_max_norm
-        )
+        is_perturbed = coefficient is not None and by_difference
+        self._prepared.begin(modules, is_perturbed, self.chunk_max_norm, self.flatten_parameters)
         self._step_before = self.step
         return coefficient
 

@@ -323,7 +323,8 @@ class Training(RuleBasedStateMachine):
             return False
         where = [p.data_ptr() for p in self.named.values()]
         loss, (expected, square) = self.run(seed, real, self.plain_call)
-        assert where == [p.data_ptr() for p in self.named.values()]
+        if not self.closure.flatten_parameters:
+            assert where == [p.data_ptr() for p in self.named.values()]
         assert close(loss, expected)
         needed = self.closure.chunk_max_norm is not None or self.closure.chunk_norms
         # A coefficient on the device is not read, and may be zero.
@@ -512,6 +513,11 @@ class Training(RuleBasedStateMachine):
             method=method, radius=radius, **coefficient
         )
 
+    @rule(flat=st.booleans())
+    def flatten(self, flat):
+        """The next call moves the parameters, or leaves them where they are."""
+        self.closure.flatten_parameters = flat
+
     @rule(seed=seeds, way=st.sampled_from([Chunks, list, tuple]))
     def take_other_chunks(self, seed, way):
         self.closure.chunks = way(chunks_of(seed))
@@ -584,6 +590,7 @@ class Training(RuleBasedStateMachine):
         self.closure = self.make_closure(old.chunks)
         self.closure.penalty, self.closure.chunk_max_norm = old.penalty, old.chunk_max_norm
         self.closure.chunk_norms = old.chunk_norms
+        self.closure.flatten_parameters = old.flatten_parameters
         self.closure.load_state_dict(state)
         self.can_assign = self.can_roll_back = False
 

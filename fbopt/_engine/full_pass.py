@@ -25,7 +25,6 @@ from fbopt._engine.snapshot import GeneratorSnapshot
 from fbopt._engine.vectorized import Vectorized
 from fbopt._engine.vectorized_gradient import VectorizedGradient
 from fbopt._engine.weights import Mean, TargetCounts, mean_of, weigh
-from fbopt._ops.flat import scalar_on
 from fbopt._sharding import working_device
 
 if TYPE_CHECKING:
@@ -72,8 +71,9 @@ class FullPass:
             RuntimeError: the units of exact sums never fit.
         """
         whole = coefficient is not None or closure.chunk_norms or closure.chunk_max_norm is not None
-        start = self._generators()
+        start = None
         if self._sums.accumulation == "exact":
+            start = self._generators()
             start.begin()  # which a CUDA graph of the whole step does not allow
         with autocast_suspended(working_device(self._sums.params[0])) as outer:
             for attempt in range(MOST_PASSES):
@@ -112,7 +112,7 @@ class FullPass:
             self._checked = ()  # frees chunks of an earlier call
         mean, device = mean_of(closure.loss_fn), self._sums.params[0].device
         work = self._work(closure, penalty, autocast, checks, mean)
-        scale = None if coefficient is None else scalar_on(device, coefficient)
+        scale = None if coefficient is None else self._sums.scalar(coefficient, device)
         chunks = self._reduction.lockstep(self._weighed(closure, mean), closure.chunks)
         if closure.vectorize > 1 or closure.compile:
             groups = self._groups(closure, chunks, mean)

@@ -25,7 +25,7 @@ ORDER_CURE = (
     "object of your own whose __iter__ returns iter(loader)"
 )
 FUNCTIONS = ("loss_fn", "evaluate", "observe", "on_pass_start", "weight")
-FLAGS = ("chunk_norms", "cuda_graph", "backward", "debug", "compile")
+FLAGS = ("chunk_norms", "cuda_graph", "backward", "debug", "compile", "flatten_parameters")
 # What may be replaced between calls, and is then checked again.
 ARGUMENTS = (
     *("model", "chunks", "penalty", "optimizer", "autocast", "chunk_max_norm", "vectorize"),

@@ -14,20 +14,19 @@ _methods = operator.attrgetter(*LISTING)
 
 def list_parts(model: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
     """Return the modules of a model, a module before those in it, and its parameters, each once."""
-    found: dict[int, nn.Module] = {}
-    _collect(model, found)
+    found, waiting = dict[int, nn.Module](), [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            if module._modules:
+                children = reversed(module._modules.values())
+                waiting += [child for child in children if child is not None]
     modules = list(found.values())
     if not _list_as_usual(model, modules):
         return list(model.modules()), list(model.parameters())
     params = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
     return modules, list(params.values())
-
-
-def _collect(module: nn.Module, found: dict[int, nn.Module]) -> None:
-    found[id(module)] = module
-    for child in module._modules.values():
-        if child is not None and id(child) not in found:
-            _collect(child, found)
 
 
 def _list_as_usual(model: nn.Module, modules: list[nn.Module]) -> bool:

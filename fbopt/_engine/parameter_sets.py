@@ -17,7 +17,7 @@ _lock = threading.Lock()
 @contextlib.contextmanager
 def alone_in_threads(params: Iterable[Tensor]) -> Iterator[None]:
     """Refuse parameters that another thread's closure works on: it may have shifted them."""
-    entry = threading.get_ident(), {id(p) for p in params}
+    entry = threading.get_ident(), set(map(id, params))
     with _lock:
         if any(thread != entry[0] and not ids.isdisjoint(entry[1]) for thread, ids in _at_work):
             raise RuntimeError(

@@ -5,7 +5,8 @@ by double backward.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,26 +21,40 @@ from fbopt._ops.flat import accumulator_dtype
 class Perturbation:
     """A second buffer for the parameters, which point to it while they are perturbed.
 
-    The memory of plain parameters is never written: afterwards they are bit for bit what they were,
-    also if the pass in between raises. Shards of DTensors, whose memory FSDP2 keeps pointers to,
-    are saved, overwritten and copied back; `written` is called after each of both.
+    The memory of plain parameters is not written: afterwards they are bit for bit what they were,
+    also if the pass in between raises. Saved, overwritten and copied back are shards of DTensors,
+    whose memory FSDP2 keeps pointers to (`written` is called after each of both), and with
+    `in_place` many small parameters that lie one after the other (:meth:`FlatBuckets.memory`).
     """
 
-    def __init__(self, buckets: FlatBuckets, written: Callable[[], None] | None = None) -> None:
-        self.buckets, self._written = buckets, written
+    def __init__(
+        self,
+        buckets: FlatBuckets,
+        written: Callable[[], None] | None = None,
+        *,
+        in_place: bool = False,
+    ) -> None:
+        self.buckets, self._written, self.in_place = buckets, written, in_place
         self._originals = [p.detach() for p in buckets.locals]
         self._places = [p.data_ptr() for p in self._originals]
         self._flats = buckets.buffers()
         self._views = buckets.views(self._flats)
+        memory = buckets.memory() if in_place else []
+        self._memory = {k: flat for k, flat in enumerate(memory) if flat is not None}
+        self._kept = {k: torch.empty_like(flat) for k, flat in self._memory.items()}
         whole = [p is shard for p, shard in zip(buckets.params, buckets.locals, strict=True)]
-        self._pointed = [i for i, is_whole in enumerate(whole) if is_whole]
+        flat = {i for k in self._memory for i in buckets.indices[k]}
+        self._pointed = [i for i, is_whole in enumerate(whole) if is_whole and i not in flat]
         self._in_place = [i for i, is_whole in enumerate(whole) if not is_whole]
         self._saved = [torch.empty_like(self._originals[i]) for i in self._in_place]
         self._shard_views = [self._views[i] for i in self._in_place]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the parameters alone: the buffer holds nothing between calls."""
-        return Perturbation, (self.buckets, self._written)
+        return functools.partial(Perturbation, in_place=self.in_place), (
+            self.buckets,
+            self._written,
+        )
 
     def fits(self, buckets: FlatBuckets) -> bool:
         """Whether the buffer was made for these parameters and their current memory."""
@@ -54,6 +69,8 @@ class Perturbation:
         for i, saved in zip(self._in_place, self._saved, strict=True):
             theta[i] = saved.copy_(theta[i])
         self._theta = self.buckets.group(theta, "params")
+        for k, kept in self._kept.items():
+            self._theta[k] = [kept.copy_(self._memory[k])]
 
     def fill(
         self, grads: list[list[Tensor]], radius: float, squared_norm: Tensor | None = None
@@ -70,9 +87,24 @@ class Perturbation:
         """Point the parameters to the buffer, or copy it to the shards, within this context."""
         return _Applied(self)
 
-    def _move_to(self, tensors: list[Tensor], shards: list[Tensor]) -> None:
+    def shift(self) -> None:
+        """Let the parameters have the values in the buffer."""
+        self._move_to(self._views, self._shard_views, self._flats)
+
+    def restore(self) -> None:
+        """Let the parameters be what they were at :meth:`begin`, whatever happened since."""
+        self._move_to(self._originals, self._saved, self._kept)
+
+    def _move_to(
+        self,
+        tensors: list[Tensor],
+        shards: list[Tensor],
+        flats: Sequence[Tensor] | Mapping[int, Tensor],
+    ) -> None:
         for i in self._pointed:
             self.buckets.params[i].data = tensors[i]
+        for k, memory in self._memory.items():
+            memory.copy_(flats[k])
         if self._in_place:
             with torch.no_grad():
                 for i, shard in zip(self._in_place, shards, strict=True):
@@ -89,13 +121,13 @@ class _Applied:
 
     def __enter__(self) -> None:
         try:
-            self._of._move_to(self._of._views, self._of._shard_views)
+            self._of.shift()
         except BaseException:
-            self.__exit__()
+            self._of.restore()
             raise
 
     def __exit__(self, *raised: object) -> None:
-        self._of._move_to(self._of._originals, self._of._saved)
+        self._of.restore()
 
 
 def shift_(

@@ -13,6 +13,7 @@ from fbopt._engine.batchnorm import RunningStatistics
 from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.cuda_graphs import ChunkGraphs
 from fbopt._engine.cuda_refusals import graph_device, refuse_nested
+from fbopt._engine.flat_parameters import FlatParameters
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.inputs import refuse_sharded_graph
 from fbopt._engine.perturb import Perturbation
@@ -32,6 +33,7 @@ class Preparation:
         between: the buffers between the passes over a chunk.
         perturbation: for a penalty by finite differences.
         clip: None where chunks are not clipped.
+        flat: moves parameters into flat buffers.
         graphs: None where chunks are not captured.
     """
 
@@ -46,7 +48,9 @@ class Preparation:
         self.before, self.between = BufferSnapshot(model), BufferSnapshot(model)
         self.perturbation: Perturbation | None = None
         self.clip: ChunkClip | None = None
+        self.flat = FlatParameters()
         self.graphs: ChunkGraphs | None = None
+        self._is_perturbed = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle all but what every call can make anew; CUDA graphs are captured again."""
@@ -90,7 +94,11 @@ class Preparation:
             p.grad = None
 
     def begin(
-        self, modules: Sequence[nn.Module], is_perturbed: bool, max_norm: float | None
+        self,
+        modules: Sequence[nn.Module],
+        is_perturbed: bool,
+        max_norm: float | None,
+        in_place: bool,
     ) -> None:
         """Make ready what works on the chunks, and save the buffers.
 
@@ -98,11 +106,14 @@ class Preparation:
             modules: the model's.
             is_perturbed: whether there are passes at perturbed parameters.
             max_norm: of the chunk clip; None for none.
+            in_place: whether parameters in a flat buffer may be written and copied back.
         """
+        self._is_perturbed = is_perturbed
         if is_perturbed:
-            if self.perturbation is None or not self.perturbation.fits(self._sums.buckets):
+            known = self.perturbation
+            if known is None or known.in_place != in_place or not known.fits(self._sums.buckets):
                 reshard = self._reduction.sharded.reshard
-                self.perturbation = Perturbation(self._sums.buckets, reshard)
+                self.perturbation = Perturbation(self._sums.buckets, reshard, in_place=in_place)
             self.perturbation.begin()
         if max_norm is None:
             self.clip = None
@@ -113,3 +124,8 @@ class Preparation:
         for follower in (self._statistics, self.before, self.between):
             follower.follow(modules)
         self.before.save()
+
+    def restore_parameters(self) -> None:
+        """Restore perturbed parameters where an interrupt came while they were being restored."""
+        if self._is_perturbed and self._sums.buckets.sharding is None:
+            self.perturbation.restore()

@@ -40,7 +40,9 @@ def combine_sums(
         What the processes exchanged; None where the units of exact sums did not fit.
     """
     stores, device = (sums.store, *others), sums.params[0].device
-    seen = [i not in sums.unseen for i in range(len(sums.params))]
+    seen = []
+    if not collectives.is_single:
+        seen = [i not in sums.unseen for i in range(len(sums.params))]
     widths, maxima = [store.width for store in stores], None
     if any(widths):
         own = sums.maxima(), *(store.maxima() for store in others)
@@ -55,7 +57,8 @@ def combine_sums(
             return None
     if not is_joint:
         sums.store.all_reduce_(collectives)
-    sums.unseen = {i for i, by_any in enumerate(found.flags) if not by_any}
+    if not collectives.is_single:
+        sums.unseen = {i for i, by_any in enumerate(found.flags) if not by_any}
     sums.total_weight = math.fsum(weights)
     sums.finish()
     return found

@@ -138,12 +138,12 @@ class Reduction:
         wide = any(loss.dtype == torch.float64 for loss in self._losses)
         return [len(self._losses), math.fsum(self._weights), wide]
 
-    def combine(self) -> tuple[Tensor, Tensor] | None:
+    def combine(self) -> tuple[Tensor, Tensor | None] | None:
         """Reduce over the processes: sums of gradients, and means of BatchNorm's statistics.
 
-        Exact sums become means. Returns the mean loss and the mean of ||g||^2 (0 where none was
-        noted), 0-dim; or None where the units of exact sums did not fit, and all chunks have to be
-        visited again.
+        Exact sums become means. Returns the mean loss and the mean of ||g||^2 (0 or None where none
+        was noted), 0-dim; or None where the units of exact sums did not fit, and all chunks have to
+        be visited again.
 
         Raises:
             PeerError: another process failed.
@@ -165,10 +165,11 @@ class Reduction:
         dtype = torch.float64 if any(wide) else torch.float32
         if self.collectives.is_single and _lie_on_host(self._losses, self._squares):
             values = self._losses, self._squares
-            loss, square = (_sum_on_host(v, self._weights) / sums.total_weight for v in values)
-            return torch.tensor(loss, dtype=dtype), torch.tensor(square, dtype=torch.float64)
-        loss, square = self._means([int(n) for n in everyones], sums.total_weight, device)
-        return loss.to(dtype), square
+            mean, square = (_sum_on_host(v, self._weights) / sums.total_weight for v in values)
+            loss = torch.tensor(mean, dtype=dtype)
+            return loss, torch.tensor(square, dtype=torch.float64) if self._squares else None
+        loss, squares = self._means([int(n) for n in everyones], sums.total_weight, device)
+        return loss.to(dtype), squares
 
     def _means(
         self, counts: list[int], total_weight: float, device: torch.device

@@ -77,11 +77,9 @@ class FlatBuckets:
     def group(self, tensors: Sequence[Tensor], slot: str) -> list[list[Tensor]]:
         """:meth:`gather` for tensors that are local already."""
         if len(self.indices) == 1:
-            parts = [list(tensors)]
-        else:
-            parts = [[tensors[i] for i in group] for group in self.indices]
-        if not any(self._packed):
-            return parts
+            part = list(tensors)
+            return [self.pack(0, part, slot) if self._packed[0] else part]
+        parts = [[tensors[i] for i in group] for group in self.indices]
         return [
             self.pack(k, part, slot) if self._packed[k] else part for k, part in enumerate(parts)
         ]
@@ -111,6 +109,16 @@ class FlatBuckets:
     def current(self) -> list[Tensor]:
         """Return ``locals`` as they are now: a parameter may have got other memory."""
         return self.params if self.sharding is None else [local(p) for p in self.params]
+
+    def memory(self) -> list[Tensor | None]:
+        """For each packed bucket the flat tensor over its parameters' own memory.
+
+        None for others, and where they do not lie as :meth:`views` lays them out.
+        """
+        return [
+            _flat_memory(members) if packed and self.sharding is None else None
+            for members, packed in zip(self._members, self._packed, strict=True)
+        ]
 
     def buffers(self, *, wide: bool = False) -> list[Tensor]:
         """Return flat zeros for each bucket, in its dtype or (wide) in that of its sums."""
@@ -206,3 +214,16 @@ class FlatBuckets:
 def _worth_packing(members: Sequence[Tensor]) -> bool:
     small = sum(p.numel() for p in members) <= PACK_NUMEL * len(members)
     return small and len(members) >= PACK_COUNT and all(p.is_contiguous() for p in members)
+
+
+def _flat_memory(members: Sequence[Tensor]) -> Tensor | None:
+    """A 1-D tensor over the memory of tensors that lie one after the other; None for others."""
+    first = members[0].detach()
+    storage, place = first.untyped_storage(), first.data_ptr()
+    for p in members:
+        own = p.is_contiguous() and p.untyped_storage().data_ptr() == storage.data_ptr()
+        if not own or p.data_ptr() != place:
+            return None
+        place += p.nbytes
+    size = sum(p.numel() for p in members)
+    return first.as_strided((size,), (1,), first.storage_offset())
