@@ -428,7 +428,7 @@ def test_a_process_outside_the_group_is_told_so(found):
 
 def test_the_back_end_has_to_fit_the_device(monkeypatch):
     group = Collectives()
-    group.world_size = 2
+    group.world_size, group.is_single = 2, False
     monkeypatch.setattr(Collectives, "_served", lambda self: {"cuda"})
     group.check_devices({torch.device("cuda", 0)})
     with pytest.raises(ValueError, match=r"serves cuda, but the model is on cpu.*gloo"):
