@@ -117,13 +117,16 @@ class ChunkFunction:
         return loss.detach(), [i for i, p in enumerate(self._params) if id(p) in used]
 
     def _call(self, which: str, params: Tensors, buffers: Tensors, stack: Stack) -> Any:
-        key = which, stack.count, stack.dims, stack.template
+        made = which
+        if stack.count == 1:  # the passes at any point are one function, which is compiled once
+            made, params = "first", params if which == "first" else tuple(p[0] for p in params)
+        key = made, stack.count, stack.dims, stack.template
         if key not in self.functions:
-            self.functions[key] = self._make(which == "first", stack)
+            self.functions[key] = self._make(made == "first", stack)
         function, given = self.functions[key], (params, buffers, stack.tensors)
         if not self.compiled:
             return function(*given)
-        layout = key, *((t.shape, t.stride()) for t in stack.tensors)
+        layout = which, key, *((t.shape, t.stride()) for t in stack.tensors)
         if layout not in self._guarded:
             result = function(*given)
             self._guarded.add(layout)
@@ -144,7 +147,7 @@ class ChunkFunction:
             # Graphs of its own would overwrite the results of the pass before.
             options = {"fallback_random": True, "triton.cudagraphs": False}
             function = torch.compile(function, fullgraph=True, options=options)
-        return function if stack.count > 1 else _with_leading_dimension(function, not is_first)
+        return function if stack.count > 1 else _with_leading_dimension(function)
 
     def _one_chunk(self, template: Template, is_first: bool) -> Callable[..., Any]:
         module, names = self._module, (*self._names, *self._buffers)
@@ -186,12 +189,11 @@ def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
     return FunctionType(code, run.__globals__, closure=run.__closure__)
 
 
-def _with_leading_dimension(function: Callable[..., Any], shifted: bool) -> Callable[..., Any]:
+def _with_leading_dimension(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of one chunk with the results of one of K = 1 chunks."""
 
     def run(params: Tensors, buffers: Tensors, tensors: Tensors) -> tuple[Any, ...]:
-        one = tuple(p[0] for p in params) if shifted else params
-        grads, loss, *rest = function(one, tuple(b[0] for b in buffers), tensors)
+        grads, loss, *rest = function(params, tuple(b[0] for b in buffers), tensors)
         add = [tuple(t.unsqueeze(0) for t in group) for group in (grads, *rest)]
         return add[0], loss.unsqueeze(0), *add[1:]
 

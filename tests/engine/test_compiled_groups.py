@@ -76,6 +76,20 @@ def test_the_same_as_without_a_compiler(graphs, method, count):
     torch.testing.assert_close(compiled, plain, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_passes_over_one_chunk_are_compiled_once(graphs, layout):
+    """Those at shifted points, too: they are the same function."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 3)
+    model = nn.Sequential(*layers).to(memory_format=layout).double()
+    x, y = torch.randn(9, 3, 5, 5).double(), torch.randint(3, (9,))
+    chunks = list(zip(x.to(memory_format=layout).split(3), y.split(3), strict=True))
+    options = {"penalty": GradientPenalty(coefficient=0.1)}
+    compiled = grads(model, chunks, compile=True, **options)
+    assert len(graphs.shapes) == 1
+    torch.testing.assert_close(compiled, grads(model, chunks, **options), rtol=1e-11, atol=1e-13)
+
+
 def test_each_kind_of_group_is_compiled_once_and_for_its_own_shapes(graphs):
     """Code for any shape rounds otherwise than code for one: bits would depend on the order."""
     model, chunks = task()
