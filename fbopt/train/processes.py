@@ -15,7 +15,7 @@ from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.resolve import device_type
 from fbopt.train.torchrun import rank_and_world_size
 
-FEWEST = 2  # groups for each process, or waiting for the others costs more than is gained
+FEWEST = 2  # chunks for each process, or waiting for the others costs more than is gained
 
 
 def may_start_some(options: Options) -> bool:
@@ -45,7 +45,8 @@ def settle(options: Options, groups: int) -> Options:
         return replace(options, processes=1)
     cores, threads, number = usable_cores(), options.threads, options.processes
     if number == "auto":
-        most = max(1, min(cores // (threads or 1), groups // FEWEST))
+        chunks = groups * (options.vectorize or 1)
+        most = max(1, min(cores // (threads or 1), groups, chunks // FEWEST))
         rounds = -(-groups // most)
         number = -(-groups // rounds)  # no more than it takes to be done as early
     return replace(options, processes=number, threads=threads or max(1, cores // number))

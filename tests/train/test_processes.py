@@ -65,6 +65,11 @@ def test_everything_else_runs_in_one(cores, changes):
     assert number(**changes)[0] == 1
 
 
+@pytest.mark.parametrize(("groups", "expected"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 3), (9, 3)])
+def test_a_group_of_many_chunks_is_work_for_a_process(cores, groups, expected):
+    assert number(groups, recipe="fb-strong") == (expected, 1)
+
+
 def test_a_number_is_taken_as_it_is(cores):
     assert number(processes=1) == (1, 1)
     assert number(groups=2, processes=9) == (9, 1)
