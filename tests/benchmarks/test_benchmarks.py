@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import (
     accumulation,
+    at_once,
     bandwidth,
     cases,
     kernels,
@@ -27,6 +28,8 @@ from benchmarks.stacks import STACKED_UPDATES, Stacks, check_stacked
 from benchmarks.task import Task
 from benchmarks.timing import CPU, Contender, Plan, Table, Timing, measure
 from fbopt._build.compiler import BuildError
+from fbopt.train import build
+from fbopt.train.data.load import load
 
 FEW = [torch.Size(s) for s in ((3, 4), (), (5,), (2, 3, 3, 3), (40,))]
 MACHINE = {"cpu", "cores", "threads", "openmp", "backend", "torch", "fbopt", "python", "system"}
@@ -88,6 +91,28 @@ def test_train_step_runs_and_is_written(tmp_path, capsys, monkeypatch):
     assert all(row["images"] == 10 and row["images_per_s"] > 0 for row in table["rows"])
     assert "with penalty, ResNet-18 of width 2, 10 images in chunks of 8" in printed
     assert "freed memory is" in printed
+
+
+def test_chunks_at_once_run_and_are_written(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    arguments = ("--data", "digits", "--chunk", "400", "--counts", "2", "9")
+    content, _ = run(at_once, tmp_path, capsys, *arguments)
+    (table,) = content["tables"]
+    assert table["title"] == "A penalised step of cnn on digits, 4 chunks of 400"
+    assert [row["name"] for row in table["rows"]] == ["one by one", "2 at once"]
+
+
+def test_a_wrong_step_of_chunks_at_once_is_caught(monkeypatch):
+    pytest.importorskip("sklearn")
+    build_closure = build.build_closure
+
+    def without_penalty(options, *arguments, **context):
+        return build_closure(replace(options, penalty=None), *arguments, **context)
+
+    monkeypatch.setattr(build, "build_closure", without_penalty)
+    chosen = replace(at_once.options_of("digits", 400), vectorize=2)
+    with pytest.raises(WrongResult, match=r"2 at once: p\.grad is off"):
+        at_once.contender(chosen, load("digits"))
 
 
 def test_accumulation_runs_and_is_written(tmp_path, capsys):
