@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fbopt import FullBatchClosure, GradientPenalty
 
@@ -56,7 +57,7 @@ def outcome(model: nn.Module, chunks: Any, calls: int = 2, **given: Any) -> Outc
     """Call a closure for a copy of the model; what is observed is taken from the last call."""
     model, seen = copy.deepcopy(model), []
     if given.pop("observed", False):
-        given["observe"] = lambda *shown: seen.append(shown)
+        given["observe"] = lambda *shown: seen.append(tree_leaves(shown))
         given["on_pass_start"] = seen.clear
     closure = make(model, chunks, chunk_norms=True, **given)
     for _ in range(calls):
@@ -74,7 +75,14 @@ def require_equal(found: Outcome, expected: Outcome, tolerance: float = TOLERANC
     require_close(flat(found.grads), flat(expected.grads), tolerance)
     for ours, theirs in zip(found.buffers, expected.buffers, strict=True):
         require_close(ours, theirs, tolerance)
-    torch.testing.assert_close(found.shown, expected.shown, rtol=1e-10, atol=1e-12)
+    close = {"rtol": 1e-10, "atol": 1e-12, "equal_nan": True}
+    for ours, theirs in zip(found.shown, expected.shown, strict=True):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            if isinstance(a, Tensor):
+                torch.testing.assert_close(a, b, **close)
+            else:
+                assert a == b
 
 
 def require_close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:

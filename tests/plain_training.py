@@ -34,13 +34,13 @@ class Net(nn.Module):
     parameter.
     """
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, drop: float = DROP) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
         self.blocks = nn.ModuleList(Block() for _ in range(depth))
         self.scale, self.unused = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(2))
         self.extra = nn.BatchNorm1d(4, EPS, MOMENTUM)
-        self.dropout = nn.Dropout(DROP)
+        self.dropout = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
@@ -64,7 +64,7 @@ class PlainTraining:
     """
 
     def __init__(self, model: Net, groups: Iterable[dict[str, Any]], **clip: Any) -> None:
-        self.depth = len(model.blocks)
+        self.depth, self.drop = len(model.blocks), model.dropout.p
         self.params = {n: p.detach().clone() for n, p in model.named_parameters()}
         self.buffers = {n: b.clone() for n, b in model.named_buffers()}
         self.grads: Grads = dict.fromkeys(self.params)
@@ -89,7 +89,7 @@ class PlainTraining:
         if len(x) > 3:
             h = params["scale"] * self._normalised(params, "extra", h, record)
         if self.modes["dropout"]:
-            h = dropout(h, DROP)
+            h = dropout(h, self.drop)
         output = h @ params["last.weight"].T + params["last.bias"]
         return ((output - y) ** 2).mean()
 

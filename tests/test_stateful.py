@@ -1,7 +1,8 @@
 """Anything in any order: closure, optimizer and accumulator against plain_training after each rule.
 
 Freezing, added groups, copies, exceptions and interrupts in the middle of a pass, other chunks,
-modes, buffers, memory, options, state dicts. FBOPT_STATEFUL_RUNS=1000 tries more sequences.
+modes, buffers, memory, options, state dicts, chunks at once. FBOPT_STATEFUL_RUNS=1000 tries more
+sequences.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from conftest import bits
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from plain_training import MOMENTUM, Net, PlainAccumulator, PlainTraining, close, largest
+from plain_training import DROP, MOMENTUM, Net, PlainAccumulator, PlainTraining, close, largest
 from torch import Tensor, nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientAccumulator, GradientPenalty
@@ -92,15 +93,16 @@ class Observer(Trap):
 class Evaluate(Trap):
     """The same loss, and what AuxiliaryObserver gets."""
 
-    def __call__(self, model: nn.Module, chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    def __call__(self, model: nn.Module, chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         self.trip()
-        return nn.functional.mse_loss(model(chunk[0]), chunk[1]), len(chunk[0])
+        loss = nn.functional.mse_loss(model(chunk[0]), chunk[1])
+        return loss, torch.tensor(len(chunk[0]))
 
 
 class AuxiliaryObserver(Observer):
-    def __call__(self, aux: int, chunk: tuple[Tensor, Tensor]) -> None:
+    def __call__(self, aux: Tensor, chunk: tuple[Tensor, Tensor]) -> None:
         self.trip()
-        self.total += aux
+        self.total += int(aux)
 
 
 class Chunks(Trap):
@@ -185,13 +187,16 @@ class Training(RuleBasedStateMachine):
         norm_type=st.sampled_from([2.0, math.inf]),
         options=st.sampled_from(OPTIONS),
         penalty=penalties,
+        vectorize=st.sampled_from([1, 1, 2, 3]),
     )
     def begin(
         self, depth, seed, accumulation, backward, weight, evaluates, max_norm, norm_type, options,
-        penalty,
+        penalty, vectorize,
     ):  # fmt: skip
         torch.manual_seed(seed)
-        self.model = Net(depth).double()
+        # Chunks at once draw other numbers than one by one.
+        self.vectorize = 1 if backward else vectorize
+        self.model = Net(depth, DROP if self.vectorize == 1 else 0.0).double()
         self.names = list(dict(self.model.named_parameters()))
         self.fresh = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         group = {"lr": 0.05, **options}
@@ -220,6 +225,7 @@ class Training(RuleBasedStateMachine):
             accumulation=self.accumulation,
             backward=self.backward,
             weight=self.weight,
+            vectorize=self.vectorize,
             observe=observer,
             on_pass_start=observer.reset,
         )
@@ -518,6 +524,11 @@ class Training(RuleBasedStateMachine):
         """The next call moves the parameters, or leaves them where they are."""
         self.closure.flatten_parameters = flat
 
+    @precondition(lambda self: self.plain.drop == 0)
+    @rule(count=st.integers(1, 4))
+    def change_how_many_chunks_are_worked_on_at_once(self, count):
+        self.vectorize = self.closure.vectorize = count
+
     @rule(seed=seeds, way=st.sampled_from([Chunks, list, tuple]))
     def take_other_chunks(self, seed, way):
         self.closure.chunks = way(chunks_of(seed))
@@ -594,7 +605,13 @@ class Training(RuleBasedStateMachine):
         self.closure.load_state_dict(state)
         self.can_assign = self.can_roll_back = False
 
-    @precondition(lambda self: self.accumulation == "exact" and not self.plain.modes["dropout"])
+    @precondition(
+        lambda self: (
+            self.accumulation == "exact"
+            and not (self.plain.modes["dropout"] and self.plain.drop)
+            and self.vectorize == 1  # another order makes other groups
+        )
+    )
     @rule(seed=seeds)
     def find_the_same_bits_in_another_order(self, seed):
         if self.rates_differ():

@@ -93,8 +93,9 @@ class Comparison:
                 continue
             if _distance(v, w) > share * _norm([w]) + floor + FACTOR * n:
                 name = self._names[i % len(self._names)]
-                is_lost = i < len(self._names) and not v.any()
-                return f"{'no' if is_lost else 'another'} gradient reaches {name}"
+                if i >= len(self._names):
+                    return f"another product H g reaches {name}"
+                return f"{'another' if v.any() else 'no'} gradient reaches {name}"
         return None
 
     @property
