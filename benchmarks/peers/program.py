@@ -50,8 +50,8 @@ def title(workload: Workload, folder: Path | None = None) -> str:
     """A workload in words."""
     what = {"resnet18": "random images" if folder is None else "images of CIFAR-10"}
     size = f"{workload.samples:,} {what.get(workload.network, 'samples')} in {workload.count}"
-    layout = "" if workload.precision == "fp32" else f", {workload.precision}, channels_last"
-    return f"Penalised gradient, {workload.title}, {size} chunks of {workload.chunk}{layout}"
+    how = "" if workload.precision == "fp32" else f", {workload.precision}"
+    return f"Penalised gradient, {workload.title}, {size} chunks of {workload.chunk}{how}"
 
 
 @dataclass(frozen=True)
