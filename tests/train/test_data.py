@@ -358,5 +358,4 @@ def test_chunks_are_dealt_out_in_whole_groups(group, world_size):
     for rank, share in enumerate(shares):
         assert share.groups == len(groups)
         assert list(share.dealt()) == [i for g in groups[rank::world_size] for i in g]
-        assert share.groups == len(groups)
         assert len(list(share)) == len(list(share.dealt()))
