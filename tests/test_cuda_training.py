@@ -23,8 +23,9 @@ from fbopt import (
     clip_grad_norm_,
 )
 from fbopt._build import load
-from fbopt._engine import chunk_addition, vectorized, weights
+from fbopt._engine import chunk_addition, vectorized_gradient, weights
 from fbopt._engine.functional import ChunkFunction, Passes
+from fbopt._engine.refilled import Samples
 from fbopt._engine.vectorized_probe import Kind
 from fbopt._ops import dispatch
 
@@ -168,10 +169,11 @@ def passes_at_points(function, points, buffers, stack):
     return Passes(tuple(map(torch.randn_like, points)), points[0].sum(), (), buffers)
 
 
-def unchecked(work, group, stack, draws, observed):
+def unchecked(work, visit, observed, kinds):
     """In place of the passes that are compared in the first call."""
-    work.kinds[group.kind] = Kind(frozenset(range(len(work.work.sums.params))))
-    return work._first(stack)
+    passes = work._first(visit)
+    kinds[work._used(passes)] = Kind(frozenset(range(len(work.work.sums.params))))
+    return passes
 
 
 class NoUploads(TorchDispatchMode):
@@ -207,7 +209,9 @@ def test_a_step_on_fake_cuda_tensors_reads_nothing(
     )
     monkeypatch.setattr(ChunkFunction, "first", first_passes)
     monkeypatch.setattr(ChunkFunction, "gradient", passes_at_points)
-    monkeypatch.setattr(vectorized.VectorizedGradient, "_checked", unchecked)
+    monkeypatch.setattr(vectorized_gradient.VectorizedGradient, "_checked", unchecked)
+    monkeypatch.setattr(vectorized_gradient, "check_shifted", lambda *passes, **more: None)
+    monkeypatch.setattr(Samples, "check", lambda *chunks: None)  # in the first call, too
     count = mock.Mock(side_effect=lambda target, mean: len(target))  # reads, in the first call
     monkeypatch.setattr(weights, "_count", count)
     with FakeTensorMode(allow_non_fake_inputs=False):
