@@ -1,4 +1,4 @@
-"""The contenders in JAX: one compiled program for all chunks, one after the other or at once.
+"""The contenders in JAX: a compiled program for a chunk, or for all, in turn or at once.
 
 g' = g + (lambda ||g|| / r) (grad L_c(theta + r g / ||g||) - g), where g = grad L_c(theta).
 """
@@ -35,15 +35,20 @@ def penalised(loss: networks.Loss, radius: float, coefficient: float) -> Step:
     return of_chunk
 
 
+def zeros(of_chunk: Step, params: Any, chunk: Any) -> Any:
+    """Where the sums over chunks begin."""
+    shapes = jax.eval_shape(of_chunk, params, chunk)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
 def scanned(of_chunk: Step, params: Any, chunks: Any) -> Any:
     """The mean over chunks, one at a time."""
-    shapes = jax.eval_shape(of_chunk, params, jax.tree.map(lambda a: a[0], chunks))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def add(sums: Any, chunk: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, of_chunk(params, chunk)), None
 
-    sums, _ = jax.lax.scan(add, zeros, chunks)
+    start = zeros(of_chunk, params, jax.tree.map(lambda a: a[0], chunks))
+    sums, _ = jax.lax.scan(add, start, chunks)
     count = len(jax.tree.leaves(chunks)[0])
     return jax.tree.map(lambda total: total / count, sums)
 
@@ -54,22 +59,48 @@ def vmapped(of_chunk: Step, params: Any, chunks: Any) -> Any:
     return jax.tree.map(lambda values: values.mean(0), found)
 
 
-class JaxCall:
-    """A compiled call on arrays that are already where JAX keeps them."""
+def whole(over_chunks: Callable[..., Any], of_chunk: Step, chunks: Any) -> Callable[[Any], Any]:
+    """One compiled program for all chunks, as a function of the parameters."""
+    step = jax.jit(partial(over_chunks, of_chunk))
+    return lambda params: step(params, chunks)
 
-    def __init__(self, over_chunks: Callable[..., Any], workload: Workload) -> None:
+
+def looped(of_chunk: Step, chunks: Any) -> Callable[[Any], Any]:
+    """One compiled program for a chunk, called in a loop: XLA's convolutions are faster there."""
+    count = len(jax.tree.leaves(chunks)[0])
+    parts = [jax.tree.map(lambda a, i=i: a[i], chunks) for i in range(count)]
+
+    @jax.jit
+    def add(params: Any, sums: Any, chunk: Any) -> Any:
+        return jax.tree.map(jnp.add, sums, of_chunk(params, chunk))
+
+    def step(params: Any) -> Any:
+        sums = start(params, parts[0])
+        for chunk in parts:
+            sums = add(params, sums, chunk)
+        return mean(sums)
+
+    start = jax.jit(partial(zeros, of_chunk))
+    mean = jax.jit(lambda sums: jax.tree.map(lambda total: total / count, sums))
+    return step
+
+
+class JaxCall:
+    """A call on arrays that are already where JAX keeps them."""
+
+    def __init__(self, prepare: Callable[..., Callable[[Any], Any]], workload: Workload) -> None:
         jax.config.update("jax_enable_x64", workload.precision == "fp64")
         loss = networks.LOSSES[workload.network]
         of_chunk = penalised(loss, workload.radius, workload.coefficient)
-        self.step = jax.jit(partial(over_chunks, of_chunk))
         weights = {name: networks.from_torch(w) for name, w in workload.weights.items()}
         arrays = (networks.inputs(array) for array in workload.arrays)
         shape = workload.count, workload.chunk
         chunks = tuple(a.reshape(*shape, *a.shape[1:]) for a in arrays)
-        self.params, self.chunks = jax.device_put((weights, chunks))
+        self.params, chunks = jax.device_put((weights, chunks))
+        self.step = prepare(of_chunk, chunks)
 
     def __call__(self) -> Any:
-        return jax.block_until_ready(self.step(self.params, self.chunks))
+        return jax.block_until_ready(self.step(self.params))
 
     def result(self) -> Result:
         loss, _, grads = self()
@@ -78,7 +109,11 @@ class JaxCall:
 
 
 forget = jax.clear_caches
-KINDS = {"JAX jit(scan)": scanned, "JAX jit(vmap)": vmapped}
+KINDS = {
+    "JAX jit, a loop": looped,
+    "JAX jit(scan)": partial(whole, scanned),
+    "JAX jit(vmap)": partial(whole, vmapped),
+}
 
 
 def contenders(workload: Workload) -> dict[str, Callable[[], JaxCall]]:

@@ -14,7 +14,7 @@ from benchmarks.peers import torch_work
 from benchmarks.peers.workload import Arrays, Workload
 from fbopt.train.data.load import load
 
-QUICK = {"samples": 16, "chunk": 4}
+QUICK = {"samples": 32, "chunk": 8}
 
 
 @dataclass(frozen=True)

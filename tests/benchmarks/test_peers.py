@@ -43,7 +43,7 @@ def test_torch_agrees(network):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["mlp", "pinn", "resnet18"])
+@pytest.mark.parametrize("network", ["mlp", "pinn"])
 def test_compiled_agrees(network):
     found, expected = results(torch_calls, network, lambda name: "compile" in name)
     assert len(found) == 4
@@ -59,7 +59,7 @@ def test_jax_agrees(network):
     from benchmarks.peers import jax_calls
 
     found, expected = results(jax_calls, network)
-    assert {"JAX jit(scan)", "JAX jit(vmap)"} <= found.keys()
+    assert list(found) == ["JAX jit, a loop", "JAX jit(scan)", "JAX jit(vmap)"]
     for name, given in found.items():
         expected.check(name, [given])
 
