@@ -97,6 +97,7 @@ Meta meta_of(PyObject* tensor, bool may_be_strided) {
   const Meta meta(t.dim, t.shape, t.strides, number_of(t.dtype),
                   static_cast<char*>(t.data) + t.byte_offset,
                   Device(aoti_torch_device_type_cpu(), -1));
+  if (t.data == nullptr && meta.numel > 0) throw NeedsHandle{};  // zeros without memory
   // Only imaginary parts of conjugates are negated lazily. These leave out every second number, so
   // that as tensors of several elements, in a list, they are not dense, which needs a handle
   // anyway.

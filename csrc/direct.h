@@ -45,7 +45,12 @@ template <>
 struct From<double> {
   static double call(PyObject* x) {
     if (x == nullptr || (!PyFloat_Check(x) && !PyLong_Check(x))) throw NeedsHandle{};
-    return PyFloat_AsDouble(x);
+    const double value = PyFloat_AsDouble(x);
+    if (PyErr_Occurred()) {
+      PyErr_Clear();
+      throw NeedsHandle{};
+    }
+    return value;
   }
 };
 template <>
@@ -63,18 +68,27 @@ struct From<std::optional<T>> {
   }
 };
 
-// Lets other threads of Python run during a long call.
+// Lets other threads of Python run during a long call, and keeps its tensors, which these could
+// take out of their lists.
 class Unlocked {
  public:
-  explicit Unlocked(bool is_long) : state_(is_long ? PyEval_SaveThread() : nullptr) {}
+  Unlocked(bool is_long, PyObject* const* args, size_t count) {
+    if (!is_long) return;
+    for (size_t i = 0; i < count; ++i)
+      if (args[i] != nullptr && PyList_Check(args[i])) kept_.push_back(PyList_AsTuple(args[i]));
+    state_ = PyEval_SaveThread();
+  }
   ~Unlocked() {
-    if (state_ != nullptr) PyEval_RestoreThread(state_);
+    if (state_ == nullptr) return;
+    PyEval_RestoreThread(state_);
+    for (PyObject* tensors : kept_) Py_XDECREF(tensors);
   }
   Unlocked(const Unlocked&) = delete;
   Unlocked& operator=(const Unlocked&) = delete;
 
  private:
-  PyThreadState* state_;
+  PyThreadState* state_ = nullptr;
+  std::vector<PyObject*> kept_;
 };
 
 inline bool is_long(const TensorList& list) {
@@ -92,7 +106,7 @@ template <class R, class... A, size_t... I>
 PyObject* run(R (*op)(A...), PyObject* const* args, std::index_sequence<I...>) {
   std::tuple<std::decay_t<A>...> all{From<std::decay_t<A>>::call(args[I])...};
   const auto call = [&] {
-    const Unlocked unlocked((is_long(std::get<I>(all)) || ...));
+    const Unlocked unlocked((is_long(std::get<I>(all)) || ...), args, sizeof...(I));
     return op(std::move(std::get<I>(all))...);
   };
   if constexpr (std::is_void_v<R>) {

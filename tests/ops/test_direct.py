@@ -47,6 +47,7 @@ UNUSUAL = {
     "negated": lambda: negated(3),
     "one negated": lambda: negated(1),
     "batched": vmapped,
+    "zeros without memory": lambda: torch._efficientzerotensor((3,)),
     "no tensor": lambda: 3.0,
 }
 
@@ -74,7 +75,8 @@ def test_numbers_and_lists_of_another_kind_are_left_to_torch():
     ):
         assert kernels.accumulate_(*args) is NotImplemented
     assert kernels.squared_norm([one], 1) is NotImplemented
-    assert kernels.perturb_(torch.zeros(3), [one], [one], "1") is NotImplemented
+    for radius in ("1", 10**400):
+        assert kernels.perturb_(torch.zeros(3), [one], [one], radius) is NotImplemented
     assert not total.any()
 
 
@@ -151,3 +153,11 @@ def test_threads_call_at_once():
         thread.join()
     for mine in results:
         torch.testing.assert_close(mine, wanted, rtol=0, atol=0)
+
+
+def test_a_copy_on_write_is_a_copy():
+    """Torch shares the memory of such clones until one of them is written to."""
+    x = torch.ones(3)
+    twin = torch._lazy_clone(x)
+    dispatch.accumulate_([twin], [x], scalar(2.0))
+    assert x.tolist() == [1.0] * 3 and twin.tolist() == [3.0] * 3
