@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Tensors = Sequence[Tensor | None]
-TRIALS, FACTOR = 2, 100.0  # changes of the last bits; how many times their effect is rounding
+TRIALS = 2  # changes of the last bits
 
 
 class Found(NamedTuple):
@@ -41,10 +41,12 @@ class Precision(NamedTuple):
 
     Attributes:
         share: what results may differ by, as a share.
+        factor: how many times the effect of other last bits is rounding.
         last_bit: the relative distance of neighbouring numbers.
     """
 
     share: float
+    factor: float
     last_bit: float
 
     @classmethod
@@ -53,10 +55,10 @@ class Precision(NamedTuple):
         last_bit = max(torch.finfo(dtype).eps for dtype in dtypes)
         exact = device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
         if last_bit < 1e-12:
-            return cls(1e-8, last_bit)
+            return cls(1e-8, 100.0, last_bit)
         if last_bit < 1e-5 and exact:
-            return cls(1e-3, last_bit)
-        return cls(0.1, max(last_bit, 2.0**-10))  # half precision, or float32 by TF32
+            return cls(1e-3, 100.0, last_bit)
+        return cls(0.1, 4.0, max(last_bit, 2.0**-10))  # half precision, or float32 by TF32
 
 
 class Comparison:
@@ -83,15 +85,15 @@ class Comparison:
         return self._apart(found, *self._noise)
 
     def _apart(self, found: Found, noise: float, noises: Sequence[float]) -> str | None:
-        wanted, share = self.expected, self._precision.share
-        if _distance(found.loss, wanted.loss) > share * _norm([wanted.loss]) + FACTOR * noise:
+        wanted, (share, factor, last_bit) = self.expected, self._precision
+        if _distance(found.loss, wanted.loss) > share * _norm([wanted.loss]) + factor * noise:
             return f"its loss is {_shown(found.loss)} rather than {_shown(wanted.loss)}"
-        floor = min(FACTOR * self._precision.last_bit, 1e-2) * _norm(wanted.vectors)
+        floor = min(factor * last_bit, 1e-2) * _norm(wanted.vectors)
         triples = zip(found.vectors, wanted.vectors, noises, strict=True)
         for i, (v, w, n) in enumerate(triples):
             if v is None or w is None:
                 continue
-            if _distance(v, w) > share * _norm([w]) + floor + FACTOR * n:
+            if _distance(v, w) > share * _norm([w]) + floor + factor * n:
                 name = self._names[i % len(self._names)]
                 if i >= len(self._names):
                     return f"another product H g reaches {name}"
@@ -106,13 +108,16 @@ class Comparison:
     def _noise(self) -> tuple[float, list[float]]:
         """By how much the loss, and each vector, change with the last bits of the parameters.
 
-        Zero where they change without, also in the second run: a state of its own is no rounding.
+        Zero where they change without, in a run before or between: a state of its own is no
+        rounding.
         """
         loss, vectors = 0.0, self._no_noise
-        if any(self._apart(self._run(), loss, vectors) for _ in range(TRIALS)):
-            return loss, vectors
         values = [p.detach() for p in self._params]
-        for trial in range(TRIALS):
+        for trial in range(TRIALS + 1):
+            if self._apart(self._run(), 0.0, self._no_noise) is not None:
+                return 0.0, self._no_noise
+            if trial == TRIALS:
+                break
             with pointing(self._params, [self._moved(v, trial) for v in values]):
                 found = self._run()
             loss = max(loss, _distance(found.loss, self.expected.loss))
