@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -127,7 +128,8 @@ class ChunkFunction:
         if not self.compiled:
             return function(*given)
         layout = which, key, *((t.shape, t.stride()) for t in stack.tensors)
-        if layout not in self._guarded:
+        # Leaving guards out is a setting of the process: other threads would leave theirs out, too.
+        if layout not in self._guarded or threading.active_count() > 1:
             result = function(*given)
             self._guarded.add(layout)
             return result

@@ -4,6 +4,8 @@ chunks cannot be compiled. Few cases, as each is compiled for seconds.
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,6 +106,28 @@ def test_what_cannot_be_compiled_is_refused(name, count):
     assert closure.step == 0 and all(p.grad is None for p in model.parameters())
     closure.compile, closure.vectorize = False, 1
     closure()
+
+
+def test_guards_are_left_out_only_where_no_other_thread_could_run_compiled_code(monkeypatch):
+    """It is a setting of the process, which two threads would even leave behind."""
+    used, real = [], torch.compiler.set_stance
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(
+        torch.compiler, "set_stance", lambda *a, **k: used.append(k) or real(*a, **k)
+    )
+    closure = make(mlp(), chunked(), method="forward", vectorize=3, compile=True)
+    stop = threading.Event()
+    other = threading.Thread(target=stop.wait)
+    other.start()
+    try:
+        closure(), closure()
+        assert used == []
+    finally:
+        stop.set()
+        other.join()
+    if threading.active_count() == 1:
+        closure()
+        assert used and torch._dynamo.eval_frame._stance.skip_guard_eval_unsafe is False
 
 
 def test_parameters_from_outside_of_the_model_are_refused():
