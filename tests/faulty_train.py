@@ -1,7 +1,7 @@
 """`fbopt train` with a fault that happens once, in a given step (MARKER records that it did).
 
 FAULT is "RANK STEP what": kill (SIGKILL, within the rank's first chunk), raise (in its first chunk)
-or wait (until the test sends a signal to the launcher).
+or wait (until the test has sent a signal, and touched a file named as the marker with .go).
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ def fault(trainer: Trainer) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "raise":
             raise ZeroDivisionError("a fault of the test")
+        go, latest = Path(f"{marker}.go"), time.monotonic() + 120
+        while not go.exists() and time.monotonic() < latest:
+            time.sleep(0.05)
         time.sleep(1.5)  # the launcher's signal arrives within this step
 
 

@@ -362,17 +362,17 @@ def test_two_threads_with_models_of_their_own():
     expected = flat(outcome(mlp(), chunked(), method="forward").grads)
     found = []
 
-    def train():
-        model = mlp()
-        closure = make(model, chunked(), method="forward", vectorize=3)
+    def train(model, chunks):
+        closure = make(model, chunks, method="forward", vectorize=3)
         for _ in range(5):
             closure()
         found.append(flat_grads(model))
 
-    models = [threading.Thread(target=train) for _ in range(3)]
-    for thread in models:
+    # Made here: both seed the generator that all threads share.
+    threads = [threading.Thread(target=train, args=(mlp(), chunked())) for _ in range(3)]
+    for thread in threads:
         thread.start()
-    for thread in models:
+    for thread in threads:
         thread.join()
     assert len(found) == 3
     for grads in found:

@@ -141,10 +141,12 @@ def jobs(tiny, tmp_path_factory) -> dict[str, Any]:
     launcher.kill()
     running["stopped"].wait_for("1-3-wait")
     os.killpg(running["stopped"].process.pid, signal.SIGINT)  # as a terminal does
+    running["stopped"].file("1-3-wait.go").touch()
     running["twice"].wait_for("0-3-wait")
     for _ in range(2):
         os.kill(running["twice"].process.pid, signal.SIGTERM)
         time.sleep(0.3)
+    running["twice"].file("0-3-wait.go").touch()
     running["at once"] = job("at once", vectorize=2)
     return found | {name: one.finish() for name, one in running.items()}
 
