@@ -1,7 +1,8 @@
 """`fbopt train` with a fault that happens once, in a given step (MARKER records that it did).
 
-FAULT is "RANK STEP what": kill (SIGKILL, within the rank's first chunk), raise (in its first chunk)
-or wait (until the test has sent a signal, and touched a file named as the marker with .go).
+FAULT is "RANK STEP what", and happens in the rank's first chunk: kill (SIGKILL), raise, wait (until
+a signal to stop has arrived) or wait-two (which the second of two signals ends; a file named as the
+marker with .noticed says that the first has arrived).
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 from fbopt.train import loop
 from fbopt.train.__main__ import main
+from fbopt.train.signals import SignalHandler
 from fbopt.train.trainer import Trainer
 
 
@@ -29,13 +32,28 @@ def fault(trainer: Trainer) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "raise":
             raise ZeroDivisionError("a fault of the test")
-        go, latest = Path(f"{marker}.go"), time.monotonic() + 120
-        while not go.exists() and time.monotonic() < latest:
-            time.sleep(0.05)
-        time.sleep(1.5)  # the launcher's signal arrives within this step
+        latest = time.monotonic() + 120
+        while len(arrived) < (2 if what == "wait-two" else 1) and time.monotonic() < latest:
+            time.sleep(0.02)
+            if arrived:
+                Path(f"{marker}.noticed").touch()
 
 
+arrived: list[int] = []  # signals to stop
+handle = SignalHandler._handle
 seed_chunk = Trainer.seed_chunk
+
+
+def note_and_handle(handler: SignalHandler, number: int, frame: FrameType | None) -> None:
+    arrived.append(number)
+    handle(handler, number, frame)
+
+
+def install() -> None:
+    """Let the training program of this process meet the fault."""
+    Trainer.seed_chunk = seed_or_fail
+    SignalHandler._handle = note_and_handle
+    loop.draw_curves = lambda folder, options: False
 
 
 def seed_or_fail(trainer: Trainer, chunk: int = 0) -> None:
@@ -44,6 +62,5 @@ def seed_or_fail(trainer: Trainer, chunk: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    Trainer.seed_chunk = seed_or_fail
-    loop.draw_curves = lambda folder, options: False
+    install()
     sys.exit(main())

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fbopt._engine.autograd_graph import leaves
 from fbopt._engine.chunk_groups import Stack, Template
+from fbopt._engine.conv1d import Conv1dAsProduct
 from fbopt._engine.forward import ChunkLoss
 from fbopt._engine.shared_state import Place
 from fbopt._ops.flat import accumulator_dtype
@@ -158,7 +160,8 @@ class ChunkFunction:
         def value(params: Tensors, buffers: Tensors, tensors: Tensors) -> tuple[Tensor, Any]:
             state = dict(zip(names, (*params, *buffers), strict=True))
             given = template.fill(tensors), shows
-            loss, shown, recorded = functional_call(module, state, given)
+            with Conv1dAsProduct() if self.compiled else nullcontext():
+                loss, shown, recorded = functional_call(module, state, given)
             return loss, (shown, recorded)
 
         gradient = grad_and_value(value, has_aux=True)

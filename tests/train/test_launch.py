@@ -26,7 +26,6 @@ from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options
 from fbopt.train.loop import train
-from fbopt.train.trainer import Trainer
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -69,8 +68,7 @@ def work(words: list[str], out: Path, fault: str, read_lines: int | None) -> Non
     """Run the program in a process of its own, whose stdout closes after so many lines."""
     os.setsid()
     os.environ |= {"FAULT": fault, "MARKER": f"{out}."}
-    Trainer.seed_chunk = faulty_train.seed_or_fail
-    loop.draw_curves = lambda folder, options: False
+    faulty_train.install()
     with open(f"{out}.out", "w") as stdout, open(f"{out}.err", "w") as stderr:
         os.dup2(stderr.fileno(), 2)
         if read_lines is None:
@@ -125,7 +123,7 @@ def jobs(tiny, tmp_path_factory) -> dict[str, Any]:
     running = {
         "whole": job("whole"),
         "stopped": job("stopped", "1 3 wait"),
-        "twice": job("twice", "0 3 wait", save_every=2),
+        "twice": job("twice", "0 3 wait-two", save_every=2),
         "orphaned": job("orphaned", "0 3 wait"),
         "one raises": job("one raises", "1 2 raise"),
         "all raise": job("all raise", "0 2 raise,1 2 raise"),
@@ -141,12 +139,9 @@ def jobs(tiny, tmp_path_factory) -> dict[str, Any]:
     launcher.kill()
     running["stopped"].wait_for("1-3-wait")
     os.killpg(running["stopped"].process.pid, signal.SIGINT)  # as a terminal does
-    running["stopped"].file("1-3-wait.go").touch()
-    running["twice"].wait_for("0-3-wait")
-    for _ in range(2):
+    for marker in ("0-3-wait-two", "0-3-wait-two.noticed"):
+        running["twice"].wait_for(marker)
         os.kill(running["twice"].process.pid, signal.SIGTERM)
-        time.sleep(0.3)
-    running["twice"].file("0-3-wait.go").touch()
     running["at once"] = job("at once", vectorize=2)
     return found | {name: one.finish() for name, one in running.items()}
 

@@ -386,7 +386,6 @@ def jobs(tiny, tmp_path_factory) -> dict[str, Any]:
     while not wait.exists() and time.monotonic() < end:
         time.sleep(0.05)
     running["stopped"].process.send_signal(signal.SIGINT)
-    Path(f"{wait}.go").touch()
     return {"home": home} | {name: job.finish() for name, job in running.items()}
 
 
