@@ -149,14 +149,20 @@ void exact_mean_op(const TensorList& means, const TensorList& sums, const Tensor
   const double total = scalar("divisor", divisor)();
   dispatch(dtype, [&](auto t) {
     using A = typename decltype(t)::type;
+    const bool streams = exceeds_cache(source.layout.total() * (12 + int64_t{sizeof(A)}));
     for_each_backwards(source.layout, 1, [&](int64_t i, int64_t begin, int64_t end) {
       const int64_t* sum = source.sums.at<int64_t>(i);
       const int32_t* carry = source.carries.at<int32_t>(i);
       A* mean = out.at<A>(i);
-      const double scale = rules::sound_scale(source.scales[i], source.maxima[i]);
-      for (int64_t k = begin; k < end; ++k)
-        mean[k] = static_cast<A>(rules::exact_mean(static_cast<double>(sum[k]),
-                                                   static_cast<double>(carry[k]), scale, total));
+      const double unit = rules::sound_unit(source.scales[i], source.maxima[i]);
+      tiles(begin, end, streams ? misaligned(mean + begin) : 0, [&](int64_t e, int64_t n) {
+        alignas(64) A means[kTile];
+        for (int64_t j = 0; j < n; ++j)
+          means[j] = static_cast<A>(rules::exact_mean(
+              static_cast<double>(sum[e + j]), static_cast<double>(carry[e + j]), unit, total));
+        streams ? stream(mean + e, means, n) : narrow_loop(mean + e, means, n);
+      });
+      if (streams) stream_fence();
     });
   });
   out.write_back();

@@ -32,19 +32,25 @@ inline Scalar scalar(const char* name, const Meta& t, const Chunks& chunks = {})
 
 // body(i, begin, end): elements begin ... end of tensor i, each element once, from the last run
 // to the first: after a forward sum over the same memory the caches still hold its end. An element
-// is work for so many chunks.
-template <class Body>
-void for_each_backwards(const Layout& layout, int64_t chunks, const Body& body) {
-  std::vector<int64_t> ends(layout.size());
+// is work for so many chunks; little work is done here and now.
+template <class List, class Body>
+void for_each_backwards(const List& list, int64_t chunks, const Body& body) {
   int64_t total = 0;
-  for (int64_t i = 0; i < layout.size(); ++i) ends[i] = total += layout[i].numel;
+  for (int64_t i = 0; i < list.size(); ++i) total += list[i].numel;
+  if (total * chunks <= kGrain) {
+    for (int64_t i = list.size(); i-- > 0;)
+      if (list[i].numel > 0) body(i, 0, list[i].numel);
+    return;
+  }
+  std::vector<int64_t> ends(list.size());
+  for (int64_t i = 0, end = 0; i < list.size(); ++i) ends[i] = end += list[i].numel;
   torch::stable::parallel_for(
       0, (total + kUnit - 1) / kUnit, std::max<int64_t>(1, kGrain / kUnit / chunks),
       [&](int64_t b, int64_t e) {
         int64_t end = std::min(e * kUnit, total);
         int64_t i = std::lower_bound(ends.begin(), ends.end(), end) - ends.begin();
         while (end > b * kUnit) {
-          const int64_t start = ends[i] - layout[i].numel;
+          const int64_t start = ends[i] - list[i].numel;
           const int64_t begin = std::max({start, b * kUnit, (end - 1) / kRun * kRun});
           if (begin < end) body(i, begin - start, end - start);
           end = begin;

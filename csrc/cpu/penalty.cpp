@@ -21,11 +21,22 @@ void pack_op(const Argument& out, const TensorList& tensors) {
     if (!is_contiguous(tensors[i])) copies[i] = row_major(tensors.handle(i));
   dispatch(dtype_of(out), [&](auto t) {
     using T = typename decltype(t)::type;
-    T* to = static_cast<T*>(out.data);
-    for (int64_t i = 0; i < tensors.size(); to += tensors[i++].numel) {
-      const void* from = copies[i] ? copies[i]->data_ptr() : tensors[i].data;
-      if (tensors[i].numel > 0) std::memcpy(to, from, tensors[i].numel * sizeof(T));
-    }
+    const bool streams = exceeds_cache(2 * total * static_cast<int64_t>(sizeof(T)));
+    std::vector<T*> starts(tensors.size());
+    T* next = static_cast<T*>(out.data);
+    for (int64_t i = 0; i < tensors.size(); next += tensors[i++].numel) starts[i] = next;
+    for_each_backwards(tensors, 1, [&](int64_t i, int64_t begin, int64_t end) {
+      const void* data = copies[i] ? copies[i]->data_ptr() : tensors[i].data;
+      const T* from = static_cast<const T*>(data);
+      T* to = starts[i];
+      if (!streams) {
+        std::memcpy(to + begin, from + begin, (end - begin) * sizeof(T));
+        return;
+      }
+      tiles(begin, end, misaligned(to + begin),
+            [&](int64_t e, int64_t n) { stream(to + e, from + e, n); });
+      stream_fence();
+    });
   });
 }
 

@@ -85,7 +85,7 @@ inline void stream(T* p, const A* x, int64_t n) {
   constexpr int64_t kWidth = 32 / sizeof(T);
   if constexpr (kInPlace<T, A>) {
     for (const int64_t end = misaligned(p) == 0 ? n : 0; j + kWidth <= end; j += kWidth) {
-      const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(x + j));
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + j));
       _mm256_stream_si256(reinterpret_cast<__m256i*>(p + j), bits);
     }
   }

@@ -227,20 +227,20 @@ struct Mean {
   using Operands = std::tuple<A, const int64_t, const int32_t>;  // means, sums, carries
   using Value = double;
   struct Uniform {
-    double scale, divisor;
+    double unit, divisor;
   };
   Scalar divisor;
   const double *maxima, *scales;
 
   __device__ Uniform uniform(int tensor, int) const {
-    return {rules::sound_scale(scales[tensor], maxima[tensor]), divisor()};
+    return {rules::sound_unit(scales[tensor], maxima[tensor]), divisor()};
   }
   static __device__ bool idle(const Uniform&) { return false; }
   static __device__ constexpr bool stacked(int) { return false; }
   static __device__ constexpr bool reads(int k) { return k > 0; }
   static __device__ constexpr bool writes(int k) { return k == 0; }
   static __device__ void apply(Value (&x)[3], const Uniform& u) {
-    x[0] = rules::exact_mean(x[1], x[2], u.scale, u.divisor);
+    x[0] = rules::exact_mean(x[1], x[2], u.unit, u.divisor);
   }
 };
 

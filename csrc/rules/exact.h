@@ -59,11 +59,14 @@ FBOPT_RULE void add_exact(int64_t& sum, int32_t& carry, A v, double scale) {
 }
 
 // S u / divisor for S = carry 2^64 + sum: with a carry |S| is at least 2^63, so nothing cancels.
-FBOPT_RULE double exact_mean(double sum, double carry, double scale, double divisor) {
-  return fma(carry, 0x1p64, sum) / divisor / scale;
+FBOPT_RULE double exact_mean(double sum, double carry, double unit, double divisor) {
+  return fma(carry, 0x1p64, sum) / divisor * unit;
 }
 
-// The scale for the mean: NaN if some contribution was not finite.
-FBOPT_RULE double sound_scale(double scale, double maximum) { return scale + (maximum - maximum); }
+// The unit for the mean: NaN if some contribution was not finite. Scales are powers of two, so that
+// a product with it is exact, and cheaper than a division.
+FBOPT_RULE double sound_unit(double scale, double maximum) {
+  return 1 / (scale + (maximum - maximum));
+}
 
 }  // namespace fbopt::rules

@@ -25,7 +25,7 @@ from op_cases import (
 
 from fbopt._build import load
 from fbopt._ops import dispatch, reference
-from fbopt._ops.flat import accumulator_dtype, flat_size, flat_views
+from fbopt._ops.flat import accumulator_dtype, flat_size, flat_views, stacks_like
 
 OTHERS = ["dispatched", "emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
 pytestmark = [
@@ -177,15 +177,27 @@ def test_every_half_precision_value_and_rounding(dtype, target):
     assert torch.equal(found[0][0], theirs[0])
 
 
-def test_large_output_is_streamed_correctly():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_large_output_is_streamed_correctly(dtype):
     """Above the cache's size stores go past it, from aligned and misaligned starts alike."""
-    shapes = [(5,), (6_000_000,), (3,), (7_000_000,)]
-    params, grads = make(shapes, torch.float32, 0), make(shapes, torch.float32, 1)
-    out = torch.zeros(flat_size(params))
+    shapes = [(5,), (2_500_001,), (3,), (3_000_000,)]
+    ops, wide = dispatch.table("cpu"), accumulator_dtype(dtype)
+    params, grads = make(shapes, dtype, 0), make([(3, *s) for s in shapes], dtype, 1)
+    out = torch.zeros(flat_size(stacks_like(params, 3)), dtype=dtype)
     wanted = torch.zeros_like(out)
-    square = dispatch.table("cpu").perturb_(out, params, grads, 0.5)
-    reference.perturb_(wanted, params, grads, 0.5, square)
+    squares = ops.perturb_(out, params, grads, 0.5)
+    reference.perturb_(wanted, params, grads, 0.5, squares)
     torch.testing.assert_close(out, wanted)
+    packed = torch.zeros(sum(g.numel() for g in grads) + 1, dtype=dtype)[1:]
+    ops.pack_(packed, grads)
+    assert torch.equal(packed, torch.cat([g.reshape(-1) for g in grads]))
+    sums = [(p * 2**20).to(torch.int64) for p in params]
+    carries = [torch.zeros_like(a, dtype=torch.int32) for a in sums]
+    numbers = torch.zeros(4, dtype=torch.float64), torch.full((4,), 2.0**20, dtype=torch.float64)
+    means, expected = ([torch.zeros_like(p, dtype=wide) for p in params] for _ in range(2))
+    ops.exact_mean_(means, sums, carries, *numbers, scalar(3.0))
+    reference.exact_mean_(expected, sums, carries, *numbers, scalar(3.0))
+    assert_same(means, expected)
 
 
 @pytest.mark.parametrize(
