@@ -26,7 +26,7 @@ from fbopt._engine.inputs import (
     unwrapped,
 )
 from fbopt._engine.modules import list_parts
-from fbopt._engine.parameter_sets import alone_in_threads, check_optimizers
+from fbopt._engine.parameter_sets import AloneInThreads, check_optimizers
 from fbopt._engine.preparation import Preparation
 from fbopt._engine.reduce import Reduction
 from fbopt.accumulate import GradientAccumulator
@@ -249,7 +249,7 @@ class FullBatchClosure:
         """Accumulate for a step of this optimizer."""
         self._claim("called")
         try:
-            with alone_in_threads(self.sums.params):
+            with AloneInThreads(self.sums.params):
                 return self._visit_all(optimizer)
         finally:
             self._running.release()

@@ -52,7 +52,7 @@ class ChunkGradient:
         clip: None where chunks are not clipped.
         chunk_norms: as for the closure.
         backward: whether gradients come from ``loss.backward()``.
-        sharded, lockstep: for a model sharded by FSDP2.
+        sharded, lockstep: for a model sharded by FSDP2, else None.
         checks: whether autograd graphs are checked, in the first call with these parameters.
         means: checks losses where weights are numbers of samples, for want of anything better.
     """
@@ -76,10 +76,12 @@ class ChunkGradient:
         """What adds the chunk's gradient to the sums."""
         return GradientAddition(self.sums, self.clip, self.perturbation, self.chunk_norms)
 
-    @functools.cached_property
+    @property
     def repetitions(self) -> int:
         """How often a chunk's random draws are repeated."""
-        return {"forward": 1, "central": 2}.get(self.penalty and self.penalty.method, 0)
+        if self.penalty is None:
+            return 0
+        return {"forward": 1, "central": 2}.get(self.penalty.method, 0)
 
     def __call__(
         self,
@@ -91,7 +93,7 @@ class ChunkGradient:
         observe: Observe,
     ) -> tuple[Tensor, Tensor | None]:
         """Add one chunk's gradient; return its loss and ||g||^2 (float64; None if not needed)."""
-        if not self._is_sharded or self._counts(weight):
+        if self.sharded is None or self._counts(weight):
             return self._add(index, chunk, weight, coefficient, draws, observe)
         # Of weight 0, run in step with processes whose chunks count: it leaves no trace.
         buffers = BufferSnapshot(self.forward.model)
@@ -115,7 +117,7 @@ class ChunkGradient:
             draws.begin()
         self.statistics.clear()
         loss = self._checked_forward(index, chunk, weight, observe, checks)
-        own, weight = weight, self.lockstep.weight if self._is_sharded else weight
+        own, weight = weight, self.lockstep.weight if self.sharded is not None else weight
         if self._is_streamed:
             self._stream(loss, weight)
             self._record(own)
@@ -148,7 +150,7 @@ class ChunkGradient:
         """Check the loss of one chunk alone."""
         self._checked_forward(index, chunk, weight, None, self.checks)
 
-    @functools.cached_property
+    @property
     def is_exact(self) -> bool:
         """Whether there is a second backward pass."""
         return self.penalty is not None and self.penalty.method == "exact"
@@ -177,15 +179,11 @@ class ChunkGradient:
             second.check(self.sums.params, again)
         return grads, products
 
-    @functools.cached_property
-    def _is_sharded(self) -> bool:
-        return bool(self.sharded)
-
     def _counts(self, weight: float | Tensor) -> bool:
-        return not self._is_sharded or bool(weight)  # others come with weights above 0 alone
+        return self.sharded is None or bool(weight)  # others come with weights above 0 alone
 
     def _record(self, weight: float | Tensor) -> None:
-        if not self._is_sharded or self._counts(weight):
+        if self.sharded is None or self._counts(weight):
             self.statistics.record(lambda device: self.sums.scalar(weight, device))
 
     @property
@@ -199,7 +197,7 @@ class ChunkGradient:
     @property
     def _is_apart(self) -> bool:
         """Whether the gradients of processes are added one by one, for exact sums with FSDP2."""
-        return self._is_sharded and self.sharded.contributions is not None
+        return self.sharded is not None and self.sharded.contributions is not None
 
     def _stream(self, loss: Tensor, weight: float | Tensor) -> None:
         addition: ChunkAddition | ApartAddition = ChunkAddition(self.sums, weight)
@@ -210,10 +208,9 @@ class ChunkGradient:
         addition.finish()
 
     def _backward(self, loss: Tensor, take: Take) -> None:
-        scale = self.lockstep.scale if self._is_sharded and not self._is_apart else 1.0
-        run_backward(
-            loss, self.sums.params, self.forward.model, take, sharded=self.sharded, scale=scale
-        )
+        scale = self.lockstep.scale if self.sharded is not None and not self._is_apart else 1.0
+        sharded = FullySharded(()) if self.sharded is None else self.sharded
+        run_backward(loss, self.sums.params, self.forward.model, take, sharded=sharded, scale=scale)
 
     def in_passing(
         self, draws: GeneratorSnapshot

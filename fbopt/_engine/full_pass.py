@@ -110,8 +110,9 @@ class FullPass:
         checks = [*map(id, known)] != [*map(id, self._checked)]
         if checks:
             self._checked = ()  # frees chunks of an earlier call
-        mean, device = mean_of(closure.loss_fn), self._sums.params[0].device
+        mean = mean_of(closure.loss_fn)
         work = self._work(closure, penalty, autocast, checks, mean)
+        device = self._sums.buckets.device(0)
         scale = None if coefficient is None else self._sums.scalar(coefficient, device)
         chunks = self._reduction.lockstep(self._weighed(closure, mean), closure.chunks)
         if closure.vectorize > 1 or closure.compile:
@@ -218,7 +219,7 @@ class FullPass:
             self._prepared.clip,
             closure.chunk_norms,
             closure.backward,
-            self._reduction.sharded,
+            self._reduction.sharded or None,
             self._reduction.lockstep,
             checks,
             SampleMeans(self._reduction.collectives.is_single) if by_samples else None,

@@ -133,7 +133,7 @@ class GradientSums:
     def add(self, parts: Parts, weight: float | Tensor) -> None:
         """Add ``weight * g``."""
         for k, part in enumerate(parts):
-            self.store.add(k, part, self.scalar(weight, part[0].device))
+            self.store.add(k, part, self.scalar(weight, self.buckets.device(k)))
 
     def add_some(self, grads: Mapping[int, Tensor], weight: float | Tensor) -> None:
         """Add ``weight * g`` for some of the parameters, given by their indices."""
@@ -180,10 +180,12 @@ class GradientSums:
         `minus` is empty for forward differences; see :func:`fbopt.reference.accumulate_penalty_`.
         """
         for k, part in enumerate(grads):
-            device = part[0].device
+            device = self.buckets.device(k)
             passes = part, plus[k], minus[k] if minus else []
-            penalty = _on(device, coefficient), _on(device, squared_norm), radius
-            self.store.add_penalised(k, *passes, self.scalar(weight, device), *penalty)
+            if len(grads) > 1:  # one list has its numbers where it is
+                coefficient, squared_norm = coefficient.to(device), squared_norm.to(device)
+            scale = self.scalar(weight, device)
+            self.store.add_penalised(k, *passes, scale, coefficient, squared_norm, radius)
 
     def squared_norm(self, parts: Parts) -> Tensor:
         """Return ``||g||^2`` of a gathered gradient, over all shards: 0-dim, float64."""
@@ -261,7 +263,3 @@ class GradientSums:
         if key not in self._scalars:
             self._scalars[key] = torch.full((), value, dtype=torch.float64, device=device)
         return self._scalars[key]
-
-
-def _on(device: torch.device, number: Tensor) -> Tensor:
-    return number if number.device == device else number.to(device)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +13,26 @@ _at_work: list[tuple[int, set[int]]] = []
 _lock = threading.Lock()
 
 
-@contextlib.contextmanager
-def alone_in_threads(params: Iterable[Tensor]) -> Iterator[None]:
-    """Refuse parameters that another thread's closure works on: it may have shifted them."""
-    entry = threading.get_ident(), set(map(id, params))
-    with _lock:
-        if any(thread != entry[0] and not ids.isdisjoint(entry[1]) for thread, ids in _at_work):
-            raise RuntimeError(
-                "another thread's FullBatchClosure is at work on these parameters, and may point "
-                "them to other values meanwhile: wait for it, or give this thread a copy of the "
-                "model"
-            )
-        _at_work.append(entry)
-    try:
-        yield
-    finally:
+class AloneInThreads:
+    """Refuses parameters that another thread's closure works on: it may have shifted them."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._entry = threading.get_ident(), set(map(id, params))
+
+    def __enter__(self) -> None:
+        own, wanted = self._entry
         with _lock:
-            _at_work.remove(entry)
+            if any(other != own and not ids.isdisjoint(wanted) for other, ids in _at_work):
+                raise RuntimeError(
+                    "another thread's FullBatchClosure is at work on these parameters, and may "
+                    "point them to other values meanwhile: wait for it, or give this thread a copy "
+                    "of the model"
+                )
+            _at_work.append(self._entry)
+
+    def __exit__(self, *raised: object) -> None:
+        with _lock:
+            _at_work.remove(self._entry)
 
 
 def stepping_optimizer() -> torch.optim.Optimizer | None:

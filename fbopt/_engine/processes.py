@@ -39,7 +39,7 @@ def combine_sums(
     Returns:
         What the processes exchanged; None where the units of exact sums did not fit.
     """
-    stores, device = (sums.store, *others), sums.params[0].device
+    stores, device = (sums.store, *others), sums.buckets.device(0)
     seen = []
     if not collectives.is_single:
         seen = [i not in sums.unseen for i in range(len(sums.params))]

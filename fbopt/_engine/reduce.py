@@ -149,7 +149,7 @@ class Reduction:
             PeerError: another process failed.
             ValueError: no process had a chunk.
         """
-        sums, statistics, device = self._sums, self._statistics, self._sums.params[0].device
+        sums, statistics = self._sums, self._statistics
         empty = ValueError(
             "chunks is empty, or every chunk has weight 0: there is no sample to average over"
         )
@@ -166,8 +166,10 @@ class Reduction:
         if self.collectives.is_single and _lie_on_host(self._losses, self._squares):
             values = self._losses, self._squares
             mean, square = (_sum_on_host(v, self._weights) / sums.total_weight for v in values)
-            loss = torch.tensor(mean, dtype=dtype)
-            return loss, torch.tensor(square, dtype=torch.float64) if self._squares else None
+            loss = torch.scalar_tensor(mean, dtype=dtype)
+            squares = torch.scalar_tensor(square, dtype=torch.float64) if self._squares else None
+            return loss, squares
+        device = sums.params[0].device
         loss, squares = self._means([int(n) for n in everyones], sums.total_weight, device)
         return loss.to(dtype), squares
 

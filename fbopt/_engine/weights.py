@@ -126,8 +126,7 @@ class TargetCounts:
     def __call__(self, index: int, target: Tensor, mean: Mean) -> float:
         """The count of a chunk's targets."""
         weights = mean.class_weights
-        here = target.device.type == "cpu"
-        if here and (weights is None or weights.device.type == "cpu"):
+        if target.is_cpu and (weights is None or weights.is_cpu):
             return _count(target, mean)  # NumPy could have written to it
         known = self._known.get(index)
         if known is not None and known.holds(target, mean):

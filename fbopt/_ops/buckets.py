@@ -59,6 +59,7 @@ class FlatBuckets:
             [self.locals[i].contiguous() if packed else self.locals[i] for i in group]
             for group, packed in zip(self.indices, self._packed, strict=True)
         ]
+        self._devices = [members[0].device for members in self._members]
         self._buffers: dict[str, list[Tensor | None]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -105,6 +106,10 @@ class FlatBuckets:
     def devices(self) -> set[torch.device]:
         """Where the model computes with the parameters."""
         return {working_device(p) for p in self.params}
+
+    def device(self, bucket: int) -> torch.device:
+        """Where the parameters of a bucket are."""
+        return self._devices[bucket]
 
     def current(self) -> list[Tensor]:
         """Return ``locals`` as they are now: a parameter may have got other memory."""

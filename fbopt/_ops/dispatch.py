@@ -89,9 +89,14 @@ def _on_device_of(position: int, op: Callable[P, R]) -> Callable[P, R]:
         given: tuple[Any, ...] = args
         if rule:
             given += tuple(rule[name] for name in names[len(args) :])
-        return getattr(table(given[position].device.type), name)(*given)
+        return getattr(_table_for(given[position]), name)(*given)
 
     return run
+
+
+def _table_for(tensor: Tensor) -> SimpleNamespace | ModuleType:
+    # On the CPU without tensor.device, which would take longer than all else here.
+    return table("cpu" if tensor.is_cpu else tensor.device.type)
 
 
 pack_ = _on_device_of(0, reference.pack_)
@@ -113,7 +118,7 @@ def squared_norm(tensors: Sequence[Tensor], stacked: bool = False) -> Tensor:
         return torch.zeros((), dtype=torch.float64)
     groups = by_device_and_dtype(tensors)
     parts = [[tensors[i] for i in group] for group in groups]
-    squares = [table(part[0].device.type).squared_norm(part, stacked) for part in parts]
+    squares = [_table_for(part[0]).squared_norm(part, stacked) for part in parts]
     if len(squares) == 1:
         return squares[0]
     return torch.stack([s.to(tensors[0].device) for s in squares]).sum(0)

@@ -78,7 +78,7 @@ class FloatSums:
     def mean_(self, weight: float) -> None:
         """Divide the sums by their weight."""
         for flat in self._flats:  # a CUDA kernel would multiply by the reciprocal of a number
-            flat.div_(weight if flat.is_cpu else scalar_on(flat.device, weight).to(flat.dtype))
+            flat.div_(weight if flat.is_cpu else scalar_on(flat.device, weight))
 
     def all_reduce_(self, collectives: Collectives, extra: Sequence[Tensor] = ()) -> None:
         """Replace sums, and `extra`, by those of all processes; with `extra` in one all-reduce."""

@@ -142,6 +142,7 @@ class Elsewhere(Tensor):
     """A tensor that says to be on another device."""
 
     device = property(lambda self: torch.device("cuda"))
+    is_cpu = property(lambda self: False)
 
 
 @pytest.mark.parametrize("case", ["whole", "ignored", "class weights"])

@@ -161,3 +161,25 @@ def test_a_copy_on_write_is_a_copy():
     twin = torch._lazy_clone(x)
     dispatch.accumulate_([twin], [x], scalar(2.0))
     assert x.tolist() == [1.0] * 3 and twin.tolist() == [3.0] * 3
+
+
+def test_alike_are_plain_tensors_of_one_dtype_in_the_same_memory_order():
+    x = make([(5,), (3, 4)], torch.float32, 0)
+    assert kernels.alike(x) and kernels.alike(x, x, [t.clone() for t in x]) and kernels.alike([])
+    nn_x = [nn.Parameter(t) for t in x]
+    assert kernels.alike(nn_x, x) and dispatch.are_alike(nn_x, x)
+    others = {
+        "dtype": [x[0], x[1].double()],
+        "kind": [t.int() for t in x],
+        "shape": [x[0], x[1].t().contiguous()],
+        "strides": [x[0], x[1].t().contiguous().t()],
+        "number": x[:1],
+        "strided": [x[0], torch.ones(3, 8)[:, ::2]],
+        "expanded": [x[0], torch.ones(4).expand(3, 4)],
+        "subclass": [x[0], x[1].as_subclass(Own)],
+        "nothing": [x[0], None],
+    }
+    for name, other in others.items():
+        assert not kernels.alike(x, other), name
+        assert kernels.alike(other) == (name in ("shape", "strides", "number")), name
+    assert not dispatch.are_alike([])
