@@ -28,8 +28,8 @@ class Setting:
 
 
 SETTINGS = {
-    "cnn": Setting("the small CNN for MNIST-1D", 4096, {128: 0, 32: 32}),
-    "mlp": Setting("tanh network 64-64-64-64-10", 4096, {128: 0, 32: 0}),
+    "cnn": Setting("the small CNN for MNIST-1D", 4096, {128: 8, 32: 16}),
+    "mlp": Setting("tanh network 64-64-64-64-10", 4096, {128: 16, 32: 32}),
     "pinn": Setting("Burgers' equation, tanh network 2-32-32-32-32-1", 4096, {512: 0, 128: 0}),
     "resnet18": Setting("ResNet-18 of width 16", 512, {128: 2}, ("fp32", "bf16")),
 }
