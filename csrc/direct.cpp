@@ -65,8 +65,8 @@ bool alike(const TensorList& list, const TensorList& others) {
 }
 
 // alike(list, *others): whether all are plain tensors of the CPU and of one dtype that the ops
-// take, and lie in memory without gaps, each of the others as that in the list. A list alone is held
-// against itself.
+// take, and lie in memory without gaps, each of the others as that in the list. A list alone is
+// held against itself.
 PyObject* alike_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
     const TensorList list = From<TensorList>::call(count > 0 ? args[0] : nullptr);
