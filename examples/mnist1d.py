@@ -3,7 +3,7 @@
     python examples/mnist1d.py
 
 Claim: 93.10 % test accuracy (n = 1, seed 0) after 1,000 steps, two minutes on one core of an Intel
-Xeon with AVX-512, torch 2.14.1; `fbopt train` gets the same bits. Method: Geiping et al., ICLR 2022;
+Xeon (AVX-512, torch 2.14.1); `fbopt train` gets the same bits. Method: Geiping et al., ICLR 2022;
 network: Greydanus & Kobak, 2020.
 """
 
