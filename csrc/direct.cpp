@@ -51,7 +51,9 @@ bool differs(PyObject* found, PyObject* expected) {
 }
 
 bool is_floating(int32_t number) {
-  return std::any_of(elements, elements + 4, [=](const Element& e) { return e.number == number; });
+  return std::any_of(std::begin(elements), std::end(elements), [=](const Element& e) {
+    return e.number == number && e.code != dlpack::kInt;
+  });
 }
 
 bool alike(const TensorList& list, const TensorList& others) {
@@ -68,15 +70,18 @@ bool alike(const TensorList& list, const TensorList& others) {
 // take, and lie in memory without gaps, each of the others as that in the list. A list alone is
 // held against itself.
 PyObject* alike_method(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  try {
-    const TensorList list = From<TensorList>::call(count > 0 ? args[0] : nullptr);
-    bool found = true;
-    for (Py_ssize_t i = count > 1 ? 1 : 0; found && i < count; ++i)
-      found = alike(list, From<TensorList>::call(args[i]));
+  const auto compare = [=] {
+    if (count < 1) throw NeedsHandle{};
+    const Held<1> held(args, 1);
+    const TensorList list = From<TensorList>::call(held.all[0]);
+    bool found = count > 1 || alike(list, list);
+    for (Py_ssize_t i = 1; found && i < count; ++i) {
+      const Held<1> other(args + i, 1);
+      found = alike(list, From<TensorList>::call(other.all[0]));
+    }
     return PyBool_FromLong(found);
-  } catch (const NeedsHandle&) {
-    Py_RETURN_FALSE;
-  }
+  };
+  return guarded(compare, Py_False);
 }
 
 std::vector<PyMethodDef>& methods() {
@@ -99,15 +104,16 @@ Meta meta_of(PyObject* tensor, bool may_be_strided) {
                   static_cast<char*>(t.data) + t.byte_offset,
                   Device(aoti_torch_device_type_cpu(), -1));
   if (t.data == nullptr && meta.numel > 0) throw NeedsHandle{};  // zeros without memory
-  // Only imaginary parts of conjugates are negated lazily. These leave out every second number, so
-  // that as tensors of several elements, in a list, they are not dense, which needs a handle
-  // anyway.
+  // Imaginary parts of conjugates are negated lazily. These leave out every second number, so that
+  // as tensors of several elements, in a list, they are not dense, which needs a handle anyway. To
+  // ask every tensor would cost as much as the rest; as_strided() could make a dense one.
   if ((may_be_strided || meta.numel < 2) && differs(PyObject_CallOneArg(is_neg, tensor), Py_False))
     throw NeedsHandle{};
   return meta;
 }
 
 bool is_watched() {
+  if (exchange == nullptr) return true;  // a torch without what direct calls need
   static PyObject* const none = PyLong_FromLong(0);
   return differs(PyObject_CallNoArgs(count_modes), none);
 }
@@ -148,7 +154,7 @@ bool add_methods(PyObject* module) {
   count_modes = attribute("torch._C", "_len_torch_dispatch_stack");
   is_neg = attribute("torch", "Tensor", "is_neg");
   PyObject* capsule = attribute("torch", "Tensor", "__dlpack_c_exchange_api__");
-  if (capsule != nullptr && count_modes != nullptr) {
+  if (capsule != nullptr && count_modes != nullptr && is_neg != nullptr && tensor_type != nullptr) {
     void* found = PyCapsule_GetPointer(capsule, dlpack::kExchange);
     PyErr_Clear();
     exchange = static_cast<const dlpack::Exchange*>(found);

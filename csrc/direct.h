@@ -6,6 +6,7 @@
 #include <Python.h>
 
 #include <exception>
+#include <new>
 #include <tuple>
 #include <type_traits>
 
@@ -68,27 +69,43 @@ struct From<std::optional<T>> {
   }
 };
 
-// Lets other threads of Python run during a long call, and keeps its tensors, which these could
-// take out of their lists.
+// Lets other threads of Python run during a long call.
 class Unlocked {
  public:
-  Unlocked(bool is_long, PyObject* const* args, size_t count) {
-    if (!is_long) return;
-    for (size_t i = 0; i < count; ++i)
-      if (args[i] != nullptr && PyList_Check(args[i])) kept_.push_back(PyList_AsTuple(args[i]));
-    state_ = PyEval_SaveThread();
-  }
+  explicit Unlocked(bool is_long) : state_(is_long ? PyEval_SaveThread() : nullptr) {}
   ~Unlocked() {
-    if (state_ == nullptr) return;
-    PyEval_RestoreThread(state_);
-    for (PyObject* tensors : kept_) Py_XDECREF(tensors);
+    if (state_ != nullptr) PyEval_RestoreThread(state_);
   }
   Unlocked(const Unlocked&) = delete;
   Unlocked& operator=(const Unlocked&) = delete;
 
  private:
-  PyThreadState* state_ = nullptr;
-  std::vector<PyObject*> kept_;
+  PyThreadState* state_;
+};
+
+// The arguments of a call, of which lists are tuples: torch's own functions let other threads run,
+// which could take tensors out of a list.
+template <Py_ssize_t kMost>
+class Held {
+ public:
+  Held(PyObject* const* args, Py_ssize_t count) {
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      all[i] = args[i];
+      if (!PyList_Check(args[i])) continue;
+      all[i] = own_[i] = PyList_AsTuple(args[i]);
+      if (own_[i] == nullptr) throw std::bad_alloc();
+    }
+  }
+  ~Held() {
+    for (PyObject* tensors : own_) Py_XDECREF(tensors);
+  }
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+
+  PyObject* all[kMost] = {};
+
+ private:
+  PyObject* own_[kMost] = {};
 };
 
 inline bool is_long(const TensorList& list) {
@@ -106,7 +123,7 @@ template <class R, class... A, size_t... I>
 PyObject* run(R (*op)(A...), PyObject* const* args, std::index_sequence<I...>) {
   std::tuple<std::decay_t<A>...> all{From<std::decay_t<A>>::call(args[I])...};
   const auto call = [&] {
-    const Unlocked unlocked((is_long(std::get<I>(all)) || ...), args, sizeof...(I));
+    const Unlocked unlocked((is_long(std::get<I>(all)) || ...));
     return op(std::move(std::get<I>(all))...);
   };
   if constexpr (std::is_void_v<R>) {
@@ -121,21 +138,28 @@ template <class R, class... A>
 PyObject* run(R (*op)(A...), PyObject* const* args, Py_ssize_t count) {
   constexpr Py_ssize_t most = sizeof...(A);
   if (count > most || is_watched()) throw NeedsHandle{};
-  PyObject* all[most] = {};
-  std::copy(args, args + count, all);
-  return run(op, all, std::index_sequence_for<A...>{});
+  const Held<most> held(args, count);
+  return run(op, held.all, std::index_sequence_for<A...>{});
 }
 
-template <auto op>
-PyObject* method(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// What a call returns to Python, whatever it throws.
+template <class Call>
+PyObject* guarded(const Call& call, PyObject* if_needs_handle) {
   try {
-    return run(op, args, count);
+    return call();
   } catch (const NeedsHandle&) {
-    Py_RETURN_NOTIMPLEMENTED;
+    return Py_NewRef(if_needs_handle);
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
   }
+}
+
+template <auto op>
+PyObject* method(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded([=] { return run(op, args, count); }, Py_NotImplemented);
 }
 
 // The ops of a file, for the Python module; add_methods() adds those of all files to it, and

@@ -25,7 +25,7 @@ BACKENDS = ("kernels", "reference")
 TARGETS = ("cpu", "dispatched", "emulated", pytest.param("cuda", marks=pytest.mark.cuda))
 
 
-# A machine that is lent for its GPU may have only what the kernels need.
+# A machine with a GPU may have only what the kernels need.
 collect_ignore = [
     path
     for path in Path(__file__).parent.rglob("test_*.py")

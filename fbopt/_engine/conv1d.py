@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 from torch.overrides import TorchFunctionMode
 
+from fbopt._ops.flat import DTYPES
+
 MOST_BYTES = 2 << 20  # of the windows of one chunk: where the second level of a cache ends
 
 
@@ -57,22 +59,33 @@ def conv1d(
         dilation: between the inputs of a window.
         groups: of channels; what has several is left to torch.
     """
-    if groups != 1 or isinstance(padding, str) or not input.is_cpu:
+    known = (_number(stride, 1), _number(padding, 0), _number(dilation, 1))
+    if groups != 1 or None in known or not _fit(input, weight, bias):
         return None
-    if input.dim() != 3 or weight.dim() != 3:
-        return None
-    step, edge, spread = _number(stride), _number(padding), _number(dilation)
+    step, edge, spread = known
     outputs, inputs, size = weight.shape
     length = (input.shape[2] + 2 * edge - spread * (size - 1) - 1) // step + 1
     bytes_ = input.shape[0] * length * size * inputs * input.element_size()
-    if input.shape[1] != inputs or length < 1 or bytes_ > MOST_BYTES:
+    if length < 1 or bytes_ > MOST_BYTES:
         return None
     rows = pad(input.transpose(1, 2), (0, 0, edge, edge))
     starts = (spread * k for k in range(size))
     windows = torch.cat([rows[:, s : s + step * (length - 1) + 1 : step] for s in starts], -1)
     weights = weight.transpose(1, 2).reshape(outputs, size * inputs)
-    return linear(windows, weights, bias).transpose(1, 2)
+    return linear(windows, weights, bias).transpose(1, 2).contiguous()
 
 
-def _number(given: int | Sequence[int]) -> int:
-    return given if isinstance(given, int) else given[0]
+def _fit(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether there is nothing that torch treats in a way of its own, or as an error."""
+    tensors = [t for t in (input, weight, bias) if t is not None]
+    plain = input.is_cpu and all(t.dtype in DTYPES and t.dtype == input.dtype for t in tensors)
+    if not plain or input.dim() != 3 or weight.dim() != 3 or 0 in (*input.shape, *weight.shape):
+        return False
+    return input.shape[1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
+
+
+def _number(given: Any, least: int) -> int | None:
+    """An option as a number, None for what is none."""
+    if isinstance(given, (tuple, list)) and len(given) == 1:
+        (given,) = given
+    return given if type(given) is int and given >= least else None

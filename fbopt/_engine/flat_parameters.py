@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from fbopt._checks import check_disjoint
 from fbopt._ops.buckets import FlatBuckets
 from fbopt._sharding import any_sharded
 
@@ -31,7 +33,8 @@ class FlatParameters:
         """Move the parameters, unless they lie where they were moved to last.
 
         Raises:
-            ValueError: parameters are DTensors, or share memory with a buffer of the model.
+            ValueError: parameters are DTensors, or share memory with each other, or with another
+                parameter or a buffer of the model.
         """
         if self._look(params) == self._places:
             return
@@ -55,6 +58,8 @@ def _refuse(params: Sequence[Tensor], model: nn.Module) -> None:
             "flatten_parameters=True moves plain parameters, and these are sharded (DTensor): "
             "leave it out"
         )
+    own = {id(p): p for p in (*params, *model.parameters()) if not is_lazy(p)}
+    check_disjoint([p for p in own.values() if p.layout == torch.strided], "parameters")
     memory = {p.untyped_storage().data_ptr() for p in params if p.numel()}
     for name, buffer in model.named_buffers():
         plain = buffer.layout == torch.strided and buffer.numel()

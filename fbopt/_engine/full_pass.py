@@ -102,6 +102,9 @@ class FullPass:
         autocast: torch.dtype | None,
     ) -> None:
         """Add up this process's chunks."""
+        at_once = closure.vectorize > 1 or closure.compile
+        if at_once and closure.on_pass_start is not None:  # before groups are looked for
+            closure.on_pass_start()
         # Without on_pass_start an observer has counted these chunks already.
         is_again = attempt and closure.observe is not None and closure.on_pass_start is None
         observe = ignore if is_again else closure.observe
@@ -114,10 +117,10 @@ class FullPass:
         work = self._work(closure, penalty, autocast, checks, mean)
         device = self._sums.buckets.device(0)
         scale = None if coefficient is None else self._sums.scalar(coefficient, device)
-        chunks = self._reduction.lockstep(self._weighed(closure, mean), closure.chunks)
-        if closure.vectorize > 1 or closure.compile:
-            groups = self._groups(closure, chunks, mean)
-            self._visit_groups(closure, groups, work, scale, observe)
+        weighed = self._weighed(closure, mean, starts=not at_once)
+        chunks = self._reduction.lockstep(weighed, closure.chunks)
+        if at_once:
+            self._visit_groups(closure, self._groups(closure, chunks, mean), work, scale, observe)
         else:
             visit = self._visitor(work, False, scale, observe)
             for index, chunk, weight in chunks:
@@ -142,14 +145,13 @@ class FullPass:
         size = closure.vectorize
         watched = self._vectorized.is_new(closure.chunks, size)
         if closure.weight is not None:
+            self._known_groups.forget()
             return ((group, group.stack()) for group in grouped(chunks, size, watched))
         of = closure.chunks, size, mean
         known = self._known_groups.find(*of)
-        if known is None:
-            return self._known_groups.keep(grouped(chunks, size, watched), *of)
-        if closure.on_pass_start is not None:
-            closure.on_pass_start()
-        return known
+        return (
+            self._known_groups.keep(grouped(chunks, size, watched), *of) if known is None else known
+        )
 
     def _visit_groups(
         self,
@@ -162,7 +164,9 @@ class FullPass:
         """Add up groups of chunks, those of a kind at once."""
         ordered = None if observe is None else InOrder(observe, closure.vectorize)
         visit = self._visitor(work, closure.compile, scale, ordered)
-        together = self._vectorized.begin(work, closure.compile, observe is not None)
+        is_list = type(closure.chunks) in (list, tuple)
+        alone = is_list and closure.weight is None and observe is None
+        together = self._vectorized.begin(work, closure.compile, observe is not None, alone)
         try:
             for group, stack in groups:
                 if ordered is not None:
@@ -229,9 +233,9 @@ class FullPass:
         return GeneratorSnapshot(self._sums.buckets.devices)
 
     def _weighed(
-        self, closure: FullBatchClosure, known: Mean | None
+        self, closure: FullBatchClosure, known: Mean | None, starts: bool
     ) -> Iterator[tuple[int, Any, float]]:
-        if closure.on_pass_start is not None:  # here, where an error reaches other processes
+        if starts and closure.on_pass_start is not None:  # an error here reaches other processes
             closure.on_pass_start()
         self._counts.follow(closure.chunks)
         weighed = (

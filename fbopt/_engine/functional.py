@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from fbopt._engine.autograd_graph import leaves
@@ -72,6 +73,7 @@ class ChunkFunction:
     Attributes:
         compiled: as given.
         functions: those that were made, by kind of chunk.
+        ran: which compiled graph ran last: others may use other parameters.
 
     Raises:
         ValueError: a tensor in `params` is no parameter of the model.
@@ -92,11 +94,17 @@ class ChunkFunction:
         self._params, self._names = params, _names(self._module, params)
         self._buffers = _buffer_names(self._module, recorded)
         self.functions: dict[Hashable, Callable[..., Any]] = {}
+        self.ran = 0
         self._guarded: set[Hashable] = set()
+        self._alone = False
 
-    def begin(self) -> None:
-        """Begin a call of the closure, between which Python values may have changed."""
+    def begin(self, alone: bool) -> None:
+        """Begin a call of the closure, between which Python values may have changed.
+
+        With `alone` no code of the user runs between its groups, which could change them, too.
+        """
         self._guarded.clear()
+        self._alone = alone
 
     def first(self, params: Tensors, buffers: Tensors, stack: Stack) -> Passes:
         """The passes at `params`, which all chunks share."""
@@ -131,7 +139,7 @@ class ChunkFunction:
             return function(*given)
         layout = which, key, *((t.shape, t.stride()) for t in stack.tensors)
         # Leaving guards out is a setting of the process: other threads would leave theirs out, too.
-        if layout not in self._guarded or threading.active_count() > 1:
+        if not self._alone or layout not in self._guarded or threading.active_count() > 1:
             result = function(*given)
             self._guarded.add(layout)
             return result
@@ -146,12 +154,23 @@ class ChunkFunction:
             dims = (None if is_first else 0, 0, stack.dims)
             function = vmap(function, in_dims=dims, randomness="different")
         if self.compiled:
-            function = _apart(function)
-            # Eager draws, so that those of passes at other points, other code, are the same.
-            # Graphs of its own would overwrite the results of the pass before.
-            options = {"fallback_random": True, "triton.cudagraphs": False}
-            function = torch.compile(function, fullgraph=True, options=options)
+            function = torch.compile(_apart(function), fullgraph=True, backend=self._compile_graph)
         return function if stack.count > 1 else _with_leading_dimension(function)
+
+    def _compile_graph(self, graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        """Compile what torch.compile has traced, and let it note that it ran."""
+        from torch._inductor.compile_fx import compile_fx  # takes a second, and needs a compiler
+
+        # Eager draws, so that those of passes at other points, other code, are the same. Graphs of
+        # its own would overwrite the results of the pass before.
+        options = {"fallback_random": True, "triton.cudagraphs": False}
+        compiled, number = compile_fx(graph, inputs, config_patches=options), next(_numbers)
+
+        def run(*given: Any) -> Any:
+            self.ran = number
+            return compiled(*given)
+
+        return run
 
     def _one_chunk(self, template: Template, is_first: bool) -> Callable[..., Any]:
         module, names = self._module, (*self._names, *self._buffers)

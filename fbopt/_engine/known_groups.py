@@ -28,10 +28,14 @@ class KnownGroups:
         """Pickle nothing: the next call finds the groups anew."""
         return KnownGroups, ()
 
+    def forget(self) -> None:
+        """Free the groups, and the chunks that they hold."""
+        self._facts, self._groups = None, []
+
     def find(self, chunks: Any, size: int, mean: Mean | None) -> list[tuple[Group, Stack]] | None:
         """Return the groups of the last call if they are those of these chunks, None if not."""
         if self._facts is None or self._facts != _facts(chunks, size, mean):
-            self._facts = None
+            self.forget()
             return None
         whole = all(_counts_whole(stack, mean) for _, stack in self._groups)
         return self._groups if whole else None

@@ -117,6 +117,8 @@ class StackedMemory:
         if count not in self._points:
             most = self._points.get(max(self._points, default=0))
             memory = most.flats if most is not None and max(self._points) > count else ()
+            if not memory and not sums.params[0].is_cuda:  # where no graph has captured the others
+                self._points.clear()
             theta = _gathered(sums) if most is None else most.theta
             self._points[count] = StackedPerturbation(sums.buckets, count, memory, theta)
         return self._points[count]

@@ -35,17 +35,28 @@ class Vectorized:
         known, most = self.watched
         return type(chunks) not in (list, tuple) and (known is not chunks or most < size)
 
-    def begin(self, work: ChunkGradient, compiled: bool, observed: bool) -> VectorizedGradient:
-        """Return what works on groups of chunks in a call of the closure."""
+    def begin(
+        self, work: ChunkGradient, compiled: bool, observed: bool, alone: bool
+    ) -> VectorizedGradient:
+        """Return what works on groups of chunks in a call of the closure.
+
+        Args:
+            work: what is done with one chunk.
+            compiled: whether passes are compiled.
+            observed: whether somebody looks at what the loss shows.
+            alone: whether no code of the user runs between groups.
+        """
         refuse_hooks(work)
         forward, recorded = work.forward, work.statistics.recorded
-        held = work.sums.buckets, forward.model, forward.loss_fn, forward.evaluate
+        modules, _ = list_parts(forward.model)
+        tables = [table for m in modules for table in (m._modules, m._parameters)]
+        names = [part for table in tables for item in table.items() for part in item]
+        held = work.sums.buckets, forward.model, forward.loss_fn, forward.evaluate, *names
         if [*map(id, held)] != [*map(id, self._held)]:
             self._known.clear()
             self._memory.clear()
             self._held = held
         self._memory.begin(work.sums)
-        modules, _ = list_parts(forward.model)
         modes = tuple(m.training for m in modules)
         places = tuple((id(module), name) for module, name in recorded)
         settings = forward.autocast, forward.is_observed, work.is_exact, compiled, observed
@@ -54,6 +65,6 @@ class Vectorized:
             options = {"exact": work.is_exact, "shows": observed, "compiled": compiled}
             function = ChunkFunction(forward, work.sums.params, recorded, **options)
             self._known[key] = Known(function)
-        self._known[key].function.begin()
+        self._known[key].function.begin(alone)
         state = SharedState(forward.model, modules, recorded)
         return VectorizedGradient(work, self._memory, state, self._known[key])

@@ -6,7 +6,6 @@ g_1 ... g_K at theta, then g+_1 ... g+_K at theta + s_k g_k, each in one call of
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -25,7 +24,7 @@ from fbopt._engine.vectorized_errors import explained
 from fbopt._engine.vectorized_probe import Kind, Visit
 
 COUNT = "num_batches_tracked"
-# More kinds of chunks than these are forgotten: chunks that hold numbers may always be new ones.
+# More than these are forgotten: chunks that hold numbers may always be new ones.
 MOST_KINDS = 1024
 
 
@@ -118,23 +117,19 @@ class VectorizedGradient:
             kind = checks.kind()
         if checks is not None:
             checks.compare(passes)
+            if len(kinds) >= MOST_KINDS:
+                kinds.clear()
             kinds[used] = kind
         return passes
 
     def _used(self, passes: Passes) -> Hashable:
-        """What tells which parameters were used: vmap repeats the zeros of others."""
+        """What tells which parameters were used: vmap repeats the zeros of others.
+
+        A single chunk goes through the model at once only where that is compiled: the graph tells.
+        """
         if len(passes.loss) > 1:
             return tuple(g.stride(0) == 0 for g in passes.grads)
-        return self._settings
-
-    @functools.cached_property
-    def _settings(self) -> Hashable:
-        """Numbers and flags of the modules, by which parts of a model are switched on and off."""
-        tables = map(vars, self.work.forward.model.modules())
-        plain = bool, int, str, type(None)
-        return tuple(
-            (name, x) for table in tables for name, x in table.items() if isinstance(x, plain)
-        )
+        return self.function.ran
 
     def _explained(self, visit: Visit) -> contextlib.AbstractContextManager[None]:
         return explained(self.work, visit, self.state, self.function.compiled)

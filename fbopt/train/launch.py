@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
+import threading
 import traceback
 import zlib
 from collections.abc import Iterator
@@ -30,6 +30,7 @@ from fbopt.train.begin import Loaded, find, read
 from fbopt.train.build import build_chunks
 from fbopt.train.checkpoint.resume import Start
 from fbopt.train.checkpoint.run_dir import RunFolder
+from fbopt.train.config.cores import usable_cores
 from fbopt.train.config.options import Options
 from fbopt.train.config.parser import fail, until_closed
 from fbopt.train.distributed import DistributedContext, distributed_context, select_device
@@ -41,8 +42,9 @@ from fbopt.train.torchrun import is_rank_zero, rank_and_world_size
 
 PASSED_ON = signal.SIGUSR1
 UNKNOWN = -1
+STOPPED = 130  # the exit status of a process that SIGINT has ended, for a shell
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-NOTICED_SECONDS = 0.5  # after which the launcher has seen that a process is gone
+NOTICED_SECONDS = 20.0  # within which the launcher sees that a process is gone, and says so
 
 
 def start(options: Options) -> int:
@@ -56,6 +58,7 @@ def start(options: Options) -> int:
     with ExitStack() as lock:
         begin = find(options, lock)
         wanted = begin.options
+        threads = torch.get_num_threads()
         if may_start_some(wanted):
             torch.set_num_threads(1)  # more would not survive the fork
         select_device(wanted.device)
@@ -63,6 +66,7 @@ def start(options: Options) -> int:
         chunks = build_chunks(wanted, loaded.data.train, stochastic=wanted.stochastic)
         begin = begin._replace(options=settle(wanted, chunks.groups))
         if begin.options.processes == 1:
+            torch.set_num_threads(threads)
             train_from(begin, DistributedContext(), lock, loaded=loaded)
             return 0
     dispatch.table("cpu")  # compiled, if need be, and loaded once for all
@@ -105,8 +109,8 @@ class Launcher:
                 signal.signal(number, handler)
         if self.status.value != UNKNOWN:
             return self.status.value
-        if self.stops.value or failed is None:
-            return fail(AT_ONCE, 130)
+        if failed is None or failed[1].exitcode == STOPPED:
+            return fail(AT_ONCE, STOPPED)
         return fail(self._reason(*failed), 1)
 
     def _launch(self) -> None:
@@ -142,7 +146,10 @@ class Launcher:
     def _reason(self, rank: int, failure: Any) -> str:
         """What happened to a process that could not say so itself."""
         code, number = failure.exitcode, self.begin.options.processes
-        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"gone with status {code}"
+        names = {s.value: s.name for s in signal.Signals}
+        how = f"gone with status {code}"
+        if code < 0:
+            how = f"ended by {names.get(-code, f'signal {-code}')}"
         memory = " (the system does that where memory runs out)" if code == -signal.SIGKILL else ""
         folder = self.begin.folder
         then = f"go on with\n  {folder.resume_command}" if folder.checkpoints() else "start again"
@@ -159,6 +166,7 @@ class Launcher:
         if self.stops.value:
             _stop_at_once()
         logging.disable(logging.NOTSET)
+        torch.set_num_threads(max(1, usable_cores() // self.begin.options.processes))
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         try:
             status = until_closed(lambda: status_of(self._train))
@@ -176,9 +184,10 @@ class Launcher:
         with ExitStack() as group, ExitStack() as lock:
             with _silent_stdout():  # gloo says that it is connected (torch 2.10)
                 context = group.enter_context(distributed_context("cpu"))
-            # The launcher sends it as soon as one process has ended; the others end by themselves,
-            # and rank 0 may have to say why.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            # The launcher sends it as soon as one process has ended, which it then names; the
+            # others end by themselves, and rank 0 may have to say why.
+            noticed = threading.Event()
+            signal.signal(signal.SIGTERM, lambda number, frame: noticed.set())
             folder = RunFolder(self.begin.folder.path)  # whose lock was not made before the fork
             begin = self.begin._replace(folder=folder)
             try:
@@ -187,7 +196,7 @@ class Launcher:
             except PeerError as error:
                 if error.rank is not None:
                     raise
-                time.sleep(NOTICED_SECONDS)  # the launcher says which process is gone
+                noticed.wait(NOTICED_SECONDS)
                 os._exit(1)
         return 0
 
@@ -202,7 +211,7 @@ class Launcher:
 
 def _stop_at_once(number: int = PASSED_ON, frame: FrameType | None = None) -> NoReturn:
     """End this process; an exception could be lost in the launcher's own code."""
-    os._exit(130)
+    os._exit(STOPPED)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ def may_start_some(options: Options) -> bool:
 
 
 def settle(options: Options, groups: int) -> Options:
-    """Resolve the number of processes, and their threads, for so many groups of chunks to share."""
+    """Resolve the number of processes for so many groups of chunks to share."""
     if not may_start_some(options):
         return replace(options, processes=1)
     cores, threads, number = usable_cores(), options.threads, options.processes
@@ -49,7 +49,7 @@ def settle(options: Options, groups: int) -> Options:
         most = max(1, min(cores // (threads or 1), groups, chunks // FEWEST))
         rounds = -(-groups // most)
         number = -(-groups // rounds)  # no more than it takes to be done as early
-    return replace(options, processes=number, threads=threads or max(1, cores // number))
+    return replace(options, processes=number)
 
 
 def check_number(options: Options, world_size: int) -> None:

@@ -41,6 +41,7 @@ def test_equals_torch(case):
         again = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
         found.append([out, *grads, *again])
     torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+    assert found[1][0].stride() == found[0][0].stride()
 
 
 def test_equals_torch_for_chunks_with_weights_of_their_own():
@@ -75,15 +76,28 @@ def test_others_are_left_to_torch(options, monkeypatch):
     assert conv1d.conv1d(*given, **options) is None
 
 
-@pytest.mark.parametrize("change", ["channels", "length", "dimensions"])
-def test_what_does_not_fit_is_an_error_of_torch(change):
-    inputs, weight, bias = operands()
-    others = {"channels": inputs[:, :2], "length": inputs[..., :2], "dimensions": inputs[0, 0]}
-    inputs = others[change]
+REFUSED = {
+    "channels": lambda x, w, b: (x[:, :2], w, b),
+    "length": lambda x, w, b: (x[..., :2], w, b),
+    "dimensions": lambda x, w, b: (x[0, 0], w, b),
+    "bias": lambda x, w, b: (x, w, b[:1]),
+    "dtypes": lambda x, w, b: (x.float(), w, b),
+    "padding": lambda x, w, b: (x, w, b, 1, -1),
+    "dilation": lambda x, w, b: (x, w, b, 1, 0, 0),
+    "stride": lambda x, w, b: (x, w, b, 0),
+    "strides": lambda x, w, b: (x, w, b, (2, 3)),
+    "outputs": lambda x, w, b: (x, w[:0], b[:0]),
+    "size": lambda x, w, b: (x, w[..., :0], b),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_torch_refuses_is_an_error_of_torch(case):
+    given = REFUSED[case](*operands())
     with pytest.raises(RuntimeError) as expected:
-        torch.conv1d(inputs, weight, bias)
+        torch.conv1d(*given)
     with Conv1dAsProduct(), pytest.raises(RuntimeError) as found:
-        torch.conv1d(inputs, weight, bias)
+        torch.conv1d(*given)
     assert str(found.value) == str(expected.value)
 
 

@@ -264,3 +264,19 @@ def test_a_buffer_that_shares_the_memory_of_a_parameter_is_refused():
     with pytest.raises(ValueError, match="buffer shadow shares the memory of one"):
         FullBatchClosure(model, F.cross_entropy, chunks_for(), flatten_parameters=True)
     assert [p.data_ptr() for p in model.parameters()] == where
+
+
+def test_parameters_that_share_memory_are_refused():
+    """To move them would untie them: a frozen one that follows another, or two tied by .data."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    model[2].weight = nn.Parameter(model[0].weight.detach(), requires_grad=False)
+    chunks = [(torch.ones(2, 3), torch.zeros(2, dtype=torch.long))]
+    with pytest.raises(ValueError, match="share memory but are different tensors"):
+        FullBatchClosure(model, F.cross_entropy, chunks, flatten_parameters=True)
+    FullBatchClosure(model, F.cross_entropy, chunks)()
+    model[2].weight = nn.Parameter(model[0].weight.detach().clone())
+    closure = FullBatchClosure(model, F.cross_entropy, chunks, flatten_parameters=True)
+    model[2].weight.data = model[0].weight.data
+    with pytest.raises(ValueError, match="share memory but are different tensors"):
+        closure()
+    assert model[2].weight.data_ptr() == model[0].weight.data_ptr()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -151,3 +153,51 @@ def test_a_copy_finds_its_own():
     for twin in (copy.deepcopy(closure), pickle.loads(pickle.dumps(closure))):
         twin.chunks[0][0].zero_()
         check(twin, twin.model, twin.chunks)
+
+
+def test_what_starts_a_pass_may_change_the_chunks(found):
+    """It is called before groups are looked for: also its targets that are ignored count."""
+    for change in ("values", "targets"):
+        losses = []
+        for count in (1, 2):
+            model, _, y, chunks = task()
+            calls = [0]
+
+            def start(calls=calls, chunks=chunks, y=y):
+                calls[0] += 1
+                if calls[0] == 3 and change == "values":  # noqa: B023
+                    chunks[:] = [(3 * a, b) for a, b in chunks]
+                elif calls[0] == 3:
+                    y[1:4] = -100
+
+            closure = FullBatchClosure(
+                model, F.cross_entropy, chunks, vectorize=count, on_pass_start=start
+            )
+            losses.append(torch.stack([closure() for _ in range(4)]))
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("how", ["loader", "weight"])
+def test_chunks_that_are_no_longer_used_are_freed(how):
+    model, x, _, chunks = task()
+    closure = FullBatchClosure(model, F.cross_entropy, chunks, vectorize=2)
+    closure()
+    kept = weakref.ref(x.untyped_storage())
+    chunks = [(a.clone(), b.clone()) for a, b in chunks]
+    if how == "weight":
+        closure.weight = lambda chunk: 4
+    closure.chunks = iter_anew(chunks) if how == "loader" else chunks
+    del x
+    closure()
+    gc.collect()
+    assert kept() is None
+
+
+class iter_anew:
+    """Chunks that are no list."""
+
+    def __init__(self, chunks):
+        self.chunks = chunks
+
+    def __iter__(self):
+        return iter(self.chunks)

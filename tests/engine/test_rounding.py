@@ -137,13 +137,15 @@ def test_precision_is_that_of_the_least_exact_part():
     assert Precision.of({wide}, CPU).share < Precision.of({wide, single}, CPU).share
     assert Precision.of({single}, CPU).share < Precision.of({single, half}, CPU).share
     assert Precision.of({half}, CPU).last_bit == torch.finfo(half).eps
-    before = torch.get_float32_matmul_precision()
+    products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [p.fp32_precision for p in products]
     torch.set_float32_matmul_precision("medium")  # products in bfloat16
     try:
         assert Precision.of({single}, CPU).share == Precision.of({half}, CPU).share
         assert Precision.of({wide}, CPU).share < 1e-6
     finally:
-        torch.set_float32_matmul_precision(before)
+        for settings, value in zip(products, before, strict=True):
+            settings.fp32_precision = value
 
 
 def test_half_precision_inside_of_a_loss_allows_for_more():

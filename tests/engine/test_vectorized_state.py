@@ -17,7 +17,7 @@ from conftest import bits
 from torch import nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
-from fbopt._engine import reduce, weights
+from fbopt._engine import reduce, vectorized_gradient, weights
 from fbopt._engine.snapshot import GeneratorSnapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -396,3 +396,139 @@ def test_a_caller_in_inference_mode_is_refused_and_its_tensors_are_taken():
     require_close(
         flat(outcome(mlp(), chunks, vectorize=3).grads), flat(outcome(mlp(), chunked()).grads)
     )
+
+
+# --- what users change --------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """A model with settings of every kind: a number of its own, one elsewhere, a part of it."""
+
+    class Config:
+        extra = False
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.extra, self.scale = nn.Linear(5, 3), nn.Linear(5, 3), 1.0
+        self.config, self.epoch = self.Config(), 0
+        self.double()
+
+    def forward(self, x):
+        out = self.first(x) * self.scale
+        return out + self.extra(x) if self.config.extra else out
+
+
+def same_as_one_by_one(models, closures):
+    losses = [closure() for closure in closures]
+    require_close(losses[0], losses[1])
+    for mine, other in zip(*(m.parameters() for m in models), strict=True):
+        assert (mine.grad is None) == (other.grad is None)
+        if mine.grad is not None:
+            require_close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("how", ["observe", "weight", "chunks"])
+def test_code_that_runs_between_groups_may_change_the_model(how, count, monkeypatch):
+    """Compiled passes then cannot do without their guards, as they would in a single thread."""
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    models = [Scaled(), Scaled()]
+
+    def closure(model, compiled):
+        calls = [0]
+
+        def change(*given):
+            calls[0] += 1
+            model.scale = 3.0 if (calls[0] - 1) % 6 >= 2 else 1.0
+            return 4
+
+        class Chunks:
+            def __iter__(self):
+                for chunk in chunked():
+                    change()
+                    yield chunk
+
+        given = {} if how == "chunks" else {how: change}
+        chunks = Chunks() if how == "chunks" else chunked()
+        return make(model, chunks, vectorize=count, compile=compiled, **given)
+
+    closures = [closure(m, compiled) for m, compiled in zip(models, (True, False), strict=True)]
+    for _ in range(3):
+        same_as_one_by_one(models, closures)
+
+
+@pytest.mark.parametrize(("count", "compiled"), [(3, False), (1, True)])
+def test_settings_that_no_attribute_of_a_module_tells(count, compiled, monkeypatch):
+    """Parameters that are used no longer have no gradient; what changes nothing checks nothing."""
+    made, real = [], vectorized_gradient.Checks
+    monkeypatch.setattr(
+        vectorized_gradient, "Checks", lambda *given: made.append(1) or real(*given)
+    )
+    models = [Scaled(), Scaled()]
+    closures = [make(models[0], chunked(), vectorize=count, compile=compiled)]
+    closures.append(make(models[1], chunked()))
+    for extra in (False, True, False, True):
+        for model in models:
+            model.config.extra = extra
+            model.epoch += 1
+        same_as_one_by_one(models, closures)
+    assert len(made) == 2
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.body = nn.Linear(5, 3), nn.Sequential(nn.Linear(5, 5), nn.Tanh())
+        self.double()
+
+    def forward(self, x):
+        return (self.head if hasattr(self, "head") else self.top)(self.body(x))
+
+
+@pytest.mark.parametrize("change", ["layers", "name"])
+def test_layers_and_names_may_change_while_the_parameters_stay(change):
+    models = [Named(), Named()]
+    closures = [
+        make(m, chunked(), vectorize=k, params=list(m.parameters()))
+        for m, k in zip(models, (3, 1), strict=True)
+    ]
+    same_as_one_by_one(models, closures)
+    for model in models:
+        if change == "layers":
+            model.body[0], model.body[1] = model.body[1], model.body[0]
+        else:
+            model.top = model.head
+            del model.head
+    same_as_one_by_one(models, closures)
+
+
+def test_swapped_weights_are_followed():
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)).double())
+    closures = [
+        make(m, chunked(), vectorize=k, params=list(m.parameters()))
+        for m, k in zip(models, (3, 1), strict=True)
+    ]
+    for _ in range(3):
+        same_as_one_by_one(models, closures)
+        for m in models:
+            m[0].weight, m[2].weight = m[2].weight, m[0].weight
+
+
+def test_points_take_the_memory_of_the_largest_group():
+    """Also where larger groups come after smaller ones."""
+    model = mlp(width=60)
+    size = sum(p.numel() for p in model.parameters())
+    closure = make(model, [], method="forward", vectorize=6)
+    chunks, other = chunked(), chunked(36, 6)
+    for count in (1, 2, 3, 4, 5, 6, 2):
+        closure.chunks = [*chunks[:count], *other[: 6 - count]]
+        closure()
+    memory = closure._full_pass._vectorized._memory
+    flats = [f.untyped_storage() for points in memory._points.values() for f in points.flats]
+    nbytes = sum({f.data_ptr(): f.nbytes() for f in flats}.values())
+    assert nbytes <= 6 * 8 * (size + 16 * 4)  # each parameter begins at a multiple of 16

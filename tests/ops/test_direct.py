@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
 import sys
 import threading
 
@@ -153,6 +154,45 @@ def test_threads_call_at_once():
         thread.join()
     for mine in results:
         torch.testing.assert_close(mine, wanted, rtol=0, atol=0)
+
+
+def test_threads_may_change_a_list_during_a_call():
+    """Small tensors are asked whether they are negated, during which others run."""
+    grads, totals = [torch.ones(256), torch.ones(())], [torch.zeros(256), torch.zeros(())]
+    stop = threading.Event()
+
+    def swap():
+        while not stop.is_set():
+            grads[0] = torch.ones(256)
+
+    other = threading.Thread(target=swap)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    other.start()
+    try:
+        for _ in range(20_000):
+            kernels.accumulate_(totals, grads, scalar(1.0))
+    finally:
+        stop.set()
+        other.join()
+        sys.setswitchinterval(before)
+    assert torch.equal(totals[0], torch.full((256,), 20_000.0))
+
+
+def test_a_torch_without_what_is_needed():
+    """Calls go through torch's dispatcher."""
+    code = """
+import torch
+del torch._C._len_torch_dispatch_stack
+from fbopt._build import load
+from fbopt._ops import dispatch
+total, grad, weight = torch.zeros(3), torch.ones(3), torch.ones((), dtype=torch.float64)
+assert load.kernels().accumulate_([total], [grad], weight) is NotImplemented
+dispatch.accumulate_([total], [grad], weight)
+print(total.tolist())
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout == "[1.0, 1.0, 1.0]\n", found.stderr
 
 
 def test_a_copy_on_write_is_a_copy():

@@ -73,7 +73,7 @@ def test_a_group_of_many_chunks_is_work_for_a_process(cores, groups, expected):
 def test_a_number_is_taken_as_it_is(cores):
     assert number(processes=1) == (1, 1)
     assert number(groups=2, processes=9) == (9, 1)
-    assert number(model="resnet20", processes=2) == (2, 2)
+    assert number(model="resnet20", processes=2) == (2, None)
     assert number(model="resnet20", processes=2, threads=3) == (2, 3)
     assert number(accumulation="float32", processes=3) == (3, 1)
 

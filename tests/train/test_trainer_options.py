@@ -315,7 +315,7 @@ def compiled(monkeypatch) -> list[Any]:
     """What torch.compile is given: traced and differentiated as ever, without code generation."""
     compile, given = torch.compile, []
 
-    def quickly(function, *, fullgraph=False, options=None):
+    def quickly(function, *, fullgraph=False, backend=None):
         given.append(function)
         return compile(function, fullgraph=fullgraph, backend="aot_eager")
 
