@@ -144,6 +144,7 @@ def test_precision_is_that_of_the_least_exact_part():
         assert Precision.of({single}, CPU).share == Precision.of({half}, CPU).share
         assert Precision.of({wide}, CPU).share < 1e-6
     finally:
+        torch.set_float32_matmul_precision("highest")
         for settings, value in zip(products, before, strict=True):
             settings.fp32_precision = value
 
