@@ -16,8 +16,9 @@ from benchmarks.timing import Contender, Plan, Timing, calls_for, in_turn
 
 # Samples of a chunk, and chunks, of the check in float64.
 CHECKED = {"chunk": 4, "count": 4}
-# Of the gradient's norm, by precision; rounding is magnified by the second pass.
-TOLERANCES = {"fp64": 1e-8, "fp32": 2e-2, "bf16": 0.35}
+# Of the gradient's norm, by precision. Rounding is magnified by BatchNorm at a ResNet's initial
+# weights, and once more by the second pass: to 0.06 in float32.
+TOLERANCES = {"fp64": 1e-8, "fp32": 0.1, "bf16": 0.35}
 # Longer calls are not repeated to warm caches.
 LONG_SECONDS = 0.5
 # Of a contender's settings those that take longer than the best by this factor are not timed on.

@@ -99,7 +99,8 @@ def main(choice: argparse.Namespace, argv: Sequence[str] | None = None) -> Path:
             axes = run.growth(choice.quick)
         else:
             for workload in chosen(choice):
-                run.table(title(workload, choice.data_dir), workload)
+                shows = SETTINGS[workload.network].shows
+                run.table(title(workload, choice.data_dir), workload, shows)
         report.facts["others"] = others.share()
     print(f"\nother programs used {report.facts['others']:.1%} of the processor meanwhile")
     path = report.write(choice.out)

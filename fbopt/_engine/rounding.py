@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -108,7 +109,8 @@ class Comparison:
     def _noise(self) -> tuple[float, list[float]]:
         """By how much the loss, and each vector, change with the last bits of the parameters.
 
-        Zero where they change without, in a run before or between: a state of its own is no
+        A vector by at least the share by which all together do: which of them a ReLU that switches
+        changes most is chance. Zero where they change without, in a run before or between: a state of its own is no
         rounding.
         """
         loss, vectors = 0.0, self._no_noise
@@ -124,7 +126,9 @@ class Comparison:
             pairs = zip(found.vectors, self.expected.vectors, strict=True)
             offs = [0.0 if v is None or w is None else _distance(v, w) for v, w in pairs]
             vectors = list(map(max, vectors, offs))
-        return loss, vectors
+        norms = [_norm([w]) for w in self.expected.vectors]
+        share = math.hypot(*vectors) / (math.hypot(*norms) or 1.0)
+        return loss, [max(n, share * norm) for n, norm in zip(vectors, norms, strict=True)]
 
     def _moved(self, value: Tensor, trial: int) -> Tensor:
         """The value with other last bits, in a pattern that only its shape and the trial fix."""

@@ -173,3 +173,20 @@ def test_parameters_of_all_shapes_and_dtypes(dtype):
     comparison = Comparison(run, params, names)
     other = run()
     assert comparison.difference(other._replace(loss=2 * other.loss)) is not None
+
+
+def test_rounding_that_reaches_another_vector_is_rounding():
+    """Last bits that switch a ReLU change one vector or another, by chance."""
+    p = parameter(1.0, 2.0, 3.0, dtype=torch.float32)
+
+    def run() -> Found:
+        last_bits = (p.detach().view(torch.int32) & 1).float().mean()
+        return Found(torch.ones(()), [torch.ones(3) * (1 + 1e-3 * last_bits), torch.ones(3)])
+
+    comparison = Comparison(run, [p, p], ["one", "other"])
+    assert (
+        comparison.difference(Found(torch.ones(()), [torch.ones(3), torch.full((3,), 1.02)]))
+        is None
+    )
+    other = comparison.difference(Found(torch.ones(()), [torch.ones(3), torch.full((3,), 1.5)]))
+    assert other == "another gradient reaches other"
