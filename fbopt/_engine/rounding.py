@@ -110,8 +110,8 @@ class Comparison:
         """By how much the loss, and each vector, change with the last bits of the parameters.
 
         A vector by at least the share by which all together do: which of them a ReLU that switches
-        changes most is chance. Zero where they change without, in a run before or between: a state of its own is no
-        rounding.
+        changes most is chance. Zero where they change without, in a run before or between: a state
+        of its own is no rounding.
         """
         loss, vectors = 0.0, self._no_noise
         values = [p.detach() for p in self._params]
