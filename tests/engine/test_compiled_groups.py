@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor import compile_fx
 
 from fbopt import FullBatchClosure, GradientPenalty
 
@@ -35,12 +36,10 @@ class Graphs:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    compile, backend = torch.compile, Graphs()
-
-    def quickly(function, *, options, **given):
-        return compile(function, backend=backend, **given)
-
-    monkeypatch.setattr(torch, "compile", quickly)
+    backend = Graphs()
+    monkeypatch.setattr(
+        compile_fx, "compile_fx", lambda graph, inputs, config_patches: backend(graph, inputs)
+    )
     torch.compiler.reset()
     yield backend
     torch.compiler.reset()
