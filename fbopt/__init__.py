@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from fbopt.diagnosis import check
     from fbopt.optim import FullBatchGD
     from fbopt.penalty import GradientPenalty
+    from fbopt.sharpness import SharpnessAware
 
 __all__ = [
     "FullBatchClosure",
     "FullBatchGD",
     "GradientAccumulator",
     "GradientPenalty",
+    "SharpnessAware",
     "check",
     "clip_grad_norm_",
 ]
@@ -31,6 +33,7 @@ _HOMES = {
     "FullBatchGD": "optim",
     "GradientAccumulator": "accumulate",
     "GradientPenalty": "penalty",
+    "SharpnessAware": "sharpness",
     "check": "diagnosis",
     "clip_grad_norm_": "clip",
 }

@@ -89,8 +89,13 @@ class Collectives:
             )
         return Collectives, ("local" if self._is_local else None,)
 
+    @property
+    def given(self) -> Any:
+        """What these collectives were made with."""
+        return "local" if self._is_local else self.group
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Collectives:
-        return Collectives("local" if self._is_local else self.group)
+        return Collectives(self.given)
 
     def refuse_unknown_processes(self, params: Iterable[Tensor]) -> None:
         """Raise ValueError for None in a job of several processes: their gradients would be lost.

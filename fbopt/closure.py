@@ -23,15 +23,19 @@ from fbopt._engine.inputs import (
     refuse_sharded,
     refuse_sharded_groups,
     refuse_twice,
+    refuse_whole,
     unwrapped,
 )
 from fbopt._engine.modules import list_parts
 from fbopt._engine.parameter_sets import AloneInThreads, check_optimizers
 from fbopt._engine.preparation import Preparation
 from fbopt._engine.reduce import Reduction
+from fbopt._engine.whole_gradient import WholeGradient
+from fbopt._sharding import any_sharded
 from fbopt.accumulate import GradientAccumulator
 from fbopt.diagnosis import require_right
 from fbopt.penalty import GradientPenalty
+from fbopt.sharpness import SharpnessAware
 
 
 class FullBatchClosure:
@@ -63,7 +67,7 @@ class FullBatchClosure:
             DataLoader. The size of a chunk, and which samples share it, are part of the model where
             there is a penalty, a chunk clip or BatchNorm: ``shuffle=True`` is refused with the
             first two and with exact sums.
-        penalty: a :class:`GradientPenalty`, or None.
+        penalty: a :class:`GradientPenalty`, a :class:`SharpnessAware`, or None.
         optimizer: whose learning rate the penalty's coefficient follows. All of its parameters that
             require grad have to be among ``params``.
         accumulation: how the sum over chunks is kept, see :class:`GradientAccumulator`.
@@ -100,6 +104,8 @@ class FullBatchClosure:
             that shared a parameter's memory no longer do. Of hundreds of small parameters the
             passes at perturbed ones then overwrite that buffer and copy it back, rather than to
             point each of them to a second one.
+        returns: ``"loss"``, or ``"objective"`` for the objective J, float64: what a line search has
+            to see, as its gradient is what ``p.grad`` holds.
         process_group: the processes that have different chunks, a
             ``torch.distributed.ProcessGroup``; ``"local"`` for a process that trains on its own;
             see below.
@@ -160,7 +166,7 @@ class FullBatchClosure:
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         chunks: Iterable[Any] | None = None,
         *,
-        penalty: GradientPenalty | None = None,
+        penalty: GradientPenalty | SharpnessAware | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         accumulation: str = "float32",
         evaluate: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Any]] | None = None,
@@ -177,6 +183,7 @@ class FullBatchClosure:
         vectorize: int = 1,
         compile: bool = False,
         flatten_parameters: bool = False,
+        returns: str = "loss",
         process_group: torch.distributed.ProcessGroup | str | None = None,
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
@@ -187,7 +194,7 @@ class FullBatchClosure:
         self.observe, self.on_pass_start = observe, on_pass_start
         self.cuda_graph, self.backward, self.debug = cuda_graph, backward, debug
         self.vectorize, self.compile = vectorize, compile
-        self.flatten_parameters = flatten_parameters
+        self.flatten_parameters, self.returns = flatten_parameters, returns
         check_arguments(vars(self) | {"chunks": chunks, "accumulation": accumulation})
         if backward:
             self.model = model = unwrapped(model)
@@ -208,10 +215,13 @@ class FullBatchClosure:
             self._prepared.flat.follow(self.sums.params, model)
         self._prepared.follow_cuda_graph(cuda_graph, model, self._candidates())
         self._full_pass = FullPass(*shared, self._prepared)
+        self._whole_gradient: WholeGradient | None = None
+        self._saved_whole: Mapping[str, Any] | None = None
         self._running = threading.Lock()
         self._verified = self._arguments()
         self.step = self._step_before = 0
         self.mean_sqnorm: Tensor | None = None
+        self._last: tuple[Any, ...] | None = None  # what the objective is made of
         self._coefficient()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -231,19 +241,51 @@ class FullBatchClosure:
 
     @eager
     def __call__(self) -> Tensor:
-        """Fill ``p.grad`` and return the mean loss: 0-dim, float32 (float64 for a float64 loss)."""
+        """Fill ``p.grad`` and return the mean loss: 0-dim, float32 (float64 for a float64 loss).
+
+        With ``returns="objective"`` the objective, float64.
+        """
         loss = self._accumulate(self.optimizer)
         self.assign()
         return loss
 
     @eager
     def accumulate(self) -> Tensor:
-        """Visit every chunk, keep the weighted sum for :meth:`assign`, return the mean loss.
+        """Visit every chunk, keep the weighted sum for :meth:`assign`, return the mean loss, or the
+        objective.
 
         ``p.grad`` is None afterwards; :meth:`assign` fills it. An exception leaves parameters and
         buffers as they were.
         """
         return self._accumulate(self.optimizer)
+
+    @eager
+    def loss_only(self) -> Tensor:
+        """Return the mean loss where the parameters are, without gradients.
+
+        One forward pass over each chunk, one at a time; neither ``p.grad`` nor buffers nor torch's
+        random generators change, and ``observe`` is not called. So it has the dropout masks of the
+        next call.
+
+        Raises:
+            ValueError: parameters are sharded.
+        """
+        self._claim("called")
+        try:
+            with AloneInThreads(self.sums.params):
+                with self._reduction.preparing():
+                    refuse_inference_mode()
+                    self._check_again()
+                    if any_sharded(self.sums.params):
+                        raise ValueError(
+                            "loss_only() needs plain parameters, and these are sharded (DTensor): "
+                            "call the closure"
+                        )
+                self._reduction.begin(call="loss_only()")
+                with torch.no_grad():
+                    return self._full_pass.loss_only(self)
+        finally:
+            self._running.release()
 
     def _accumulate(self, optimizer: torch.optim.Optimizer | None) -> Tensor:
         """Accumulate for a step of this optimizer."""
@@ -273,13 +315,60 @@ class FullBatchClosure:
             facts = {} if is_single else self._facts(coefficient, optimizer)
         self._reduction.begin(**facts)
         try:
-            loss, self.mean_sqnorm = self._full_pass(self, coefficient)
+            whole = self._find_whole_gradient(coefficient)
+            means = self._full_pass(self, coefficient, whole)
         except BaseException:
             self._prepared.restore_parameters()
             self._rollback()
             raise
         self.step += 1
-        return loss
+        self.mean_sqnorm = means.square
+        rule = None if coefficient is None else self.penalty
+        self._last = rule, self.chunk_max_norm is not None, means, coefficient, whole
+        objective = self.objective if self.returns == "objective" else None
+        return means.loss if objective is None else objective
+
+    @property
+    def objective(self) -> Tensor | None:
+        """J = L + penalty of the last call, whose gradient ``p.grad`` holds (0-dim, float64).
+
+        None before the first call, with ``chunk_max_norm``, and for :class:`SharpnessAware`: the
+        gradient is then that of no function. By finite differences ``p.grad`` is J's gradient to
+        first order in the radius, with ``method="central"`` to second order.
+        """
+        if self._last is None:
+            return None
+        rule, clips, means, coefficient, whole = self._last
+        if clips:
+            return None
+        loss: Tensor = means.loss.double()
+        if rule is None:
+            return loss
+        square = None if whole is None else whole.squared_norm
+        penalty = rule.value(coefficient, means.square, means.norm, square)
+        return None if penalty is None else loss + penalty
+
+    def _find_whole_gradient(self, coefficient: float | Tensor | None) -> WholeGradient | None:
+        """The gradient of all chunks, where the penalty's direction has a share of it."""
+        if self.penalty is None or coefficient is None or not self.penalty.direction.whole:
+            return None
+        known = self._whole_gradient
+        if known is None or not known.fits(self.sums):
+            visitor = FullBatchClosure(
+                self.model,
+                self.loss_fn,
+                self.chunks,
+                evaluate=self.evaluate,
+                accumulation=self.accumulation,
+                params=self.sums.params,
+                process_group=self._reduction.collectives.given,
+            )
+            if self._saved_whole is not None:
+                visitor.load_state_dict(self._saved_whole)
+                self._saved_whole = None
+            self._whole_gradient = known = WholeGradient(visitor, self.sums)
+        known.find(self)
+        return known
 
     def _facts(
         self, coefficient: float | Tensor | None, optimizer: torch.optim.Optimizer | None
@@ -289,6 +378,7 @@ class FullBatchClosure:
         return {
             "accumulation": self.accumulation,
             "penalty": self.penalty and self.penalty.method,
+            "the penalty's direction": self.penalty and str(self.penalty.direction),
             "coefficient": _shown(coefficient),
             "lr": rates,
             "chunk_max_norm": self.chunk_max_norm,
@@ -320,17 +410,20 @@ class FullBatchClosure:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs: the number of calls, and the units of exact sums."""
-        return {
+        state = {
             "step": self.step,
             "sums": self.sums.store.state_dict(),
             "statistics": self._statistics.store.state_dict(),
         }
+        whole = self._whole_gradient
+        return state if whole is None else state | {"whole": whole.visitor.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved :meth:`state_dict`."""
         self.step = int(state["step"])
         self.sums.store.load_state_dict(state["sums"])
         self._statistics.store.load_state_dict(state["statistics"])
+        self._saved_whole, self._whole_gradient = state.get("whole"), None
 
     def _arguments(self) -> list[Any]:
         return [vars(self)[name] for name in ARGUMENTS]
@@ -360,6 +453,8 @@ class FullBatchClosure:
         if self.penalty.method == "exact":
             refuse_compiled(self.model)
             refuse_sharded(self.sums.params)
+        at_once = self.vectorize > 1 or self.compile
+        refuse_whole(self.penalty, self.sums.params, at_once)
         value = self.penalty.coefficient_at(self.step, self.optimizer)
         return None if isinstance(value, (int, float)) and value == 0 else value
 
@@ -383,6 +478,7 @@ class FullBatchClosure:
             refuse_sharded_groups(self.sums.params)
         by_difference = self.penalty is not None and self.penalty.method != "exact"
         is_perturbed = coefficient is not None and by_difference
+        self._reduction.needs_norms = self.penalty is not None and self.penalty.needs_norms
         self._prepared.begin(modules, is_perturbed, self.chunk_max_norm, self.flatten_parameters)
         self._step_before = self.step
         return coefficient

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up: a room may import its own floor and those below it.
 FLOORS = (
     ("_build",),
-    ("_ops", "reference", "_checks", "_random", "_eager", "_sharding"),
+    ("_ops", "reference", "_checks", "_random", "_eager", "_sharding", "_direction"),
     ("_distributed",),
-    ("_engine", "accumulate", "penalty", "clip"),
+    ("_engine", "accumulate", "penalty", "sharpness", "clip"),
     ("_diagnosis",),
     ("diagnosis",),
     ("closure",),

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
-from fbopt._engine.perturb import Perturbation, hessian_gradient_product
+from fbopt._direction import Direction
+from fbopt._engine.perturb import Perturbation, hessian_product
 from fbopt._ops.buckets import FlatBuckets
 
 
@@ -198,10 +199,10 @@ def test_shift_moves_by_the_radius_into_a_second_buffer():
     assert [p.data_ptr() for p in params] == pointers
 
 
-def test_hessian_gradient_product_of_a_linear_loss_is_zero():
+def test_products_with_the_hessian_of_a_linear_loss_are_zero():
     p = nn.Parameter(torch.ones(3))
     grads = torch.autograd.grad((2 * p).sum(), [p], create_graph=True)
-    assert torch.equal(hessian_gradient_product(list(grads), [p])[0], torch.zeros(3))
+    assert torch.equal(hessian_product(list(grads), [p], Direction(), [None])[0], torch.zeros(3))
 
 
 def test_float32_penalty_is_close_to_float64():

@@ -12,14 +12,14 @@ from fbopt._diagnosis.passes import distance
 from fbopt._diagnosis.probe import Probe
 from fbopt._diagnosis.report import Report
 from fbopt._diagnosis.wide import CopyLoss, difference, moved, some_samples
+from fbopt._direction import PerturbationRule
 from fbopt._engine.autograd_graph import dtypes
-from fbopt.penalty import GradientPenalty
 
 MOST_SAMPLES = 32
 LOST = 5.0  # rounding errors this many times as large as a difference leave nothing of it
 
 
-def check_radius(probe: Probe, penalty: GradientPenalty, chunk: Any, report: Report) -> str | None:
+def check_radius(probe: Probe, penalty: PerturbationRule, chunk: Any, report: Report) -> str | None:
     """Compare on some samples of a chunk; return the reason where that says nothing."""
     samples = some_samples(chunk, MOST_SAMPLES)
     wide, own = CopyLoss(probe), CopyLoss(probe, None)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from fbopt._diagnosis.passes import distance
 from fbopt._diagnosis.probe import Probe
 from fbopt._diagnosis.setup import rows
+from fbopt._direction import Direction
 from fbopt._engine.autograd_graph import nodes
-from fbopt._engine.perturb import hessian_gradient_product
+from fbopt._engine.perturb import hessian_product
 
 R = TypeVar("R")
 Tensors = list[Tensor]
@@ -62,7 +63,7 @@ class CopyLoss:
             every, grads = list(nodes(loss)), _grads(loss, leaves, create_graph=True)
             g = [x.detach() for x in _dense(grads, leaves)]
             try:
-                return g, hessian_gradient_product(grads, leaves), every
+                return g, hessian_product(grads, leaves, Direction(), [None] * len(leaves)), every
             except RuntimeError as error:
                 return g, " ".join(str(error).split()), every
 

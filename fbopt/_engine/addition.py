@@ -1,5 +1,6 @@
-"""What a chunk adds to the sums: w g, or with a penalty w (g + lambda H g), with H g by finite
-differences or from a second backward pass; clipped where asked. The same for stacks of chunks.
+"""What a chunk adds to the sums: w g, or with second points w (g + k (g+ - g)), which for a penalty
+is w (g + lambda H g); H g may also come from a second backward pass. Clipped where asked. The same
+for stacks of chunks.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fbopt._direction import Direction, PerturbationRule
 from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.gradient_sums import GradientSums, Parts
 from fbopt._engine.perturb import Perturbation
-from fbopt._engine.stacked import StackedClip, StackedPerturbation, StackedSums
-from fbopt.penalty import GradientPenalty
+from fbopt._engine.stacked import (
+    SharedPerturbation,
+    StackedClip,
+    StackedPerturbation,
+    StackedSums,
+)
 
 Gradients = Sequence[Tensor | None]
 
@@ -26,14 +32,16 @@ class GradientAddition:
     Args:
         sums: where.
         clip: None where chunks are not clipped.
-        perturbation: for a penalty by finite differences.
+        perturbation: for passes at second points.
         norms: whether ||g||^2 is wanted also where nothing else needs it.
+        whole: the gradient of all chunks, gathered, where a direction has a share of it.
     """
 
     sums: GradientSums | StackedSums
     clip: ChunkClip | StackedClip | None
-    perturbation: Perturbation | StackedPerturbation | None
+    perturbation: Perturbation | StackedPerturbation | SharedPerturbation | None
     norms: bool
+    whole: Parts | None = None
 
     def plain(self, grads: Gradients, weight: float | Tensor) -> Tensor | None:
         """Add ``w g``; return ||g||^2 where it is wanted."""
@@ -52,15 +60,18 @@ class GradientAddition:
         products: Gradients,
         weight: float | Tensor,
         coefficient: Tensor,
+        direction: Direction,
     ) -> Tensor:
-        """Add ``w (g + lambda H g)`` from gradients and products H g; return ||g||^2."""
+        """Add ``w (g + lambda H v)`` from gradients and products H v; return ||g||^2."""
         parts = self.sums.gather([None if g is None else g.detach() for g in grads])
         square = self.sums.squared_norm(parts)
-        # With g+ = H g, g- = 0 and ||g|| / (2 radius) = 1 the kernel's central difference is H g.
+        # With g+ = H v, g- = 0 and a radius of 1/2 the kernel's central difference is H v times the
+        # length that it is given.
         known = [None if g is None else h for g, h in zip(grads, products, strict=True)]
         plus = self.sums.gather(known, "plus")
         minus = [[torch.zeros_like(h) for h in part] for part in plus]
-        self._add_penalised(parts, plus, minus, weight, coefficient, torch.ones_like(square), 0.5)
+        length = direction.exact_length(square)
+        self._add_penalised(parts, plus, minus, weight, coefficient, length, 0.5)
         return square
 
     def differences(
@@ -68,28 +79,41 @@ class GradientAddition:
         grads: Gradients,
         weight: float | Tensor,
         coefficient: Tensor,
-        penalty: GradientPenalty,
+        rule: PerturbationRule,
         shifted: Callable[[bool], Gradients],
     ) -> Tensor:
-        """Add ``w (g + lambda H g)`` by finite differences; return ||g||^2.
+        """Add ``w (g + k (g+ - g))``, or by central differences; return ||g||^2.
 
         Args:
             grads: g, at theta.
             weight: w.
-            coefficient: lambda.
-            penalty: which differences, and how far.
+            coefficient: c, of which k is made: lambda, of a penalty.
+            rule: which differences, in which direction and how far.
             shifted: returns the gradient at the point that the perturbation holds; called with
                 True for the second one of central differences.
         """
-        radius, gather = penalty.radius, self.sums.gather
+        radius, direction, gather = rule.radius, rule.direction, self.sums.gather
         parts, minus = gather(grads), list[list[Tensor]]()
-        square = self.perturbation.fill(parts, radius)
+        along = self._along(parts, direction)
+        square = self.perturbation.fill(along, radius)
         plus = gather(shifted(False), "plus")
-        if penalty.method == "central":
-            self.perturbation.fill(parts, -radius, square)
+        if rule.method == "central":
+            self.perturbation.fill(along, -radius, square)
             minus = gather(shifted(True), "minus")
-        self._add_penalised(parts, plus, minus, weight, coefficient, square, radius)
-        return square
+        length = direction.length(square)
+        self._add_penalised(parts, plus, minus, weight, coefficient, length, radius)
+        return square if along is parts else self.sums.squared_norm(parts)
+
+    def _along(self, grads: Parts, direction: Direction) -> Parts:
+        """The direction v."""
+        if not direction.whole:
+            return grads
+        if not direction.own:
+            return self.whole
+        return [
+            list(torch._foreach_add(part, shared, alpha=direction.whole))
+            for part, shared in zip(grads, self.whole, strict=True)
+        ]
 
     def _add_penalised(
         self,

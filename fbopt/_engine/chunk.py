@@ -1,4 +1,4 @@
-"""The gradient of one chunk, g_c or with a penalty g_c + lambda H_c g_c, and its addition to the
+"""The gradient of one chunk, g_c or with second points g_c + k (g+ - g_c), and its addition to the
 sums. All of it is work on the device, which a CUDA graph can capture.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fbopt._direction import PerturbationRule
 from fbopt._engine.addition import GradientAddition, Gradients
 from fbopt._engine.autograd_graph import (
     SecondBackward,
@@ -28,13 +29,13 @@ from fbopt._engine.chunk_addition import ApartAddition, ChunkAddition, ChunkColl
 from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.forward import BARE, ChunkLoss
 from fbopt._engine.fully_sharded import FullySharded
-from fbopt._engine.gradient_sums import GradientSums
+from fbopt._engine.gradient_sums import GradientSums, Parts
 from fbopt._engine.lockstep import Lockstep
 from fbopt._engine.other_means import SampleMeans
-from fbopt._engine.perturb import Perturbation, hessian_gradient_product
+from fbopt._engine.perturb import Perturbation, hessian_product
 from fbopt._engine.rounding import Found
 from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
-from fbopt.penalty import GradientPenalty
+from fbopt._engine.whole_gradient import WholeGradient
 
 Observe = Callable[[Any, Any], None] | None
 
@@ -45,20 +46,21 @@ class ChunkGradient:
 
     Args:
         forward: the chunk's loss.
-        penalty: the penalty, or None where its coefficient is zero.
+        penalty: a penalty or SAM, None where its coefficient is zero.
         sums, statistics: where gradients and BatchNorm's statistics are added.
         buffers: keeps the model's buffers during passes at perturbed parameters.
-        perturbation: for a penalty by finite differences.
+        perturbation: for passes at second points.
         clip: None where chunks are not clipped.
         chunk_norms: as for the closure.
         backward: whether gradients come from ``loss.backward()``.
         sharded, lockstep: for a model sharded by FSDP2, else None.
         checks: whether autograd graphs are checked, in the first call with these parameters.
         means: checks losses where weights are numbers of samples, for want of anything better.
+        whole: the gradient of all chunks, where the direction has a share of it.
     """
 
     forward: ChunkLoss
-    penalty: GradientPenalty | None
+    penalty: PerturbationRule | None
     sums: GradientSums
     statistics: RunningStatistics
     buffers: BufferSnapshot
@@ -70,11 +72,19 @@ class ChunkGradient:
     lockstep: Lockstep | None = None
     checks: bool = False
     means: SampleMeans | None = None
+    whole: WholeGradient | None = None
 
     @functools.cached_property
     def addition(self) -> GradientAddition:
         """What adds the chunk's gradient to the sums."""
-        return GradientAddition(self.sums, self.clip, self.perturbation, self.chunk_norms)
+        return GradientAddition(
+            self.sums, self.clip, self.perturbation, self.chunk_norms, self.whole_parts
+        )
+
+    @property
+    def whole_parts(self) -> Parts | None:
+        """The gradient of all chunks as the kernels take it."""
+        return None if self.whole is None else self.whole.parts
 
     @property
     def repetitions(self) -> int:
@@ -128,7 +138,9 @@ class ChunkGradient:
         if self.penalty is None:
             square = self.addition.plain(grads, weight)
         elif self.is_exact:
-            square = self.addition.exact(grads, products, weight, coefficient)
+            square = self.addition.exact(
+                grads, products, weight, coefficient, self.penalty.direction
+            )
         else:
             with self.in_passing(draws) as rewind:
                 shifted = functools.partial(self._shifted, index, chunk, rewind)
@@ -173,11 +185,17 @@ class ChunkGradient:
             refuse_unreached(loss, grads)
         if not self.is_exact:
             return grads, []
-        products = hessian_gradient_product(grads, self.sums.params)
+        params, direction = self.sums.params, self.penalty.direction
+        products = hessian_product(grads, params, direction, self.whole_grads)
         if second is not None:  # after the products, whose graph a pass could invalidate
             again = functools.partial(self._shifted_loss, index, chunk, grads, draws)
             second.check(self.sums.params, again)
         return grads, products
+
+    @property
+    def whole_grads(self) -> Sequence[Tensor | None]:
+        """The gradient of all chunks by the parameters; None where the direction has none of it."""
+        return [None] * len(self.sums.params) if self.whole is None else self.whole.grads
 
     def _counts(self, weight: float | Tensor) -> bool:
         return self.sharded is None or bool(weight)  # others come with weights above 0 alone
@@ -225,7 +243,7 @@ class ChunkGradient:
     def _shifted_loss(
         self, index: int, chunk: Any, grads: Sequence[Tensor | None], draws: GeneratorSnapshot
     ) -> Iterator[Tensor]:
-        """The chunk's loss at theta + radius g / ||g||."""
+        """The chunk's loss at theta + radius g / ||g||, whatever the direction."""
         perturbation = Perturbation(self.sums.buckets)
         perturbation.begin()
         parts = self.sums.gather([None if g is None else g.detach() for g in grads])

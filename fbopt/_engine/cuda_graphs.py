@@ -208,8 +208,9 @@ class _Graph:
 
 def _baked(work: ChunkGradient, device: torch.device) -> tuple:
     """The settings that a capture bakes in, besides addresses."""
+    rule = work.penalty
     return (
-        None if work.penalty is None else (work.penalty.method, work.penalty.radius),
+        None if rule is None else (rule.method, rule.radius, rule.direction, id(work.whole)),
         None if work.clip is None else work.clip.max_norm,
         work.chunk_norms,
         work.forward.autocast,

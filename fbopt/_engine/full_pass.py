@@ -20,11 +20,12 @@ from fbopt._engine.known_groups import KnownGroups
 from fbopt._engine.observation import InOrder, ignore
 from fbopt._engine.other_means import SampleMeans
 from fbopt._engine.preparation import Preparation
-from fbopt._engine.reduce import Reduction
-from fbopt._engine.snapshot import GeneratorSnapshot
+from fbopt._engine.reduce import Means, Reduction
+from fbopt._engine.snapshot import BufferSnapshot, GeneratorSnapshot
 from fbopt._engine.vectorized import Vectorized
 from fbopt._engine.vectorized_gradient import VectorizedGradient
 from fbopt._engine.weights import Mean, TargetCounts, mean_of, weigh
+from fbopt._engine.whole_gradient import WholeGradient
 from fbopt._sharding import working_device
 
 if TYPE_CHECKING:
@@ -53,23 +54,29 @@ class FullPass:
         self._counts = TargetCounts()
         self._vectorized, self._known_groups = Vectorized(), KnownGroups()
         self._checked: tuple[Any, ...] = ()  # for what autograd graphs were checked
+        self._whole_gradient: WholeGradient | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Check again after pickling: other chunks may have been checked than are pickled."""
-        return vars(self) | {"_checked": ()}
+        return vars(self) | {"_checked": (), "_whole_gradient": None}
 
     def __call__(
-        self, closure: FullBatchClosure, coefficient: float | Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the means of losses and ||g||^2, 0-dim, the latter None where it is not needed.
+        self,
+        closure: FullBatchClosure,
+        coefficient: float | Tensor | None,
+        whole_gradient: WholeGradient | None = None,
+    ) -> Means:
+        """Return the means of losses and of gradient norms, None where these are not needed.
 
         Args:
             closure: what to do.
             coefficient: lambda; None for no penalty.
+            whole_gradient: where the penalty's direction has a share of it.
 
         Raises:
             RuntimeError: the units of exact sums never fit.
         """
+        self._whole_gradient = whole_gradient
         whole = coefficient is not None or closure.chunk_norms or closure.chunk_max_norm is not None
         start = None
         if self._sums.accumulation == "exact":
@@ -86,7 +93,7 @@ class FullPass:
                         self._visit(closure, coefficient, attempt, closure.autocast or outer)
                     found = self._reduction.combine()
                 if found is not None:
-                    return found if whole else (found[0], None)
+                    return found if whole else Means(found.loss)
         raise RuntimeError(
             f'accumulation="exact" visited all chunks {MOST_PASSES} times, and the gradients '
             "changed in size each time: make chunks, model and loss give the same values in every "
@@ -207,14 +214,7 @@ class FullPass:
         """What is done with each chunk."""
         by_samples = closure.weight is None and mean is None
         return ChunkGradient(
-            ChunkLoss(
-                closure.model,
-                closure.loss_fn,
-                closure.evaluate,
-                autocast,
-                working_device(self._sums.params[0]),
-                closure.observe is not None,
-            ),
+            self._forward(closure, autocast),
             penalty,
             self._sums,
             self._statistics,
@@ -227,7 +227,32 @@ class FullPass:
             self._reduction.lockstep,
             checks,
             SampleMeans(self._reduction.collectives.is_single) if by_samples else None,
+            self._whole_gradient,
         )
+
+    def _forward(self, closure: FullBatchClosure, autocast: torch.dtype | None) -> ChunkLoss:
+        device, watched = working_device(self._sums.params[0]), closure.observe is not None
+        return ChunkLoss(
+            closure.model, closure.loss_fn, closure.evaluate, autocast, device, watched
+        )
+
+    def loss_only(self, closure: FullBatchClosure) -> Tensor:
+        """Return the mean loss; buffers and torch's generators are then as before."""
+        buffers, draws = BufferSnapshot(closure.model), self._generators()
+        buffers.save()
+        draws.begin()
+        try:
+            with autocast_suspended(working_device(self._sums.params[0])) as outer:
+                forward = self._forward(closure, closure.autocast or outer)
+                chunks = self._weighed(closure, mean_of(closure.loss_fn), starts=True)
+                # With autograd graphs, as a loss may differentiate by its input.
+                return self._reduction.mean_loss(
+                    (forward.differentiable(index, chunk)[0].detach(), weight)
+                    for index, chunk, weight in chunks
+                )
+        finally:
+            buffers.restore()
+            draws.rewind()
 
     def _generators(self) -> GeneratorSnapshot:
         return GeneratorSnapshot(self._sums.buckets.devices)

@@ -16,8 +16,10 @@ from torch.utils.data import (
 )
 
 from fbopt._checks import check_number
+from fbopt._direction import PerturbationRule
 from fbopt._sharding import any_sharded
 from fbopt.penalty import GradientPenalty
+from fbopt.sharpness import SharpnessAware
 
 SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 ORDER_CURE = (
@@ -26,9 +28,11 @@ ORDER_CURE = (
 )
 FUNCTIONS = ("loss_fn", "evaluate", "observe", "on_pass_start", "weight")
 FLAGS = ("chunk_norms", "cuda_graph", "backward", "debug", "compile", "flatten_parameters")
+RETURNS = ("loss", "objective")
 # What may be replaced between calls, and is then checked again.
 ARGUMENTS = (
     *("model", "chunks", "penalty", "optimizer", "autocast", "chunk_max_norm", "vectorize"),
+    "returns",
     *FUNCTIONS,
     *FLAGS,
 )
@@ -54,20 +58,37 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         )
     _check_iterable(given["chunks"])
     _check_order(given)
-    for name, wanted in (("penalty", GradientPenalty), ("optimizer", torch.optim.Optimizer)):
+    rules, optimizers = (GradientPenalty, SharpnessAware), (torch.optim.Optimizer,)
+    for name, wanted in (("penalty", rules), ("optimizer", optimizers)):
         if given[name] is not None and not isinstance(given[name], wanted):
-            raise TypeError(f"{name} must be a {wanted.__name__} or None, got {_kind(given[name])}")
+            names = ", ".join(f"a {kind.__name__}" for kind in wanted)
+            raise TypeError(f"{name} must be {names} or None, got {_kind(given[name])}")
     autocast = given["autocast"]
     if autocast is not None and autocast not in (torch.bfloat16, torch.float16):
         raise ValueError(f"autocast must be torch.bfloat16 or torch.float16, got {autocast}")
     if given["chunk_max_norm"] is not None:
         check_number("chunk_max_norm", given["chunk_max_norm"], above=0)
+    _check_returns(given)
     for name in FLAGS:
         if not isinstance(given[name], bool):
             raise TypeError(f"{name} must be True or False, got {_kind(given[name])}")
     if given["backward"] and given["cuda_graph"]:
         raise ValueError("backward=True runs Python in every backward pass: leave cuda_graph out")
     _check_vectorize(given)
+
+
+def _check_returns(given: Mapping[str, Any]) -> None:
+    if given["returns"] not in RETURNS:
+        raise ValueError(f"returns must be one of {RETURNS}, got {given['returns']!r}")
+    if given["returns"] == "loss":
+        return
+    cause = 'returns="objective" needs a gradient that is that of a function, which {} is not: {}'
+    if isinstance(given["penalty"], SharpnessAware):
+        cure = 'pass a GradientPenalty, of power=1 for one that resembles SAM, or returns="loss"'
+        raise ValueError(cause.format("SAM's", cure))
+    if given["chunk_max_norm"] is not None:
+        cure = 'leave chunk_max_norm out, or pass returns="loss"'
+        raise ValueError(cause.format("the sum of clipped ones", cure))
 
 
 def _check_vectorize(given: Mapping[str, Any]) -> None:
@@ -104,9 +125,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def refuse_twice(penalty: GradientPenalty | None) -> None:
+def refuse_twice(penalty: PerturbationRule) -> None:
     """Refuse double backward with ``backward=True``, whose hooks take gradients without graph."""
-    if penalty is not None and penalty.method == "exact":
+    if penalty.method == "exact":
         raise ValueError(
             "method='exact' differentiates twice, which backward=True cannot: use method='forward' "
             "or 'central', or leave backward out"
@@ -230,6 +251,22 @@ def refuse_sharded(params: Sequence[Tensor]) -> None:
         raise RuntimeError(
             "method='exact' differentiates twice, which gives wrong values for sharded parameters "
             "(DTensor): use method='forward' or 'central'"
+        )
+
+
+def refuse_whole(rule: PerturbationRule, params: Sequence[Tensor], at_once: bool) -> None:
+    """Refuse directions with a share of the gradient of all chunks where that is not to be had."""
+    if not rule.direction.whole:
+        return
+    if any_sharded(params):
+        raise ValueError(
+            "scope='full' and full_strength need the gradient of all chunks by plain parameters, "
+            "and these are sharded (DTensor): use scope='chunk', or leave full_strength out"
+        )
+    if rule.method == "exact" and at_once:
+        raise ValueError(
+            "full_strength with method='exact' works on one chunk at a time: pass vectorize=1 and "
+            "compile=False, or method='forward' or 'central'"
         )
 
 

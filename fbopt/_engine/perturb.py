@@ -1,4 +1,4 @@
-"""Perturbed parameters theta + s v, ||s v|| = radius, in a second buffer; Hessian-gradient products
+"""Perturbed parameters theta + s v, ||s v|| = radius, in a second buffer; products with the Hessian
 by double backward.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fbopt._direction import Direction
 from fbopt._engine.autograd_graph import naming_methods
 from fbopt._ops import dispatch
 from fbopt._ops.buckets import FlatBuckets
@@ -83,6 +84,11 @@ class Perturbation:
             squared_norm = self.buckets.squared_norm(grads)
         return shift_(self._flats, self._theta, grads, radius, squared_norm)
 
+    @property
+    def points(self) -> list[Tensor]:
+        """The perturbed parameters."""
+        return self._views
+
     def applied(self) -> contextlib.AbstractContextManager[None]:
         """Point the parameters to the buffer, or copy it to the shards, within this context."""
         return _Applied(self)
@@ -147,16 +153,35 @@ def shift_(
     return result if squared_norm is None else squared_norm
 
 
-def hessian_gradient_product(
-    grads: Sequence[Tensor | None], params: Sequence[Tensor]
+def hessian_product(
+    grads: Sequence[Tensor | None],
+    params: Sequence[Tensor],
+    direction: Direction,
+    whole: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """Return ``H g``, the gradient of ``||g||^2 / 2``, from gradients with an autograd graph."""
-    curved = [g for g in grads if g is not None and g.requires_grad]
-    with torch.enable_grad():
-        squares = [g.to(accumulator_dtype(g.dtype)).square() for g in curved]
-        half = sum(square.sum() for square in squares) / 2
-    if not isinstance(half, Tensor):  # the loss is linear in every parameter
+    """Return ``H v`` from gradients g with an autograd graph, v = own g + whole G.
+
+    It is the gradient of ``own ||g||^2 / 2 + whole <g, G>``.
+    """
+    curved = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
+    if not curved:  # the loss is linear in every parameter
         return [torch.zeros_like(p) for p in params]
+    with torch.enable_grad():
+        value = potential([grads[i] for i in curved], [whole[i] for i in curved], direction)
     with naming_methods():
-        products = torch.autograd.grad(half, params, allow_unused=True)
+        products = torch.autograd.grad(value, params, allow_unused=True)
     return [torch.zeros_like(p) if h is None else h for h, p in zip(products, params, strict=True)]
+
+
+def potential(
+    grads: Sequence[Tensor], whole: Sequence[Tensor | None], direction: Direction
+) -> Tensor:
+    """Return ``own ||g||^2 / 2 + whole <g, G>``, whose gradient is H v."""
+    total = grads[0].new_zeros((), dtype=accumulator_dtype(grads[0].dtype))
+    for g, shared in zip(grads, whole, strict=True):
+        wide = g.to(accumulator_dtype(g.dtype))
+        if direction.own:
+            total = total + direction.own * wide.square().sum() / 2
+        if direction.whole and shared is not None:
+            total = total + direction.whole * (wide * shared).sum()
+    return total

@@ -8,8 +8,8 @@ import contextlib
 import itertools
 import math
 import operator
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,20 @@ from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.lockstep import Lockstep
 from fbopt._engine.processes import Comparison, combine_sums
 from fbopt._ops.sums import Sums
+
+
+class Means(NamedTuple):
+    """Means over all chunks, 0-dim; zero, or None, where no norm was noted or needed.
+
+    Attributes:
+        loss: of the losses.
+        square: of ``||g||^2``, float64.
+        norm: of ``||g||``, float64.
+    """
+
+    loss: Tensor
+    square: Tensor | None = None
+    norm: Tensor | None = None
 
 
 class Reduction:
@@ -51,7 +65,7 @@ class Reduction:
         self.collectives.refuse_unknown_processes(sums.params)
         _refuse_wrapped(model, self.collectives.is_single)
         self._comparison = Comparison(self.collectives, sums, model)
-        self.sharded = sharded
+        self.sharded, self.needs_norms = sharded, False
         self.follow_params(model)
 
     def follow_params(self, model: nn.Module) -> None:
@@ -138,55 +152,83 @@ class Reduction:
         wide = any(loss.dtype == torch.float64 for loss in self._losses)
         return [len(self._losses), math.fsum(self._weights), wide]
 
-    def combine(self) -> tuple[Tensor, Tensor | None] | None:
+    def combine(self) -> Means | None:
         """Reduce over the processes: sums of gradients, and means of BatchNorm's statistics.
 
-        Exact sums become means. Returns the mean loss and the mean of ||g||^2 (0 or None where none
-        was noted), 0-dim; or None where the units of exact sums did not fit, and all chunks have to
-        be visited again.
+        Exact sums become means. Returns the means of the losses and of gradient norms; or None
+        where the units of exact sums did not fit, and all chunks have to be visited again.
 
         Raises:
             PeerError: another process failed.
             ValueError: no process had a chunk.
         """
         sums, statistics = self._sums, self._statistics
-        empty = ValueError(
-            "chunks is empty, or every chunk has weight 0: there is no sample to average over"
-        )
         counts, joint = self._counts(), self.lockstep.is_joint
         found = combine_sums(
-            sums, self.collectives, counts, empty, statistics.store, is_joint=joint
+            sums, self.collectives, counts, _nothing(), statistics.store, is_joint=joint
         )
         if found is None:
             return None
-        everyones, _, wide = zip(*found.table, strict=True)
         statistics.all_reduce_(self.collectives)
         statistics.commit(sums.total_weight)
+        return self._means(found.table)
+
+    def mean_loss(self, losses: Iterable[tuple[Tensor, float]]) -> Tensor:
+        """The mean of losses by their weights, over all processes; an error reaches the others."""
+        self._losses, self._squares, self._weights = [], [], []
+        device = self._sums.buckets.device(0)
+        try:
+            for loss, weight in losses:
+                self.add(loss, None, weight)
+        except Exception as error:
+            self.collectives.report_error(error, 0, len(self._counts()), device)
+            raise
+        found = self.collectives.agree([], self._counts(), device)
+        if not any(row[0] for row in found.table):
+            raise _nothing()
+        return self._means(found.table).loss
+
+    def _means(self, table: Sequence[Sequence[float]]) -> Means:
+        """The means, from the counts of all processes."""
+        everyones, weights, wide = zip(*table, strict=True)
+        total = math.fsum(weights)
         dtype = torch.float64 if any(wide) else torch.float32
         if self.collectives.is_single and _lie_on_host(self._losses, self._squares):
-            values = self._losses, self._squares
-            mean, square = (_sum_on_host(v, self._weights) / sums.total_weight for v in values)
+            mean = _sum_on_host(self._losses, self._weights) / total
             loss = torch.scalar_tensor(mean, dtype=dtype)
-            squares = torch.scalar_tensor(square, dtype=torch.float64) if self._squares else None
-            return loss, squares
-        device = sums.params[0].device
-        loss, squares = self._means([int(n) for n in everyones], sums.total_weight, device)
-        return loss.to(dtype), squares
+            if not self._squares:
+                return Means(loss)
+            kinds = self._squares, self._norms()
+            found = [_sum_on_host(v, self._weights) / total for v in kinds]
+            return Means(loss, *(torch.scalar_tensor(v, dtype=torch.float64) for v in found))
+        device = self._sums.params[0].device
+        loss, *norms = self._means_of_all([int(n) for n in everyones], total, device)
+        return Means(loss.to(dtype), *norms)
 
-    def _means(
+    def _norms(self) -> list[Tensor]:
+        return [square.sqrt() for square in self._squares] if self.needs_norms else []
+
+    def _means_of_all(
         self, counts: list[int], total_weight: float, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """The means of losses and of ||g||^2 over all chunks, 0-dim, float64.
+    ) -> list[Tensor]:
+        """The means of losses, of ||g||^2 and of ||g|| over all chunks, 0-dim, float64.
 
         The products are sorted before they are added: the order of the chunks does not matter.
         """
-        losses, squares = (_products(v, self._weights) for v in (self._losses, self._squares))
+        kinds = self._losses, self._squares, self._norms()
+        found = [_products(v, self._weights) for v in kinds]
         if not self.collectives.is_single:
-            rows = torch.zeros(2, len(self._losses), dtype=torch.float64, device=device)
-            for row, products in zip(rows, (losses, squares), strict=True):
+            rows = torch.zeros(3, len(self._losses), dtype=torch.float64, device=device)
+            for row, products in zip(rows, found, strict=True):
                 row[: len(products)] = products
-            losses, squares = self.collectives.all_gather(rows, counts)
-        return losses.sort().values.sum() / total_weight, squares.sort().values.sum() / total_weight
+            found = list(self.collectives.all_gather(rows, counts))
+        return [products.sort().values.sum() / total_weight for products in found]
+
+
+def _nothing() -> ValueError:
+    return ValueError(
+        "chunks is empty, or every chunk has weight 0: there is no sample to average over"
+    )
 
 
 def _products(values: list[Tensor], weights: list[float]) -> Tensor:

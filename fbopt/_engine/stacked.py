@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.gradient_sums import GradientSums, Parts
-from fbopt._engine.perturb import shift_
+from fbopt._engine.perturb import Perturbation, shift_
 from fbopt._ops.buckets import FlatBuckets
 
 
@@ -65,6 +65,29 @@ class StackedPerturbation:
         if squared_norm is None and len(grads) > 1:
             squared_norm = self._buckets.squared_norm(grads, stacked=True)
         return shift_(self.flats, self.theta, grads, radius, squared_norm)
+
+
+class SharedPerturbation:
+    """One shifted point for K chunks: the interface of :class:`StackedPerturbation`.
+
+    Args:
+        one: the buffer of the point.
+        count: K.
+
+    Attributes:
+        point: the perturbed parameters.
+        points: the same K times, (K, *shape), in the memory of one.
+    """
+
+    def __init__(self, one: Perturbation, count: int) -> None:
+        self._one, self._count = one, count
+        self.point = one.points
+        self.points = [p.expand(count, *p.shape) for p in self.point]
+
+    def fill(self, grads: Parts, radius: float, squared_norm: Tensor | None = None) -> Tensor:
+        """Write ``theta + radius g / ||g||``; return ``||g||^2`` for each of K chunks."""
+        known = None if squared_norm is None else squared_norm[0]
+        return self._one.fill(grads, radius, known).expand(self._count).contiguous()
 
 
 class StackedClip:

@@ -6,7 +6,7 @@ g_1 ... g_K at theta, then g+_1 ... g+_K at theta + s_k g_k, each in one call of
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,13 @@ from fbopt._engine.chunk_groups import Group, Stack
 from fbopt._engine.functional import ChunkFunction, Passes, Tensors
 from fbopt._engine.shared_state import SharedState
 from fbopt._engine.snapshot import GeneratorSnapshot
-from fbopt._engine.stacked import StackedClip, StackedMemory, StackedSums
+from fbopt._engine.stacked import (
+    SharedPerturbation,
+    StackedClip,
+    StackedMemory,
+    StackedPerturbation,
+    StackedSums,
+)
 from fbopt._engine.vectorized_checks import Checks, check_draws, check_means, check_shifted
 from fbopt._engine.vectorized_errors import explained
 from fbopt._engine.vectorized_probe import Kind, Visit
@@ -162,36 +168,46 @@ class VectorizedGradient:
         coefficient: Tensor | None,
     ) -> Tensor | None:
         work, count = self.work, visit.stack.count
-        points = self.memory.points(work.sums, count) if work.repetitions else None
+        points = self._points(count)
         clip = None if work.clip is None else StackedClip(work.clip)
         sums = StackedSums(work.sums, kind.seen)
-        addition = GradientAddition(sums, clip, points, work.chunk_norms)
+        addition = GradientAddition(sums, clip, points, work.chunk_norms, work.whole_parts)
         if work.penalty is None:
             return addition.plain(passes.grads, weights)
         if work.is_exact:
-            return addition.exact(passes.grads, passes.products, weights, coefficient)
+            direction = work.penalty.direction
+            return addition.exact(passes.grads, passes.products, weights, coefficient, direction)
         with visit.draws.repeated() as rewind:
 
             def shifted(again: bool) -> Gradients:
                 rewind()
-                return self._shifted(visit, points.points).grads
+                return self._shifted(visit, points).grads
 
             return addition.differences(passes.grads, weights, coefficient, work.penalty, shifted)
 
-    def _shifted(self, visit: Visit, points: Sequence[Tensor]) -> Passes:
+    def _points(self, count: int) -> StackedPerturbation | SharedPerturbation | None:
+        if not self.work.repetitions:
+            return None
+        if not self.work.penalty.direction.own:  # all chunks have one point
+            return SharedPerturbation(self.work.perturbation, count)
+        return self.memory.points(self.work.sums, count)
+
+    def _shifted(self, visit: Visit, to: StackedPerturbation | SharedPerturbation) -> Passes:
         """The passes at K points, compared where their kind is new."""
-        passes = self._at(points, visit)
+        passes = self._at(to, visit)
         if visit.kind in self.known.compared or visit.is_captured:
             return passes
-        if check_shifted(self.work, visit, self.state, points, passes):
-            both = lambda: self._first(visit), lambda: self._at(points, visit)
-            check_draws(self.work, visit, points, *both)
+        other = check_shifted(self.work, visit, self.state, to.points, passes)
+        if other and not isinstance(to, SharedPerturbation):
+            both = lambda: self._first(visit), lambda: self._at(to, visit)
+            check_draws(self.work, visit, to.points, *both)
         self.known.compared.add(visit.kind)
         return passes
 
-    def _at(self, points: Sequence[Tensor], visit: Visit) -> Passes:
+    def _at(self, to: StackedPerturbation | SharedPerturbation, visit: Visit) -> Passes:
         torch.clear_autocast_cache()
+        shared = isinstance(to, SharedPerturbation)
+        points = tuple(to.point if shared else to.points)
+        passes = self.function.first if shared else self.function.gradient
         with self._explained(visit):
-            return self.function.gradient(
-                tuple(points), self._buffers(visit.stack.count), visit.stack
-            )
+            return passes(points, self._buffers(visit.stack.count), visit.stack)

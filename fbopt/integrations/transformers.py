@@ -18,6 +18,7 @@ from transformers import Trainer
 
 from fbopt.closure import FullBatchClosure
 from fbopt.penalty import GradientPenalty
+from fbopt.sharpness import SharpnessAware
 
 STATE = "fbopt.pt"
 # Overridden below: what another version of Trainer does not call would be left out without a word.
@@ -61,7 +62,7 @@ class WeightedTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        penalty: GradientPenalty | None = None,
+        penalty: GradientPenalty | SharpnessAware | None = None,
         accumulation: str = "float32",
         chunk_max_norm: float | None = None,
         backward: bool = False,
