@@ -34,11 +34,11 @@ struct From<Argument> {
 template <>
 struct From<TensorList> {
   static TensorList call(PyObject* x) {
-    if (x == nullptr || (!PyList_Check(x) && !PyTuple_Check(x))) throw NeedsHandle{};
+    if (x == nullptr || !PyTuple_Check(x)) throw NeedsHandle{};  // lists are Held as tuples
     std::vector<Meta> metas;
-    metas.reserve(PySequence_Fast_GET_SIZE(x));
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(x); ++i)
-      metas.push_back(meta_of(PySequence_Fast_GET_ITEM(x, i), false));
+    metas.reserve(PyTuple_GET_SIZE(x));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(x); ++i)
+      metas.push_back(meta_of(PyTuple_GET_ITEM(x, i), false));
     return TensorList(std::move(metas));
   }
 };

@@ -264,8 +264,8 @@ class FullBatchClosure:
         """Return the mean loss where the parameters are, without gradients.
 
         One forward pass over each chunk, one at a time; neither ``p.grad`` nor buffers nor torch's
-        random generators change, and ``observe`` is not called. So it has the dropout masks of the
-        next call.
+        random generators change, and ``observe`` is not called. Without ``vectorize`` it has the
+        dropout masks of the next call.
 
         Raises:
             ValueError: parameters are sharded.
