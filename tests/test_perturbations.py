@@ -210,6 +210,31 @@ def test_sam_by_central_differences(scope):
         assert relative(gradient(rule, ways)[0], oracle.mean(found)) < 1e-12
 
 
+@pytest.mark.parametrize(
+    "ways",
+    [{"backward": True}, {"flatten_parameters": True}, {"chunk_max_norm": 1e9}, {"compile": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("scope", ["chunk", "full"])
+def test_sam_is_the_same_in_other_settings(scope, ways):
+    rule = SharpnessAware(rho=0.2, scope=scope)
+    assert relative(gradient(rule, ways)[0], gradient(rule, {})[0]) < 1e-12
+
+
+@pytest.mark.parametrize("scope", ["chunk", "full"])
+def test_a_layer_that_is_frozen_between_calls_has_no_share_of_the_direction(scope):
+    models = [network(), network()]
+    rule = SharpnessAware(rho=0.2, scope=scope)
+    closures = [FullBatchClosure(m, F.cross_entropy, data(), penalty=rule) for m in models]
+    closures[0]()
+    for model in models:
+        model[0].requires_grad_(False)
+    for closure in closures:
+        closure()
+    assert models[0][0].weight.grad is None
+    assert torch.equal(models[0][2].weight.grad, models[1][2].weight.grad)
+
+
 # --- what stays as it was -------------------------------------------------------------------------
 
 RULES = {
