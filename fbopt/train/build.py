@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
+from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty, SharpnessAware
 from fbopt.train import models
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.data.augment import augmented
@@ -28,6 +28,8 @@ def build_model(options: Options, data: Data, device: torch.device) -> nn.Module
         )
     except ValueError as error:
         raise OptionsError(str(error)) from error
+    if options.residual_init == "one":
+        models.start_branches_at_one(model)
     model = model.to(device).train()
     if len(data.shape) == 3 and options.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -40,14 +42,21 @@ def build_chunks(options: Options, split: Split, *, stochastic: bool, **context:
     `context` is what `Chunks` needs to know of the run: current_pass, before_chunk, rank,
     world_size.
     """
-    return Chunks(
+    chunks = Chunks(
         augmented(split, options, one_replica_per_pass=stochastic),
         options.batch_size if stochastic else options.chunk_size,
         sampling=options.chunks if options.stochastic == stochastic else "shuffled",
         seed=options.seed,
         group=1 if stochastic else options.vectorize or 1,
+        drop_last=options.last_chunk == "drop",
         **context,
     )
+    if not chunks:
+        raise OptionsError(
+            f"--last-chunk drop leaves nothing of {len(chunks.split)} samples in chunks of "
+            f"{chunks.size}; give a smaller --{'batch' if stochastic else 'chunk'}-size"
+        )
+    return chunks
 
 
 def build_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
@@ -60,28 +69,58 @@ def build_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer
     return FullBatchGD(groups, **rule, max_norm=max_norm)
 
 
-def build_grad_transform(options: Options, model: nn.Module) -> GradientTransform | None:
+def build_grad_transform(
+    options: Options, model: nn.Module, chunks: Chunks
+) -> GradientTransform | None:
     """Norm bias, clipping and noise; None where the optimizer's own clipping is all there is."""
-    return GradientTransform(model.parameters(), options) if _transforms_gradient(options) else None
+    if not _transforms_gradient(options):
+        return None
+    return GradientTransform(model.parameters(), options, len(chunks))
 
 
 def _transforms_gradient(options: Options) -> bool:
-    return bool(options.norm_bias or options.additive_noise or options.multiplicative_noise)
+    noisy = options.additive_noise or options.multiplicative_noise
+    return bool(options.norm_bias or noisy or options.mean == "running")
 
 
 def build_scheduler(options: Options, optimizer: torch.optim.Optimizer) -> LambdaLR:
     """The learning rate by pass: linear warm-up, then a cosine."""
-    return LambdaLR(optimizer, lambda done: lr_factor(done, options.warmup, options.cosine))
+    first = 0 if options.first_rate == "zero" else 1
+    return LambdaLR(optimizer, lambda done: lr_factor(done, options.warmup, options.cosine, first))
 
 
-def lr_factor(done: int, warmup: int, cosine: int) -> float:
+def lr_factor(done: int, warmup: int, cosine: int, first: int = 1) -> float:
     """The learning rate after `done` passes, as a share of its peak.
 
-    Linear over `warmup` passes, then a cosine over `cosine` more (arXiv 2109.14119, section 4).
+    Linear over `warmup` passes, then a cosine over `cosine` more (arXiv 2109.14119, section 4). The
+    first pass has `first` parts of `warmup`, 0 or 1.
     """
     if done < warmup:
-        return (done + 1) / warmup
+        return (done + first) / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / cosine)))
+
+
+def build_perturbation(options: Options) -> GradientPenalty | SharpnessAware | None:
+    """The penalty or the sharpness-aware rule; None for gradients at the parameters alone."""
+    kind = options.perturbation
+    if kind in ("sam", "asam"):
+        return SharpnessAware(
+            options.rho,
+            **({"adaptive": True} if kind == "asam" else {}),  # TODO
+            scope=options.scope,
+            alpha=options.sam_share,
+            method=options.method,
+        )
+    if options.penalty is None:
+        return None
+    half = options.central_radius == "half"
+    return GradientPenalty(
+        options.penalty,
+        options.radius / 2 if half else options.radius,
+        options.method,
+        power=1 if kind == "gnp" else 2,
+        full_strength=options.full_penalty or 0.0,
+    )
 
 
 def build_closure(
@@ -92,22 +131,17 @@ def build_closure(
     optimizer: torch.optim.Optimizer,
     **context: Any,
 ) -> FullBatchClosure:
-    """The full-batch closure with the options' penalty and chunk clipping.
+    """The full-batch closure with the options' perturbation and chunk clipping.
 
-    `context` is passed on: observe, on_pass_start, process_group.
+    `context` is passed on: weight, observe, on_pass_start, process_group.
     """
-    penalty = None
-    if options.penalty is not None:
-        penalty = GradientPenalty(
-            strength=options.penalty, radius=options.radius, method=options.method
-        )
     return FullBatchClosure(
         model,
         loss_fn,
         chunks,
-        penalty=penalty,
+        penalty=build_perturbation(options),
         optimizer=optimizer,
-        accumulation=options.accumulation,
+        accumulation=options.accumulation or "float32",
         autocast=autocast_dtype(options.precision),
         cuda_graph=options.cuda_graph and next(model.parameters()).is_cuda,
         chunk_max_norm=options.chunk_max_norm,

@@ -147,9 +147,7 @@ def _fit(
 
     Rank 0 has `saver` and `write`.
     """
-    progress = Progress(
-        trainer.options.passes, trainer.position[0], len(trainer.current_chunks.split)
-    )
+    progress = Progress(trainer.options.passes, trainer.position[0], trainer.current_chunks.samples)
     trainer.on_samples, tracker = progress.advance, CurvatureTracker(trainer)
     begin, before = time.monotonic(), trainer.seconds
     try:

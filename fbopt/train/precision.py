@@ -27,9 +27,20 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 
 
 def cross_entropy(
-    output: Tensor, target: Tensor, label_smoothing: float = 0.0, reduction: str = "mean"
+    output: Tensor,
+    target: Tensor,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    *,
+    over_others: bool = False,
 ) -> Tensor:
-    """Cross-entropy of logits (n, classes) and labels (n,), in float32 for bfloat16 logits."""
+    """Cross-entropy of logits (n, classes) and labels (n,), in float32 for bfloat16 logits.
+
+    Label smoothing spreads its share over all classes; `over_others`, over all but the right one,
+    which is the same as more of it over all.
+    """
+    if over_others:
+        label_smoothing *= output.shape[1] / (output.shape[1] - 1)
     if output.dtype == torch.bfloat16:
         output = output.float()
     return F.cross_entropy(output, target, reduction=reduction, label_smoothing=label_smoothing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,14 +15,16 @@ from fbopt import FullBatchGD
 from fbopt._random import seed_generators
 from fbopt.reference import clip_coefficient
 from fbopt.train import build
-from fbopt.train.config.options import Options
+from fbopt.train.batchnorm import EveryPass, blending
+from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.data.dataset import Chunks, Data
 from fbopt.train.data.rng import DROPOUT
 from fbopt.train.distributed import DistributedContext
 from fbopt.train.evaluate import evaluate, moving_average
+from fbopt.train.grad_transforms import running_weight
 from fbopt.train.precision import autocast_dtype, cross_entropy
 
-GRADIENTS = {None: 1, "forward": 2, "central": 3, "exact": 2}  # backward passes per chunk
+GRADIENTS = {None: 1, "forward": 2, "central": 3, "exact": 2}  # backward passes of a chunk
 _PARTS = ("model", "optimizer", "scheduler", "closure", "average")  # with a state_dict, or None
 _TOTALS = ("correct", "loss", "chunk_sqnorm")
 
@@ -52,7 +55,11 @@ class Trainer:
         self.options, self.data, self.device = options, data, device
         self.context = context or DistributedContext()
         self.model = build.build_model(options, data, device)
-        self.loss_fn = partial(cross_entropy, label_smoothing=options.label_smoothing)
+        self.loss_fn = partial(
+            cross_entropy,
+            label_smoothing=options.label_smoothing,
+            over_others=options.smoothing == "others",
+        )
         self.epochs = math.inf if options.stochastic else options.switch_at
         chunks = partial(
             build.build_chunks,
@@ -77,25 +84,35 @@ class Trainer:
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.finite_passes = torch.zeros((), dtype=torch.int64, device=device)
         self.gradient_norm: Tensor | None = None
-        self.samples = len(self.chunks.split)  # in the last pass
+        self.samples = self.chunks.samples  # in the last pass
         self.optimizer = build.build_optimizer(options, self.model)
         self.scheduler = build.build_scheduler(options, self.optimizer)
-        self.grad_transform = build.build_grad_transform(options, self.model)
+        self.grad_transform = build.build_grad_transform(options, self.model, self.chunks)
+        self.every_pass = None
+        if options.batchnorm == "every-pass":
+            if not self.context.is_single:
+                raise OptionsError(
+                    "--batchnorm every-pass follows the passes of one process, and torchrun has "
+                    f"started {self.context.world_size}; leave one of them out"
+                )
+            self.every_pass = EveryPass(self.model)
+        self.chunk = 0  # the last that was visited
         self.closure = None
-        if not options.stochastic:
+        if not options.stochastic or build.build_perturbation(options) is not None:
             self.closure = build.build_closure(
                 options,
                 self.model,
                 self.loss_fn,
-                self.chunks,
+                () if options.stochastic else self.chunks,
                 self.optimizer,
+                weight=self._running_weight if options.mean == "running" else None,
                 observe=self.observe,
-                on_pass_start=self.correct.zero_,  # exact sums may visit the chunks again
+                on_pass_start=self._restart,
                 process_group=self.context.group,
             )
         self.average = moving_average(self.model, options.ema) if options.ema else None
         # For mini-batches: the closure compiles its passes, and the model is measured as it is.
-        compiles = options.compile and self.batches is not None
+        compiles = options.compile and self.batches is not None and not self._perturbs_batches
         self.forward = torch.compile(self.model) if compiles else self.model
 
     @property
@@ -106,6 +123,10 @@ class Trainer:
             if epoch < self.epochs:
                 return epoch, index
         return self.epochs + self.step - self._steps(self.epochs), 0
+
+    @property
+    def _perturbs_batches(self) -> bool:
+        return self.options.stochastic and self.closure is not None
 
     @property
     def current_chunks(self) -> Chunks:
@@ -127,8 +148,20 @@ class Trainer:
 
         A group draws when its last chunk is there.
         """
+        self.chunk = chunk
         group = chunk // (self.options.vectorize or 1)
         seed_generators([self.device], self.options.seed, DROPOUT, self.step, group)
+
+    def _running_weight(self, chunk: object) -> float:
+        exact = self.options.accumulation == "exact"
+        return running_weight(self.chunk, len(self.chunks), exact=exact)
+
+    def _restart(self) -> None:
+        """Forget what a visit of all chunks has counted: exact sums may visit them again."""
+        if not self.options.stochastic:
+            self.correct.zero_()
+        if self.every_pass is not None:
+            self.every_pass.restart()
 
     def observe(self, output: Tensor, target: Tensor) -> None:
         """Count correctly classified samples, after every forward pass of training."""
@@ -137,7 +170,7 @@ class Trainer:
 
     def take_step(self) -> None:
         """Take one optimizer step: on the whole training set, or on the next mini-batch."""
-        (number, index), samples = self.position, len(self.current_chunks.split)
+        (number, index), samples = self.position, self.current_chunks.samples
         if index == 0:
             for name in _TOTALS:
                 getattr(self, name).zero_()
@@ -150,11 +183,15 @@ class Trainer:
             self._end_pass(samples)
 
     def _full_batch_step(self) -> None:
+        follow = nullcontext() if self.every_pass is None else self.every_pass.following()
+        with follow:
+            if self.grad_transform is None:
+                self.loss += self.optimizer.step(self.closure)
+            else:
+                self.loss += self.closure()
         if self.grad_transform is None:
-            self.loss += self.optimizer.step(self.closure)
             self.gradient_norm = self.optimizer.last_grad_norm
         else:
-            self.loss += self.closure()
             self.gradient_norm = self.grad_transform(self.step)
             self.optimizer.step()
         self.context.all_reduce_([self.correct])
@@ -163,13 +200,11 @@ class Trainer:
 
     def _sgd_step(self, index: int, samples: int) -> None:
         input, target = self.batches[index]
-        self.optimizer.zero_grad()
         self.seed_chunk()
-        dtype = autocast_dtype(self.options.precision)
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            output = self.forward(input)
-            loss = self.loss_fn(output, target)
-        loss.backward()
+        if self._perturbs_batches:
+            loss = self._closure_of(input, target)
+        else:
+            loss = self._plain_loss(input, target)
         optimizer_clips = isinstance(self.optimizer, FullBatchGD) and self.grad_transform is None
         if not optimizer_clips:
             self.gradient_norm = nn.utils.clip_grad_norm_(
@@ -179,10 +214,28 @@ class Trainer:
         if optimizer_clips:
             self.gradient_norm = self.optimizer.last_grad_norm
         share = len(target) / samples
-        self.loss += loss.detach() * share
-        if self.options.chunk_norms:
+        self.loss += loss * share
+        if self._perturbs_batches:
+            self.chunk_sqnorm += self.closure.mean_sqnorm * share
+        elif self.options.chunk_norms:
             self.chunk_sqnorm += self.gradient_norm.detach().square() * share
+
+    def _closure_of(self, input: Tensor, target: Tensor) -> Tensor:
+        """Fill ``p.grad`` with a mini-batch's gradient and return its loss: a step of one chunk."""
+        self.closure.chunks = [(input, target)]
+        every = self.every_pass
+        with blending(self.model) if every is None else every.following():
+            return self.closure()
+
+    def _plain_loss(self, input: Tensor, target: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        dtype = autocast_dtype(self.options.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            output = self.forward(input)
+            loss = self.loss_fn(output, target)
+        loss.backward()
         self.observe(output.detach(), target)
+        return loss.detach()
 
     def _end_pass(self, samples: int) -> None:
         self.finite &= self.loss.isfinite()
@@ -216,11 +269,10 @@ class Trainer:
         """
         self.check_finite()
         o, norm, done = self.options, float(self.gradient_norm), self.position[0]
-        epochs = min(done, self.epochs)
         record = {
             "pass": done,
             "step": self.step,
-            "gradient_evaluations": epochs + (done - epochs) * GRADIENTS[o.method],
+            "gradient_evaluations": self._evaluations(done),
             "loss": float(self.loss),
             "train_accuracy": int(self.correct) / self.samples,
             "gradient_norm": norm,
@@ -240,6 +292,13 @@ class Trainer:
                 processes=self.context,
             )
         return record
+
+    def _evaluations(self, done: int) -> int:
+        """Gradients of every sample in so many passes."""
+        o = self.options
+        plain = min(done, o.switch_at)
+        whole = o.scope == "full" or bool(o.full_penalty)
+        return plain + (done - plain) * (GRADIENTS[o.method] + whole)
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on bit for bit, as tensors and plain types."""

@@ -8,9 +8,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fbopt.train.config.parser import parse, wrapped
-from fbopt.train.config.recipes import NAMES, RECIPES, TABLES, Recipe, published, split
+from fbopt.train.config.recipes import NAMES, RECIPES, RHO, TABLES, Recipe, published, split
 
-HEAD = ("recipe", "passes", "chunk", "lr", "warm-up", "cosine", "clip", "penalty", "accuracy (%)")
+HEAD = (
+    "recipe",
+    "passes",
+    "chunk",
+    "lr",
+    "warm-up",
+    "cosine",
+    "clip",
+    "perturbation",
+    "accuracy (%)",
+)
 ABOUT = """All rows: {model}, momentum {momentum:g} (Nesterov), weight decay {weight_decay:g}. A
 pass is a full-batch step, or an epoch of sgd in mini-batches of the size of `chunk`. The learning
 rate rises over the warm-up passes, then follows a cosine that would end after that many passes
@@ -59,9 +69,16 @@ def _row(name: str, recipe: Recipe, scale: str) -> tuple[str, ...]:
         f"{recipe['lr']:g}",
         str(recipe["warmup"]),
         f"{recipe['cosine']:,}",
-        *(f"{recipe[key]:g}" if key in recipe else "–" for key in ("max_norm", "penalty")),
+        f"{recipe['max_norm']:g}" if "max_norm" in recipe else "–",
+        _perturbation(recipe),
         *([published(name, scale) or "–"] if scale == "images" else []),
     )
+
+
+def _perturbation(recipe: Recipe) -> str:
+    if kind := recipe.get("perturbation"):
+        return f"{kind} {RHO[kind]:g}"
+    return f"penalty {recipe['penalty']:g}" if "penalty" in recipe else "–"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 from fbopt.train.config.dataspec import parse
 
 RecipeName = Literal[
-    "sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong",
+    "sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong", "fb-sam", "fb-asam",
     "sgd-aug", "fb-aug", "fb-long-aug", "fb-clip-aug", "fb-penalty-aug", "fb-strong-aug",
-    "fb-shuffled-aug",
+    "fb-shuffled-aug", "fb-sam-aug", "fb-asam-aug",
     "sgd-x10", "fb-x10", "fb-long-x10", "fb-clip-x10", "fb-penalty-x10", "fb-strong-x10",
+    "fb-sam-x10", "fb-asam-x10",
     "fb-penalty-x40",
 ]  # fmt: skip
 ModelName = Literal[
@@ -37,7 +38,7 @@ class Options:
 
     GROUPS: ClassVar[dict[str, str]] = {  # title in the help: its first option
         "data": "data", "model": "model", "method": "recipe", "schedule": "lr",
-        "precision": "precision", "run": "seed",
+        "precision": "precision", "as the authors' code": "as_released", "run": "seed",
     }  # fmt: skip
 
     data: str = "mnist1d"
@@ -88,13 +89,28 @@ class Options:
     chunk_max_norm: float | None = None
     """Clip the gradient of every chunk, its penalty's included, to this norm too (not for sgd).
     Default: no clipping."""
+    perturbation: Literal["none", "penalty", "gnp", "sam", "asam"] | None = None
+    """Why the gradient of every chunk or mini-batch is taken at a second point, too: penalty, on
+    the squared gradient norm; gnp, on the norm; sam, sharpness-aware minimization; asam, the same
+    in units of the parameters; or none. Default: from the recipe, penalty with --penalty."""
     penalty: float | None = None
-    """Strength of the gradient penalty, λ = lr·strength/4 (not for sgd); 0 for none."""
+    """Strength of penalty and gnp, λ = lr·strength/4; 0 for none."""
+    full_penalty: float | None = None
+    """Strength of a penalty on the squared norm of the whole gradient, beside the chunks' (not for
+    sgd); every step visits all chunks once before. Default: 0."""
     radius: float | None = None
-    """Length of the finite-difference step of the penalty."""
+    """Length of the finite-difference step of penalty and gnp."""
     method: Literal["forward", "central", "exact"] | None = None
-    """Hessian-vector product of the penalty: by forward or central finite differences, or exact, by
-    a second backward pass."""
+    """Differences: forward, or central, which takes a third gradient; or, for penalty and gnp,
+    exact products with the Hessian, by a second backward pass."""
+    rho: float | None = None
+    """Length of the step to the second point of sam and asam. Default: 0.05 and 0.5."""
+    scope: Literal["chunk", "full"] | None = None
+    """Gradient that leads to that point: the chunk's or mini-batch's own; or that of all chunks,
+    for which every step visits them once before (not for sgd). Default: chunk."""
+    sam_share: float | None = None
+    """Share of the gradient at that point; the rest is the gradient at the parameters. Default:
+    1."""
     momentum: float | None = None
     """Momentum; 0 for none."""
     nesterov: bool | None = None
@@ -155,6 +171,28 @@ class Options:
     cuda_graph: bool | None = None
     """Capture the work on a chunk in a CUDA graph and replay it. Default: True on CUDA, except for
     sgd."""
+    as_released: bool = False
+    """Follow the code that the authors released where it differs from their paper, or from what one
+    would expect: all options of this group that have an effect."""
+    mean: Literal["samples", "running"] | None = None
+    """Mean gradient over chunks: of all samples; or running, a ← a + (g − a)/N after each of N
+    chunks, which weighs the last 2.7 times the first, and all with 0.63 (the loss that is logged,
+    and BatchNorm's statistics, are weighted likewise). Default: samples."""
+    last_chunk: Literal["keep", "drop"] | None = None
+    """Keep or drop a last chunk or mini-batch that is smaller than the others. Default: keep."""
+    residual_init: Literal["zero", "one"] | None = None
+    """Initial scale of the last BatchNorm of a block of resnet18 to resnet152. Default: zero."""
+    first_rate: Literal["positive", "zero"] | None = None
+    """Learning rate of the first pass of a warm-up: a pass's share of the peak; or zero. Default:
+    positive."""
+    batchnorm: Literal["mean", "every-pass"] | None = None
+    """Running statistics of BatchNorm: the mean over the chunks of a step; or an exponential
+    average over every pass in turn, those at perturbed parameters too. Default: mean."""
+    central_radius: Literal["full", "half"] | None = None
+    """Part of --radius that central differences go to each side. Default: full."""
+    smoothing: Literal["all", "others"] | None = None
+    """Classes over which --label-smoothing spreads its share: all, or all but the right one.
+    Default: all."""
     seed: int = 0
     """Seed of the initial weights and of every random draw: the order of the samples, crops, flips
     and dropout masks."""

@@ -38,7 +38,10 @@ STEPS = {  # what each adds; its published test accuracy (%) on CIFAR-10 with au
     "fb-penalty": ("fb-clip + gradient penalty", "95.36 ± 0.07"),
     "fb-strong": ("fb-penalty on chunks of 32: a stronger penalty", "95.67 ± 0.08"),
     "fb-shuffled": ("fb-strong, samples shuffled into new chunks every pass", "95.91 ± 0.14"),
+    "fb-sam": ("fb-penalty with sharpness-aware minimization in its place", ""),
+    "fb-asam": ("fb-penalty with adaptive sharpness-aware minimization in its place", ""),
 }
+RHO = {"sam": 0.05, "asam": 0.5}  # Foret et al. 2021 and Kwon et al. 2021, on CIFAR-10
 _COMMON = {
     "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "decay": "all", "label_smoothing": 0.0,
     "augment": "none", "chunks": "fixed", "radius": 1e-2, "method": "forward",
@@ -57,7 +60,9 @@ def _ladder(model: str, lr: float, passes: int, batch_size: int, long: Recipe) -
     penalty = clip | {"lr": 0.8, "penalty": 0.5}
     strong = penalty | {"chunk_size": 32}
     shuffled = strong | {"chunks": "shuffled"}
-    steps = dict(zip(STEPS, (sgd, fb, fb | long, clip, penalty, strong, shuffled), strict=True))
+    aware = [clip | {"lr": 0.8, "perturbation": kind} for kind in ("sam", "asam")]
+    rows = sgd, fb, fb | long, clip, penalty, strong, shuffled, *aware
+    steps = dict(zip(STEPS, rows, strict=True))
     return {
         step + suffix: _COMMON | steps[step] | table.changes
         for suffix, table in TABLES.items()
@@ -109,6 +114,7 @@ def published(name: str, scale: str) -> str:
 
 def overview() -> str:
     """The steps of the ladder, for the help."""
-    rows = "\n".join(f"  {step:11} {STEPS[step][0]}" for step in NAMES[:6])
+    names = [step for step in STEPS if step in NAMES]
+    rows = "\n".join(f"  {step:11} {STEPS[step][0]}" for step in names)
     return f"""recipes:\n\n{rows}\n\nWith -aug, -x10 or -x40 at the end: on augmented images;
 `fbopt recipes` lists all of them, with their hyperparameters and the accuracies of the paper."""

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, get_type_hints
 
+from fbopt.train.config.as_released import resolve_switches
 from fbopt.train.config.dataspec import parse, scale_of
 from fbopt.train.config.options import TRACKED, Options, OptionsError, flag, literals
+from fbopt.train.config.perturbation import resolve_perturbation
 from fbopt.train.config.recipes import RECIPES, Recipe, chunks_at_once
 
 # The fastest settings of a type of device that cost no accuracy.
@@ -21,8 +23,8 @@ SPEED = {
 def resolve(options: Options) -> Options:
     """Fill in everything that was left out, from the recipe and the device, and check the result.
 
-    An option without effect becomes None (or False): `max_norm` without clipping; `penalty`,
-    `radius` and `method` without a penalty; `replicas` without fixed augmentation; `vectorize` 1.
+    An option without effect becomes None (or False): `max_norm` without clipping; those of a
+    perturbation that is not chosen; `replicas` without fixed augmentation; `vectorize` 1.
     """
     check(options)
     scale = options.scale or scale_of(options.data)
@@ -32,6 +34,7 @@ def resolve(options: Options) -> Options:
     given = {k: v for k, v in asdict(options).items() if v is not None}
     values = dict.fromkeys(asdict(options)) | recipe | SPEED[device] | given
     values |= _passes(options, recipe, values)
+    values |= resolve_perturbation(options, values)
     if values["every"] is None:
         values["every"] = values["eval_every"] if options.tracked else 0
     if values["augment"] == "fixed":
@@ -47,6 +50,7 @@ def resolve(options: Options) -> Options:
         values["vectorize"] = values["vectorize"] or chunks_at_once(values)
     if options.switch_at:
         values["batch_size"] = values["batch_size"] or RECIPES[scale]["sgd"]["batch_size"]
+    values |= resolve_switches(options, values)
     check_effect(options, values)
     return Options(**values | _without_effect(values) | {"scale": scale})
 
@@ -69,8 +73,6 @@ def _passes(options: Options, recipe: Recipe, values: dict[str, Any]) -> dict[st
 def _without_effect(values: dict[str, Any]) -> dict[str, Any]:
     """The options that have no effect, as None (or False)."""
     found = {k: None for k in ("max_norm", "chunk_max_norm") if values[k] == math.inf}
-    if not values["penalty"]:
-        found |= {"penalty": None, "radius": None, "method": None}
     if values["augment"] != "fixed":
         found |= {"replicas": None, "with_clean": False}
     if values["vectorize"] == 1:
@@ -89,9 +91,8 @@ def device_type(name: str) -> str:
 
 _SGD_ONLY = ("epochs", "batch_size")
 _FULL_BATCH_ONLY = (
-    "steps", "chunk_size", "penalty", "radius", "method", "chunk_max_norm", "switch_at",
-    "additive_noise", "multiplicative_noise", "norm_bias", "cuda_graph", "accumulation",
-    "vectorize",
+    "steps", "chunk_size", "full_penalty", "chunk_max_norm", "switch_at", "additive_noise",
+    "multiplicative_noise", "norm_bias", "cuda_graph", "accumulation", "vectorize",
 )  # fmt: skip
 _INSTEAD = {
     "epochs": "use --steps",
@@ -104,14 +105,14 @@ _INSTEAD = {
 }
 _COUNTS = """width image_size samples replicas threads steps epochs cosine chunk_size batch_size
 vectorize eval_every log_every save_every keep"""
-_NOT_NEGATIVE = """seed warmup penalty weight_decay fingerprint_every stop_fitted switch_at
-additive_noise multiplicative_noise norm_bias norm_bias_target every"""
+_NOT_NEGATIVE = """seed warmup penalty full_penalty sam_share weight_decay fingerprint_every
+stop_fitted switch_at additive_noise multiplicative_noise norm_bias norm_bias_target every"""
 # Lower bound, whether the bound itself is allowed, upper bound (never allowed).
 AT_LEAST_1, AT_LEAST_0, ABOVE_0 = (1, True, math.inf), (0, True, math.inf), (0, False, math.inf)
 _BOUNDS = {
     **dict.fromkeys(_COUNTS.split(), AT_LEAST_1),
     **dict.fromkeys(_NOT_NEGATIVE.split(), AT_LEAST_0),
-    **dict.fromkeys(("lr", "radius"), ABOVE_0),
+    **dict.fromkeys(("lr", "radius", "rho"), ABOVE_0),
     **dict.fromkeys(("momentum", "dropout", "label_smoothing", "ema"), (0, True, 1)),
 }
 
@@ -200,8 +201,6 @@ def _check_data(options: Options) -> None:
 def check_effect(given: Options, values: dict[str, Any]) -> None:
     """Refuse options that have no effect, or exclude each other, given the values of the recipe."""
     needs = (
-        (values["penalty"], ("radius", "method"),
-         "a penalty; add --penalty 0.5 or use --recipe fb-penalty"),
         (values["augment"] == "fixed", ("replicas", "with_clean"), "--augment fixed; add it"),
         (given.norm_bias, ("norm_bias_target", "norm_bias_power"), "--norm-bias; add it"),
     )  # fmt: skip

@@ -77,7 +77,8 @@ class Chunks:
 
     `order` lists the chunks in the order of visit, by default 0, 1, …; `before_chunk(i)` is called
     before chunk i is yielded. The chunks are dealt out in that order, `group` at a time: a rank
-    takes every `world_size`-th group, beginning at its `rank`.
+    takes every `world_size`-th group, beginning at its `rank`. `drop_last` leaves a ragged last
+    chunk out.
     """
 
     split: Split | Augmented
@@ -90,9 +91,15 @@ class Chunks:
     rank: int = 0
     world_size: int = 1
     group: int = 1
+    drop_last: bool = False
 
     def __len__(self) -> int:
-        return -(-len(self.split) // self.size)
+        return len(self.split) // self.size if self.drop_last else -(-len(self.split) // self.size)
+
+    @property
+    def samples(self) -> int:
+        """How many samples a pass visits."""
+        return len(self) * self.size if self.drop_last else len(self.split)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for index in self.dealt():

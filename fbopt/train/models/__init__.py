@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from fbopt.train.models.convnets import cnn, densenet, vgg
-from fbopt.train.models.resnet import cifar_resnet, resnet
+from fbopt.train.models.resnet import cifar_resnet, resnet, start_branches_at_one
 
 _IMAGES = {
     **{f"resnet{depth}": (partial(resnet, depth), 64) for depth in (18, 34, 50, 101, 152)},
@@ -21,6 +21,7 @@ _IMAGES = {
     **{f"vgg{depth}": (partial(vgg, depth), 64) for depth in (11, 13, 16, 19)},
     **{f"densenet{depth}": (partial(densenet, depth), 64) for depth in (121, 169)},
 }
+__all__ = ["NAMES", "WIDTHS", "build", "count_parameters", "decay_groups", "start_branches_at_one"]
 WIDTHS = {"cnn": 25, **{name: width for name, (_, width) in _IMAGES.items()}}
 NAMES = tuple(WIDTHS)
 _SMALLEST = {"vgg": 32, "densenet": 8}  # the side of which pooling leaves one pixel

@@ -45,6 +45,17 @@ def resnet(
     return model
 
 
+def start_branches_at_one(model: nn.Module) -> None:
+    """Let the last BatchNorm of every block start with scale 1, as the authors' code does.
+
+    It looks for parameters by a name that none has, "skip_residual" for "skip-residual".
+    """
+    for module in model.modules():
+        if hasattr(module, "downsample"):
+            last = module.bn3 if hasattr(module, "bn3") else module.bn2
+            nn.init.ones_(last.weight)
+
+
 def cifar_resnet(
     depth: int, channels: int, classes: int, width: int = 16, dropout: float = 0.0
 ) -> nn.Module:

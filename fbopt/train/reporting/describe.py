@@ -19,13 +19,13 @@ def describe(trainer: Trainer) -> str:
     at_once = f", {o.vectorize} at once" if o.vectorize else ""
     precision = "" if o.precision == "fp32" else f", {o.precision}"
     return (
-        f"{o.recipe} on {o.data} ({len(chunks.split):,} samples in {kind} of "
+        f"{o.recipe} on {o.data} ({chunks.samples:,} samples in {kind} of "
         f"{chunks.size}{at_once}{describe_sampling(o)}): {o.model} with "
         f"{models.count_parameters(trainer.model):,} parameters, {o.passes} {unit}, "
         f"{device}{precision}{', compiled' if o.compile else ''}\nlr {o.lr:g} ({o.warmup} of "
         f"warm-up, cosine over {o.cosine}), momentum {o.momentum:g}"
         f"{' (Nesterov)' if o.nesterov else ''}, weight decay {o.weight_decay:g}, "
-        f"{_clipping(o)}, {_penalty(o)}{_extras(o)}{_sorted_labels(trainer)}"
+        f"{_clipping(o)}, {_perturbation(o)}{_extras(o)}{_sorted_labels(trainer)}"
     )
 
 
@@ -46,12 +46,18 @@ def _clipping(o: Options) -> str:
     return ("no clipping" if o.max_norm is None else f"clipped to {o.max_norm:g}") + chunks
 
 
-def _penalty(o: Options) -> str:
+def _perturbation(o: Options) -> str:
+    if o.perturbation in ("sam", "asam"):
+        share = "" if o.sam_share == 1 else f", share {o.sam_share:g}"
+        central = ", central differences" if o.method == "central" else ""
+        return f"{o.perturbation.upper()} (rho {o.rho:g}, {o.scope}{share}{central})"
     if o.penalty is None:
         return "no penalty"
-    if o.method == "exact":
-        return f"penalty {o.penalty:g} (exact)"
-    return f"penalty {o.penalty:g} ({o.method} differences, radius {o.radius:g})"
+    exact = o.method == "exact"
+    how = "exact" if exact else f"{o.method} differences, radius {o.radius:g}"
+    full = f" and {o.full_penalty:g} of the whole gradient" if o.full_penalty else ""
+    norm = "of the norm " if o.perturbation == "gnp" else ""
+    return f"penalty {norm}{o.penalty:g}{full} ({how})"
 
 
 def _extras(o: Options) -> str:
