@@ -29,7 +29,7 @@ def blending(model: nn.Module) -> Iterator[None]:
     yield
     for layer, olds in zip(active, before, strict=True):
         for now, old in zip((layer.running_mean, layer.running_var), olds, strict=True):
-            now.copy_(torch.lerp(old, now, _momentum(layer)))
+            now.copy_(torch.lerp(old, now, layer.momentum))
 
 
 class EveryPass:
@@ -44,6 +44,8 @@ class EveryPass:
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
         """Follow the passes within this context, and write the statistics at its end."""
+        # A closure changes the layers' momentum while it is at work.
+        self._shares = {m: m.momentum for m in self._layers}
         self._before = [(m.running_mean.clone(), m.running_var.clone()) for m in self._layers]
         self.restart()
         hooks = [m.register_forward_pre_hook(self._note) for m in self._layers]
@@ -68,13 +70,9 @@ class EveryPass:
         x: Tensor = inputs[0]
         dims = [d for d in range(x.ndim) if d != 1]
         var, mean = torch.var_mean(x.detach(), dims)
-        share = _momentum(layer)
+        share = self._shares[layer]
         olds = self._found[layer]
         self._found[layer] = (
             torch.lerp(olds[0], mean.to(olds[0].dtype), share),
             torch.lerp(olds[1], var.to(olds[1].dtype), share),
         )
-
-
-def _momentum(layer: _NormBase) -> float:
-    return 1 / int(layer.num_batches_tracked) if layer.momentum is None else layer.momentum

@@ -106,7 +106,7 @@ def build_perturbation(options: Options) -> GradientPenalty | SharpnessAware | N
     if kind in ("sam", "asam"):
         return SharpnessAware(
             options.rho,
-            **({"adaptive": True} if kind == "asam" else {}),  # TODO
+            adaptive=kind == "asam",
             scope=options.scope,
             alpha=options.sam_share,
             method=options.method,
@@ -121,6 +121,12 @@ def build_perturbation(options: Options) -> GradientPenalty | SharpnessAware | N
         power=1 if kind == "gnp" else 2,
         full_strength=options.full_penalty or 0.0,
     )
+
+
+def gradients_per_pass(options: Options) -> int:
+    """How many gradients of every sample a step with the options' perturbation takes."""
+    of_chunk = {None: 1, "forward": 2, "central": 3, "exact": 2}[options.method]
+    return of_chunk + (options.scope == "full" or bool(options.full_penalty))
 
 
 def build_closure(

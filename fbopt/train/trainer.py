@@ -24,7 +24,6 @@ from fbopt.train.evaluate import evaluate, moving_average
 from fbopt.train.grad_transforms import running_weight
 from fbopt.train.precision import autocast_dtype, cross_entropy
 
-GRADIENTS = {None: 1, "forward": 2, "central": 3, "exact": 2}  # backward passes of a chunk
 _PARTS = ("model", "optimizer", "scheduler", "closure", "average")  # with a state_dict, or None
 _TOTALS = ("correct", "loss", "chunk_sqnorm")
 
@@ -295,10 +294,8 @@ class Trainer:
 
     def _evaluations(self, done: int) -> int:
         """Gradients of every sample in so many passes."""
-        o = self.options
-        plain = min(done, o.switch_at)
-        whole = o.scope == "full" or bool(o.full_penalty)
-        return plain + (done - plain) * (GRADIENTS[o.method] + whole)
+        plain = min(done, self.options.switch_at)
+        return plain + (done - plain) * build.gradients_per_pass(self.options)
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on bit for bit, as tensors and plain types."""

@@ -14,7 +14,8 @@ import torch
 from fbopt.train import models
 from fbopt.train.__main__ import main
 from fbopt.train.build import lr_factor
-from fbopt.train.config import recipes
+from fbopt.train.config import perturbation, recipes
+from fbopt.train.config.as_released import SWITCHES
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.diff import check_resume, differences, resolve_for
 from fbopt.train.config.options import ModelName, Options, OptionsError, RecipeName
@@ -27,7 +28,7 @@ from fbopt.train.data.rng import epoch_order
 def test_nothing_is_left_open(data, recipe):
     o = resolve(Options(data=data, recipe=recipe))
     open_names = {f.name for f in fields(o) if getattr(o, f.name) is None}
-    allowed = {"width", "threads", "out", "resume", "max_norm", "penalty", "radius", "method"}
+    allowed = {"width", "threads", "out", "resume", "max_norm", *perturbation.ALL, *SWITCHES}
     allowed |= {"save_every", "data_dir", "replicas", "chunk_max_norm", "samples", "log"}
     allowed.add("vectorize")
     others = {"steps", "chunk_size", "accumulation"}
@@ -35,7 +36,8 @@ def test_nothing_is_left_open(data, recipe):
     assert open_names <= allowed
     assert Options.from_json(o.as_json()) == o
     assert resolve(o) == o
-    assert (o.penalty is None) == (o.radius is None) == (o.method is None)
+    assert (o.penalty is None) == (o.radius is None)
+    assert (o.method is None) == (o.penalty is None and o.rho is None)
 
 
 def test_names_agree():
@@ -139,7 +141,7 @@ BAD = {
     "batch for full batch": ({"batch_size": 3}, "--batch-size is only for.*use --chunk-size"),
     "steps for sgd": ({"recipe": "sgd", "steps": 3}, "--steps is only for .*use --epochs"),
     "chunks for sgd": ({"recipe": "sgd", "chunk_size": 3}, "--chunk-size.*use --batch-size"),
-    "penalty for sgd": ({"recipe": "sgd", "penalty": 0.5}, "--penalty is only for.*leave it out"),
+    "whole penalty for sgd": ({"recipe": "sgd", "full_penalty": 0.5}, "--full-penalty is only for"),
     "augment": ({"augment": "flip"}, "--augment flip: choose none, random, fixed"),
     "chunks": ({"chunks": "sorted"}, "--chunks sorted: choose fixed, shuffled, replacement"),
     "decay": ({"decay": "none"}, "--decay none: choose all, weights"),

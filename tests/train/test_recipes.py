@@ -19,6 +19,8 @@ ROWS = {
     "fb-strong": (0.8, 3000, 400, 4000, 32, 0.25, 0.5),
 }
 ROWS["fb-shuffled"] = ROWS["fb-strong"]
+# Not the authors': fb-penalty with SAM in its place.
+ROWS |= dict.fromkeys(("fb-sam", "fb-asam"), (*ROWS["fb-penalty"][:6], None))
 TABLES = {
     "": ("none", None),
     "-aug": ("random", None),
@@ -40,14 +42,17 @@ def test_published_hyperparameters(name):
     assert (o.decay, o.label_smoothing, o.stochastic) == ("all", 0, row == "sgd")
     if o.penalty:
         assert (o.radius, o.method) == (1e-2, "forward")
+    rho = {"fb-sam": 0.05, "fb-asam": 0.5}.get(row)  # those of the papers on SAM and ASAM
+    assert (o.rho, o.scope, o.sam_share) == (rho, *((None,) * 2 if rho is None else ("chunk", 1)))
 
 
 def test_every_row_of_the_published_tables_has_a_recipe():
-    rungs = list(ROWS)[:6]
+    rungs, aware = list(ROWS)[:6], list(ROWS)[7:]
     expected = [
         *rungs,
-        *(f"{name}-aug" for name in [*rungs, "fb-shuffled"]),
-        *(f"{name}-x10" for name in rungs),
+        *aware,
+        *(f"{name}-aug" for name in ROWS),
+        *(f"{name}-x10" for name in [*rungs, *aware]),
         "fb-penalty-x40",
     ]
     assert list(recipes.NAMES) == expected
