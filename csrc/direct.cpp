@@ -121,20 +121,22 @@ bool is_watched() {
 PyObject* to_python(const Numbers& numbers) {
   struct Own {
     std::vector<double> values;
-    int64_t size, stride;
+    std::vector<int64_t> shape, strides;
     dlpack::ManagedTensor managed;
   };
-  auto* own = new Own{numbers.values, static_cast<int64_t>(numbers.values.size()), 1, {}};
+  auto* own = new Own{numbers.values, numbers.shape, numbers.shape, {}};
+  int64_t stride = 1;
+  for (size_t d = own->shape.size(); d-- > 0; stride *= own->shape[d]) own->strides[d] = stride;
   own->managed = {{dlpack::kMajor, dlpack::kMinor},
                   own,
                   [](dlpack::ManagedTensor* t) { delete static_cast<Own*>(t->context); },
                   0,
                   {own->values.data(),
                    {dlpack::kCpu, 0},
-                   numbers.stacked,
+                   static_cast<int32_t>(own->shape.size()),
                    {dlpack::kFloat, 64, 1},
-                   &own->size,
-                   &own->stride,
+                   own->shape.data(),
+                   own->strides.data(),
                    0}};
   void* tensor = nullptr;
   if (exchange->from_managed(&own->managed, &tensor) != 0) return nullptr;

@@ -8,6 +8,10 @@ FBOPT_OPS(FBOPT_LIBRARY, m) {
   m.def(
       "perturb_(Tensor(a!) out, Tensor[] params, Tensor[] grads, float radius, "
       "Tensor? squared_norm=None) -> Tensor");
+  m.def("adaptive_norms(Tensor[] params, Tensor[] grads, float eta) -> Tensor");
+  m.def(
+      "perturb_adaptive_(Tensor(a!) out, Tensor[] params, Tensor[] grads, float radius, float eta, "
+      "Tensor squared_norm) -> ()");
   m.def("accumulate_(Tensor(a!)[] sums, Tensor[] grads, Tensor weight) -> ()");
   m.def(
       "accumulate_penalty_(Tensor(a!)[] sums, Tensor[] grads, Tensor[] plus, Tensor[] minus, "

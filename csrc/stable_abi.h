@@ -100,10 +100,10 @@ class Argument : public Meta {
   std::optional<Tensor> owner_;
 };
 
-// What an op returns: a number, or one for each chunk of stacks.
+// What an op returns: a number, or several in a shape.
 struct Numbers {
   std::vector<double> values;
-  bool stacked;
+  std::vector<int64_t> shape;
 };
 
 // Facts and handles of a list. A torch::stable::Tensor each would add a shared_ptr control block:
@@ -149,6 +149,12 @@ class TensorList {
 struct Chunks {
   int64_t count = 1;
   bool stacked = false;
+
+  // The shape of a number for each chunk, or of some.
+  std::vector<int64_t> shape(std::vector<int64_t> some = {}) const {
+    if (stacked) some.push_back(count);
+    return some;
+  }
 
   // Makes of a tensor of the call the one of its first chunk. Returns whether those of the others
   // follow it in memory.
@@ -386,8 +392,7 @@ template <>
 struct FromImpl<fbopt::Numbers> {
   static StableIValue call(const fbopt::Numbers& numbers, uint64_t, bool) {
     using torch::headeronly::ScalarType;
-    const auto count = static_cast<int64_t>(numbers.values.size());
-    Tensor t = numbers.stacked ? empty({count}, ScalarType::Double) : empty({}, ScalarType::Double);
+    Tensor t = empty(numbers.shape, ScalarType::Double);
     std::copy(numbers.values.begin(), numbers.values.end(),
               static_cast<double*>(t.mutable_data_ptr()));
     return from(t);

@@ -9,20 +9,23 @@ from torch import Tensor
 
 
 class Direction(NamedTuple):
-    """What is added to a chunk's gradient g: ``k (grad L(theta + r v / ||v||) - g)``.
+    """What is added to a chunk's gradient g: ``k (grad L(theta + s T^2 v) - g)``.
 
         v = own g + whole G            G is the gradient of all chunks
+        s = r / ||T v||                T = abs(theta) + eta, or 1 where `eta` is None
         k = c ||v|| / r                c / r where `follows_norm` is False
 
     Attributes:
         own: the share of the chunk's own gradient, 0 or 1.
         whole: the share of the whole gradient.
-        follows_norm: whether k grows with ``||v||``.
+        follows_norm: whether k grows with ``||v||``; not with `eta`.
+        eta: for the scale T of each parameter; None for none.
     """
 
     own: float = 1.0
     whole: float = 0.0
     follows_norm: bool = True
+    eta: float | None = None
 
     def length(self, squared_norm: Tensor) -> Tensor:
         """What the kernels take for ``||v||^2``, from that: k is the square root of it times c / r.

@@ -151,8 +151,8 @@ def combine(values: Tensor, groups: Sequence[Groups], largest: bool = False) -> 
     """Return the sum (or maximum) of each value over the processes of its groups.
 
     Args:
-        values: 1-D; overwritten. Not NaN where the maximum is wanted.
-        groups: for each value where its parts lie; the same on all processes.
+        values: 1-D, or rows of values; overwritten. Not NaN where the maximum is wanted.
+        groups: for each value, or row, where its parts lie; the same on all processes.
         largest: take the maximum.
     """
     import torch.distributed as dist

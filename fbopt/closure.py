@@ -453,8 +453,7 @@ class FullBatchClosure:
         if self.penalty.method == "exact":
             refuse_compiled(self.model)
             refuse_sharded(self.sums.params)
-        at_once = self.vectorize > 1 or self.compile
-        refuse_whole(self.penalty, self.sums.params, at_once)
+        refuse_whole(self.penalty, self.sums.params)
         value = self.penalty.coefficient_at(self.step, self.optimizer)
         return None if isinstance(value, (int, float)) and value == 0 else value
 

@@ -145,6 +145,8 @@ def _check_penalty(probe: Probe, chunk: Any, report: Report) -> None:
     try:
         if probe.is_sharded:
             raise ValueError("parameters are sharded")
+        if penalty.direction.eta is not None:
+            raise ValueError("the perturbation is relative to the parameters")
         with measuring(probe.model, "kept", "off"):  # float64 masks would be others
             if penalty.method == "exact":
                 reason = check_double_backward(probe, chunk, report)

@@ -101,7 +101,7 @@ class GradientPenalty:
         """
         if self.power == 1 or square is None:
             return None if norm is None else c * norm
-        own, shared, _ = self.direction
+        own, shared, *_ = self.direction
         return c / 2 * (own * square + (0.0 if whole is None else shared * whole))
 
     def coefficient_at(self, step: int, optimizer: torch.optim.Optimizer | None) -> float | Tensor:

@@ -1,12 +1,15 @@
-"""Sharpness-aware minimization (SAM): the gradient at the worst point nearby, to first order.
+"""Sharpness-aware minimization (SAM) and its adaptive kind (ASAM): the gradient at the worst point
+nearby, to first order.
 
 Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021;
-Andriushchenko and Flammarion, "Towards Understanding Sharpness-Aware Minimization", ICML 2022.
+Andriushchenko and Flammarion, "Towards Understanding Sharpness-Aware Minimization", ICML 2022;
+Kwon et al., "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep
+Neural Networks", ICML 2021.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fbopt._checks import check_number
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 METHODS = ("forward", "central")
 SCOPES = ("chunk", "full")
+ETA = 0.01  # as in the code released with Kwon et al., github.com/SamsungLabs/ASAM
 
 
 @dataclass(frozen=True)
@@ -30,27 +34,45 @@ class SharpnessAware:
 
         g'_c = g_c + alpha (grad L_c(theta + rho v / ||v||) - g_c)
 
+    With ``adaptive=True`` (ASAM) distances are relative to the parameters, elementwise::
+
+        T = abs(theta) + eta             the point is  theta + rho T^2 v / ||T v||
+
+    which is theta where ``||T v||`` is 0.
+
     Args:
-        rho: length of the perturbation in parameter space.
+        rho: length of the perturbation in parameter space; of one that is adaptive that of the
+            perturbation divided by T (0.5 in the code released with the paper).
+        adaptive: scale the perturbation of each parameter with its size. Of biases and of BatchNorm
+            too; the released code leaves T = 1 for parameters whose names lack "weight".
         scope: ``"chunk"``: one more pass over each chunk; or ``"full"``: one more and, before them,
             a visit of all chunks for G, which leaves no trace in buffers and random generators.
         alpha: share of the gradient at the perturbed point; 1 takes it alone.
         method: ``"forward"``, as above; ``"central"`` adds alpha/2 times the difference of the
             gradients at both sides.
+        eta: T of a parameter that is zero, at least 0; 0.01 in the released code, and with 0 zeros
+            stay zeros, and nothing depends on the scale of a layer that BatchNorm follows.
     """
 
     rho: float = 0.05
+    adaptive: bool = False
     scope: str = "chunk"
     alpha: float = 1.0
-    method: str = "forward"
+    method: str = field(default="forward", kw_only=True)
+    eta: float = field(default=ETA, kw_only=True)
 
     def __post_init__(self) -> None:
         check_number("rho", self.rho, above=0)
+        if not isinstance(self.adaptive, bool):
+            raise TypeError(f"adaptive must be True or False, got {type(self.adaptive).__name__}")
         check_number("alpha", self.alpha, least=0)
         if self.scope not in SCOPES:
             raise ValueError(f"scope must be one of {SCOPES}, got {self.scope!r}")
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
+        check_number("eta", self.eta, least=0)
+        if self.eta != ETA and not self.adaptive:
+            raise ValueError("eta is of the adaptive perturbation: pass adaptive=True")
 
     @property
     def radius(self) -> float:
@@ -69,9 +91,9 @@ class SharpnessAware:
 
     @property
     def direction(self) -> Direction:
-        """The direction of the second points, g_c or G."""
-        of_chunk = self.scope == "chunk"
-        return Direction(float(of_chunk), float(not of_chunk), follows_norm=False)
+        """The direction of the second points, g_c or G, and how it is scaled."""
+        of_chunk, eta = self.scope == "chunk", self.eta if self.adaptive else None
+        return Direction(float(of_chunk), float(not of_chunk), follows_norm=False, eta=eta)
 
     def coefficient_at(self, step: int, optimizer: torch.optim.Optimizer | None) -> float:
         """The coefficient, which is the same at every step."""

@@ -46,8 +46,10 @@ STRIDES = [lambda t: t, channels_last, transposed, with_gaps, misaligned]
 STACK_STRIDES = [lambda t: t, stack_channels_last, stack_transposed, interleaved]
 STACK_STRIDES += [with_gaps, misaligned]
 # Ops that take stacks; and all ops, with the number of chunks of their stacks or 0 for none.
-STACKED = ["squared_norm", "perturb_", "accumulate_", "accumulate_penalty_", "accumulate_exact_"]
-STACKED += ["accumulate_exact_penalty_"]
+STACKED = ["squared_norm", "perturb_", "adaptive_norms", "perturb_adaptive_", "accumulate_"]
+STACKED += ["accumulate_penalty_", "accumulate_exact_", "accumulate_exact_penalty_"]
+# Those that return sums, of which the order depends on the device.
+NORMS = ["squared_norm", "adaptive_norms"]
 FORMS = [(name, 0) for name in dispatch.NAMES] + [(name, 3) for name in STACKED]
 LISTS = {
     "shapes": SHAPES,
@@ -119,10 +121,18 @@ def cases(name, shapes, dtype, chunks=0):
         return [(grads, True) if chunks else (params,)]
     if name == "pack_":
         return [(torch.empty(sum(p.numel() for p in params), dtype=dtype), params)]
+    if name == "adaptive_norms":
+        return [(params, grads, 0.01), (params, grads, 0.0)]
+    like = stacks_like(params, chunks) if chunks else params
+    out = torch.zeros(flat_size(like), dtype=dtype)
+    zero = [torch.zeros_like(g) for g in grads]
+    if name == "perturb_adaptive_":
+        return [
+            (out, params, grads, 1e-2, 0.01, numbers(3.0, chunks)),
+            (out, params, grads, -0.5, 0.0, numbers(4.0, chunks)),
+            (out, params, zero, 1e-2, 0.01, numbers(0.0, chunks)),
+        ]
     if name == "perturb_":
-        like = stacks_like(params, chunks) if chunks else params
-        out = torch.zeros(flat_size(like), dtype=dtype)
-        zero = [torch.zeros_like(g) for g in grads]
         return [
             (out, params, grads, 1e-2),
             (out, params, grads, -0.5, numbers(4.0, chunks)),

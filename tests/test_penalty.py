@@ -187,7 +187,7 @@ def test_shift_moves_by_the_radius_into_a_second_buffer():
     before, pointers = [p.detach().clone() for p in params], [p.data_ptr() for p in params]
     shift = Perturbation(FlatBuckets(params))
     shift.begin()
-    square = shift.fill([grads], 0.3)
+    square = shift.fill([grads], 0.3).plain
     with shift.applied():
         moved = torch.cat([(p - b).flatten() for p, b in zip(params, before, strict=True)])
         assert all(p.data_ptr() != q for p, q in zip(params, pointers, strict=True))

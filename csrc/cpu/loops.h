@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -67,13 +68,39 @@ void for_each_chunk(int64_t chunks, int64_t begin, int64_t end, const Body& body
     for (int64_t k = 0; k < chunks; ++k) body(k, first, std::min(first + block, end));
 }
 
+// Four float64 numbers.
+using Wide = double __attribute__((vector_size(32)));
+
+inline Wide load_wide(const double* x) {
+  Wide wide;
+  std::memcpy(&wide, x, sizeof wide);
+  return wide;
+}
+inline Wide load_wide(const float* x) {
+#if defined(__AVX__)  // gcc converts vectors two elements at a time
+  return _mm256_cvtps_pd(_mm_loadu_ps(x));
+#else
+  return Wide{x[0], x[1], x[2], x[3]};
+#endif
+}
+
+// sum + x^2 for numbers that were of type A.
+template <class A>
+inline Wide add_square(Wide sum, Wide x) {
+#if defined(__FMA__)  // the square of a float is exact in double: one rounding, fused or not
+  if constexpr (std::is_same_v<A, float>) return _mm256_fmadd_pd(x, x, sum);
+#endif
+  return sum + x * x;
+}
+
+inline double total(const Wide& s) { return (s[0] + s[1]) + (s[2] + s[3]); }
+
 // 32 interleaved sums over four quarters of the elements at once, combined pairwise. One stream of
 // reads does not saturate the memory bandwidth, four do. An element's sum depends on its index
 // alone, so every vector width gives the same bits. Vector types, since the compiler would keep an
 // array of sums in memory.
 template <class A>
 class SquareSum {
-  using Wide = double __attribute__((vector_size(32)));
   static constexpr int64_t kStreams = 4, kPerStream = 2, kStep = 4 * kPerStream;
   static constexpr int64_t kVectors = kStreams * kPerStream;
 
@@ -86,7 +113,7 @@ class SquareSum {
       for (int s = 0; s < kStreams; ++s)
         for (int v = 0; v < kPerStream; ++v) {
           Wide& sum = sums[s * kPerStream + v];
-          sum = add_square(sum, x + s * quarter + j + 4 * v);
+          sum = add_square<A>(sum, load_wide(x + s * quarter + j + 4 * v));
         }
     for (int v = 0; v < kVectors; ++v) sums_[v] = sums[v];
     for (int64_t j = kStreams * quarter; j < n; ++j) {
@@ -95,31 +122,11 @@ class SquareSum {
     }
   }
   double total() const {
-    const Wide s = ((sums_[0] + sums_[1]) + (sums_[2] + sums_[3])) +
-                   ((sums_[4] + sums_[5]) + (sums_[6] + sums_[7]));
-    return (s[0] + s[1]) + (s[2] + s[3]);
+    return cpu::total(((sums_[0] + sums_[1]) + (sums_[2] + sums_[3])) +
+                      ((sums_[4] + sums_[5]) + (sums_[6] + sums_[7])));
   }
 
  private:
-  static Wide load(const double* x) {
-    Wide wide;
-    std::memcpy(&wide, x, sizeof wide);
-    return wide;
-  }
-  static Wide load(const float* x) {
-#if defined(__AVX__)  // gcc converts vectors two elements at a time
-    return _mm256_cvtps_pd(_mm_loadu_ps(x));
-#else
-    return Wide{x[0], x[1], x[2], x[3]};
-#endif
-  }
-  static Wide add_square(Wide sum, const A* x) {
-    const Wide wide = load(x);
-#if defined(__FMA__)  // the square of a float is exact in double: one rounding, fused or not
-    if constexpr (std::is_same_v<A, float>) return _mm256_fmadd_pd(wide, wide, sum);
-#endif
-    return sum + wide * wide;
-  }
   Wide sums_[kVectors] = {};
 };
 
@@ -138,15 +145,16 @@ double sum_of_squares(const T* p, int64_t n) {
   return sum.total();
 }
 
-// For each chunk the sum over all tensors of |x|^2, in float64: one partial sum per block, added up
-// in the blocks' order. The chunks of a block are worked on together, as in for_each_backwards().
-template <class T>
-std::vector<double> squared_norm(const Layout& layout, const Operand& tensors, int64_t chunks) {
+// For each of `Count` kinds and each chunk a sum over all elements: one partial sum per block,
+// added up in the blocks' order. block(i, k, begin, n) returns those of n elements of tensor i in
+// chunk k. The chunks of a block are worked on together, as in for_each_backwards().
+template <size_t Count, class Block>
+std::vector<double> sum_blocks(const Layout& layout, int64_t chunks, const Block& block_sums) {
   std::vector<int64_t> ends(layout.size());
   int64_t blocks = 0;
   for (int64_t i = 0; i < layout.size(); ++i)
     ends[i] = blocks += (layout[i].numel + kBlock - 1) / kBlock;
-  std::vector<double> partial(blocks * chunks);
+  std::vector<std::array<double, Count>> partial(blocks * chunks);
   const int64_t grain =
       std::max<int64_t>(1, kGrain * blocks / std::max<int64_t>(1, layout.total()));
   torch::stable::parallel_for(0, blocks * chunks, grain, [&](int64_t b, int64_t e) {
@@ -156,15 +164,23 @@ std::vector<double> squared_norm(const Layout& layout, const Operand& tensors, i
       while (block >= ends[i]) ++i;
       const int64_t count = (layout[i].numel + kBlock - 1) / kBlock;
       const int64_t begin = (block - (ends[i] - count)) * kBlock;
-      partial[part] =
-          sum_of_squares(tensors.at<T>(i, k) + begin, std::min(kBlock, layout[i].numel - begin));
+      partial[part] = block_sums(i, k, begin, std::min(kBlock, layout[i].numel - begin));
       if (++k == chunks) ++block, k = 0;
     }
   });
-  std::vector<double> sums(chunks);
-  for (auto part = partial.begin(); part != partial.end(); part += chunks)
-    for (int64_t k = 0; k < chunks; ++k) sums[k] += part[k];
+  std::vector<double> sums(Count * chunks);
+  for (int64_t part = 0; part < blocks * chunks; ++part)
+    for (size_t kind = 0; kind < Count; ++kind)
+      sums[kind * chunks + part % chunks] += partial[part][kind];
   return sums;
+}
+
+// For each chunk the sum over all tensors of |x|^2, in float64.
+template <class T>
+std::vector<double> squared_norm(const Layout& layout, const Operand& tensors, int64_t chunks) {
+  return sum_blocks<1>(layout, chunks, [&](int64_t i, int64_t k, int64_t begin, int64_t n) {
+    return std::array{sum_of_squares(tensors.at<T>(i, k) + begin, n)};
+  });
 }
 
 }  // namespace fbopt::cpu

@@ -1,7 +1,6 @@
-// The penalised chunk update on the CPU. float32 words per parameter and chunk, with stacks of K:
-// perturb_ 3 + 1/K (one read for the norm, one and the parameters' for the result, a write),
-// accumulate_ 1 + 2/K, accumulate_penalty_ 2 + 2/K (3 + 2/K for central differences).
-#include "../rules/perturb.h"
+// Norm, packing, and the addition of chunks' gradients on the CPU. float32 words per parameter and
+// chunk, with stacks of K: squared_norm 1, accumulate_ 1 + 2/K, accumulate_penalty_ 2 + 2/K (3 +
+// 2/K for central differences).
 #include "passes.h"
 
 namespace fbopt::cpu {
@@ -50,56 +49,7 @@ Numbers squared_norm_op(const TensorList& tensors, bool stacks) {
   dispatch(dtype, [&](auto t) {
     sums = squared_norm<typename decltype(t)::type>(layout, x, chunks.count);
   });
-  return {sums, chunks.stacked};
-}
-
-template <class T>
-void shift(const Layout& layout, const Operand& p, const Operand& g, T* out, const Flat& flat,
-           const std::vector<double>& steps) {
-  using A = accumulate_t<T>;
-  const auto chunks = static_cast<int64_t>(steps.size());
-  const bool streams =
-      exceeds_cache((1 + 2 * chunks) * layout.total() * static_cast<int64_t>(sizeof(T)));
-  for_each_backwards(layout, chunks, [&](int64_t i, int64_t begin, int64_t end) {
-    const T* param = p.at<T>(i);
-    for_each_chunk(chunks, begin, end, [&](int64_t k, int64_t first, int64_t last) {
-      const T* grad = g.at<T>(i, k);
-      T* to = out + flat.starts[i] + k * layout[i].numel;
-      const A s = static_cast<A>(steps[k]);
-      tiles(first, last, streams ? misaligned(to + first) : 0, [&](int64_t e, int64_t n) {
-        Buffer<T, A> bx, bd;
-        alignas(64) A moved[kTile];
-        const A* __restrict x = widen<A>(param + e, bx, n);
-        const A* __restrict d = widen<A>(grad + e, bd, n);
-        for (int64_t j = 0; j < n; ++j) moved[j] = rules::perturb(x[j], d[j], s);
-        streams ? stream(to + e, moved, n) : narrow_loop(to + e, moved, n);
-      });
-    });
-    if (streams) stream_fence();
-  });
-}
-
-Numbers perturb_op(const Argument& out, const TensorList& params, const TensorList& grads,
-                   double radius, std::optional<Argument> squared) {
-  const ScalarType dtype = dtype_of(out);
-  const Chunks chunks = chunks_of(params, grads, squared);
-  const Layout layout(params);
-  const Operand p("params", params, layout, dtype), g("grads", grads, layout, dtype, chunks);
-  const Flat flat(layout, chunks);
-  check_flat(out, flat);
-  std::vector<double> sums(chunks.count), steps(chunks.count);
-  if (squared) {
-    const Scalar given = scalar("squared_norm", *squared, chunks);
-    for (int64_t k = 0; k < chunks.count; ++k) sums[k] = given(k);
-  }
-  dispatch(dtype, [&](auto t) {
-    using T = typename decltype(t)::type;
-    if (!squared) sums = squared_norm<T>(layout, g, chunks.count);
-    for (int64_t k = 0; k < chunks.count; ++k)
-      steps[k] = rules::perturb_step(radius, std::sqrt(sums[k]));
-    shift(layout, p, g, static_cast<T*>(out.data), flat, steps);
-  });
-  return {sums, chunks.stacked};
+  return {sums, chunks.shape()};
 }
 
 void accumulate_op(const TensorList& sums, const TensorList& grads, const Argument& weight) {
@@ -169,7 +119,6 @@ void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, cons
 STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, CPU, m) {
   m.impl("pack_", TORCH_BOX(&fbopt::cpu::pack_op));
   m.impl("squared_norm", TORCH_BOX(&fbopt::cpu::squared_norm_op));
-  m.impl("perturb_", TORCH_BOX(&fbopt::cpu::perturb_op));
   m.impl("accumulate_", TORCH_BOX(&fbopt::cpu::accumulate_op));
   m.impl("accumulate_penalty_", TORCH_BOX(&fbopt::cpu::accumulate_penalty_op));
 }
@@ -177,7 +126,6 @@ STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, CPU, m) {
 static const fbopt::direct::Ops direct_ops{
     {"pack_", fbopt::direct::method<&fbopt::cpu::pack_op>},
     {"squared_norm", fbopt::direct::method<&fbopt::cpu::squared_norm_op>},
-    {"perturb_", fbopt::direct::method<&fbopt::cpu::perturb_op>},
     {"accumulate_", fbopt::direct::method<&fbopt::cpu::accumulate_op>},
     {"accumulate_penalty_", fbopt::direct::method<&fbopt::cpu::accumulate_penalty_op>},
 };

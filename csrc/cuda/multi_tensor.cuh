@@ -54,31 +54,46 @@ class Call {
       body(Group{static_cast<int>(k), static_cast<int>(std::min<int64_t>(kMaxChunks, chunks - k))});
   }
 
-  // For each chunk the sum of the squares of all elements, float64, in two stages.
-  template <class T>
-  Tensor squared_norm(const std::vector<int64_t>& sizes, const Operand& tensors,
+  // For each chunk the sum of the squares of all elements, float64.
+  Tensor squared_norm(ScalarType dtype, const Layout& layout, const Operand& tensors,
                       const Chunks& chunks) const {
     FBOPT_CHECK(chunks.count <= kMaxGridY, "stacks may have at most ", kMaxGridY, " slices");
-    int64_t blocks = 0;
-    for (const int64_t n : sizes) blocks += blocks_of(n, kSumChunk);
-    const Tensor partial = fresh({chunks.count * blocks}, ScalarType::Double, device_);
+    const std::vector<int64_t> lengths = sizes(layout);
     const Tensor sum = numbers(chunks);
-    auto* out = static_cast<double*>(partial.data_ptr());
-    tables(sizes, Pointers<1>{&tensors.pointers()}, kSumChunk,
-           [&]<int D, int Capacity>(const Table<D, Capacity>& table, int64_t before,
-                                    int64_t launched) {
-             run(&sum_squares<T, Capacity>, dim3(launched, chunks.count), kThreads, table,
-                 out + before, blocks);
-           });
-    run(&finish_sum, dim3(chunks.count), kFinishThreads, static_cast<const double*>(out), blocks,
-        static_cast<double*>(sum.data_ptr()));
+    dispatch(dtype, [&](auto t) {
+      using T = typename decltype(t)::type;
+      sum_blocks(lengths, Pointers<1>{&tensors.pointers()}, kSumChunk, chunks.count, sum,
+                 [&]<int D, int Capacity>(const Table<D, Capacity>& table, int64_t launched,
+                                          double* partial, int64_t blocks) {
+                   run(&sum_squares<T, Capacity>, dim3(launched, chunks.count), kThreads, table,
+                       partial, blocks);
+                 });
+    });
     return sum;
   }
 
-  // A number for each chunk, not set.
-  Tensor numbers(const Chunks& chunks) const {
-    return chunks.stacked ? fresh({chunks.count}, ScalarType::Double, device_)
-                          : fresh({}, ScalarType::Double, device_);
+  // Sets each of `rows` numbers to a sum over all elements, in two stages: body(table, blocks of
+  // this launch, partial sums from its first block on, blocks of all) fills rows of partial sums.
+  template <size_t Depth, class Body>
+  void sum_blocks(const std::vector<int64_t>& sizes, const Pointers<Depth>& lists, int64_t chunk,
+                  int64_t rows, const Tensor& sums, const Body& body) const {
+    int64_t blocks = 0;
+    for (const int64_t n : sizes) blocks += blocks_of(n, chunk);
+    const Tensor partial = fresh({rows * blocks}, ScalarType::Double, device_);
+    auto* out = static_cast<double*>(partial.data_ptr());
+    tables(sizes, lists, chunk, [&](const auto& table, int64_t before, int64_t launched) {
+      body(table, launched, out + before, blocks);
+    });
+    run(&finish_sum, dim3(rows), kFinishThreads, static_cast<const double*>(out), blocks,
+        static_cast<double*>(sums.data_ptr()));
+  }
+
+  // A number for each chunk, or a row of them for each of some kinds; not set.
+  Tensor numbers(const Chunks& chunks, std::vector<int64_t> kinds = {}) const {
+    const std::vector<int64_t> shape = chunks.shape(std::move(kinds));
+    const int64_t strides[] = {shape.size() > 1 ? shape[1] : 1, 1};
+    return empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides,
+                         code_of(ScalarType::Double), device_);
   }
 
   // body(table, blocks of earlier launches, blocks of this one) for every launch.

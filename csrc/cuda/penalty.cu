@@ -1,10 +1,9 @@
-// The penalised chunk update on CUDA. float32 words per parameter and chunk as on the CPU, with
-// stacks of K: perturb_ 3 + 1/K, accumulate_ 1 + 2/K, accumulate_penalty_ 2 + 2/K (3 + 2/K for
-// central differences). Launches per table of tensors and 64 chunks: perturb_ 3 (two of them the
-// norm's), the others 1.
+// Norm, packing, and the addition of chunks' gradients on CUDA. float32 words per parameter and
+// chunk as on the CPU, with stacks of K: squared_norm 1, accumulate_ 1 + 2/K, accumulate_penalty_ 2
+// + 2/K (3 + 2/K for central differences). Launches per table of tensors and 64 chunks: 1, of the
+// norm 2.
 #include "multi_tensor.cuh"
 #include "../rules/accumulate.h"
-#include "../rules/perturb.h"
 
 namespace fbopt::cuda {
 namespace {
@@ -50,15 +49,6 @@ void pack_op(const Tensor& out, const TensorList& tensors) {
            [&](auto t) { call.for_each(sizes, Copy<typename decltype(t)::type>{}, {&to, &from}); });
 }
 
-Tensor squared_norm(const Call& call, ScalarType dtype, const Layout& layout, const Operand& x,
-                    const Chunks& chunks) {
-  std::optional<Tensor> sums;
-  dispatch(dtype, [&](auto t) {
-    sums = call.squared_norm<typename decltype(t)::type>(call.sizes(layout), x, chunks);
-  });
-  return *sums;
-}
-
 Tensor squared_norm_op(const TensorList& tensors, bool stacks) {
   FBOPT_CHECK(!tensors.empty(), "tensors must hold at least one");
   const Call call(tensors[0]);
@@ -66,50 +56,7 @@ Tensor squared_norm_op(const TensorList& tensors, bool stacks) {
   const Chunks chunks = stacks ? stacked("tensors", tensors[0]) : Chunks{};
   const Layout layout(tensors, chunks);
   const Operand x("tensors", tensors, layout, dtype, chunks);
-  return squared_norm(call, dtype, layout, x, chunks);
-}
-
-template <class T>
-struct Perturb {
-  using Value = accumulate_t<T>;
-  using Operands = std::tuple<T, const T, const T>;  // out, params, grads
-  using Uniform = Value;
-  Scalar squared_norm;
-  double radius;
-
-  __device__ Uniform uniform(int, int chunk) const {
-    return static_cast<Value>(rules::perturb_step(radius, sqrt(squared_norm(chunk))));
-  }
-  static __device__ bool idle(Uniform) { return false; }
-  static __device__ constexpr bool stacked(int k) { return k != 1; }
-  static __device__ constexpr bool reads(int k) { return k > 0; }
-  static __device__ constexpr bool writes(int k) { return k == 0; }
-  static __device__ void apply(Value (&x)[3], Uniform step) {
-    x[0] = rules::perturb(x[1], x[2], step);
-  }
-};
-
-Tensor perturb_op(const Tensor& out, const TensorList& params, const TensorList& grads,
-                  double radius, std::optional<Tensor> squared) {
-  const Call call(out);
-  const ScalarType dtype = out.scalar_type();
-  const Chunks chunks = chunks_of(params, grads, squared);
-  const Layout layout(params);
-  const Operand p("params", params, layout, dtype), g("grads", grads, layout, dtype, chunks);
-  const Flat flat(layout, chunks);
-  check_flat(out, flat);
-  if (squared) call.scalar("squared_norm", *squared, chunks);
-  Tensor sums = squared ? call.numbers(chunks) : squared_norm(call, dtype, layout, g, chunks);
-  if (squared) torch::stable::copy_(sums, *squared);
-  const Scalar source = call.scalar("squared_norm", sums, chunks);
-  dispatch(dtype, [&](auto t) {
-    using T = typename decltype(t)::type;
-    std::vector<void*> to;
-    for (const int64_t start : flat.starts) to.push_back(static_cast<T*>(out.data_ptr()) + start);
-    call.for_each(call.sizes(layout), Perturb<T>{source, radius},
-                  {&to, &p.pointers(), &g.pointers()}, chunks.count);
-  });
-  return sums;
+  return call.squared_norm(dtype, layout, x, chunks);
 }
 
 template <class G, class A>
@@ -204,7 +151,6 @@ void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, cons
 STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, FBOPT_CUDA_KEY, m) {
   m.impl("pack_", TORCH_BOX(&fbopt::cuda::pack_op));
   m.impl("squared_norm", TORCH_BOX(&fbopt::cuda::squared_norm_op));
-  m.impl("perturb_", TORCH_BOX(&fbopt::cuda::perturb_op));
   m.impl("accumulate_", TORCH_BOX(&fbopt::cuda::accumulate_op));
   m.impl("accumulate_penalty_", TORCH_BOX(&fbopt::cuda::accumulate_penalty_op));
 }

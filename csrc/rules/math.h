@@ -42,6 +42,10 @@ FBOPT_RULE int64_t nearest(double x, double y) {
 #endif
 }
 
-FBOPT_RULE double magnitude(double x) { return x < 0 ? -x : x; }
+// Also of vectors, element by element. That of -0 is -0, of NaN NaN.
+template <class A>
+FBOPT_RULE A magnitude(A x) {
+  return x < 0 ? -x : x;
+}
 
 }  // namespace fbopt::rules

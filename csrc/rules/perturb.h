@@ -1,4 +1,6 @@
-// The perturbed point of the finite differences:  out <- p + s g,   s = radius / |g|.
+// The perturbed point of the finite differences:
+//   out <- p + s g,       s = radius / |g|
+//   out <- p + s T^2 g,   s = radius / |T g|,   T = |p| + eta for each element (adaptive)
 #pragma once
 
 #include "math.h"
@@ -8,6 +10,19 @@ namespace fbopt::rules {
 template <class A>
 FBOPT_RULE A perturb(A param, A grad, A step) {
   return fma(step, grad, param);
+}
+
+// T g; also of vectors.
+template <class A>
+FBOPT_RULE A scaled(A param, A grad, A eta) {
+  return (magnitude(param) + eta) * grad;
+}
+
+// A factor T on either side, so that none of the products leaves the range of A before the shift.
+template <class A>
+FBOPT_RULE A perturb_adaptive(A param, A grad, A step, A eta) {
+  const A scale = magnitude(param) + eta;
+  return fma(step * scale, scale * grad, param);
 }
 
 // A zero gradient has no direction: the perturbation is zero, not NaN.

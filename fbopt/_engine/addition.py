@@ -95,14 +95,14 @@ class GradientAddition:
         radius, direction, gather = rule.radius, rule.direction, self.sums.gather
         parts, minus = gather(grads), list[list[Tensor]]()
         along = self._along(parts, direction)
-        square = self.perturbation.fill(along, radius)
+        norms = self.perturbation.fill(along, radius, direction.eta)
         plus = gather(shifted(False), "plus")
         if rule.method == "central":
-            self.perturbation.fill(along, -radius, square)
+            self.perturbation.fill(along, -radius, direction.eta, norms)
             minus = gather(shifted(True), "minus")
-        length = direction.length(square)
+        length = direction.length(norms.plain)
         self._add_penalised(parts, plus, minus, weight, coefficient, length, radius)
-        return square if along is parts else self.sums.squared_norm(parts)
+        return norms.plain if along is parts else self.sums.squared_norm(parts)
 
     def _along(self, grads: Parts, direction: Direction) -> Parts:
         """The direction v."""

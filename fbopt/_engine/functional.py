@@ -1,4 +1,4 @@
-"""The gradient of a chunk as a function of parameters, buffers and the chunk's tensors, which
+"""The gradient of a chunk as a function of parameters, buffers, the chunk's tensors and G, which
 ``torch.func.vmap`` turns into that of K chunks, and ``torch.compile`` compiles.
 """
 
@@ -17,12 +17,13 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
+from fbopt._direction import Direction
 from fbopt._engine.autograd_graph import leaves
 from fbopt._engine.chunk_groups import Stack, Template
 from fbopt._engine.conv1d import Conv1dAsProduct
 from fbopt._engine.forward import ChunkLoss
+from fbopt._engine.perturb import potential
 from fbopt._engine.shared_state import Place
-from fbopt._ops.flat import accumulator_dtype
 
 Tensors = tuple[Tensor, ...]
 _numbers = itertools.count()
@@ -36,7 +37,7 @@ class Passes(NamedTuple):
         loss: (K,).
         shown: the tensors in what the loss function shows besides the loss.
         recorded: the buffers that the passes have written to.
-        products: H g, if asked for.
+        products: H v, if asked for.
     """
 
     grads: Tensors
@@ -66,7 +67,7 @@ class ChunkFunction:
         forward: the loss of a chunk.
         params: what gradients are by, parameters of the model.
         recorded: the buffers that a pass over a chunk writes to, each chunk to its own copy.
-        exact: whether the first passes also give H g.
+        direction: v, for first passes that also give H v; None for others.
         shows: whether they also give what the loss shows.
         compiled: whether passes are compiled.
 
@@ -85,12 +86,12 @@ class ChunkFunction:
         params: Sequence[Tensor],
         recorded: Sequence[Place],
         *,
-        exact: bool,
+        direction: Direction | None,
         shows: bool,
         compiled: bool,
     ) -> None:
         self._module = _Loss(forward, recorded)
-        self._exact, self._shows, self.compiled = exact, shows, compiled
+        self._direction, self._shows, self.compiled = direction, shows, compiled
         self._params, self._names = params, _names(self._module, params)
         self._buffers = _buffer_names(self._module, recorded)
         self.functions: dict[Hashable, Callable[..., Any]] = {}
@@ -106,9 +107,9 @@ class ChunkFunction:
         self._guarded.clear()
         self._alone = alone
 
-    def first(self, params: Tensors, buffers: Tensors, stack: Stack) -> Passes:
-        """The passes at `params`, which all chunks share."""
-        return Passes(*self._call("first", params, buffers, stack))
+    def first(self, params: Tensors, buffers: Tensors, stack: Stack, whole: Tensors = ()) -> Passes:
+        """The passes at `params`, which all chunks share; G where v has a share of it."""
+        return Passes(*self._call("first", params, buffers, stack, whole))
 
     def gradient(self, params: Tensors, buffers: Tensors, stack: Stack) -> Passes:
         """The passes at K points: `params` have a leading dimension K."""
@@ -127,14 +128,16 @@ class ChunkFunction:
         used = set(map(id, leaves(loss)))
         return loss.detach(), [i for i, p in enumerate(self._params) if id(p) in used]
 
-    def _call(self, which: str, params: Tensors, buffers: Tensors, stack: Stack) -> Any:
+    def _call(
+        self, which: str, params: Tensors, buffers: Tensors, stack: Stack, whole: Tensors = ()
+    ) -> Any:
         made = which
         if stack.count == 1:  # the passes at any point are one function, which is compiled once
             made, params = "first", params if which == "first" else tuple(p[0] for p in params)
         key = made, stack.count, stack.dims, stack.template
         if key not in self.functions:
             self.functions[key] = self._make(made == "first", stack)
-        function, given = self.functions[key], (params, buffers, stack.tensors)
+        function, given = self.functions[key], (params, buffers, stack.tensors, whole)
         if not self.compiled:
             return function(*given)
         layout = which, key, *((t.shape, t.stride()) for t in stack.tensors)
@@ -151,7 +154,7 @@ class ChunkFunction:
     def _make(self, is_first: bool, stack: Stack) -> Callable[..., Any]:
         function = self._one_chunk(stack.template, is_first)
         if stack.count > 1:
-            dims = (None if is_first else 0, 0, stack.dims)
+            dims = (None if is_first else 0, 0, stack.dims, None)
             function = vmap(function, in_dims=dims, randomness="different")
         if self.compiled:
             function = torch.compile(_apart(function), fullgraph=True, backend=self._compile_graph)
@@ -185,29 +188,27 @@ class ChunkFunction:
 
         gradient = grad_and_value(value, has_aux=True)
 
-        def passes(params: Tensors, buffers: Tensors, tensors: Tensors) -> tuple[Any, ...]:
-            grads, (loss, (shown, recorded)) = gradient(params, buffers, tensors)
+        def passes(*given: Tensors) -> tuple[Any, ...]:
+            grads, (loss, (shown, recorded)) = gradient(*given[:3])
             return grads, loss, shown, recorded
 
-        def half_square(params: Tensors, buffers: Tensors, tensors: Tensors) -> tuple[Tensor, Any]:
-            found = passes(params, buffers, tensors)
-            squares = [g.to(accumulator_dtype(g.dtype)).square().sum() for g in found[0]]
-            return torch.stack(squares).sum() / 2, found
+        def curved(*given: Tensors) -> tuple[Tensor, Any]:
+            found = passes(*given)
+            whole = given[3] or [None] * len(found[0])
+            return potential(found[0], whole, self._direction), found
 
-        def with_products(params: Tensors, buffers: Tensors, tensors: Tensors) -> tuple[Any, ...]:
-            products, (_, found) = grad_and_value(half_square, has_aux=True)(
-                params, buffers, tensors
-            )
+        def with_products(*given: Tensors) -> tuple[Any, ...]:
+            products, (_, found) = grad_and_value(curved, has_aux=True)(*given)
             return *found, products
 
-        return with_products if self._exact and is_first else passes
+        return passes if self._direction is None or not is_first else with_products
 
 
 def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with a code object of its own, by which torch.compile counts recompilations."""
 
-    def run(params: Tensors, buffers: Tensors, tensors: Tensors) -> Any:
-        return function(params, buffers, tensors)
+    def run(params: Tensors, buffers: Tensors, tensors: Tensors, whole: Tensors) -> Any:
+        return function(params, buffers, tensors, whole)
 
     code = run.__code__.replace(co_name=f"chunks_{next(_numbers)}")
     return FunctionType(code, run.__globals__, closure=run.__closure__)
@@ -216,8 +217,8 @@ def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
 def _with_leading_dimension(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of one chunk with the results of one of K = 1 chunks."""
 
-    def run(params: Tensors, buffers: Tensors, tensors: Tensors) -> tuple[Any, ...]:
-        grads, loss, *rest = function(params, tuple(b[0] for b in buffers), tensors)
+    def run(params: Tensors, buffers: Tensors, *rest_given: Tensors) -> tuple[Any, ...]:
+        grads, loss, *rest = function(params, tuple(b[0] for b in buffers), *rest_given)
         add = [tuple(t.unsqueeze(0) for t in group) for group in (grads, *rest)]
         return add[0], loss.unsqueeze(0), *add[1:]
 

@@ -254,19 +254,12 @@ def refuse_sharded(params: Sequence[Tensor]) -> None:
         )
 
 
-def refuse_whole(rule: PerturbationRule, params: Sequence[Tensor], at_once: bool) -> None:
+def refuse_whole(rule: PerturbationRule, params: Sequence[Tensor]) -> None:
     """Refuse directions with a share of the gradient of all chunks where that is not to be had."""
-    if not rule.direction.whole:
-        return
-    if any_sharded(params):
+    if rule.direction.whole and any_sharded(params):
         raise ValueError(
             "scope='full' and full_strength need the gradient of all chunks by plain parameters, "
             "and these are sharded (DTensor): use scope='chunk', or leave full_strength out"
-        )
-    if rule.method == "exact" and at_once:
-        raise ValueError(
-            "full_strength with method='exact' works on one chunk at a time: pass vectorize=1 and "
-            "compile=False, or method='forward' or 'central'"
         )
 
 

@@ -1,5 +1,5 @@
-"""Perturbed parameters theta + s v, ||s v|| = radius, in a second buffer; products with the Hessian
-by double backward.
+"""Perturbed parameters theta + s T^2 v, ||s T v|| = radius, in a second buffer; products with the
+Hessian by double backward.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,18 @@ from fbopt._engine.autograd_graph import naming_methods
 from fbopt._ops import dispatch
 from fbopt._ops.buckets import FlatBuckets
 from fbopt._ops.flat import accumulator_dtype
+
+
+class Norms(NamedTuple):
+    """What scales the shift along g: 0-dim, float64; (K,) for stacks of K gradients.
+
+    Attributes:
+        plain: ``||g||^2``.
+        scaled: ``||T g||^2``; the same where T = 1.
+    """
+
+    plain: Tensor
+    scaled: Tensor
 
 
 class Perturbation:
@@ -74,15 +86,23 @@ class Perturbation:
             self._theta[k] = [kept.copy_(self._memory[k])]
 
     def fill(
-        self, grads: list[list[Tensor]], radius: float, squared_norm: Tensor | None = None
-    ) -> Tensor:
-        """Write ``theta + radius g / ||g||`` to the buffer and return ``||g||^2`` (0-dim, float64).
+        self,
+        grads: list[list[Tensor]],
+        radius: float,
+        eta: float | None = None,
+        known: Norms | None = None,
+    ) -> Norms:
+        """Write ``theta + radius T^2 g / ||T g||`` to the buffer and return both squared norms.
 
         The gradients are gathered (:meth:`FlatBuckets.gather`); the radius may be negative.
+
+        Args:
+            grads: g.
+            radius: the length of the shift, ``||T^-1 shift||``.
+            eta: ``T = abs(theta) + eta``, elementwise; None for T = 1.
+            known: the norms, if they are.
         """
-        if squared_norm is None and (len(grads) > 1 or self.buckets.sharding is not None):
-            squared_norm = self.buckets.squared_norm(grads)
-        return shift_(self._flats, self._theta, grads, radius, squared_norm)
+        return fill_(self.buckets, self._flats, self._theta, grads, radius, eta, known)
 
     @property
     def points(self) -> list[Tensor]:
@@ -136,21 +156,35 @@ class _Applied:
         self._of.restore()
 
 
-def shift_(
+def fill_(
+    buckets: FlatBuckets,
     flats: Sequence[Tensor],
     theta: list[list[Tensor]],
     grads: list[list[Tensor]],
     radius: float,
-    squared_norm: Tensor | None,
-) -> Tensor:
-    """Write ``theta + radius g / ||g||`` to the flat buffer of each bucket; return ``||g||^2``.
+    eta: float | None,
+    known: Norms | None,
+    *,
+    stacked: bool = False,
+) -> Norms:
+    """Write ``theta + radius T^2 g / ||T g||`` to the flat buffer of each bucket; return the norms.
 
-    The norm may be left out where there is one bucket; see :func:`fbopt.reference.perturb_`.
+    See :meth:`Perturbation.fill`, and :func:`fbopt.reference.perturb_` for stacks of gradients.
     """
-    for flat, part, moved_by in zip(flats, theta, grads, strict=True):
-        known = None if squared_norm is None else squared_norm.to(flat.device)
-        result = dispatch.perturb_(flat, part, moved_by, radius, known)
-    return result if squared_norm is None else squared_norm
+    triples = list(zip(flats, theta, grads, strict=True))
+    if eta is not None:
+        norms = known or Norms(*buckets.adaptive_norms(theta, grads, eta, stacked))
+        for flat, part, along in triples:
+            dispatch.perturb_adaptive_(flat, part, along, radius, eta, norms.scaled.to(flat.device))
+        return norms
+    if known is None and len(grads) == 1 and buckets.sharding is None:  # one call for all of it
+        ((flat, part, along),) = triples
+        square = dispatch.perturb_(flat, part, along, radius)
+        return Norms(square, square)
+    square = buckets.squared_norm(grads, stacked) if known is None else known.scaled
+    for flat, part, along in triples:
+        dispatch.perturb_(flat, part, along, radius, square.to(flat.device))
+    return known or Norms(square, square)
 
 
 def hessian_product(

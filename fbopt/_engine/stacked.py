@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fbopt._engine.chunk_clip import ChunkClip
 from fbopt._engine.gradient_sums import GradientSums, Parts
-from fbopt._engine.perturb import Perturbation, shift_
+from fbopt._engine.perturb import Norms, Perturbation, fill_
 from fbopt._ops.buckets import FlatBuckets
 
 
@@ -60,11 +60,15 @@ class StackedPerturbation:
         self.flats, self.points = buckets.stacked_buffers(count, memory)
 
     @torch.no_grad()
-    def fill(self, grads: Parts, radius: float, squared_norm: Tensor | None = None) -> Tensor:
-        """Write ``theta + radius g / ||g||`` for each of K gradients; return ``||g||^2`` (K,)."""
-        if squared_norm is None and len(grads) > 1:
-            squared_norm = self._buckets.squared_norm(grads, stacked=True)
-        return shift_(self.flats, self.theta, grads, radius, squared_norm)
+    def fill(
+        self, grads: Parts, radius: float, eta: float | None = None, known: Norms | None = None
+    ) -> Norms:
+        """Write ``theta + radius T^2 g / ||T g||`` for each of K gradients; return the norms.
+
+        See :meth:`Perturbation.fill`.
+        """
+        given = self.theta, grads, radius, eta, known
+        return fill_(self._buckets, self.flats, *given, stacked=True)
 
 
 class SharedPerturbation:
@@ -84,10 +88,13 @@ class SharedPerturbation:
         self.point = one.points
         self.points = [p.expand(count, *p.shape) for p in self.point]
 
-    def fill(self, grads: Parts, radius: float, squared_norm: Tensor | None = None) -> Tensor:
-        """Write ``theta + radius g / ||g||``; return ``||g||^2`` for each of K chunks."""
-        known = None if squared_norm is None else squared_norm[0]
-        return self._one.fill(grads, radius, known).expand(self._count).contiguous()
+    def fill(
+        self, grads: Parts, radius: float, eta: float | None = None, known: Norms | None = None
+    ) -> Norms:
+        """Write ``theta + radius T^2 g / ||T g||``; return the norms for each of K chunks."""
+        one = None if known is None else Norms(known.plain[0], known.scaled[0])
+        found = self._one.fill(grads, radius, eta, one)
+        return Norms(*(norm.expand(self._count).contiguous() for norm in found))
 
 
 class StackedClip:

@@ -59,10 +59,11 @@ class Vectorized:
         self._memory.begin(work.sums)
         modes = tuple(m.training for m in modules)
         places = tuple((id(module), name) for module, name in recorded)
-        settings = forward.autocast, forward.is_observed, work.is_exact, compiled, observed
+        direction = work.penalty.direction if work.is_exact else None
+        settings = forward.autocast, forward.is_observed, direction, compiled, observed
         key = places, modes, *settings
         if key not in self._known:
-            options = {"exact": work.is_exact, "shows": observed, "compiled": compiled}
+            options = {"direction": direction, "shows": observed, "compiled": compiled}
             function = ChunkFunction(forward, work.sums.params, recorded, **options)
             self._known[key] = Known(function)
         self._known[key].function.begin(alone)

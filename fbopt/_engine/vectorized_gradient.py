@@ -141,9 +141,11 @@ class VectorizedGradient:
         return explained(self.work, visit, self.state, self.function.compiled)
 
     def _first(self, visit: Visit) -> Passes:
-        stack, theta = visit.stack, tuple(p.detach() for p in self.work.sums.params)
+        work, stack = self.work, visit.stack
+        theta = tuple(p.detach() for p in work.sums.params)
+        whole = tuple(work.whole.grads) if work.is_exact and work.whole is not None else ()
         with self._explained(visit):
-            return self.function.first(theta, self._buffers(stack.count), stack)
+            return self.function.first(theta, self._buffers(stack.count), stack, whole)
 
     def _buffers(self, count: int) -> Tensors:
         """For each chunk buffers to record its statistics in, zeros as before every pass."""

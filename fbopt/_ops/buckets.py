@@ -186,6 +186,26 @@ class FlatBuckets:
         groups = [self.sharding.groups[group[0]] for group in self.indices]
         return combine(squares, groups).sum()
 
+    def adaptive_norms(
+        self,
+        theta: Sequence[Sequence[Tensor]],
+        parts: Sequence[Sequence[Tensor]],
+        eta: float,
+        stacked: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``||x||^2`` and ``||T x||^2``, T = abs(theta) + eta: see :meth:`squared_norm`."""
+        pairs = zip(theta, parts, strict=True)
+        found = [dispatch.adaptive_norms(p, x, eta) for p, x in pairs]
+        if len(found) > 1 or self.sharding is not None:
+            device = found[0].device
+            each = torch.stack([norms.to(device) for norms in found])
+            if self.sharding is not None:
+                groups = [self.sharding.groups[group[0]] for group in self.indices]
+                each = combine(each, groups)
+            found = [each.sum(0)]
+        plain, scaled = found[0].unbind()
+        return plain, scaled
+
     def maxima(self, maxima: Tensor) -> Tensor:
         """Return the largest over all processes of a number for each tensor of :meth:`operands`.
 

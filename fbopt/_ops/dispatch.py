@@ -22,6 +22,8 @@ NAMES = (
     "pack_",
     "squared_norm",
     "perturb_",
+    "adaptive_norms",
+    "perturb_adaptive_",
     "accumulate_",
     "accumulate_penalty_",
     "accumulate_exact_",
@@ -59,7 +61,11 @@ def _direct(kernel: Callable[..., Any], op: Callable[..., Any]) -> Callable[...,
 @functools.cache
 def _register_fakes() -> None:
     """Tell torch.compile and fake tensors what the ops return; the schema says the rest."""
-    fakes = {"squared_norm": _fake_squared_norm, "perturb_": _fake_perturb}
+    fakes = {
+        "squared_norm": _fake_squared_norm,
+        "perturb_": _fake_perturb,
+        "adaptive_norms": _fake_adaptive_norms,
+    }
     for name in NAMES:
         torch.library.register_fake(f"fbopt::{name}", fakes.get(name, _fake_none))
 
@@ -72,8 +78,17 @@ def _fake_squared_norm(tensors: list[Tensor], stacked: bool = False) -> Tensor:
 def _fake_perturb(
     out: Tensor, params: list[Tensor], grads: list[Tensor], *args: object, **rest: object
 ) -> Tensor:
+    return out.new_empty(_chunks_of(params, grads), dtype=torch.float64)
+
+
+def _fake_adaptive_norms(params: list[Tensor], grads: list[Tensor], eta: float) -> Tensor:
+    return params[0].new_empty((2, *_chunks_of(params, grads)), dtype=torch.float64)
+
+
+def _chunks_of(params: list[Tensor], grads: list[Tensor]) -> tuple[int, ...]:
+    """The shape of a number for each chunk."""
     stacked = bool(params) and grads[0].dim() > params[0].dim()
-    return out.new_empty(grads[0].shape[:1] if stacked else (), dtype=torch.float64)
+    return tuple(grads[0].shape[:1]) if stacked else ()
 
 
 def _fake_none(*args: object) -> None:
@@ -105,6 +120,7 @@ def _table_for(tensor: Tensor) -> SimpleNamespace | ModuleType:
 
 pack_ = _on_device_of(0, reference.pack_)
 perturb_ = _on_device_of(0, reference.perturb_)
+perturb_adaptive_ = _on_device_of(0, reference.perturb_adaptive_)
 accumulate_ = _on_device_of(2, reference.accumulate_)
 accumulate_penalty_ = _on_device_of(4, reference.accumulate_penalty_)
 accumulate_exact_ = _on_device_of(4, reference.accumulate_exact_)
@@ -126,6 +142,11 @@ def squared_norm(tensors: Sequence[Tensor], stacked: bool = False) -> Tensor:
     if len(squares) == 1:
         return squares[0]
     return torch.stack([s.to(tensors[0].device) for s in squares]).sum(0)
+
+
+def adaptive_norms(params: Sequence[Tensor], grads: Sequence[Tensor], eta: float) -> Tensor:
+    """See :func:`fbopt.reference.adaptive_norms`; of one device and dtype, at least one tensor."""
+    return _table_for(params[0]).adaptive_norms(params, grads, eta)
 
 
 def are_alike(first: list[Tensor], *others: list[Tensor]) -> bool:

@@ -65,19 +65,63 @@ def perturb_(
     With stacks of gradients the K copies p + s_k g_k of each parameter lie one after the other
     where the parameter would, and norms are (K,).
     """
-    stacked = any(g.dim() > p.dim() for p, g in zip(params, grads, strict=True))
     squared = squared_norm
-    squared = _squared_norm(grads, stacked) if squared is None else squared.double().clone()
-    norm = squared.sqrt()
-    step = torch.where(norm == 0, 0.0, radius / norm)
-    views = flat_views(out, stacks_like(params, len(step)) if stacked else params)
-    for s, (to, chunk) in _chunks(step, views, grads):
-        for view, p, g in zip(to, params, chunk, strict=True):
-            view.copy_(_wide(p) + s.to(_wide(p).dtype) * _wide(g))
+    if squared is None:
+        squared = _squared_norm(grads, _are_stacks(params, grads))
+    squared = squared.double().clone()
+    for view, p, g, s in _points(out, params, grads, radius, squared):
+        view.copy_(p + s * g)
     return squared
 
 
 _squared_norm = squared_norm
+
+
+def adaptive_norms(params: list[Tensor], grads: list[Tensor], eta: float) -> Tensor:
+    """Return ||g||^2 and ||T g||^2, T = abs(p) + eta for each element: (2,), float64.
+
+    With stacks of gradients (2, K), one for each chunk.
+    """
+    stacked = _are_stacks(params, grads)
+    pairs = zip(params, grads, strict=True)
+    scaled = [(p.double().abs() + eta) * g.double() for p, g in pairs]
+    return torch.stack([squared_norm(x, stacked) for x in (grads, scaled)])
+
+
+def perturb_adaptive_(
+    out: Tensor,
+    params: list[Tensor],
+    grads: list[Tensor],
+    radius: float,
+    eta: float,
+    squared_norm: Tensor,
+) -> None:
+    """Set out <- p + s T^2 g, s = radius / ||T g|| (0 where that is 0), T = abs(p) + eta.
+
+    `squared_norm` is ||T g||^2, see :func:`adaptive_norms`; the rest is as for :func:`perturb_`.
+    """
+    for view, p, g, s in _points(out, params, grads, radius, squared_norm.double()):
+        t = p.abs() + eta
+        view.copy_(p + (s * t) * (t * g))
+
+
+def _are_stacks(params: list[Tensor], grads: list[Tensor]) -> bool:
+    return any(g.dim() > p.dim() for p, g in zip(params, grads, strict=True))
+
+
+def _points(
+    out: Tensor, params: list[Tensor], grads: list[Tensor], radius: float, squared: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield each parameter's view into the flat buffer, itself, its gradient and the step, of each
+    chunk: in the dtype of the arithmetic.
+    """
+    norm = squared.sqrt()
+    step = torch.where(norm == 0, 0.0, radius / norm)
+    stacked = _are_stacks(params, grads)
+    views = flat_views(out, stacks_like(params, len(step)) if stacked else params)
+    for s, (to, chunk) in _chunks(step, views, grads):
+        for view, p, g in zip(to, params, chunk, strict=True):
+            yield view, _wide(p), _wide(g), s.to(_wide(p).dtype)
 
 
 def accumulate_(sums: list[Tensor], grads: list[Tensor], weight: Tensor) -> None:

@@ -6,6 +6,7 @@
 #include "../../csrc/schema.cpp"
 #include "../../csrc/cuda/exact.cu"
 #include "../../csrc/cuda/penalty.cu"
+#include "../../csrc/cuda/perturb.cu"
 #include "../../csrc/cuda/step.cu"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))

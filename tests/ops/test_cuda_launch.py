@@ -78,15 +78,18 @@ def test_lists_are_split_over_launches(device, name, chunks, count):
         found, expected = (added(arguments, x, torch.float32) for x in (found, expected))
     assert_same([result, *found], [wanted, *expected], terms=1 + 2 * chunks)
     depth = {"pack_": 2, "accumulate_": 2, "clip_": 1, "accumulate_exact_penalty_": 4}
+    depth["adaptive_norms"] = 2
     per_launch = [device.capacity(ctypes.c_int64(depth.get(name, 3)))]
     norm = -(-count // device.capacity(ctypes.c_int64(1)))
     launches = {
         "squared_norm": norm + 1,
         "perturb_": norm + 1 + -(-count // per_launch[0]),
+        "adaptive_norms": -(-count // per_launch[0]) + 1,
     }.get(name, -(-count // per_launch[0]))
     assert len(blocks) == launches
     assert sum(blocks) == {
         "squared_norm": count + max(1, chunks),
+        "adaptive_norms": count + 2 * max(1, chunks),
         "perturb_": 2 * count + max(1, chunks),
     }.get(name, count)
 
@@ -101,6 +104,15 @@ def test_the_penalised_chunk_update_takes_four_launches(device):
     square = ops("perturb_")(flat, params, grads, 1e-2)
     ops("accumulate_penalty_")(sums, grads, plus, [], scalar(1.0), scalar(0.1), square, 1e-2)
     assert len(launched(device)) == 4
+
+
+def test_both_norms_take_two_launches_for_any_number_of_chunks(device):
+    """Each block reads its parameters once, for all chunks."""
+    for chunks in (1, 65, 300):
+        arguments = cases("adaptive_norms", [(9,)] * 62, torch.float32, chunks)[0]
+        launched(device)
+        target("emulated").call("adaptive_norms", arguments)
+        assert launched(device) == [62, 2 * chunks]
 
 
 def test_a_launch_takes_64_chunks(device):

@@ -12,6 +12,7 @@ from op_cases import (
     DTYPES,
     FORMS,
     LISTS,
+    NORMS,
     SHAPES,
     added,
     assert_same,
@@ -41,7 +42,7 @@ def test_kernel_equals_reference(name, chunks, shapes, dtype, target):
     chosen = some_cases if shapes == LISTS["large"] else cases
     few = target.few if len(shapes) == 1000 else None
     for arguments in chosen(name, shapes, dtype, chunks)[:few]:
-        if not shapes and name == "squared_norm":
+        if not shapes and name in NORMS:
             continue
         result, mine = target.call(name, arguments)
         theirs = clone(list(arguments))
@@ -59,7 +60,7 @@ def test_norm_of_nothing():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name, chunks", [f for f in FORMS if f[0] != "squared_norm"])
+@pytest.mark.parametrize("name, chunks", [f for f in FORMS if f[0] not in NORMS])
 @pytest.mark.parametrize("target", OTHERS, indirect=True)
 def test_every_device_gives_the_same_bits(name, chunks, dtype, target):
     """What one element becomes is one rule, whatever runs it; only sums differ by their order."""
@@ -73,14 +74,40 @@ def test_every_device_gives_the_same_bits(name, chunks, dtype, target):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_norm_does_not_depend_on_alignment(dtype, target):
+def test_norms_do_not_depend_on_alignment(dtype, target):
     x = make([(70_001,)], dtype, 0)[0]
     found = set()
     for start in range(9):
         moved = torch.cat([x.new_zeros(start), x])[start:]
         result, _ = target.call("squared_norm", ([moved, moved[:5]],))
-        found.add(result.item())
+        both, _ = target.call("adaptive_norms", ([x, x[:5]], [moved, moved[:5]], 0.01))
+        other, _ = target.call("adaptive_norms", ([moved, moved[:5]], [x, x[:5]], 0.01))
+        assert torch.equal(both, other)
+        found.add((result.item(), *both.tolist()))
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_signs_of_parameters_do_not_matter_to_their_scale(dtype, target):
+    """-0, denormal and large parameters; a NaN reaches the norm and its own point alone."""
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    p = torch.tensor([0.0, -0.0, tiny, -tiny, 200.0, -200.0, 1.0], dtype=dtype)
+    g = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.5, 0.5, -2.0], dtype=dtype)
+    t = p.double().abs()
+    for eta in (0.0, 0.25):
+        norms, _ = target.call("adaptive_norms", ([p], [g], eta))
+        wanted = torch.stack([g.double(), (t + eta) * g.double()]).square().sum(1)
+        torch.testing.assert_close(norms, wanted, rtol=1e-14, atol=0)
+        arguments = (torch.zeros_like(p), [p], [g], 0.5, eta, norms[1])
+        moved = target.call("perturb_adaptive_", arguments)[1][0]
+        expected = p.double() + 0.5 / norms[1].sqrt() * (t + eta) ** 2 * g.double()
+        torch.testing.assert_close(moved, expected.to(dtype))
+    p[0] = float("nan")
+    norms, _ = target.call("adaptive_norms", ([p], [g], 0.25))
+    assert norms[0].isfinite() and norms[1].isnan()
+    arguments = (torch.zeros_like(p), [p], [g], 0.5, 0.25, scalar(1.0))
+    moved = target.call("perturb_adaptive_", arguments)[1][0]
+    assert moved.isnan().tolist() == [True] + [False] * 6
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -97,10 +124,10 @@ def test_meta_tensors(name, chunks):
     dispatch.table("cpu")
     arguments = clone(list(cases(name, [(), (5,), (3, 4)], torch.float32, chunks)[0]), "meta")
     result = getattr(torch.ops.fbopt, name)(*arguments)
-    norms = name in ("squared_norm", "perturb_")
+    norms = name in (*NORMS, "perturb_")
     assert (result is not None) == norms
     if norms:
-        shape = (chunks,) if chunks else ()
+        shape = (2,) * (name == "adaptive_norms") + (chunks,) * bool(chunks)
         assert (result.device.type, result.shape, result.dtype) == ("meta", shape, torch.float64)
 
 
@@ -147,6 +174,8 @@ def test_nonfinite_reaches_every_result(bad, target):
     calls = {
         "squared_norm": ([g],),
         "perturb_": (zeros, [zeros], [g], 1e-2),
+        "adaptive_norms": ([g], [zeros + 1], 0.01),
+        "perturb_adaptive_": (zeros, [zeros], [g], 1e-2, 0.01, square),
         "accumulate_penalty_": ([zeros], [g], [g + 1], [], scalar(1.0), scalar(0.1), square, 1e-2),
         "clip_": ([g], square.sqrt(), 1.0),
     }
@@ -188,6 +217,10 @@ def test_large_output_is_streamed_correctly(dtype):
     squares = ops.perturb_(out, params, grads, 0.5)
     reference.perturb_(wanted, params, grads, 0.5, squares)
     torch.testing.assert_close(out, wanted)
+    _, scaled = ops.adaptive_norms(params, grads, 0.01)
+    ops.perturb_adaptive_(out, params, grads, 0.5, 0.01, scaled)
+    reference.perturb_adaptive_(wanted, params, grads, 0.5, 0.01, scaled)
+    torch.testing.assert_close(out, wanted)
     packed = torch.zeros(sum(g.numel() for g in grads) + 1, dtype=dtype)[1:]
     ops.pack_(packed, grads)
     assert torch.equal(packed, torch.cat([g.reshape(-1) for g in grads]))
@@ -216,6 +249,9 @@ def test_large_output_is_streamed_correctly(dtype):
         ("accumulate_", lambda a: a[1].__setitem__(1, a[1][1].double()), r"grads\[1\].*dtype"),
         ("accumulate_penalty_", lambda a: a[2].pop(), "plus has 2 tensors"),
         ("perturb_", lambda a: a.__setitem__(0, torch.zeros(3)), "out must be contiguous"),
+        ("adaptive_norms", lambda a: a[1].pop(), "grads has 2 tensors, expected 3"),
+        ("perturb_adaptive_", lambda a: a[2].pop(), "grads has 2 tensors, expected 3"),
+        ("perturb_adaptive_", lambda a: a.__setitem__(5, torch.tensor(1)), "squared_norm must be"),
         ("sgd_step_", lambda a: a[2].append(torch.zeros(3)), "momentum_buffers"),
         ("squared_norm", lambda a: a.__setitem__(0, [torch.zeros(3).int()]), "float32, float64"),
     ],

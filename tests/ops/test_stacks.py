@@ -38,15 +38,15 @@ def one_by_one(target, name, arguments, chunks):
     mine, results = clone(list(arguments), target.device), []
     for k in range(chunks):
         found = of_chunk(name, mine, k)
-        if name == "perturb_":
+        if "out" in found:
             params = found["params"]
             views = flat_views(mine[0], stacks_like(params, chunks))
             found["out"] = mine[0].new_zeros(flat_size(params))
         results.append(target.op(name)(*found.values()))
-        if name == "perturb_":
+        if "out" in found:
             for view, copy in zip(views, flat_views(found["out"], params), strict=True):
                 view[k] = copy
-    return (None if results[0] is None else torch.stack(results).cpu()), to_cpu(mine)
+    return (None if results[0] is None else torch.stack(results, -1).cpu()), to_cpu(mine)
 
 
 def assert_one_by_one(target, name, arguments, chunks):
@@ -138,6 +138,10 @@ def put(position, value):
         ("perturb_", put(0, torch.zeros(21)), "out must be contiguous and have 31 elements"),
         ("perturb_", lambda a: a.append(scalar(1.0)), "squared_norm must be a 1-D tensor of 3"),
         ("perturb_", lambda a: a.append(numbers(1.0, 2)), "squared_norm must be a 1-D tensor of 3"),
+        ("adaptive_norms", lambda a: a[1].__setitem__(1, torch.zeros(5)), r"grads\[1\].* of 3"),
+        ("adaptive_norms", put(1, [torch.zeros(0, 2), torch.zeros(0, 5)]), r"grads\[0\] must be a"),
+        ("perturb_adaptive_", put(0, torch.zeros(21)), "out must be contiguous and have 31 elem"),
+        ("perturb_adaptive_", put(5, scalar(1.0)), "squared_norm must be a 1-D tensor of 3"),
         ("accumulate_", put(2, numbers(1.0, 2)), r"grads\[0\] must be a stack of 2"),
         ("accumulate_", put(2, scalar(1.0)), r"grads\[0\] has another shape"),
         ("accumulate_", put(2, torch.zeros(0)), "weight must be a 0-dim tensor, or 1-D"),
