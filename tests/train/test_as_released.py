@@ -107,9 +107,18 @@ class Transcription:
             m.running_mean.copy_(next(values))
             m.running_var.copy_(next(values))
 
+    def penalised(self, x, y, g, strength: float):
+        """Neither program needs the passes of a penalty of strength 0, and fbopt takes none."""
+        far = COMMON["radius"] / (2 if "central_radius" in self.released else 1)
+        norm = torch.sqrt(sum(t.square().sum() for t in g))
+        plus = self.gradient_at(x, y, [far * t / norm for t in g])
+        minus = self.gradient_at(x, y, [-far * t / norm for t in g])
+        factor = strength * norm / (2 * far)
+        return [a + factor * (p - q) for a, p, q in zip(g, plus, minus, strict=True)]
+
     def step(self, number: int) -> None:
         lr = self.rate(number)
-        strength, radius = lr * COMMON["penalty"] / 4, COMMON["radius"]
+        strength = lr * COMMON["penalty"] / 4
         count, total = len(self.chunks), sum(len(y) for _, y in self.chunks)
         mean = [torch.zeros_like(p) for p in self.params]
         every = "batchnorm" in self.released
@@ -121,14 +130,9 @@ class Transcription:
             recorded = self.statistics()
             for a, b in zip(own, recorded, strict=True):
                 a += len(y) / total * b
-            norm = torch.sqrt(sum(t.square().sum() for t in g))
-            far = radius / 2 if "central_radius" in self.released else radius
-            plus = self.gradient_at(x, y, [far * t / norm for t in g])
-            minus = self.gradient_at(x, y, [-far * t / norm for t in g])
+            chunk = g if strength == 0 else self.penalised(x, y, g, strength)
             if not every:
                 self.set_statistics(recorded)
-            factor = strength * norm / (2 * far)
-            chunk = [a + factor * (p - q) for a, p, q in zip(g, plus, minus, strict=True)]
             for avg, c in zip(mean, chunk, strict=True):
                 if "mean" in self.released:
                     avg += (c - avg) / count
