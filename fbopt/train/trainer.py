@@ -22,7 +22,8 @@ from fbopt.train.evaluate import evaluate, moving_average
 from fbopt.train.precision import autocast_dtype, cross_entropy
 
 GRADIENTS = {None: 1, "forward": 2, "central": 3, "exact": 2}  # backward passes per chunk
-_PARTS = ("model", "optimizer", "scheduler", "closure", "average")  # with a state_dict, or None
+# With a state_dict, or None.
+_PARTS = ("model", "optimizer", "scheduler", "closure", "average", "clip_history")
 _TOTALS = ("correct", "loss", "chunk_sqnorm")
 
 
@@ -81,6 +82,7 @@ class Trainer:
         self.optimizer = build.build_optimizer(options, self.model)
         self.scheduler = build.build_scheduler(options, self.optimizer)
         self.grad_transform = build.build_grad_transform(options, self.model)
+        self.clip_history = self.grad_transform and self.grad_transform.history
         self.closure = None
         if not options.stochastic:
             self.closure = build.build_closure(
@@ -114,7 +116,11 @@ class Trainer:
 
     @property
     def clip_coefficient(self) -> float:
-        """The factor that the last step scaled its gradient by; read from the device."""
+        """The factor that the last step scaled its gradient by, after --agc; read from the
+        device.
+        """
+        if self.grad_transform is not None:
+            return self.grad_transform.coefficient()
         bound = self.options.max_norm
         return 1.0 if bound is None else float(clip_coefficient(bound, self.gradient_norm))
 
@@ -171,9 +177,13 @@ class Trainer:
             loss = self.loss_fn(output, target)
         loss.backward()
         optimizer_clips = isinstance(self.optimizer, FullBatchGD) and self.grad_transform is None
-        if not optimizer_clips:
+        if self.grad_transform is not None:
+            self.gradient_norm = self.grad_transform.clip()
+        elif not optimizer_clips:
             self.gradient_norm = nn.utils.clip_grad_norm_(
-                self.model.parameters(), self.options.max_norm or math.inf
+                self.model.parameters(),
+                self.options.max_norm or math.inf,
+                float(self.options.norm_type),
             )
         self.optimizer.step()
         if optimizer_clips:
