@@ -9,8 +9,9 @@ from fbopt.analysis.gradient_noise import GradientStatistics, gradient_statistic
 from fbopt.analysis.hessian import Hessian, Trace, hessian_trace
 from fbopt.analysis.landscape import Flatness, Landscape, loss_landscape, measure_flatness
 from fbopt.analysis.objective import Objective
+from fbopt.analysis.preconditioned import PreconditionedHessian
 from fbopt.analysis.spectrum import Eigenpairs
-from fbopt.analysis.stability import Threshold, stability_threshold
+from fbopt.analysis.stability import Threshold, adam_threshold, stability_threshold
 
 __all__ = [
     "Cost",
@@ -20,8 +21,10 @@ __all__ = [
     "Hessian",
     "Landscape",
     "Objective",
+    "PreconditionedHessian",
     "Threshold",
     "Trace",
+    "adam_threshold",
     "difference",
     "eigenpairs",
     "gradient_statistics",

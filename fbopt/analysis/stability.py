@@ -1,7 +1,8 @@
 """The largest curvature at which gradient descent is stable: 2/lr, and more with momentum.
 
 Cohen, Kaur, Li, Kolter, Talwalkar, "Gradient Descent on Neural Networks Typically Occurs at the
-Edge of Stability" (ICLR 2021, arXiv 2103.00065), section 2 and appendix B.
+Edge of Stability" (ICLR 2021, arXiv 2103.00065), section 2 and appendix B. For Adam: Cohen et al.,
+"Adaptive Gradient Methods at the Edge of Stability" (2022, arXiv 2207.14484), section 2.
 """
 
 from __future__ import annotations
@@ -80,3 +81,29 @@ def stability_threshold(
     if clip < 1:
         value, formula = value / clip, f"({formula})/clip" if weight_decay else f"{formula}/clip"
     return Threshold(value, formula)
+
+
+def adam_threshold(lr: float, beta1: float = 0.9, *, clip: float = 1.0) -> Threshold:
+    """The stability threshold for full-batch steps of torch.optim.Adam and AdamW.
+
+    It is on the largest eigenvalue of the preconditioned Hessian (:class:`PreconditionedHessian`),
+    not of the Hessian: with a preconditioner that stays as it is, Adam's steps are those of
+    heavy-ball momentum beta1 and dampening beta1, which diverge above
+
+        (2 + 2 beta1) / ((1 - beta1) lr)
+
+    and that divided by `clip`. Weight decay is part of the operator.
+
+    Args:
+        lr: the learning rate.
+        beta1: the decay of the mean of gradients, below 1.
+        clip: the clip coefficient that scales the gradient, above 0 and at most 1.
+
+    Raises:
+        TypeError, ValueError: an invalid argument.
+    """
+    check_number("beta1", beta1, least=0)
+    if beta1 >= 1:
+        raise ValueError(f"beta1 must be below 1, got {beta1}")
+    value = stability_threshold(lr, beta1, dampening=beta1, clip=clip).value
+    return Threshold(value, "(2 + 2 beta1)/((1 - beta1) lr)" + ("/clip" if clip < 1 else ""))

@@ -16,6 +16,7 @@ from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.data.augment import augmented
 from fbopt.train.data.dataset import Chunks, Data, Split
 from fbopt.train.grad_transforms import GradientTransform
+from fbopt.train.optimizers import rules
 from fbopt.train.precision import autocast_dtype
 
 
@@ -60,13 +61,17 @@ def build_chunks(options: Options, split: Split, *, stochastic: bool, **context:
 
 
 def build_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
-    """`torch.optim.SGD` for mini-batches alone, else FullBatchGD, which also clips."""
+    """`torch.optim.SGD` for mini-batches alone, else FullBatchGD, which also clips; or the rule of
+    --optimizer.
+    """
     groups = models.decay_groups(model, options.weight_decay, options.decay == "weights")
+    if options.optimizer != "sgd":
+        return rules.build(options, model, groups)
     rule = {name: getattr(options, name) for name in ("lr", "momentum", "nesterov")}
     if options.stochastic:
         return torch.optim.SGD(groups, **rule)
-    max_norm = None if _transforms_gradient(options) else options.max_norm
-    return FullBatchGD(groups, **rule, max_norm=max_norm)
+    clip = {"max_norm": None if _transforms_gradient(options) else options.max_norm}
+    return FullBatchGD(groups, **rule, **clip, norm_type=options.norm_type)
 
 
 def build_grad_transform(
@@ -75,12 +80,15 @@ def build_grad_transform(
     """Norm bias, clipping and noise; None where the optimizer's own clipping is all there is."""
     if not _transforms_gradient(options):
         return None
-    return GradientTransform(model.parameters(), options, len(chunks))
+    last = rules.last_linear(model)
+    spared = set() if last is None else set(last.parameters())
+    return GradientTransform(model.parameters(), options, spared, len(chunks))
 
 
 def _transforms_gradient(options: Options) -> bool:
-    noisy = options.additive_noise or options.multiplicative_noise
-    return bool(options.norm_bias or noisy or options.mean == "running")
+    noise = options.additive_noise or options.multiplicative_noise
+    clips = options.agc or options.clip_history or options.optimizer != "sgd"
+    return bool(options.norm_bias or noise or clips or options.mean == "running")
 
 
 def build_scheduler(options: Options, optimizer: torch.optim.Optimizer) -> LambdaLR:

@@ -8,7 +8,9 @@ from fbopt.analysis.eigen import eigenpairs
 from fbopt.analysis.gradient_noise import gradient_statistics
 from fbopt.analysis.hessian import Hessian
 from fbopt.analysis.objective import Objective
+from fbopt.analysis.preconditioned import PreconditionedHessian
 from fbopt.analysis.stability import stability_threshold
+from fbopt.train.config.rules import has_threshold, is_preconditioned
 from fbopt.train.data.dataset import Chunks
 from fbopt.train.precision import autocast_dtype
 from fbopt.train.trainer import Trainer
@@ -68,7 +70,19 @@ class CurvatureTracker:
         return found
 
     def _sharpness(self) -> dict[str, Any]:
-        trainer = self.trainer
-        pairs = eigenpairs(Hessian(self.objective), 1, seed=trainer.options.seed, verify=False)
-        threshold = stability_threshold(**update_rule(trainer), clip=trainer.clip_coefficient)
-        return {"sharpness": float(pairs.values[0]), "sharpness_threshold": threshold.value}
+        """The largest eigenvalue that the steps see, and the threshold where one is known."""
+        trainer, objective = self.trainer, self.objective
+        seed, clip = trainer.options.seed, trainer.clip_coefficient
+        if is_preconditioned(trainer.options):
+            seen = PreconditionedHessian(objective, trainer.optimizer, clip=clip)
+            found = float(eigenpairs(seen, 1, seed=seed, verify=False).values[0])
+            return {
+                "preconditioned_sharpness": found,
+                "sharpness_threshold": seen.threshold.value,
+            }
+        pairs = eigenpairs(Hessian(objective), 1, seed=seed, verify=False)
+        measured = {"sharpness": float(pairs.values[0])}
+        if has_threshold(trainer.options):
+            threshold = stability_threshold(**update_rule(trainer), clip=clip)
+            measured["sharpness_threshold"] = threshold.value
+        return measured

@@ -24,7 +24,8 @@ from fbopt.train.evaluate import evaluate, moving_average
 from fbopt.train.grad_transforms import running_weight
 from fbopt.train.precision import autocast_dtype, cross_entropy
 
-_PARTS = ("model", "optimizer", "scheduler", "closure", "average")  # with a state_dict, or None
+# With a state_dict, or None.
+_PARTS = ("model", "optimizer", "scheduler", "closure", "average", "clip_history")
 _TOTALS = ("correct", "loss", "chunk_sqnorm")
 
 
@@ -87,6 +88,7 @@ class Trainer:
         self.optimizer = build.build_optimizer(options, self.model)
         self.scheduler = build.build_scheduler(options, self.optimizer)
         self.grad_transform = build.build_grad_transform(options, self.model, self.chunks)
+        self.clip_history = self.grad_transform and self.grad_transform.history
         self.every_pass = None
         if options.batchnorm == "every-pass":
             if not self.context.is_single:
@@ -134,7 +136,11 @@ class Trainer:
 
     @property
     def clip_coefficient(self) -> float:
-        """The factor that the last step scaled its gradient by; read from the device."""
+        """The factor that the last step scaled its gradient by, after --agc; read from the
+        device.
+        """
+        if self.grad_transform is not None:
+            return self.grad_transform.coefficient()
         bound = self.options.max_norm
         return 1.0 if bound is None else float(clip_coefficient(bound, self.gradient_norm))
 
@@ -205,9 +211,13 @@ class Trainer:
         else:
             loss = self._plain_loss(input, target)
         optimizer_clips = isinstance(self.optimizer, FullBatchGD) and self.grad_transform is None
-        if not optimizer_clips:
+        if self.grad_transform is not None:
+            self.gradient_norm = self.grad_transform.clip()
+        elif not optimizer_clips:
             self.gradient_norm = nn.utils.clip_grad_norm_(
-                self.model.parameters(), self.options.max_norm or math.inf
+                self.model.parameters(),
+                self.options.max_norm or math.inf,
+                float(self.options.norm_type),
             )
         self.optimizer.step()
         if optimizer_clips:

@@ -32,6 +32,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="processes are started on Linux alone"),
 ]
 
+OTHER_RULE = {"optimizer": "muon", "lr": 0.02, "clip_history": 2, "agc": 0.05}
 LONG = 120.0  # seconds after which something hangs
 
 
@@ -143,6 +144,7 @@ def jobs(tiny, tmp_path_factory) -> dict[str, Any]:
         running["twice"].wait_for(marker)
         os.kill(running["twice"].process.pid, signal.SIGTERM)
     running["at once"] = job("at once", vectorize=2)
+    running["other rule"] = job("other rule", **OTHER_RULE)
     return found | {name: one.finish() for name, one in running.items()}
 
 
@@ -188,6 +190,13 @@ def test_two_processes_share_whole_groups_of_chunks(tiny, jobs, alone, tmp_path)
     folder = RunFolder(jobs["home"] / "at once")
     assert same_run(folder, trained_alone(tiny, tmp_path / "run", vectorize=2))
     assert not same_run(folder, alone)
+
+
+def test_two_processes_follow_another_rule_as_one(tiny, jobs, tmp_path):
+    status, _, err = jobs["other rule"]
+    assert (status, err) == (0, "")
+    one = trained_alone(tiny, tmp_path / "run", **OTHER_RULE)
+    assert same_run(RunFolder(jobs["home"] / "other rule"), one)
 
 
 def test_one_signal_to_all_of_them_is_one_request(jobs):

@@ -14,7 +14,7 @@ import torch
 from fbopt.train import models
 from fbopt.train.__main__ import main
 from fbopt.train.build import lr_factor
-from fbopt.train.config import perturbation, recipes
+from fbopt.train.config import perturbation, recipes, rules
 from fbopt.train.config.as_released import SWITCHES
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.diff import check_resume, differences, resolve_for
@@ -30,7 +30,7 @@ def test_nothing_is_left_open(data, recipe):
     open_names = {f.name for f in fields(o) if getattr(o, f.name) is None}
     allowed = {"width", "threads", "out", "resume", "max_norm", *perturbation.ALL, *SWITCHES}
     allowed |= {"save_every", "data_dir", "replicas", "chunk_max_norm", "samples", "log"}
-    allowed.add("vectorize")
+    allowed |= {"vectorize", "agc", "clip_history", *rules.OWN} - {"momentum", "nesterov"}
     others = {"steps", "chunk_size", "accumulation"}
     allowed |= others if o.stochastic else {"epochs", "batch_size"}
     assert open_names <= allowed

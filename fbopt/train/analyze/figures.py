@@ -104,10 +104,13 @@ def sharpness(measures: Mapping[str, Any]) -> tuple[Any, str]:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.axhline(0, color=GREY, linewidth=0.6)
     _finish(figure, axes, len(runs))
-    formulas = [values["threshold_formula"] for values in runs.values()]
-    if len(set(formulas)) > 1:
-        formulas = [f"{n}: {words}" for n, words in zip(names, formulas, strict=True)]
-    words = "; ".join(dict.fromkeys(formulas))
+    formulas = {n: v["threshold_formula"] for n, v in zip(names, runs.values(), strict=True)}
+    known = {name: words for name, words in formulas.items() if words is not None}
+    if not known:
+        return figure, "No threshold of stability is known of these eigenvalues."
+    if len(set(formulas.values())) > 1:
+        known = {name: f"{name}: {words}" for name, words in known.items()}
+    words = "; ".join(dict.fromkeys(known.values()))
     return figure, f"Lines: full-batch steps are stable below {words}."
 
 

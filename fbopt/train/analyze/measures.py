@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbopt.analysis import (
+    Eigenpairs,
     Hessian,
+    PreconditionedHessian,
+    Threshold,
     difference,
     eigenpairs,
     gradient_statistics,
@@ -25,6 +31,7 @@ from fbopt.train.analyze.options import Analysis
 from fbopt.train.analyze.runs import Subject
 from fbopt.train.checkpoint.resume import check_model
 from fbopt.train.config.options import OptionsError
+from fbopt.train.config.rules import has_threshold, is_preconditioned
 from fbopt.train.curvature import update_rule
 
 Values = dict[str, Any]
@@ -45,33 +52,74 @@ def gradient(subject: Subject, options: Analysis) -> tuple[Values, str]:
 
 def sharpness(subject: Subject, options: Analysis) -> tuple[Values, str]:
     """Extreme eigenvalues of the Hessian, and the threshold of stability."""
-    found = eigenpairs(
-        _hessian(subject, options),
+    found = _eigenpairs(_hessian(subject, options), options)
+    values = _values(found) | {"ends": options.ends, "method": options.products}
+    worst = float((found.residuals / np.abs(found.values)).max())
+    eigenvalues = ", ".join(f"{value:.4g}" for value in found.values)
+    text = f"eigenvalues {eigenvalues}; residuals ≤ {worst:.1e} of them"
+    if not found.converged.all():
+        text += f", NOT converged after {found.products} products (raise --max-products)"
+    stability, words = _stability(subject, options)
+    return values | stability, f"{text}; {words}"
+
+
+def _stability(subject: Subject, options: Analysis) -> tuple[Values, str]:
+    """The threshold of the run's update rule, with the eigenvalue that it is on."""
+    run, clip = subject.run, _clip(subject)
+    if is_preconditioned(run.options):
+        return _preconditioned(subject, options, clip)
+    if not has_threshold(run.options):
+        unknown = {"threshold": None, "threshold_formula": None}
+        return unknown, "no threshold of stability is known for this run's steps"
+    rule = update_rule(run) | {"clip": clip}
+    threshold = stability_threshold(**rule)
+    text = f"steps are stable below {threshold.value:.4g} = {threshold.formula}"
+    return _threshold(threshold) | {"rule": rule}, text
+
+
+def _preconditioned(subject: Subject, options: Analysis, clip: float) -> tuple[Values, str]:
+    """The largest eigenvalue of the preconditioned Hessian, beside its threshold."""
+    seen = PreconditionedHessian(
+        subject.objective,
+        subject.run.optimizer,
+        clip=clip,
+        method=options.products,
+        radius=options.radius,
+    )
+    found = _eigenpairs(seen, replace(options, eigenvalues=1, ends="largest"))
+    values = _values(found) | _threshold(seen.threshold) | {"clip": clip}
+    text = (
+        f"preconditioned as by {subject.run.options.optimizer} {found.values[0]:.4g}"
+        f"{'' if found.converged.all() else ' (NOT converged)'}, of which steps are stable below "
+        f"{seen.threshold.value:.4g} = {seen.threshold.formula}"
+    )
+    # On the Hessian's own eigenvalues there is no threshold.
+    return {"threshold": None, "threshold_formula": None, "preconditioned": values}, text
+
+
+def _eigenpairs(hessian: Hessian, options: Analysis) -> Eigenpairs:
+    return eigenpairs(
+        hessian,
         options.eigenvalues,
         options.ends,
         tolerance=options.tolerance,
         max_products=options.max_products,
         seed=options.seed,
     )
-    rule = update_rule(subject.run) | {"clip": _clip(subject)}
-    threshold = stability_threshold(**rule)
-    values = {
+
+
+def _values(found: Eigenpairs) -> Values:
+    return {
         "eigenvalues": found.values.tolist(),
         "residuals": found.residuals.tolist(),
         "converged": found.converged.tolist(),
-        "ends": options.ends,
         "products": found.products,
-        "method": options.products,
-        "threshold": threshold.value if np.isfinite(threshold.value) else None,
-        "threshold_formula": threshold.formula,
-        "rule": rule,
     }
-    worst = float((found.residuals / np.abs(found.values)).max())
-    eigenvalues = ", ".join(f"{value:.4g}" for value in found.values)
-    text = f"eigenvalues {eigenvalues}; residuals ≤ {worst:.1e} of them"
-    if not found.converged.all():
-        text += f", NOT converged after {found.products} products (raise --max-products)"
-    return values, f"{text}; steps are stable below {threshold.value:.4g} = {threshold.formula}"
+
+
+def _threshold(threshold: Threshold) -> Values:
+    value = threshold.value if np.isfinite(threshold.value) else None
+    return {"threshold": value, "threshold_formula": threshold.formula}
 
 
 def trace(subject: Subject, options: Analysis) -> tuple[Values, str]:
@@ -147,10 +195,15 @@ def _hessian(subject: Subject, options: Analysis) -> Hessian:
 
 def _clip(subject: Subject) -> float:
     """The clip coefficient that the next step would apply to the full-batch gradient of L."""
-    max_norm = subject.run.options.max_norm
-    if max_norm is None:
+    run = subject.run
+    bound: float | Tensor | None = run.options.max_norm
+    if run.grad_transform is not None:
+        bound = run.grad_transform.bound()
+    if bound is None or bound == math.inf:
         return 1.0
-    return float(clip_coefficient(max_norm, subject.objective.gradient().double().norm()))
+    gradient = subject.objective.gradient().double()
+    order = float(run.options.norm_type)
+    return float(clip_coefficient(bound, torch.linalg.vector_norm(gradient, order)))
 
 
 def _losses(

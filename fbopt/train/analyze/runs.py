@@ -25,6 +25,14 @@ from fbopt.train.distributed import select_device
 from fbopt.train.precision import set_float32_precision
 from fbopt.train.trainer import Trainer
 
+# The means of gradients in the state of update rules; the others' momenta are of their steps.
+MEANS = {
+    "sgd": ("momentum_buffer",),
+    "adam": ("exp_avg",),
+    "adamw": ("exp_avg",),
+    "muon": ("momentum_buffer", "exp_avg"),
+}
+
 
 @dataclass
 class Subject:
@@ -46,9 +54,12 @@ class Subject:
 
     @property
     def momentum(self) -> list[Tensor | None] | None:
-        """The momentum buffer of each parameter; None if there are none."""
-        states = self.run.optimizer.state
-        buffers = [states.get(p, {}).get("momentum_buffer") for p in self.objective.params]
+        """The mean of gradients that the update rule keeps of each parameter; None if it keeps
+        none.
+        """
+        states, names = self.run.optimizer.state, MEANS.get(self.run.options.optimizer, ())
+        found = [states.get(p, {}) for p in self.objective.params]
+        buffers = [next((s[n] for n in names if n in s), None) for s in found]
         return None if all(b is None for b in buffers) else buffers
 
     def pass_seconds(self, steps: int) -> float:

@@ -1,5 +1,7 @@
 """Fingerprints: the SHA-256 of a run's parameters, momentum and buffers, tensor by tensor.
 
+Momentum is all that the update rule keeps, such as Adam's means, and the norms of --clip-history.
+
 A tensor's digest is of its dtype, shape and bytes; a group's is of its tensors' names and digests.
 """
 
@@ -36,9 +38,16 @@ def groups(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """The parameters, momenta and buffers in a checkpoint, by the model's names."""
     model, names = state["model"], state["parameters"]
     kept = state["optimizer"]["state"]
-    momenta = {n: kept.get(i, {}).get("momentum_buffer") for i, n in enumerate(names)}
+    momenta = {
+        name if key == "momentum_buffer" else f"{name} {key}": tensor
+        for i, name in enumerate(names)
+        for key, tensor in sorted(kept.get(i, {}).items())
+        if isinstance(tensor, Tensor)
+    }
+    if "clip_history" in state:
+        momenta["clip_history"] = state["clip_history"]["norms"]
     return {
         "parameters": {name: model[name] for name in names},
-        "momentum": {name: m for name, m in momenta.items() if m is not None},
+        "momentum": momenta,
         "buffers": {name: tensor for name, tensor in model.items() if name not in set(names)},
     }

@@ -54,10 +54,14 @@ def resolve_for(made: Mapping[str, Any], options: Options) -> Options:
 
 
 def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The options that differ between two runs' `as_json`: the flag and both values."""
+    """The options that differ between two runs' `as_json`: the flag and both values.
+
+    An option that an older version did not have yet has its default there.
+    """
     names = [name for name in dict.fromkeys([*now, *made]) if name not in FREE]
-    pairs = ((name, made.get(name), now.get(name)) for name in names)
-    return [(flag(name), _word(old), _word(new)) for name, old, new in pairs if old != new]
+    old, new = ({n: o.get(n, getattr(Options, n, None)) for n in names} for o in (made, now))
+    pairs = ((name, old[name], new[name]) for name in names)
+    return [(flag(name), _word(a), _word(b)) for name, a, b in pairs if a != b]
 
 
 def check_options(where: str, made: Mapping[str, Any], now: Options) -> None:

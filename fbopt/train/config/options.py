@@ -21,6 +21,9 @@ ModelName = Literal[
     "resnet20", "resnet32", "resnet56", "resnet110", "vgg11", "vgg13", "vgg16", "vgg19",
     "densenet121", "densenet169",
 ]  # fmt: skip
+OptimizerName = Literal[
+    "sgd", "adam", "adamw", "rmsprop", "sign", "normalized", "muon", "lars",
+]  # fmt: skip
 TRACKED = ("sharpness", "noise")
 
 
@@ -86,6 +89,16 @@ class Options:
     """Samples per mini-batch (only for sgd, and before --switch-at)."""
     max_norm: float | None = None
     """Clip the gradient to this norm; inf for no clipping."""
+    clip_history: int | None = None
+    """Clip the gradient to the largest of its norms in this many steps before; the first step is
+    not clipped. In place of the recipe's --max-norm; with one of your own, to the smaller bound.
+    Default: none."""
+    norm_type: Literal["inf"] | float = 2.0
+    """The p of the p-norm that is clipped, inf for the largest element."""
+    agc: float | None = None
+    """Adaptive clipping, before the other: scale the gradient of every output unit down to this
+    share of the norm of its weights (at least 0.001); biases are one unit each, and the last linear
+    layer is left out. Default: none."""
     chunk_max_norm: float | None = None
     """Clip the gradient of every chunk, its penalty's included, to this norm too (not for sgd).
     Default: no clipping."""
@@ -111,12 +124,30 @@ class Options:
     sam_share: float | None = None
     """Share of the gradient at that point; the rest is the gradient at the parameters. Default:
     1."""
+    optimizer: OptimizerName = "sgd"
+    """Update rule, of full-batch steps and mini-batches: sgd, adam, adamw, rmsprop and muon as in
+    torch (muon for the weights of convolutions, as matrices, and of linear layers but the last; the
+    rest by adamw); sign and normalized step along the signs and along the unit vector of the
+    gradient; lars sizes the step of every layer by its weights."""
     momentum: float | None = None
-    """Momentum; 0 for none."""
+    """Momentum (for sgd, lars, rmsprop, muon); 0 for none. Default: from the recipe for sgd and
+    lars; 0 for rmsprop, 0.95 for muon."""
     nesterov: bool | None = None
-    """Nesterov's variant of momentum."""
+    """Nesterov's variant of momentum (for sgd, muon). Default: from the recipe; True for muon."""
+    beta1: float | None = None
+    """Decay of the mean of gradients (for adam, adamw, muon's rest). Default: 0.9."""
+    beta2: float | None = None
+    """Decay of the mean of squared gradients (for the same). Default: 0.999."""
+    eps: float | None = None
+    """Number added to the root of that mean (for the same, rmsprop). Default: 1e-8."""
+    alpha: float | None = None
+    """Decay of the mean of squared gradients (for rmsprop). Default: 0.99."""
+    trust: float | None = None
+    """Trust coefficient (for lars): the share of the norm of a layer's weights that is the length
+    of its step at rate 1. Default: 0.001."""
     weight_decay: float | None = None
-    """L2 regularisation, as in torch.optim.SGD."""
+    """L2 regularisation, as in torch.optim.SGD; for adamw and muon decoupled. Default: from the
+    recipe; 0.01 for adamw, 0.1 for muon."""
     decay: Literal["all", "weights"] | None = None
     """Parameters that decay: all, or only the weights of convolutions and linear layers."""
     label_smoothing: float | None = None
@@ -138,7 +169,8 @@ class Options:
     norm_bias_power: Literal[1, 2] = 1
     """Form of that term: 1, strength·| ‖θ‖² − b² |; 2, half its square."""
     lr: float | None = None
-    """Peak learning rate."""
+    """Peak learning rate. Default: from the recipe for sgd; 10 for lars, 0.1 for normalized, 0.01
+    for rmsprop, 0.001 for the others."""
     steps: int | None = None
     """Full-batch steps (not for sgd). Warm-up and cosine scale with it unless given."""
     epochs: int | None = None
@@ -223,7 +255,8 @@ class Options:
     """Log the mean squared gradient norm of chunks or mini-batches even without a penalty."""
     track: str = ""
     """Measures to add to the metrics and curves, such as sharpness,noise: the largest eigenvalue of
-    the full-batch Hessian beside the threshold of stability, and the gradient noise scale."""
+    the full-batch Hessian (for adam, adamw and rmsprop, preconditioned) beside the threshold of
+    stability, where it is known, and the gradient noise scale."""
     every: int | None = None
     """Passes between two measurements of --track. Default: as --eval-every."""
     save_every: int | None = None

@@ -12,6 +12,7 @@ from fbopt.train.config.dataspec import parse, scale_of
 from fbopt.train.config.options import TRACKED, Options, OptionsError, flag, literals
 from fbopt.train.config.perturbation import resolve_perturbation
 from fbopt.train.config.recipes import RECIPES, Recipe, chunks_at_once
+from fbopt.train.config.rules import check_clipping, check_rule, own_values
 
 # The fastest settings of a type of device that cost no accuracy.
 SPEED = {
@@ -32,14 +33,17 @@ def resolve(options: Options) -> Options:
     device = device_type(options.device)
     check_device(options, device)
     given = {k: v for k, v in asdict(options).items() if v is not None}
-    values = dict.fromkeys(asdict(options)) | recipe | SPEED[device] | given
+    rule = own_values(options.optimizer)
+    values = dict.fromkeys(asdict(options)) | recipe | rule | SPEED[device] | given
+    if options.clip_history:
+        values["max_norm"] = options.max_norm
     values |= _passes(options, recipe, values)
     values |= resolve_perturbation(options, values)
     if values["every"] is None:
         values["every"] = values["eval_every"] if options.tracked else 0
     if values["augment"] == "fixed":
         values["replicas"] = values["replicas"] or 10
-    if options.momentum == 0:
+    if options.momentum == 0 and values["nesterov"] is not None:
         values["nesterov"] = bool(options.nesterov)
     if (scale, values["model"]) == ("small", "cnn"):
         values["threads"] = values["threads"] or 1
@@ -52,6 +56,7 @@ def resolve(options: Options) -> Options:
         values["batch_size"] = values["batch_size"] or RECIPES[scale]["sgd"]["batch_size"]
     values |= resolve_switches(options, values)
     check_effect(options, values)
+    check_clipping(options, values)
     return Options(**values | _without_effect(values) | {"scale": scale})
 
 
@@ -104,16 +109,18 @@ _INSTEAD = {
     "vectorize": "it is for chunks, of which sgd has none, so leave it out",
 }
 _COUNTS = """width image_size samples replicas threads steps epochs cosine chunk_size batch_size
-vectorize eval_every log_every save_every keep"""
+vectorize eval_every log_every save_every keep clip_history"""
 _NOT_NEGATIVE = """seed warmup penalty full_penalty sam_share weight_decay fingerprint_every
-stop_fitted switch_at additive_noise multiplicative_noise norm_bias norm_bias_target every"""
+stop_fitted switch_at additive_noise multiplicative_noise norm_bias norm_bias_target every eps"""
 # Lower bound, whether the bound itself is allowed, upper bound (never allowed).
 AT_LEAST_1, AT_LEAST_0, ABOVE_0 = (1, True, math.inf), (0, True, math.inf), (0, False, math.inf)
 _BOUNDS = {
     **dict.fromkeys(_COUNTS.split(), AT_LEAST_1),
     **dict.fromkeys(_NOT_NEGATIVE.split(), AT_LEAST_0),
-    **dict.fromkeys(("lr", "radius", "rho"), ABOVE_0),
-    **dict.fromkeys(("momentum", "dropout", "label_smoothing", "ema"), (0, True, 1)),
+    **dict.fromkeys(("lr", "radius", "rho", "agc", "trust"), ABOVE_0),
+    **dict.fromkeys(
+        ("momentum", "dropout", "label_smoothing", "ema", "beta1", "beta2", "alpha"), (0, True, 1)
+    ),
 }
 
 
@@ -121,7 +128,7 @@ def check(options: Options) -> None:
     """Raise OptionsError or DataError for values that cannot work, before reading or writing."""
     for name, hint in get_type_hints(Options).items():
         allowed, value = literals(hint), getattr(options, name)
-        others = name in ("resume", "processes")  # also paths, also numbers
+        others = name in ("resume", "processes", "norm_type")  # also paths, also numbers
         if allowed and value is not None and value not in allowed and not others:
             words = ", ".join(map(str, allowed))
             raise OptionsError(f"{flag(name)} {value}: choose {words}")
@@ -129,12 +136,15 @@ def check(options: Options) -> None:
     for name in ("max_norm", "chunk_max_norm"):
         if (value := getattr(options, name)) is not None and not value > 0:
             raise OptionsError(f"{flag(name)} {value}: has to be above 0; inf for no clipping")
+    if options.norm_type != "inf" and not 0 < options.norm_type < math.inf:
+        raise OptionsError(f"--norm-type {options.norm_type}: has to be above 0, or inf")
     if options.seed >= 2**63:
         raise OptionsError(f"--seed {options.seed}: has to be below 2**63")
     if options.resume == "auto" and options.overwrite:
         raise OptionsError("--overwrite contradicts --resume auto; leave one of them out")
     _check_processes(options)
     _check_belongs(options)
+    check_rule(options)
     _check_tracked(options)
     _check_data(options)
 

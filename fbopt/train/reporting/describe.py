@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fbopt.train import models
 from fbopt.train.config.options import Options
+from fbopt.train.config.rules import OWN, has_threshold
 from fbopt.train.data.augment import describe_sampling
 from fbopt.train.trainer import Trainer
 
@@ -23,9 +24,9 @@ def describe(trainer: Trainer) -> str:
         f"{chunks.size}{at_once}{describe_sampling(o)}): {o.model} with "
         f"{models.count_parameters(trainer.model):,} parameters, {o.passes} {unit}, "
         f"{device}{precision}{', compiled' if o.compile else ''}\nlr {o.lr:g} ({o.warmup} of "
-        f"warm-up, cosine over {o.cosine}), momentum {o.momentum:g}"
-        f"{' (Nesterov)' if o.nesterov else ''}, weight decay {o.weight_decay:g}, "
-        f"{_clipping(o)}, {_perturbation(o)}{_extras(o)}{_sorted_labels(trainer)}"
+        f"warm-up, cosine over {o.cosine}), {_rule(o)}weight decay {o.weight_decay:g}, "
+        f"{_clipping(o)}, {_perturbation(o)}{_extras(o)}{_unknown_threshold(o)}"
+        f"{_sorted_labels(trainer)}"
     )
 
 
@@ -41,9 +42,37 @@ def _sorted_labels(trainer: Trainer) -> str:
     )
 
 
+def _rule(o: Options) -> str:
+    """The update rule, but for sgd, and its own options."""
+    words = [] if o.optimizer == "sgd" else [o.optimizer]
+    for name in OWN:
+        if name != "nesterov" and (value := getattr(o, name)) is not None:
+            nesterov = " (Nesterov)" if name == "momentum" and o.nesterov else ""
+            words.append(f"{name} {value:g}{nesterov}")
+    return "".join(f"{word}, " for word in words)
+
+
+def _unknown_threshold(o: Options) -> str:
+    """A note where the sharpness is tracked, but nobody knows what it should stay below."""
+    if "sharpness" not in o.tracked or has_threshold(o):
+        return ""
+    whose = "--agc" if o.agc else f"--optimizer {o.optimizer}"
+    return f"\nnote: no threshold of stability is known for {whose}, so none is logged"
+
+
 def _clipping(o: Options) -> str:
-    chunks = "" if o.chunk_max_norm is None else f", chunks to {o.chunk_max_norm:g}"
-    return ("no clipping" if o.max_norm is None else f"clipped to {o.max_norm:g}") + chunks
+    """The bounds of the gradient: of its units, as a whole, and of every chunk's."""
+    order = "" if o.norm_type == 2 else f" ({o.norm_type}-norm)"
+    parts = {
+        "units to {:g} of their weights": o.agc,
+        "clipped to {:g}": o.max_norm,
+        "clipped to the largest norm of {} steps": o.clip_history,
+        "chunks to {:g}": o.chunk_max_norm,
+    }
+    words = [text.format(value) for text, value in parts.items() if value is not None]
+    if o.max_norm is None and o.clip_history is None:
+        words.insert(0, "no clipping")
+    return ", ".join(words) + order
 
 
 def _perturbation(o: Options) -> str:

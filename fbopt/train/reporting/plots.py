@@ -10,6 +10,7 @@ from typing import Any
 
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options
+from fbopt.train.config.rules import has_threshold, is_preconditioned
 
 # Okabe and Ito's palette, told apart with any colour vision; its yellow is too light for a line.
 BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, BLACK = (
@@ -105,18 +106,20 @@ def _panels(options: Options) -> list[tuple[str, str, dict[str, str]]]:
     """The panels of a run's curves: title, unit, and metrics with their labels."""
     batch = "last mini-batch" if options.stochastic else "full batch"
     accuracies = {"train_accuracy": "train", "test_accuracy": "test"}
-    sharpness = {
-        "sharpness": "largest eigenvalue",
-        "sharpness_threshold": "threshold of stability",
-    }
+    seen = "preconditioned_sharpness" if is_preconditioned(options) else "sharpness"
+    title = seen.replace("_", " ").capitalize()
+    norm = "Euclidean norm" if options.norm_type == 2 else f"{options.norm_type}-norm"
+    sharpness = {seen: "largest eigenvalue"}
+    if has_threshold(options):
+        sharpness["sharpness_threshold"] = "threshold of stability"
     tracked = {
-        "sharpness": ("Sharpness, full batch", "curvature of the loss (nats)", sharpness),
+        "sharpness": (f"{title}, full batch", "curvature of the loss (nats)", sharpness),
         "noise": ("Gradient noise scale", "samples", {"noise_scale": "noise scale"}),
     }
     return [
         ("Loss", "mean cross-entropy (nats)", {"loss": "train", "test_loss": "test"}),
         ("Accuracy", "correctly classified samples (%)", accuracies),
-        (f"Gradient norm, {batch}", "Euclidean norm", {"gradient_norm": "before clipping"}),
+        (f"Gradient norm, {batch}", norm, {"gradient_norm": "before clipping"}),
         ("Learning rate", "learning rate", {"lr": "learning rate"}),
         *(tracked[name] for name in options.tracked),
     ]

@@ -1,0 +1,1 @@
+"""Update rules that torch does not have, and the optimizer of a run from its options."""
