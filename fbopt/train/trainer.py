@@ -210,6 +210,13 @@ class Trainer:
             loss = self._closure_of(input, target)
         else:
             loss = self._plain_loss(input, target)
+        share = len(target) / samples
+        self.loss += loss * share
+        if self._perturbs_batches:
+            self.chunk_sqnorm += self.closure.mean_sqnorm * share
+        elif self.options.chunk_norms:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self.chunk_sqnorm += nn.utils.get_total_norm(grads).square() * share
         optimizer_clips = isinstance(self.optimizer, FullBatchGD) and self.grad_transform is None
         if self.grad_transform is not None:
             self.gradient_norm = self.grad_transform.clip()
@@ -222,12 +229,6 @@ class Trainer:
         self.optimizer.step()
         if optimizer_clips:
             self.gradient_norm = self.optimizer.last_grad_norm
-        share = len(target) / samples
-        self.loss += loss * share
-        if self._perturbs_batches:
-            self.chunk_sqnorm += self.closure.mean_sqnorm * share
-        elif self.options.chunk_norms:
-            self.chunk_sqnorm += self.gradient_norm.detach().square() * share
 
     def _closure_of(self, input: Tensor, target: Tensor) -> Tensor:
         """Fill ``p.grad`` with a mini-batch's gradient and return its loss: a step of one chunk."""

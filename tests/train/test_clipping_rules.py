@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -240,3 +241,12 @@ def test_bad_options(case):
     changes, message = BAD[case]
     with pytest.raises(OptionsError, match=message):
         resolve(Options(**changes))
+
+
+def test_the_norms_of_mini_batches_are_euclidean_whatever_is_clipped(tiny, tmp_path):
+    found = []
+    for norm_type in (2.0, "inf"):
+        given = options(tiny, tmp_path / str(norm_type), "sgd", epochs=1, max_norm=math.inf)
+        run = train(replace(given, chunk_norms=True, norm_type=norm_type))
+        found.append(run.folder.read_metrics()[0]["mean_squared_chunk_norm"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
