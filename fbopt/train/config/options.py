@@ -40,8 +40,10 @@ class Options:
     """
 
     GROUPS: ClassVar[dict[str, str]] = {  # title in the help: its first option
-        "data": "data", "model": "model", "method": "recipe", "schedule": "lr",
-        "precision": "precision", "as the authors' code": "as_released", "run": "seed",
+        "data": "data", "model": "model", "recipe": "recipe", "clipping": "max_norm",
+        "second point": "perturbation", "update rule": "optimizer",
+        "regularisation": "label_smoothing", "schedule": "lr", "precision": "precision",
+        "as the authors' code": "as_released", "run": "seed",
     }  # fmt: skip
 
     data: str = "mnist1d"
