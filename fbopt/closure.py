@@ -23,7 +23,6 @@ from fbopt._engine.inputs import (
     refuse_sharded,
     refuse_sharded_groups,
     refuse_twice,
-    refuse_whole,
     unwrapped,
 )
 from fbopt._engine.modules import list_parts
@@ -362,6 +361,7 @@ class FullBatchClosure:
                 accumulation=self.accumulation,
                 params=self.sums.params,
                 process_group=self._reduction.collectives.given,
+                backward=self.backward,
             )
             if self._saved_whole is not None:
                 visitor.load_state_dict(self._saved_whole)
@@ -453,7 +453,6 @@ class FullBatchClosure:
         if self.penalty.method == "exact":
             refuse_compiled(self.model)
             refuse_sharded(self.sums.params)
-        refuse_whole(self.penalty, self.sums.params)
         value = self.penalty.coefficient_at(self.step, self.optimizer)
         return None if isinstance(value, (int, float)) and value == 0 else value
 

@@ -3,72 +3,18 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import bits
+from second_points import WAYS, Oracle, data, gradient, network, parameters, relative
 from torch import nn
-from torch.func import functional_call, grad, jvp
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty, SharpnessAware
 
 RADIUS, COEFFICIENT = 1e-4, 0.3
-WAYS = [{}, {"vectorize": 2}, {"accumulation": "exact"}, {"vectorize": 3, "accumulation": "exact"}]
-
-
-def data():
-    """Five chunks, the last of them ragged."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(18, 5, generator=generator, dtype=torch.float64)
-    y = torch.randint(3, (18,), generator=generator)
-    return list(zip(x.split(4), y.split(4), strict=True))
-
-
-def network(*extra):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 6), *extra, nn.Tanh(), nn.Linear(6, 3)).double()
-
-
-class Oracle:
-    """Gradients and Hessian-vector products of each chunk, and of all, as flat vectors."""
-
-    def __init__(self, model, chunks):
-        self.names = [name for name, _ in model.named_parameters()]
-        self.shapes = [p.shape for p in model.parameters()]
-        self.theta = torch.cat([p.detach().flatten() for p in model.parameters()])
-        total = sum(len(x) for x, _ in chunks)
-        self.weights = [len(x) / total for x, _ in chunks]
-        self.losses = [
-            lambda theta, x=x, y=y: F.cross_entropy(functional_call(model, self.part(theta), x), y)
-            for x, y in chunks
-        ]
-        self.grads = [grad(loss)(self.theta) for loss in self.losses]
-        self.whole = self.mean(self.grads)
-
-    def part(self, theta):
-        pieces = theta.split([s.numel() for s in self.shapes])
-        return {n: p.view(s) for n, p, s in zip(self.names, pieces, self.shapes, strict=True)}
-
-    def mean(self, vectors):
-        return sum(w * v for w, v in zip(self.weights, vectors, strict=True))
-
-    def product(self, c, v):
-        return jvp(grad(self.losses[c]), (self.theta,), (v,))[1]
-
-    def at(self, c, shift):
-        return grad(self.losses[c])(self.theta + shift)
-
-
-def gradient(rule, ways, model=None, chunks=None):
-    model, chunks = model or network(), chunks or data()
-    closure = FullBatchClosure(model, F.cross_entropy, chunks, penalty=rule, **ways)
-    closure()
-    return torch.cat([p.grad.flatten() for p in model.parameters()]), closure
-
-
-def relative(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 # --- penalties ------------------------------------------------------------------------------------
@@ -143,8 +89,8 @@ def test_strengths_follow_the_learning_rate():
 # --- sharpness-aware minimization -----------------------------------------------------------------
 
 
-def by_hand(model, chunks, optimizer, rho, scope, alpha):
-    """A step of SAM as papers write it, accumulated over chunks."""
+def by_hand(model, chunks, optimizer, rho, scope, alpha, eta=None):
+    """A step of SAM, or of ASAM, as papers write it, accumulated over chunks."""
     params = list(model.parameters())
     total = sum(len(x) for x, _ in chunks)
 
@@ -163,9 +109,11 @@ def by_hand(model, chunks, optimizer, rho, scope, alpha):
         first = grads(x, y)
         v = whole if scope == "full" else first
         before = [p.detach().clone() for p in params]
+        scales = [1.0 if eta is None else p.abs() + eta for p in before]
+        scaled = [t * d for t, d in zip(scales, v, strict=True)]
         with torch.no_grad():
-            for p, d in zip(params, v, strict=True):
-                p += rho * d / norm(v)
+            for p, t, d in zip(params, scales, scaled, strict=True):
+                p += rho * t * d / norm(scaled)
         second = grads(x, y)
         with torch.no_grad():
             for p, b in zip(params, before, strict=True):
@@ -178,42 +126,71 @@ def by_hand(model, chunks, optimizer, rho, scope, alpha):
 
 
 @pytest.mark.parametrize("ways", WAYS, ids=str)
-@pytest.mark.parametrize("alpha", [1.0, 0.6])
 @pytest.mark.parametrize("scope", ["chunk", "full"])
-def test_sam_is_the_plain_loop_for_twenty_steps(scope, alpha, ways):
+@pytest.mark.parametrize("eta, alpha", [(None, 1.0), (None, 0.6), (0.01, 1.0), (0.0, 0.6)])
+def test_sam_is_the_plain_loop_for_twenty_steps(eta, scope, alpha, ways):
     models = [network(), network()]
     sgd = {"lr": 0.3, "momentum": 0.9}
-    rule = SharpnessAware(rho=0.2, scope=scope, alpha=alpha)
+    adaptive = {} if eta is None else {"adaptive": True, "eta": eta}
+    rule = SharpnessAware(rho=0.2, scope=scope, alpha=alpha, **adaptive)
     closure = FullBatchClosure(models[0], F.cross_entropy, data(), penalty=rule, **ways)
     ours = FullBatchGD(models[0].parameters(), **sgd)
     theirs = torch.optim.SGD(models[1].parameters(), **sgd)
     for _ in range(20):
         ours.step(closure)
-        by_hand(models[1], data(), theirs, 0.2, scope, alpha)
-    mine, other = (torch.cat([p.flatten() for p in m.parameters()]) for m in models)
-    assert relative(mine, other) < 1e-12
+        by_hand(models[1], data(), theirs, 0.2, scope, alpha, eta)
+    assert relative(*map(parameters, models)) < 1e-12
 
 
+def shifts(oracle, rule):
+    """The shift of each chunk's second point, by SAM's or ASAM's equation."""
+    found = []
+    for g in oracle.grads:
+        v = g if rule.scope == "chunk" else oracle.whole
+        t = oracle.theta.abs() + rule.eta if rule.adaptive else torch.ones_like(v)
+        found.append(rule.rho * t**2 * v / (t * v).norm())
+    return found
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("scope", ["chunk", "full"])
-def test_sam_by_central_differences(scope):
+def test_sam_by_central_differences(scope, adaptive):
+    rule = SharpnessAware(0.2, adaptive, scope, 0.6, method="central")
     oracle, found = Oracle(network(), data()), []
-    for c, g in enumerate(oracle.grads):
-        v = g if scope == "chunk" else oracle.whole
-        shift = 0.2 * v / v.norm()
+    for c, (g, shift) in enumerate(zip(oracle.grads, shifts(oracle, rule), strict=True)):
         found.append(g + 0.6 / 2 * (oracle.at(c, shift) - oracle.at(c, -shift)))
-    rule = SharpnessAware(rho=0.2, scope=scope, alpha=0.6, method="central")
     for ways in WAYS:
         assert relative(gradient(rule, ways)[0], oracle.mean(found)) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "ways",
-    [{"backward": True}, {"flatten_parameters": True}, {"chunk_max_norm": 1e9}, {"compile": True}],
-    ids=str,
-)
+@pytest.mark.parametrize("method", ["forward", "central"])
+@pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("scope", ["chunk", "full"])
-def test_sam_is_the_same_in_other_settings(scope, ways):
-    rule = SharpnessAware(rho=0.2, scope=scope)
+def test_sam_is_a_product_with_the_hessian_to_the_order_of_rho(scope, adaptive, method):
+    rule = SharpnessAware(RADIUS, adaptive, scope, method=method)
+    oracle = Oracle(network(), data())
+    products = [oracle.product(c, shift) for c, shift in enumerate(shifts(oracle, rule))]
+    wanted = oracle.mean(products) / RADIUS
+    bound = {"forward": 1e-4, "central": 1e-8}[method]
+    for ways in WAYS:
+        found, closure = gradient(rule, ways)
+        assert relative((found - oracle.whole) / RADIUS, wanted) < bound
+        square = oracle.mean([g.square().sum() for g in oracle.grads])
+        torch.testing.assert_close(closure.mean_sqnorm, square, rtol=1e-12, atol=0)
+
+
+SETTINGS = [
+    (scope, adaptive, ways)
+    for scope in ("chunk", "full")
+    for adaptive in (False, True)
+    for ways in ({"backward": True}, {"flatten_parameters": True}, {"chunk_max_norm": 1e9})
+]
+SETTINGS += [("chunk", False, {"compile": True}), ("full", True, {"compile": True, "vectorize": 2})]
+
+
+@pytest.mark.parametrize("scope, adaptive, ways", SETTINGS, ids=str)
+def test_sam_is_the_same_in_other_settings(scope, adaptive, ways):
+    rule = SharpnessAware(0.2, adaptive, scope)
     assert relative(gradient(rule, ways)[0], gradient(rule, {})[0]) < 1e-12
 
 
@@ -237,8 +214,11 @@ RULES = {
     "norm": GradientPenalty(coefficient=0.3, power=1),
     "full": GradientPenalty(coefficient=0.3, full_strength=1.0),
     "full central": GradientPenalty(coefficient=0.3, full_strength=1.0, method="central"),
+    "full exact": GradientPenalty(coefficient=0.3, full_strength=1.0, method="exact"),
     "sam": SharpnessAware(),
     "full sam": SharpnessAware(scope="full"),
+    "asam": SharpnessAware(0.5, adaptive=True),
+    "full central asam": SharpnessAware(0.5, adaptive=True, scope="full", method="central"),
 }
 
 
@@ -270,10 +250,9 @@ def test_masks_are_the_same_in_all_passes(kind, count):
     grads = []
     for rule in (None, RULES[kind]):
         if isinstance(rule, SharpnessAware):
-            rule = SharpnessAware(rho=1e-8, scope=rule.scope)
+            rule = replace(rule, rho=1e-8)
         elif rule is not None:
-            options = {**vars(rule), "coefficient": 1e-6}
-            rule = GradientPenalty(**options)
+            rule = replace(rule, coefficient=1e-6)
         model = network(nn.Dropout(0.3))
         torch.manual_seed(3)
         FullBatchClosure(model, F.cross_entropy, data(), penalty=rule, vectorize=count)()
@@ -281,8 +260,10 @@ def test_masks_are_the_same_in_all_passes(kind, count):
     assert relative(grads[1], grads[0]) < 1e-4
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("kind", RULES)
-def test_a_loss_that_raises_in_any_pass_changes_nothing(kind):
+def test_a_loss_that_raises_in_any_pass_changes_nothing(kind, count):
+    """The passes of a visit for G, the first and the further ones over each chunk."""
     at, calls = [0], [0]
 
     def loss_fn(output, target):
@@ -292,25 +273,75 @@ def test_a_loss_that_raises_in_any_pass_changes_nothing(kind):
         return F.cross_entropy(output, target)
 
     model = network(nn.BatchNorm1d(6), nn.Dropout(0.3))
-    closure = FullBatchClosure(model, loss_fn, data(), penalty=RULES[kind])
-    copy.deepcopy(closure)()
-    kept = copy.deepcopy(closure)
-    kept()
-    passes = calls[0] // 2
-    calls[0] = 0
-    before = [bits(t) for t in (*model.parameters(), *model.buffers())]
+
+    def made(model):
+        return FullBatchClosure(model, loss_fn, data(), penalty=RULES[kind], vectorize=count)
+
+    made(copy.deepcopy(model))()
+    passes = calls[0]
+    held = [*model.parameters(), *model.buffers()]
+    values = [t.detach().clone() for t in held]
+    before, memory = bits(held), [t.data_ptr() for t in held]
+    start = torch.get_rng_state()
+    drawn = [start, *states_after_first_passes(model)]
     for at[0] in range(1, passes + 1):
         calls[0] = 0
+        torch.set_rng_state(start)
+        closure = made(model)
         with pytest.raises(Boom):
             closure()
-        assert [bits(t) for t in (*model.parameters(), *model.buffers())] == before
+        assert bits(held) == before and [t.data_ptr() for t in held] == memory
         assert closure.step == 0
-    at[0] = 0
-    closure()
-    assert closure.step == 1
+        assert count > 1 or any(torch.equal(torch.get_rng_state(), state) for state in drawn)
+        calls[0] = passes
+        closure()
+        assert closure.step == 1
+        for t, kept in zip(held, values, strict=True):
+            t.data.copy_(kept)
 
 
-@pytest.mark.parametrize("kind", ["full", "full sam"])
+def states_after_first_passes(model):
+    """Where the random generator stands after the first pass over each chunk."""
+    found = []
+
+    def loss_fn(output, target):
+        found.append(torch.get_rng_state())
+        return F.cross_entropy(output, target)
+
+    FullBatchClosure(copy.deepcopy(model), loss_fn, data())()
+    return found
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RULES if kind != "full exact"])
+def test_draws_after_a_pass_that_raises_are_those_of_the_passes_at_theta(kind):
+    """Neither those of the visit for G count, nor those of further passes."""
+    rule = RULES[kind]
+    per_chunk = 3 if rule.method == "central" else 2
+    at, calls = [0], [0]
+
+    def loss_fn(output, target):
+        calls[0] += 1
+        if calls[0] == at[0]:
+            raise Boom
+        return F.cross_entropy(output, target)
+
+    model = network(nn.Dropout(0.3))
+    closure = FullBatchClosure(model, loss_fn, data(), penalty=rule)
+    closure()  # checks of the first call run passes of their own
+    torch.manual_seed(3)
+    start = torch.get_rng_state()
+    states = states_after_first_passes(model)
+    visit = 5 if rule.direction.whole else 0
+    for at[0] in range(1, visit + 5 * per_chunk + 1):
+        calls[0] = 0
+        torch.set_rng_state(start)
+        with pytest.raises(Boom):
+            closure()
+        k = at[0] - visit - 1
+        assert torch.equal(torch.get_rng_state(), start if k < 0 else states[k // per_chunk])
+
+
+@pytest.mark.parametrize("kind", ["full", "full exact", "full sam", "full central asam"])
 def test_resumed_and_copied_closures_give_the_same_bits(kind):
     for ways in WAYS:
         models = [network(), network()]
@@ -355,6 +386,11 @@ def test_parameters_that_are_not_used_have_no_gradient(kind):
         (lambda: SharpnessAware(alpha=-1), ValueError, "alpha must be"),
         (lambda: SharpnessAware(scope="all"), ValueError, "scope must be one of"),
         (lambda: SharpnessAware(method="exact"), ValueError, "method must be one of"),
+        (lambda: SharpnessAware(adaptive=1), TypeError, "adaptive must be True or False"),
+        (lambda: SharpnessAware(adaptive=True, eta=-1), ValueError, "eta must be at least 0"),
+        (lambda: SharpnessAware(adaptive=True, eta="1"), TypeError, "eta must be a number"),
+        (lambda: SharpnessAware(eta=0.1), ValueError, "pass adaptive=True"),
+        (lambda: SharpnessAware(0.05, False, "chunk", 1.0, "central"), TypeError, "positional"),
     ],
 )
 def test_bad_arguments(make, error, words):

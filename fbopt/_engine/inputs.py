@@ -254,15 +254,6 @@ def refuse_sharded(params: Sequence[Tensor]) -> None:
         )
 
 
-def refuse_whole(rule: PerturbationRule, params: Sequence[Tensor]) -> None:
-    """Refuse directions with a share of the gradient of all chunks where that is not to be had."""
-    if rule.direction.whole and any_sharded(params):
-        raise ValueError(
-            "scope='full' and full_strength need the gradient of all chunks by plain parameters, "
-            "and these are sharded (DTensor): use scope='chunk', or leave full_strength out"
-        )
-
-
 def check_loss(index: int, loss: Any, source: str) -> None:
     """Check that a chunk's loss is a 0-dim tensor with an autograd graph."""
     if not isinstance(loss, Tensor):

@@ -24,6 +24,7 @@ from fbopt import (
     FullBatchGD,
     GradientAccumulator,
     GradientPenalty,
+    SharpnessAware,
     clip_grad_norm_,
 )
 from fbopt._engine import chunk_addition
@@ -31,10 +32,12 @@ from fbopt._engine import chunk_addition
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORLDS = (2, 4)
-PENALTIES: dict[str, GradientPenalty | None] = {
+PENALTIES: dict[str, GradientPenalty | SharpnessAware | None] = {
     "plain": None,
     "forward": GradientPenalty(coefficient=0.1),
     "central": GradientPenalty(coefficient=0.1, method="central"),
+    "asam": SharpnessAware(rho=0.3, adaptive=True),
+    "full asam": SharpnessAware(rho=0.3, adaptive=True, scope="full"),
 }
 # Which chunks a rank visits: all the same, or each its own; penalty, dtype, steps, arguments.
 TRAIN: dict[str, tuple[str, str, torch.dtype, int, dict[str, Any]]] = {
@@ -45,6 +48,9 @@ TRAIN: dict[str, tuple[str, str, torch.dtype, int, dict[str, Any]]] = {
     "same, many": ("few same", "forward", torch.float32, 20, {}),
     "own": ("own", "plain", torch.float64, 2, {}),
     "own, exact sums": ("own", "plain", torch.float32, 20, {"accumulation": "exact"}),
+    "same, adaptive": ("few same", "asam", torch.float64, 2, {}),
+    "same, by all chunks": ("few same", "full asam", torch.float64, 2, {"accumulation": "exact"}),
+    "own, by all chunks": ("few own", "full asam", torch.float64, 2, {}),
     "own, forward": ("own", "forward", torch.float64, 2, {}),
     "own, norms": ("own", "plain", torch.float64, 2, {"chunk_norms": True}),
     "own, many": ("few own", "forward", torch.float32, 20, {}),

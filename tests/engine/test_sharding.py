@@ -21,6 +21,7 @@ from fbopt import (
     FullBatchGD,
     GradientAccumulator,
     GradientPenalty,
+    SharpnessAware,
     clip_grad_norm_,
 )
 from fbopt._engine.backward import taking
@@ -30,10 +31,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORLDS = (2, 4)
 SIZES = (8, 4, 12)  # samples in the chunks
-PENALTIES: dict[str, GradientPenalty | None] = {
+PENALTIES: dict[str, GradientPenalty | SharpnessAware | None] = {
     "plain": None,
     "forward": GradientPenalty(coefficient=0.1),
     "central": GradientPenalty(coefficient=0.1, method="central"),
+    "asam": SharpnessAware(rho=0.3, adaptive=True),
+    "full asam": SharpnessAware(rho=0.3, adaptive=True, scope="full", method="central"),
+    "full": GradientPenalty(coefficient=0.1, full_strength=1.0),
 }
 NORMS = (2.0, 1.0, 3.0, float("inf"))
 
@@ -126,6 +130,9 @@ TRAIN: dict[str, tuple[str, torch.dtype, int, dict[str, Any]]] = {
     "central": ("central", torch.float64, 2, {}),
     "chunks clipped": ("forward", torch.float64, 2, {"chunk_max_norm": 0.3}),
     "many steps": ("forward", torch.float32, 20, {}),
+    "adaptive": ("asam", torch.float64, 2, {}),
+    "adaptive, by all chunks": ("full asam", torch.float64, 2, {"accumulation": "exact"}),
+    "by all chunks": ("full", torch.float64, 2, {}),
 }
 FOUR = [("columns", "central"), ("sequence", "exact sums"), ("sequence", "many steps")]
 TABLE = [
