@@ -19,7 +19,9 @@ from fbopt.train.data.dataset import Chunks, Data
 from fbopt.train.data.rng import DROPOUT
 from fbopt.train.distributed import DistributedContext
 from fbopt.train.evaluate import evaluate, moving_average
-from fbopt.train.precision import autocast_dtype, cross_entropy
+from fbopt.train.losses import build_loss
+from fbopt.train.precision import autocast_dtype, parameter_dtype
+from fbopt.train.schedules import build_scheduler
 
 GRADIENTS = {None: 1, "forward": 2, "central": 3, "exact": 2}  # backward passes per chunk
 _PARTS = ("model", "optimizer", "scheduler", "closure", "average")  # with a state_dict, or None
@@ -52,7 +54,7 @@ class Trainer:
         self.options, self.data, self.device = options, data, device
         self.context = context or DistributedContext()
         self.model = build.build_model(options, data, device)
-        self.loss_fn = partial(cross_entropy, label_smoothing=options.label_smoothing)
+        self.loss_fn = build_loss(options, options.max_up)
         self.epochs = math.inf if options.stochastic else options.switch_at
         chunks = partial(
             build.build_chunks,
@@ -72,14 +74,14 @@ class Trainer:
         self.on_samples: Callable[[int], object] = lambda samples: None
         # Summed on the device and read only to log: no step waits for the device.
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.loss = torch.zeros((), device=device)
+        self.loss = torch.zeros((), dtype=parameter_dtype(options.precision), device=device)
         self.chunk_sqnorm = torch.zeros((), dtype=torch.float64, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.finite_passes = torch.zeros((), dtype=torch.int64, device=device)
         self.gradient_norm: Tensor | None = None
-        self.samples = len(self.chunks.split)  # in the last pass
+        self.samples = len(self.chunks.split)  # in the last pass; each has `max_up` views
         self.optimizer = build.build_optimizer(options, self.model)
-        self.scheduler = build.build_scheduler(options, self.optimizer)
+        self.scheduler = build_scheduler(options, self.optimizer)
         self.grad_transform = build.build_grad_transform(options, self.model)
         self.closure = None
         if not options.stochastic:
@@ -133,7 +135,7 @@ class Trainer:
     def observe(self, output: Tensor, target: Tensor) -> None:
         """Count correctly classified samples, after every forward pass of training."""
         self.correct += (output.argmax(1) == target).sum()
-        self.on_samples(len(target) * self.context.world_size)
+        self.on_samples(len(target) // self.options.max_up * self.context.world_size)
 
     def take_step(self) -> None:
         """Take one optimizer step: on the whole training set, or on the next mini-batch."""
@@ -178,7 +180,7 @@ class Trainer:
         self.optimizer.step()
         if optimizer_clips:
             self.gradient_norm = self.optimizer.last_grad_norm
-        share = len(target) / samples
+        share = len(target) / (samples * self.options.max_up)
         self.loss += loss.detach() * share
         if self.options.chunk_norms:
             self.chunk_sqnorm += self.gradient_norm.detach().square() * share
@@ -190,7 +192,8 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.model)
         if self.options.stop_fitted:
-            self.fitted = self.fitted + 1 if int(self.correct) == samples else 0
+            fitted = int(self.correct) == samples * self.options.max_up
+            self.fitted = self.fitted + 1 if fitted else 0
         self.samples = samples
         self._stop_if_fitted()
 
@@ -222,7 +225,7 @@ class Trainer:
             "step": self.step,
             "gradient_evaluations": epochs + (done - epochs) * GRADIENTS[o.method],
             "loss": float(self.loss),
-            "train_accuracy": int(self.correct) / self.samples,
+            "train_accuracy": int(self.correct) / (self.samples * o.max_up),
             "gradient_norm": norm,
             "clip": self.clip_coefficient,
             "lr": self.optimizer.param_groups[0]["lr"],

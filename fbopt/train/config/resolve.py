@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any, get_type_hints
 
 from fbopt.train.config.dataspec import parse, scale_of
+from fbopt.train.config.networks import layers
 from fbopt.train.config.options import TRACKED, Options, OptionsError, flag, literals
 from fbopt.train.config.recipes import RECIPES, Recipe, chunks_at_once
 
@@ -31,7 +32,7 @@ def resolve(options: Options) -> Options:
     check_device(options, device)
     given = {k: v for k, v in asdict(options).items() if v is not None}
     values = dict.fromkeys(asdict(options)) | recipe | SPEED[device] | given
-    values |= _passes(options, recipe, values)
+    values |= layers(options, values["model"]) | _passes(options, recipe, values)
     if values["every"] is None:
         values["every"] = values["eval_every"] if options.tracked else 0
     if values["augment"] == "fixed":
@@ -62,6 +63,8 @@ def _passes(options: Options, recipe: Recipe, values: dict[str, Any]) -> dict[st
         "log_every": max(1, passes // 400),
         "keep": 2,
         "fingerprint_every": 0,
+        "gamma": {"step": 0.1, "exponential": 0.99}.get(options.schedule),
+        "milestones": "0.375,0.625,0.875" if options.schedule == "step" else None,
     }
     return {k: v for k, v in found.items() if getattr(options, k) is None}
 
@@ -75,6 +78,8 @@ def _without_effect(values: dict[str, Any]) -> dict[str, Any]:
         found |= {"replicas": None, "with_clean": False}
     if values["vectorize"] == 1:
         found |= {"vectorize": None}
+    if values["schedule"] != "cosine":
+        found |= {"cosine": None}
     return found
 
 
@@ -103,7 +108,7 @@ _INSTEAD = {
     "vectorize": "it is for chunks, of which sgd has none, so leave it out",
 }
 _COUNTS = """width image_size samples replicas threads steps epochs cosine chunk_size batch_size
-vectorize eval_every log_every save_every keep"""
+vectorize eval_every log_every save_every keep ghost_size widening max_up"""
 _NOT_NEGATIVE = """seed warmup penalty weight_decay fingerprint_every stop_fitted switch_at
 additive_noise multiplicative_noise norm_bias norm_bias_target every"""
 # Lower bound, whether the bound itself is allowed, upper bound (never allowed).
@@ -112,7 +117,8 @@ _BOUNDS = {
     **dict.fromkeys(_COUNTS.split(), AT_LEAST_1),
     **dict.fromkeys(_NOT_NEGATIVE.split(), AT_LEAST_0),
     **dict.fromkeys(("lr", "radius"), ABOVE_0),
-    **dict.fromkeys(("momentum", "dropout", "label_smoothing", "ema"), (0, True, 1)),
+    **dict.fromkeys(("momentum", "dropout", "label_smoothing", "ema", "floor"), (0, True, 1)),
+    "gamma": (0, False, 1),
 }
 
 
@@ -132,6 +138,8 @@ def check(options: Options) -> None:
         raise OptionsError(f"--seed {options.seed}: has to be below 2**63")
     if options.resume == "auto" and options.overwrite:
         raise OptionsError("--overwrite contradicts --resume auto; leave one of them out")
+    if options.milestones is not None and not options.milestone_shares:
+        raise OptionsError("--milestones: name at least one, as in 0.5,0.75")
     _check_processes(options)
     _check_belongs(options)
     _check_tracked(options)
@@ -204,6 +212,11 @@ def check_effect(given: Options, values: dict[str, Any]) -> None:
          "a penalty; add --penalty 0.5 or use --recipe fb-penalty"),
         (values["augment"] == "fixed", ("replicas", "with_clean"), "--augment fixed; add it"),
         (given.norm_bias, ("norm_bias_target", "norm_bias_power"), "--norm-bias; add it"),
+        (given.schedule == "cosine", ("cosine", "floor"), "--schedule cosine; leave it out"),
+        (given.schedule == "step", ("milestones",), "--schedule step; add it"),
+        (given.schedule in ("step", "exponential"), ("gamma",),
+         "--schedule step or exponential; add it"),
+        (values["augment"] == "random", ("max_up",), "--augment random; add it"),
     )  # fmt: skip
     for present, names, need in needs:
         for name in names:

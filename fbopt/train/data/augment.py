@@ -56,6 +56,7 @@ class Augmented:
     Without `replicas` every pass draws anew. With R replicas there are R·N samples, sample i of
     replica r at position r·N + i, the same in every pass; or, with `one_replica_per_pass`, N
     samples, those of replica p mod R in pass p. With `clean` replica 0 is the original images.
+    With V `views` every sample comes V times in a row, from draws V·p to V·p + V − 1 in pass p.
     """
 
     split: Split
@@ -63,6 +64,7 @@ class Augmented:
     replicas: int | None = None
     one_replica_per_pass: bool = False
     clean: bool = False
+    views: int = 1
 
     def __len__(self) -> int:
         copies = 1 if self.replicas is None or self.one_replica_per_pass else self.replicas
@@ -74,12 +76,14 @@ class Augmented:
         return self.split.device
 
     def batch(self, index: slice | Tensor, pass_number: int = 0) -> tuple[Tensor, Tensor]:
-        """The float32 samples and int64 labels at `index` in a pass."""
+        """The samples and int64 labels at `index` in a pass, the views of each in a row."""
         if isinstance(index, slice):
             index = torch.arange(*index.indices(len(self)), device=self.device)
         sample = index % len(self.split)
         if self.replicas is None:
-            draw = torch.full_like(sample, pass_number)
+            sample = sample.repeat_interleave(self.views)  # the same number for each: no host sync
+            view = torch.arange(len(sample), device=self.device) % self.views
+            draw = pass_number * self.views + view
         elif self.one_replica_per_pass:
             draw = torch.full_like(sample, pass_number % self.replicas)
         else:
@@ -116,7 +120,9 @@ def augmented(
     if options.augment == "none":
         return split
     key = mix(options.seed, CROPS)
-    return Augmented(split, key, options.replicas, one_replica_per_pass, options.with_clean)
+    return Augmented(
+        split, key, options.replicas, one_replica_per_pass, options.with_clean, options.max_up
+    )
 
 
 def describe_sampling(options: Options) -> str:

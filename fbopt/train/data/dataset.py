@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Split:
-    """Samples `x` (N, channels, *space), uint8 or float32, and labels `y` (N,), int64.
+    """Samples `x` (N, channels, *space), uint8, float32 or float64, and labels `y` (N,), int64.
 
-    A uint8 `x` is read as (x − mean)/std, both float32 that broadcast against samples.
+    A uint8 `x` is read as (x − mean)/std, both float32 or float64 and broadcast against samples.
     """
 
     x: Tensor
@@ -43,7 +43,7 @@ class Split:
         return self.x.device
 
     def batch(self, index: slice | Tensor, pass_number: int = 0) -> tuple[Tensor, Tensor]:
-        """The float32 samples and int64 labels at `index`: a slice, or int64 positions.
+        """The samples and int64 labels at `index`: a slice, or int64 positions.
 
         They are the same in every pass; those of `Augmented` may not be.
         """
@@ -53,11 +53,22 @@ class Split:
         """Samples like `self.x`, of any number, as the model reads them."""
         if self.mean is None:
             return x
-        return x.float().sub_(self.mean).div_(self.std)  # uint8, so float() is a copy
+        return x.to(self.mean.dtype).sub_(self.mean).div_(self.std)  # of uint8, so to() is a copy
 
-    def to(self, device: torch.device | str, channels_last: bool = True) -> Split:
-        """The same samples on `device`, images with their channels last in memory or not."""
-        x, y, *moments = (t if t is None else t.to(device) for t in vars(self).values())
+    def to(
+        self,
+        device: torch.device | str,
+        channels_last: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> Split:
+        """The same samples on `device`, images with their channels last in memory or not.
+
+        What is not of integers becomes `dtype`.
+        """
+        x, y, *moments = (
+            t if t is None else t.to(device, dtype if t.is_floating_point() else t.dtype)
+            for t in vars(self).values()
+        )
         if x.ndim == 4 and channels_last:  # about 15 % faster, also on CPUs
             last = {"memory_format": torch.channels_last}
             x = x.contiguous(**last)
@@ -136,9 +147,14 @@ class Data:
         """The shape of one sample: (channels, length) or (channels, height, width)."""
         return tuple(self.test.x.shape[1:])
 
-    def to(self, device: torch.device | str, channels_last: bool = True) -> Data:
+    def to(
+        self,
+        device: torch.device | str,
+        channels_last: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> Data:
         """Both splits on `device`."""
-        train, test = (s.to(device, channels_last) for s in (self.train, self.test))
+        train, test = (s.to(device, channels_last, dtype) for s in (self.train, self.test))
         return replace(self, train=train, test=test)
 
     def sha256(self) -> str:
