@@ -30,6 +30,7 @@ def test_nothing_is_left_open(data, recipe):
     allowed = {"width", "threads", "out", "resume", "max_norm", "penalty", "radius", "method"}
     allowed |= {"save_every", "data_dir", "replicas", "chunk_max_norm", "samples", "log"}
     allowed |= {"vectorize", "gamma", "milestones", "ghost_size", "widening"}
+    allowed |= {"padding"} if o.augment == "none" else set()
     allowed |= {"stem", "norm", "shortcut"} if o.model == "cnn" else set()
     others = {"steps", "chunk_size", "accumulation"}
     allowed |= others if o.stochastic else {"epochs", "batch_size"}
@@ -79,7 +80,7 @@ def test_a_run_keeps_how_many_chunks_go_through_the_model_at_once():
 def test_a_run_that_does_not_know_an_option_goes_on():
     """None, or the default, is what was done before there was the option."""
     wanted = Options(data="cifar10", augment="random")
-    new = ("stem", "norm", "ghost_size", "shortcut", "widening", "loss", "max_up", "schedule",
+    new = ("padding", "augment_policy", "stem", "norm", "ghost_size", "shortcut", "widening", "loss", "max_up", "schedule",
            "floor", "gamma", "milestones")  # fmt: skip
     older = {k: v for k, v in resolve(wanted).as_json().items() if k not in new}
     assert not differences(older, resolve_for(older, wanted).as_json())
@@ -88,6 +89,22 @@ def test_a_run_that_does_not_know_an_option_goes_on():
         now = resolve_for(older, replace(wanted, **change))
         names = {name.removeprefix("--") for name, *_ in differences(older, now.as_json())}
         assert names & change.keys()
+
+
+def test_what_follows_from_the_data():
+    """Sides, borders, stems and scales by the kind of data."""
+    found = {}
+    for data in ("digits", "cifar10", "imagefolder:x", "tinyimagenet:x", "imagenet:x"):
+        o = resolve(Options(data=data, augment="random", model="resnet18"))
+        found[data.partition(":")[0]] = (o.image_size, o.padding, o.stem, o.scale)
+        assert resolve(o) == o
+    assert found == {
+        "digits": (32, 4, "cifar", "small"),
+        "cifar10": (32, 4, "cifar", "images"),
+        "imagefolder": (32, 4, "cifar", "images"),
+        "tinyimagenet": (64, 8, "cifar", "images"),
+        "imagenet": (224, None, "imagenet", "images"),
+    }
 
 
 def test_layers_of_networks():
@@ -125,7 +142,10 @@ def test_augmentation():
 
 def test_differences():
     made, now = (resolve(Options(**o)).as_json() for o in ({}, {"augment": "random", "keep": 5}))
-    assert differences(made, now) == [("--augment", "none", "random")]
+    assert differences(made, now) == [
+        ("--augment", "none", "random"),
+        ("--padding", "none", "4"),
+    ]
     assert not differences(made, made | {"data_dir": "elsewhere", "threads": 7})
 
 
@@ -202,6 +222,15 @@ BAD = {
     "loss": ({"loss": "hinge"}, "--loss hinge: choose cross-entropy, misclassified"),
     "max-up": ({"max_up": 0}, "--max-up 0: has to be at least 1"),
     "max-up, none": ({"max_up": 2}, "--max-up has no effect without --augment random"),
+    "padding": ({"augment": "random", "padding": -1}, "--padding -1: has to be at least 0"),
+    "padding, none": ({"padding": 2}, "--padding has no effect without --augment random or fix"),
+    "policy, none": ({"augment_policy": "randaugment"}, "--augment-policy has no effect without"),
+    "policy": ({"augment_policy": "auto"}, "--augment-policy auto: choose none, randaugment"),
+    "padding, imagenet": (
+        {"data": "imagenet:x", "augment": "random", "padding": 4},
+        "--padding is for crops of whole images, and those of --data imagenet:PATH are resized",
+    ),
+    "no path": ({"data": "tinyimagenet"}, "--data tinyimagenet: a path has to follow"),
     "norm": ({"model": "resnet18", "norm": "layer"}, "--norm layer: choose batch, group, ghost"),
     "norm, cnn": ({"norm": "group"}, "--norm is for ResNets, not for --model cnn; leave it out"),
     "ghost, batch": (

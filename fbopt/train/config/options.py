@@ -45,23 +45,32 @@ class Options:
 
     data: str = "mnist1d"
     """Data set: mnist1d, digits, cifar10, cifar100, npz:PATH (arrays x_train, y_train, x_test,
-    y_test) or imagefolder:PATH (train/CLASS/IMAGE and test/CLASS/IMAGE)."""
+    y_test), imagefolder:PATH (train/CLASS/IMAGE and test/CLASS/IMAGE), tinyimagenet:PATH (as it is
+    unpacked) or imagenet:PATH (train/CLASS/IMAGE and val/CLASS/IMAGE, decoded once into files that
+    need not fit into memory)."""
     data_dir: Path | None = None
     """Folder with the files of cifar10 or cifar100. Default: data."""
     download: bool = False
     """Download cifar10 or cifar100 if the folder does not hold them."""
-    image_size: int = 32
-    """Side in pixels to which the images of an imagefolder are resized."""
+    image_size: int | None = None
+    """Side in pixels of the images of folders, which are resized to it; for imagenet that of the
+    crops. Default: 64 for tinyimagenet, 224 for imagenet, else 32."""
     samples: int | None = None
     """Train on this many samples only, the first of the data set. Default: all."""
     augment: Literal["none", "random", "fixed"] | None = None
-    """Random crops (after padding by 4 black pixels) and horizontal flips of the training images:
-    none; random, new ones in every pass; fixed, the same few of every image in every pass: an
-    enlarged data set that is never stored. sgd visits one of these replicas per epoch."""
+    """Random crops (after padding by --padding black pixels; for imagenet, resized crops of 8 to
+    100 % of the area) and horizontal flips of the training images: none; random, new ones in every
+    pass; fixed, the same few of every image in every pass: an enlarged data set that is never
+    stored. sgd visits one of these replicas per epoch."""
     replicas: int | None = None
     """Crops of every image for --augment fixed. Default: from the recipe, else 10."""
     with_clean: bool = False
     """For --augment fixed: make the first replica the images as they are."""
+    padding: int | None = None
+    """Black pixels around an image before a crop. Default: 8 for tinyimagenet, else 4."""
+    augment_policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """What changes every crop further, for --augment random or fixed: RandAugment or TrivialAugment
+    of torchvision."""
     chunks: Literal["fixed", "shuffled", "replacement"] | None = None
     """Assignment of samples to chunks or mini-batches: fixed, in the order of the data; shuffled,
     in a new order every pass; replacement, drawn with replacement."""
@@ -97,7 +106,7 @@ class Options:
     """Row of the paper's ladder to follow; `fbopt recipes` lists their hyperparameters."""
     scale: Literal["images", "small"] | None = None
     """Version of the recipe: the paper's for images, or one scaled down for small data sets.
-    Default: images for imagefolder, cifar10 and cifar100, else small."""
+    Default: small for mnist1d, digits and npz:PATH, else images."""
     chunk_size: int | None = None
     """Samples per forward and backward pass of a full-batch step (not for sgd). It defines the
     penalty and BatchNorm's batch: part of the method, not only a matter of memory."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, get_type_hints
 
-from fbopt.train.config.dataspec import parse, scale_of
+from fbopt.train.config.dataspec import default_size, parse, scale_of
 from fbopt.train.config.networks import layers
 from fbopt.train.config.options import TRACKED, Options, OptionsError, flag, literals
 from fbopt.train.config.recipes import RECIPES, Recipe, chunks_at_once
@@ -37,6 +37,10 @@ def resolve(options: Options) -> Options:
         values["every"] = values["eval_every"] if options.tracked else 0
     if values["augment"] == "fixed":
         values["replicas"] = values["replicas"] or 10
+    kind = parse(options.data)[0]
+    values["image_size"] = values["image_size"] or default_size(options.data)
+    if values["padding"] is None and values["augment"] != "none" and kind != "imagenet":
+        values["padding"] = 8 if kind == "tinyimagenet" else 4
     if options.momentum == 0:
         values["nesterov"] = bool(options.nesterov)
     if (scale, values["model"]) == ("small", "cnn"):
@@ -109,7 +113,7 @@ _INSTEAD = {
 }
 _COUNTS = """width image_size samples replicas threads steps epochs cosine chunk_size batch_size
 vectorize eval_every log_every save_every keep ghost_size widening max_up"""
-_NOT_NEGATIVE = """seed warmup penalty weight_decay fingerprint_every stop_fitted switch_at
+_NOT_NEGATIVE = """seed padding warmup penalty weight_decay fingerprint_every stop_fitted switch_at
 additive_noise multiplicative_noise norm_bias norm_bias_target every"""
 # Lower bound, whether the bound itself is allowed, upper bound (never allowed).
 AT_LEAST_1, AT_LEAST_0, ABOVE_0 = (1, True, math.inf), (0, True, math.inf), (0, False, math.inf)
@@ -203,6 +207,11 @@ def _check_data(options: Options) -> None:
             raise OptionsError(
                 f"{flag(name)} is only for --data cifar10 and cifar100; leave it out"
             )
+    if kind == "imagenet" and options.padding is not None:
+        raise OptionsError(
+            "--padding is for crops of whole images, and those of --data imagenet:PATH are "
+            "resized; leave it out"
+        )
 
 
 def check_effect(given: Options, values: dict[str, Any]) -> None:
@@ -217,6 +226,8 @@ def check_effect(given: Options, values: dict[str, Any]) -> None:
         (given.schedule in ("step", "exponential"), ("gamma",),
          "--schedule step or exponential; add it"),
         (values["augment"] == "random", ("max_up",), "--augment random; add it"),
+        (values["augment"] != "none", ("padding", "augment_policy"),
+         "--augment random or fixed; add it"),
     )  # fmt: skip
     for present, names, need in needs:
         for name in names:
