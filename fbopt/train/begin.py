@@ -59,7 +59,8 @@ def build_trainer(
         torch.set_num_threads(options.threads)
     data, digest = loaded or read(options)
     precision.set_float32_precision(options.precision, device)
-    on_device = data.to(device, options.channels_last)
+    dtype = precision.parameter_dtype(options.precision)
+    on_device = data.to(device, options.channels_last, dtype)
     options = replace(options, processes=context.world_size)
     return Trainer(options, on_device, device, context), digest
 

@@ -1,37 +1,38 @@
-"""The parts of a run from its resolved options: model, chunks, optimizer, schedule, closure."""
+"""The parts of a run from its resolved options: model, chunks, optimizer, closure."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty, SharpnessAware
 from fbopt.train import models
+from fbopt.train.config.networks import LAYERS
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.data.augment import augmented
 from fbopt.train.data.dataset import Chunks, Data, Split
 from fbopt.train.grad_transforms import GradientTransform
 from fbopt.train.optimizers import rules
-from fbopt.train.precision import autocast_dtype
+from fbopt.train.precision import autocast_dtype, parameter_dtype
 
 
 def build_model(options: Options, data: Data, device: torch.device) -> nn.Module:
     """The network, with the initial weights that the seed gives. Raises OptionsError."""
     torch.manual_seed(options.seed)
+    given = {name: getattr(options, name) for name in LAYERS}
+    layers = {name: value for name, value in given.items() if value is not None}
     try:
         model = models.build(
-            options.model, data.shape, data.classes, options.width, options.dropout
+            options.model, data.shape, data.classes, options.width, options.dropout, **layers
         )
     except ValueError as error:
         raise OptionsError(str(error)) from error
     if options.residual_init == "one":
         models.start_branches_at_one(model)
-    model = model.to(device).train()
+    model = model.to(device, parameter_dtype(options.precision)).train()
     if len(data.shape) == 3 and options.channels_last:
         model.to(memory_format=torch.channels_last)
     return model
@@ -89,23 +90,6 @@ def _transforms_gradient(options: Options) -> bool:
     noise = options.additive_noise or options.multiplicative_noise
     clips = options.agc or options.clip_history or options.optimizer != "sgd"
     return bool(options.norm_bias or noise or clips or options.mean == "running")
-
-
-def build_scheduler(options: Options, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """The learning rate by pass: linear warm-up, then a cosine."""
-    first = 0 if options.first_rate == "zero" else 1
-    return LambdaLR(optimizer, lambda done: lr_factor(done, options.warmup, options.cosine, first))
-
-
-def lr_factor(done: int, warmup: int, cosine: int, first: int = 1) -> float:
-    """The learning rate after `done` passes, as a share of its peak.
-
-    Linear over `warmup` passes, then a cosine over `cosine` more (arXiv 2109.14119, section 4). The
-    first pass has `first` parts of `warmup`, 0 or 1.
-    """
-    if done < warmup:
-        return (done + first) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / cosine)))
 
 
 def build_perturbation(options: Options) -> GradientPenalty | SharpnessAware | None:

@@ -12,6 +12,7 @@ from fbopt.analysis.preconditioned import PreconditionedHessian
 from fbopt.analysis.stability import stability_threshold
 from fbopt.train.config.rules import has_threshold, is_preconditioned
 from fbopt.train.data.dataset import Chunks
+from fbopt.train.losses import build_loss
 from fbopt.train.precision import autocast_dtype
 from fbopt.train.trainer import Trainer
 
@@ -24,7 +25,7 @@ def training_loss(trainer: Trainer, **options: Any) -> Objective:
     chunks = Chunks(trainer.data.train, trainer.chunks.size)
     return Objective(
         trainer.model,
-        trainer.loss_fn,
+        build_loss(trainer.options),
         chunks,
         autocast=autocast_dtype(trainer.options.precision),
         process_group="local",

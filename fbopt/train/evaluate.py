@@ -42,7 +42,8 @@ def evaluate(
             mirrored = model(input.flip(-1)) if flip else None
         if mirrored is not None:
             both = torch.stack([output, mirrored])
-            output = both.log_softmax(2, dtype=torch.float32).logsumexp(0)
+            wide = torch.promote_types(both.dtype, torch.float32)
+            output = both.log_softmax(2, dtype=wide).logsumexp(0)
         found[row, 0] = (output.argmax(1) == target).sum()
         found[row, 1] = cross_entropy(output, target, reduction="sum")
     model.train(training)

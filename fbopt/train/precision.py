@@ -1,6 +1,7 @@
-"""The arithmetic of forward and backward passes: float32, TF32 on CUDA, or bfloat16 by autocast.
+"""The arithmetic of a run: float64, or forward and backward passes in float32, TF32 or bfloat16.
 
-Parameters, sums over chunks, the loss and the update are float32 in each of them.
+With TF32 (on CUDA) and bfloat16 (by autocast) parameters, sums over chunks, the loss and the update
+are float32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ def set_float32_precision(precision: str, device: torch.device) -> None:
     It holds for the whole process.
     """
     if device.type == "cuda":
-        kind = "ieee" if precision == "fp32" else "tf32"
+        kind = "ieee" if precision in ("fp32", "fp64") else "tf32"
         torch.backends.cuda.matmul.fp32_precision = kind
         torch.backends.cudnn.conv.fp32_precision = kind
 
@@ -24,6 +25,11 @@ def set_float32_precision(precision: str, device: torch.device) -> None:
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """The dtype that `--precision` autocasts forward passes to, None for no autocast."""
     return torch.bfloat16 if precision == "bf16" else None
+
+
+def parameter_dtype(precision: str) -> torch.dtype:
+    """The dtype of data, parameters and updates."""
+    return torch.float64 if precision == "fp64" else torch.float32
 
 
 def cross_entropy(

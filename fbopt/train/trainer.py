@@ -22,7 +22,9 @@ from fbopt.train.data.rng import DROPOUT
 from fbopt.train.distributed import DistributedContext
 from fbopt.train.evaluate import evaluate, moving_average
 from fbopt.train.grad_transforms import running_weight
-from fbopt.train.precision import autocast_dtype, cross_entropy
+from fbopt.train.losses import build_loss
+from fbopt.train.precision import autocast_dtype, parameter_dtype
+from fbopt.train.schedules import build_scheduler
 
 # With a state_dict, or None.
 _PARTS = ("model", "optimizer", "scheduler", "closure", "average", "clip_history")
@@ -55,11 +57,7 @@ class Trainer:
         self.options, self.data, self.device = options, data, device
         self.context = context or DistributedContext()
         self.model = build.build_model(options, data, device)
-        self.loss_fn = partial(
-            cross_entropy,
-            label_smoothing=options.label_smoothing,
-            over_others=options.smoothing == "others",
-        )
+        self.loss_fn = build_loss(options, options.max_up)
         self.epochs = math.inf if options.stochastic else options.switch_at
         chunks = partial(
             build.build_chunks,
@@ -79,14 +77,14 @@ class Trainer:
         self.on_samples: Callable[[int], object] = lambda samples: None
         # Summed on the device and read only to log: no step waits for the device.
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.loss = torch.zeros((), device=device)
+        self.loss = torch.zeros((), dtype=parameter_dtype(options.precision), device=device)
         self.chunk_sqnorm = torch.zeros((), dtype=torch.float64, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.finite_passes = torch.zeros((), dtype=torch.int64, device=device)
         self.gradient_norm: Tensor | None = None
-        self.samples = self.chunks.samples  # in the last pass
+        self.samples = self.chunks.samples  # in the last pass; each has `max_up` views
         self.optimizer = build.build_optimizer(options, self.model)
-        self.scheduler = build.build_scheduler(options, self.optimizer)
+        self.scheduler = build_scheduler(options, self.optimizer)
         self.grad_transform = build.build_grad_transform(options, self.model, self.chunks)
         self.clip_history = self.grad_transform and self.grad_transform.history
         self.every_pass = None
@@ -171,7 +169,7 @@ class Trainer:
     def observe(self, output: Tensor, target: Tensor) -> None:
         """Count correctly classified samples, after every forward pass of training."""
         self.correct += (output.argmax(1) == target).sum()
-        self.on_samples(len(target) * self.context.world_size)
+        self.on_samples(len(target) // self.options.max_up * self.context.world_size)
 
     def take_step(self) -> None:
         """Take one optimizer step: on the whole training set, or on the next mini-batch."""
@@ -210,7 +208,7 @@ class Trainer:
             loss = self._closure_of(input, target)
         else:
             loss = self._plain_loss(input, target)
-        share = len(target) / samples
+        share = len(target) / (samples * self.options.max_up)
         self.loss += loss * share
         if self._perturbs_batches:
             self.chunk_sqnorm += self.closure.mean_sqnorm * share
@@ -253,7 +251,8 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.model)
         if self.options.stop_fitted:
-            self.fitted = self.fitted + 1 if int(self.correct) == samples else 0
+            fitted = int(self.correct) == samples * self.options.max_up
+            self.fitted = self.fitted + 1 if fitted else 0
         self.samples = samples
         self._stop_if_fitted()
 
@@ -284,7 +283,7 @@ class Trainer:
             "step": self.step,
             "gradient_evaluations": self._evaluations(done),
             "loss": float(self.loss),
-            "train_accuracy": int(self.correct) / self.samples,
+            "train_accuracy": int(self.correct) / (self.samples * o.max_up),
             "gradient_norm": norm,
             "clip": self.clip_coefficient,
             "lr": self.optimizer.param_groups[0]["lr"],

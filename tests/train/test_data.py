@@ -193,12 +193,12 @@ def test_decoded_images_are_kept(images, tmp_path, monkeypatch):
     spec = f"imagefolder:{images}"
     expected = load(spec, 16).sha256()
     assert not cache.exists()
-    monkeypatch.setattr("fbopt.train.data.load.CACHE_FROM", 4)
+    monkeypatch.setattr("fbopt.train.data.decode.CACHE_FROM", 4)
     assert load(spec, 16).sha256() == expected
     kept = sorted(cache.glob("images-*.npy"))
     assert len(kept) == 2 and len([*cache.iterdir()]) == 2
     with monkeypatch.context() as patch:
-        patch.setattr("fbopt.train.data.load._decode", lambda *a: pytest.fail("decoded again"))
+        patch.setattr("fbopt.train.data.decode._decode", lambda *a: pytest.fail("decoded again"))
         assert load(spec, 16).sha256() == expected
     for damage in (b"", kept[0].read_bytes()[:-7], b"text"):
         kept[0].write_bytes(damage)

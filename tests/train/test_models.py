@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from fbopt.train import models
+from fbopt.train.models.nfnet import NFBlock
+from fbopt.train.models.norms import GhostBatchNorm2d, Scale
 
 
 def test_cnn_is_the_mnist1d_baseline():
@@ -75,10 +77,34 @@ def convolution(inner: int, outer: int, side: int = 3) -> int:
     return side * side * inner * outer + 2 * outer
 
 
-def imagenet(published: int, features: int, classes: int) -> int:
+def imagenet(published: int, features: int, classes: int, width: int = 64) -> int:
     """ImageNet's count with a 3×3 stem for 7×7 and a head for `classes`."""
-    stem = (9 - 49) * 3 * 64
+    stem = (9 - 49) * 3 * width
     return published + stem + (features + 1) * (classes - 1000)
+
+
+def pyramid(depth: int, widening: int, classes: int) -> int:
+    """Han et al., equation 2 (rounded), BatchNorm before each convolution and at both ends."""
+    sizes = (3, 3) if depth == 110 else (1, 3, 1)
+    blocks = (depth - 2) // len(sizes)
+    inner, count = 16, 27 * 16 + 2 * 16
+    for k in range(1, blocks + 1):
+        planes = round(16 + widening * k / blocks)
+        outers = [planes, planes] if depth == 110 else [planes, planes, 4 * planes]
+        for size, outer in zip(sizes, outers, strict=True):
+            count += size**2 * inner * outer + 2 * inner
+            inner = outer
+        count += 2 * inner
+    return count + 2 * inner + (inner + 1) * classes
+
+
+def nfnet(classes: int) -> int:
+    """NFNet-F0 of its published 71.49 million (at ImageNet), with another stem and head."""
+    with torch.device("meta"):
+        published = models.build("nfnet-f0", (3, 224, 224), 1000, stem="imagenet")
+    stem = [9 * inner * outer + 2 * outer for inner, outer in ((3, 16), (16, 32), (32, 64))]
+    last = 9 * 64 * 128 - 9 * 3 * 128
+    return models.count_parameters(published) - sum(stem) - last + 3073 * (classes - 1000)
 
 
 def he(depth: int, classes: int) -> int:
@@ -112,9 +138,16 @@ COUNTS = {
     "vgg16": lambda classes: vgg(138_365_992, classes),
     "vgg19": lambda classes: vgg(143_678_248, classes),
     "densenet121": lambda classes: imagenet(7_978_856, 1024, classes),
+    "densenet161": lambda classes: imagenet(28_681_000, 2208, classes, 96),
     "densenet169": lambda classes: imagenet(14_149_480, 1664, classes),
+    "densenet201": lambda classes: imagenet(20_013_928, 1920, classes),
+    "pyramidnet110": lambda classes: pyramid(110, 84, classes),
+    "pyramidnet272": lambda classes: pyramid(272, 200, classes),
+    "nfnet-f0": lambda classes: nfnet(classes),
 }
-NEEDS_TORCHVISION = ("resnet50", "resnet101", "resnet152", "densenet121", "densenet169")
+NEEDS_TORCHVISION = (
+    "resnet50", "resnet101", "resnet152", "densenet121", "densenet161", "densenet169", "densenet201"
+)  # fmt: skip
 
 
 def build(name: str, *arguments, **more) -> nn.Module:
@@ -151,6 +184,8 @@ def test_a_pass_at_reduced_width(name):
     for block in model.modules():  # starts as the identity: let the gradient through
         if block.__class__.__name__ in ("BasicBlock", "Bottleneck"):
             nn.init.ones_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
+        elif isinstance(block, Scale):
+            nn.init.ones_(block.weight)
     output = model(torch.randn(3, 1, 32, 32))
     assert output.shape == (3, 5) and output.isfinite().all()
     nn.functional.cross_entropy(output, torch.tensor([0, 1, 4])).backward()
@@ -158,6 +193,68 @@ def test_a_pass_at_reduced_width(name):
         assert parameter.grad.isfinite().all(), parameter_name
         bias_before_norm = name.startswith("vgg") and parameter_name.endswith(".bias")
         assert parameter.grad.any() or bias_before_norm, parameter_name
+
+
+@pytest.mark.parametrize(
+    ("depth", "widening", "published", "tolerance"),
+    [(110, 48, 1.7, 0.05), (110, 84, 3.8, 0.03), (110, 270, 28.3, 0.01), (272, 200, 26.0, 0.01)],
+)
+def test_han_et_al_table_4(depth, widening, published, tolerance):
+    """The authors' code, whose counts these are, has a little more than their table says."""
+    with torch.device("meta"):
+        model = models.build(f"pyramidnet{depth}", (3, 32, 32), 10, widening=widening)
+    count = models.count_parameters(model)
+    assert count == pyramid(depth, widening, 10)
+    assert count / 1e6 == pytest.approx(published, rel=tolerance)
+
+
+def test_nfnet_is_the_published():
+    """Brock et al., table 3: 71.5 million; in detail the equations of their section 2."""
+    with torch.device("meta"):
+        model = models.build("nfnet-f0", (3, 224, 224), 1000, stem="imagenet")
+    assert models.count_parameters(model) == pytest.approx(71.5e6, rel=5e-4)
+    torch.manual_seed(0)
+    model = models.build("nfnet-f0", (3, 8, 8), 10, width=8)
+    blocks = [m for m in model.modules() if isinstance(m, NFBlock)]
+    assert len(blocks) == 12 and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    variances = [block.beta**-2 for block in blocks]
+    stages = [[1.0], [1.04, 1.04], [1.08, 1.04, 1.08, 1.12, 1.16, 1.2], [1.24, 1.04, 1.08]]
+    assert variances == pytest.approx([v for stage in stages for v in stage])
+    layer = blocks[1].convolutions[0]
+    x, weight = torch.randn(2, 16, 5, 5), layer.weight
+    mean, var = weight.mean((1, 2, 3)), weight.var((1, 2, 3), correction=0)
+    nn.init.uniform_(layer.gain), nn.init.uniform_(layer.bias)
+    standard = (weight - mean.view(-1, 1, 1, 1)) / (16 * var).sqrt().view(-1, 1, 1, 1)
+    expected = nn.functional.conv2d(x, layer.gain * standard, layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "densenet121", "densenet161"])
+def test_the_stem_of_imagenet_makes_the_published_network(name):
+    networks = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        model = models.build(name, (3, 224, 224), 1000, stem="imagenet")
+        published = getattr(networks, name)()
+    shapes = [[p.shape for p in m.parameters()] for m in (model, published)]
+    assert sorted(shapes[0]) == sorted(shapes[1])
+    x = torch.zeros(1, 3, 224, 224, device="meta")
+    for network in (model, published):
+        for module in network.modules():
+            if isinstance(module, nn.AdaptiveAvgPool2d):
+                module.register_forward_hook(lambda m, i, o: sides.append(i[0].shape))
+    sides: list[torch.Size] = []
+    assert model(x).shape == published(x).shape
+    assert sides and all(shape[2:] == (7, 7) for shape in sides)
+
+
+def test_pyramids_widen_with_zeros():
+    model = models.build("pyramidnet110", (3, 32, 32), 10, width=4)
+    block = model.stage2[0]
+    x = torch.randn(2, block.residual[0].num_features, 7, 7)
+    shortcut = block.shortcut(x)
+    halved = nn.functional.avg_pool2d(x, 2, ceil_mode=True)
+    assert torch.equal(shortcut[:, : x.shape[1]], halved) and not shortcut[:, x.shape[1] :].any()
+    assert block(x).shape == shortcut.shape == (2, block.residual[-1].num_features, 4, 4)
 
 
 @pytest.mark.parametrize("name", [n for n in models.NAMES if n.startswith("resnet")])
@@ -228,3 +325,103 @@ def test_torchvision_is_asked_for(name, monkeypatch):
     monkeypatch.setitem(sys.modules, f"torchvision.models.{module}", None)
     with pytest.raises(ValueError, match=f"--model {name} needs the package torchvision: pip"):
         models.build(name, (3, 32, 32), 10, width=4)
+
+
+# --- normalisation and shortcuts of the ResNets ---------------------------------------------------
+
+NORMS = {"batch": nn.BatchNorm2d, "group": nn.GroupNorm, "ghost": GhostBatchNorm2d}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnet50"])
+def test_norms_have_the_same_names(name, norm):
+    """Parameters of the same names and shapes, all norms of the kind, block ends at 0 alike."""
+    plain = build(name, (3, 32, 32), 10, width=4)
+    model = build(name, (3, 32, 32), 10, width=4, norm=norm)
+    shapes = [{k: p.shape for k, p in m.named_parameters()} for m in (plain, model)]
+    assert shapes[0] == shapes[1]
+    kinds = {type(m) for m in model.modules() if "Norm" in type(m).__name__}
+    assert kinds == {NORMS[norm]}
+    last = "bn3" if name == "resnet50" else "bn2"
+    assert bool(getattr(model.stage1[0], last).weight.any()) == (name == "resnet20")
+
+
+def test_groups_are_wu_and_hes():
+    model = models.build("resnet18", (3, 32, 32), 10, norm="group")
+    assert {m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)} == {32}
+    narrow = models.build("resnet18", (3, 32, 32), 10, width=12, norm="group")
+    assert narrow.norm.num_groups == 4
+
+
+@pytest.mark.parametrize(("samples", "parts"), [(12, [4, 4, 4]), (14, [5, 5, 4]), (7, [7])])
+def test_ghost_batchnorm(samples, parts):
+    """Each sub-batch as BatchNorm takes it; running statistics are the weighted mean of theirs."""
+    torch.manual_seed(0)
+    ghost = GhostBatchNorm2d(4, 3).double()
+    nn.init.uniform_(ghost.weight), nn.init.uniform_(ghost.bias)
+    x = torch.randn(samples, 3, 5, 5, dtype=torch.float64)
+    plain = [copy.deepcopy(nn.BatchNorm2d(3).double()) for _ in parts]
+    for norm in plain:
+        norm.load_state_dict(ghost.state_dict())
+    expected = torch.cat([n(part) for n, part in zip(plain, x.split(parts), strict=True)])
+    torch.testing.assert_close(ghost(x), expected)
+    for name in ("running_mean", "running_var"):
+        mean = sum(getattr(n, name) * len_ for n, len_ in zip(plain, parts, strict=True)) / samples
+        torch.testing.assert_close(getattr(ghost, name), mean)
+    assert int(ghost.num_batches_tracked) == 1
+    evaluated = nn.BatchNorm2d(3).double().eval()
+    evaluated.load_state_dict(ghost.state_dict())
+    assert torch.equal(ghost.eval()(x), evaluated(x))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnet50"])
+def test_skipinit_begins_as_its_shortcuts(name):
+    torch.manual_seed(0)
+    model = build(name, (3, 16, 16), 10, width=4, norm="skipinit")
+    assert not [m for m in model.modules() if "Norm" in type(m).__name__]
+    assert all(m.bias is not None for m in model.modules() if isinstance(m, nn.Conv2d))
+    blocks = [b for key, stage in model.named_children() if key.startswith("stage") for b in stage]
+    scales = [m for m in model.modules() if isinstance(m, Scale)]
+    assert len(scales) == len(blocks) and not any(s.weight.any() for s in scales)
+    x = model.stem(torch.randn(2, 3, 16, 16)).relu()
+    for block in blocks:
+        shortcut = x if block.downsample is None else block.downsample(x)
+        assert torch.equal(block(x), shortcut.relu())
+        x = shortcut.relu()
+    nn.init.constant_(blocks[-1].bn3.weight if name == "resnet50" else blocks[-1].bn2.weight, 0.5)
+    assert not torch.equal(blocks[-1](x), x)
+
+
+@pytest.mark.parametrize("kind", ["A", "B", "C", "pool"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnet50"])
+def test_shortcuts(name, kind):
+    """Which blocks have one, of which layers, and that odd sides fit."""
+    model = build(name, (3, 9, 9), 10, width=4, shortcut=kind)
+    blocks = [b for key, stage in model.named_children() if key.startswith("stage") for b in stage]
+    kinds = {
+        "A": [nn.AvgPool2d, nn.ConstantPad3d],
+        "B": [nn.Conv2d, nn.BatchNorm2d],
+        "C": [nn.Conv2d, nn.BatchNorm2d],
+        "pool": [nn.AvgPool2d, nn.Conv2d, nn.BatchNorm2d],
+    }
+    for block in blocks:
+        last = block.conv3 if hasattr(block, "conv3") else block.conv2
+        stride = max(block.conv1.stride[0], block.conv2.stride[0])
+        changes = stride > 1 or block.conv1.in_channels != last.out_channels
+        assert (block.downsample is not None) == (changes or kind == "C")
+        if block.downsample is not None:
+            expected = kinds[kind][(kind == "pool" and stride == 1) :]
+            assert [type(m) for m in block.downsample] == expected
+            strides = [m.stride for m in block.downsample if hasattr(m, "stride")]
+            assert stride == 1 or any(s in (2, (2, 2)) for s in strides)
+    assert model(torch.randn(2, 3, 9, 9)).shape == (2, 10)
+
+
+def test_old_networks_are_the_default():
+    for name, shortcut in (("resnet18", "pool"), ("resnet20", "A")):
+        states = []
+        for changes in ({}, {"norm": "batch", "shortcut": shortcut}):
+            torch.manual_seed(0)
+            states.append(models.build(name, (3, 32, 32), 10, width=4, **changes).state_dict())
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())

@@ -13,7 +13,6 @@ import torch
 
 from fbopt.train import models
 from fbopt.train.__main__ import main
-from fbopt.train.build import lr_factor
 from fbopt.train.config import perturbation, recipes, rules
 from fbopt.train.config.as_released import SWITCHES
 from fbopt.train.config.dataspec import DataError
@@ -21,6 +20,7 @@ from fbopt.train.config.diff import check_resume, differences, resolve_for
 from fbopt.train.config.options import ModelName, Options, OptionsError, RecipeName
 from fbopt.train.config.resolve import resolve
 from fbopt.train.data.rng import epoch_order
+from fbopt.train.schedules import lr_factor
 
 
 @pytest.mark.parametrize("data", ["mnist1d", "digits", "cifar10", "imagefolder:x"])
@@ -30,7 +30,10 @@ def test_nothing_is_left_open(data, recipe):
     open_names = {f.name for f in fields(o) if getattr(o, f.name) is None}
     allowed = {"width", "threads", "out", "resume", "max_norm", *perturbation.ALL, *SWITCHES}
     allowed |= {"save_every", "data_dir", "replicas", "chunk_max_norm", "samples", "log"}
-    allowed |= {"vectorize", "agc", "clip_history", *rules.OWN} - {"momentum", "nesterov"}
+    allowed |= {"vectorize", "agc", "clip_history", "gamma", "milestones", "ghost_size", "widening"}
+    allowed |= set(rules.OWN) - {"momentum", "nesterov"}
+    allowed |= {"padding"} if o.augment == "none" else set()
+    allowed |= {"stem", "norm", "shortcut"} if o.model == "cnn" else set()
     others = {"steps", "chunk_size", "accumulation"}
     allowed |= others if o.stochastic else {"epochs", "batch_size"}
     assert open_names <= allowed
@@ -77,6 +80,56 @@ def test_a_run_keeps_how_many_chunks_go_through_the_model_at_once():
     assert not differences(older, resolve_for(older, replace(strong, vectorize=1)).as_json())
 
 
+def test_a_run_that_does_not_know_an_option_goes_on():
+    """None, or the default, is what was done before there was the option."""
+    wanted = Options(data="cifar10", augment="random")
+    new = ("padding", "augment_policy", "stem", "norm", "ghost_size", "shortcut", "widening", "loss", "max_up", "schedule",
+           "floor", "gamma", "milestones")  # fmt: skip
+    older = {k: v for k, v in resolve(wanted).as_json().items() if k not in new}
+    assert not differences(older, resolve_for(older, wanted).as_json())
+    assert Options.from_json(older).shortcut is None
+    for change in ({"norm": "group"}, {"shortcut": "B"}, {"schedule": "step"}, {"floor": 0.1}):
+        now = resolve_for(older, replace(wanted, **change))
+        names = {name.removeprefix("--") for name, *_ in differences(older, now.as_json())}
+        assert names & change.keys()
+
+
+def test_what_follows_from_the_data():
+    """Sides, borders, stems and scales by the kind of data."""
+    found = {}
+    for data in ("digits", "cifar10", "imagefolder:x", "tinyimagenet:x", "imagenet:x"):
+        o = resolve(Options(data=data, augment="random", model="resnet18"))
+        found[data.partition(":")[0]] = (o.image_size, o.padding, o.stem, o.scale)
+        assert resolve(o) == o
+    assert found == {
+        "digits": (32, 4, "cifar", "small"),
+        "cifar10": (32, 4, "cifar", "images"),
+        "imagefolder": (32, 4, "cifar", "images"),
+        "tinyimagenet": (64, 8, "cifar", "images"),
+        "imagenet": (224, None, "imagenet", "images"),
+    }
+
+
+def test_layers_of_networks():
+    """Each network has the options of its layers, with its own as defaults."""
+    names = ("stem", "norm", "ghost_size", "shortcut", "widening")
+    found = {}
+    for model in ("cnn", "resnet18", "resnet20", "vgg11", "densenet161", "pyramidnet110"):
+        o = resolve(Options(data="cifar10", model=model))
+        found[model] = tuple(getattr(o, name) for name in names)
+    assert found == {
+        "cnn": (None,) * 5,
+        "resnet18": ("cifar", "batch", None, "pool", None),
+        "resnet20": (None, "batch", None, "A", None),
+        "vgg11": (None,) * 5,
+        "densenet161": ("cifar", None, None, None, None),
+        "pyramidnet110": (None, None, None, None, 84),
+    }
+    ghost = resolve(Options(data="cifar10", norm="ghost", shortcut="C", stem="imagenet"))
+    assert (ghost.ghost_size, ghost.shortcut, ghost.stem) == (32, "C", "imagenet")
+    assert resolve(ghost) == ghost
+
+
 def test_augmentation():
     assert [resolve(Options(recipe=r)).chunks for r in ("sgd", "fb")] == ["shuffled", "fixed"]
     o = resolve(Options())
@@ -92,7 +145,10 @@ def test_augmentation():
 
 def test_differences():
     made, now = (resolve(Options(**o)).as_json() for o in ({}, {"augment": "random", "keep": 5}))
-    assert differences(made, now) == [("--augment", "none", "random")]
+    assert differences(made, now) == [
+        ("--augment", "none", "random"),
+        ("--padding", "none", "4"),
+    ]
     assert not differences(made, made | {"data_dir": "elsewhere", "threads": 7})
 
 
@@ -156,6 +212,38 @@ BAD = {
     "folder": ({"data_dir": Path("x")}, "--data-dir is only for --data cifar10 and cifar100"),
     "download": ({"download": True}, "--download is only for --data cifar10 and cifar100"),
     "radius, no penalty": ({"recipe": "fb", "radius": 0.1}, "--radius has no effect without"),
+    "schedule": ({"schedule": "linear"}, "--schedule linear: choose cosine, step, expon"),
+    "floor": ({"floor": 1.0}, "--floor 1.0: has to be at least 0 and below 1"),
+    "gamma": ({"schedule": "step", "gamma": 0.0}, "--gamma 0.0: has to be above 0 and below 1"),
+    "milestones": ({"schedule": "step", "milestones": "1,x"}, "--milestones 1,x: numbers with"),
+    "milestone 1": ({"schedule": "step", "milestones": "0.5,1"}, "each has to be above 0 and be"),
+    "no milestone": ({"schedule": "step", "milestones": ","}, "--milestones: name at least one"),
+    "floor, step": ({"schedule": "step", "floor": 0.1}, "--floor has no effect without --sche"),
+    "cosine, constant": ({"schedule": "constant", "cosine": 9}, "--cosine has no effect without"),
+    "gamma, cosine": ({"gamma": 0.1}, "--gamma has no effect without --schedule step or exp"),
+    "milestones, cosine": ({"milestones": "0.5"}, "--milestones has no effect without --sched"),
+    "loss": ({"loss": "hinge"}, "--loss hinge: choose cross-entropy, misclassified"),
+    "max-up": ({"max_up": 0}, "--max-up 0: has to be at least 1"),
+    "max-up, none": ({"max_up": 2}, "--max-up has no effect without --augment random"),
+    "padding": ({"augment": "random", "padding": -1}, "--padding -1: has to be at least 0"),
+    "padding, none": ({"padding": 2}, "--padding has no effect without --augment random or fix"),
+    "policy, none": ({"augment_policy": "randaugment"}, "--augment-policy has no effect without"),
+    "policy": ({"augment_policy": "auto"}, "--augment-policy auto: choose none, randaugment"),
+    "padding, imagenet": (
+        {"data": "imagenet:x", "augment": "random", "padding": 4},
+        "--padding is for crops of whole images, and those of --data imagenet:PATH are resized",
+    ),
+    "no path": ({"data": "tinyimagenet"}, "--data tinyimagenet: a path has to follow"),
+    "norm": ({"model": "resnet18", "norm": "layer"}, "--norm layer: choose batch, group, ghost"),
+    "norm, cnn": ({"norm": "group"}, "--norm is for ResNets, not for --model cnn; leave it out"),
+    "ghost, batch": (
+        {"model": "resnet20", "ghost_size": 8},
+        "--ghost-size is for ResNets with --norm ghost, not for --model resnet20 with --norm batch",
+    ),
+    "ghost 0": ({"model": "resnet20", "norm": "ghost", "ghost_size": 0}, "--ghost-size 0: has"),
+    "shortcut, vgg": ({"model": "vgg11", "shortcut": "A"}, "--shortcut is for ResNets, not"),
+    "stem, resnet20": ({"model": "resnet20", "stem": "cifar"}, "--stem is for resnet18 to resn"),
+    "widening": ({"model": "resnet18", "widening": 48}, "--widening is for PyramidNets, not"),
     "method, no penalty": ({"penalty": 0.0, "method": "exact"}, "--method has no effect without"),
 }
 
@@ -173,12 +261,34 @@ def test_resume_takes_no_other_options(tmp_path):
         check_resume(Options(resume=tmp_path, lr=0.1))
 
 
+def rates(passes: int = 24, **changes) -> list[float]:
+    """The learning rate at every pass and beyond, after a warm-up of 4, as a share of its peak."""
+    options = resolve(Options(steps=20, warmup=4, **changes))
+    return [lr_factor(step, options) for step in range(passes)]
+
+
 def test_schedule():
-    rates = [lr_factor(step, warmup=4, cosine=10) for step in range(20)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
-    assert rates[9] == pytest.approx(0.5) and rates[14] == pytest.approx(0)
-    assert rates[14:] == [pytest.approx(0)] * 6
-    assert lr_factor(0, warmup=0, cosine=1) == 1
+    found = rates(cosine=10)
+    assert found[:4] == [0.25, 0.5, 0.75, 1.0] and found[4] == 1.0
+    assert found[9] == pytest.approx(0.5) and found[14] == pytest.approx(0)
+    assert found[14:] == [pytest.approx(0)] * 10
+    assert lr_factor(0, resolve(Options(warmup=0, cosine=1))) == 1
+
+
+def test_other_schedules():
+    """All after the same warm-up; by default with the release's milestones and gammas."""
+    assert rates(schedule="constant") == [0.25, 0.5, 0.75] + [1.0] * 21
+    step = rates(schedule="step")
+    expected = [1.0] * 4 + [0.1] * 5 + [0.01] * 5 + [0.001] * 6  # from 7.5, 12.5 and 17.5 of 20 on
+    assert step[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert step[4:] == pytest.approx(expected)
+    step = rates(schedule="step", gamma=0.5, milestones="0.75, 0.5")
+    assert step[4:] == [1.0] * 6 + [0.5] * 5 + [0.25] * 9
+    assert rates(schedule="exponential")[4:] == pytest.approx([0.99**k for k in range(20)])
+    assert rates(schedule="exponential", gamma=0.5)[8] == 0.5**4
+    floor = rates(cosine=10, floor=0.04)
+    assert floor[:4] == [0.25, 0.5, 0.75, 1.0] and floor[14:] == pytest.approx([0.04] * 10)
+    assert floor[9] == pytest.approx(0.52)
 
 
 def test_every_epoch_has_its_own_order():

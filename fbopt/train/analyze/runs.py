@@ -22,7 +22,7 @@ from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.curvature import training_loss
 from fbopt.train.data.load import load
 from fbopt.train.distributed import select_device
-from fbopt.train.precision import set_float32_precision
+from fbopt.train.precision import parameter_dtype, set_float32_precision
 from fbopt.train.trainer import Trainer
 
 # The means of gradients in the state of update rules; the others' momenta are of their steps.
@@ -104,7 +104,7 @@ def read(path: Path, options: Analysis) -> Subject:
     data = load(trained.data, trained.image_size, trained.data_dir, samples=trained.samples)
     check_data(str(path), state["data"], data.sha256(), trained.data)
     device = select_device(options.device)
-    data = data.to(device)
+    data = data.to(device, dtype=parameter_dtype(trained.precision))
     # A few steps at most: not worth the wait for a compiler.
     run = Trainer(replace(trained, compile=False), data, device)
     check_model(str(path), state["model"], run.model.state_dict())

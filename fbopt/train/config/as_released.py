@@ -56,13 +56,14 @@ def resolve_switches(given: Options, values: dict[str, Any]) -> dict[str, Any]:
 def _effects(given: Options, values: dict[str, Any]) -> dict[str, bool]:
     """Whether each switch changes anything."""
     differs = values["penalty"] is not None and values["method"] == "central"
+    normalised = values["norm"] in (None, "batch") and values["model"] not in ("cnn", "nfnet-f0")
     shifted = values["method"] in ("forward", "central")
     return {
         "mean": not given.stochastic,
         "last_chunk": True,
-        "residual_init": values["model"] in RESIDUAL,
+        "residual_init": values["model"] in RESIDUAL and values["norm"] != "skipinit",
         "first_rate": values["warmup"] > 0,
-        "batchnorm": values["model"] != "cnn" and (shifted or not given.stochastic),
+        "batchnorm": normalised and (shifted or not given.stochastic),
         "central_radius": differs,
         "smoothing": values["label_smoothing"] > 0,
     }

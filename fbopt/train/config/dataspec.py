@@ -7,7 +7,8 @@ from pathlib import Path
 from types import ModuleType
 
 NAMED = ("mnist1d", "digits", "cifar10", "cifar100")
-KINDS = f"{', '.join(NAMED)}, npz:PATH or imagefolder:PATH"
+FOLDERS = ("imagefolder", "tinyimagenet", "imagenet")
+KINDS = f"{', '.join(NAMED)}, npz:PATH, {':PATH, '.join(FOLDERS[:-1])}:PATH or {FOLDERS[-1]}:PATH"
 
 
 class DataError(ValueError):
@@ -27,7 +28,7 @@ def parse(spec: str) -> tuple[str, Path | None]:
     kind, colon, path = spec.partition(":")
     if kind in NAMED and not colon:
         return kind, None
-    if kind in ("npz", "imagefolder"):
+    if kind in ("npz", *FOLDERS):
         if not path:
             raise DataError(f"--data {spec}: a path has to follow, as in {kind}:path/to/data")
         return kind, Path(path).expanduser()
@@ -36,4 +37,9 @@ def parse(spec: str) -> tuple[str, Path | None]:
 
 def scale_of(spec: str) -> str:
     """The scale of the recipes for a data set, unless --scale says otherwise."""
-    return "images" if spec.startswith(("imagefolder:", "cifar")) else "small"
+    return "images" if parse(spec)[0] in (*FOLDERS, "cifar10", "cifar100") else "small"
+
+
+def default_size(spec: str) -> int:
+    """The side in pixels of the images of a folder, unless --image-size says otherwise."""
+    return {"tinyimagenet": 64, "imagenet": 224}.get(parse(spec)[0], 32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from fbopt.train.config.options import Options, OptionsError, flag
@@ -46,10 +46,16 @@ def resolve_for(made: Mapping[str, Any], options: Options) -> Options:
     """Resolve the options of a run that has begun: it keeps its kind of sums, and how many chunks
     go through the model at once, unless they are given.
 
-    The defaults were float32 and 1 before.
+    The defaults were float32 and 1 before. Options that there were not are left open: None is what
+    was done then.
     """
     resolved = resolve(options)
-    kept = [name for name in ("accumulation", "vectorize") if getattr(options, name) is None]
+    kept = [
+        name
+        for name in asdict(options)
+        if getattr(options, name) is None
+        and (name in ("accumulation", "vectorize") or name not in made)
+    ]
     return replace(resolved, **{name: made.get(name) for name in kept})
 
 

@@ -9,17 +9,19 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 from fbopt.train.config.dataspec import parse
 
 RecipeName = Literal[
-    "sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong", "fb-sam", "fb-asam",
+    "sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong", "fb-gradreg", "fb-sam", "fb-asam",
     "sgd-aug", "fb-aug", "fb-long-aug", "fb-clip-aug", "fb-penalty-aug", "fb-strong-aug",
-    "fb-shuffled-aug", "fb-sam-aug", "fb-asam-aug",
+    "fb-shuffled-aug", "fb-gradreg-aug", "fb-sam-aug", "fb-asam-aug",
     "sgd-x10", "fb-x10", "fb-long-x10", "fb-clip-x10", "fb-penalty-x10", "fb-strong-x10",
-    "fb-sam-x10", "fb-asam-x10",
-    "fb-penalty-x40",
+    "fb-gradreg-x10", "fb-sam-x10", "fb-asam-x10",
+    "sgd-x40", "fb-x40", "fb-long-x40", "fb-clip-x40", "fb-penalty-x40", "fb-strong-x40",
+    "fb-gradreg-x40", "fb-sam-x40", "fb-asam-x40",
 ]  # fmt: skip
 ModelName = Literal[
     "cnn", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
     "resnet20", "resnet32", "resnet56", "resnet110", "vgg11", "vgg13", "vgg16", "vgg19",
-    "densenet121", "densenet169",
+    "densenet121", "densenet161", "densenet169", "densenet201", "pyramidnet110", "pyramidnet272",
+    "nfnet-f0",
 ]  # fmt: skip
 OptimizerName = Literal[
     "sgd", "adam", "adamw", "rmsprop", "sign", "normalized", "muon", "lars",
@@ -48,23 +50,32 @@ class Options:
 
     data: str = "mnist1d"
     """Data set: mnist1d, digits, cifar10, cifar100, npz:PATH (arrays x_train, y_train, x_test,
-    y_test) or imagefolder:PATH (train/CLASS/IMAGE and test/CLASS/IMAGE)."""
+    y_test), imagefolder:PATH (train/CLASS/IMAGE and test/CLASS/IMAGE), tinyimagenet:PATH (as it is
+    unpacked) or imagenet:PATH (train/CLASS/IMAGE and val/CLASS/IMAGE, decoded once into files that
+    need not fit into memory)."""
     data_dir: Path | None = None
     """Folder with the files of cifar10 or cifar100. Default: data."""
     download: bool = False
     """Download cifar10 or cifar100 if the folder does not hold them."""
-    image_size: int = 32
-    """Side in pixels to which the images of an imagefolder are resized."""
+    image_size: int | None = None
+    """Side in pixels of the images of folders, which are resized to it; for imagenet that of the
+    crops. Default: 64 for tinyimagenet, 224 for imagenet, else 32."""
     samples: int | None = None
     """Train on this many samples only, the first of the data set. Default: all."""
     augment: Literal["none", "random", "fixed"] | None = None
-    """Random crops (after padding by 4 black pixels) and horizontal flips of the training images:
-    none; random, new ones in every pass; fixed, the same few of every image in every pass: an
-    enlarged data set that is never stored. sgd visits one of these replicas per epoch."""
+    """Random crops (after padding by --padding black pixels; for imagenet, resized crops of 8 to
+    100 % of the area) and horizontal flips of the training images: none; random, new ones in every
+    pass; fixed, the same few of every image in every pass: an enlarged data set that is never
+    stored. sgd visits one of these replicas per epoch."""
     replicas: int | None = None
     """Crops of every image for --augment fixed. Default: from the recipe, else 10."""
     with_clean: bool = False
     """For --augment fixed: make the first replica the images as they are."""
+    padding: int | None = None
+    """Black pixels around an image before a crop. Default: 8 for tinyimagenet, else 4."""
+    augment_policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """What changes every crop further, for --augment random or fixed: RandAugment or TrivialAugment
+    of torchvision."""
     chunks: Literal["fixed", "shuffled", "replacement"] | None = None
     """Assignment of samples to chunks or mini-batches: fixed, in the order of the data; shuffled,
     in a new order every pass; replacement, drawn with replacement."""
@@ -73,17 +84,34 @@ class Options:
     image."""
     model: ModelName | None = None
     """Network: a small CNN without BatchNorm; or, for images, the paper's ResNets (18 to 152), He
-    et al.'s for CIFAR (20 to 110), VGGs with BatchNorm, DenseNets."""
+    et al.'s for CIFAR (20 to 110), VGGs with BatchNorm, DenseNets, PyramidNets, NFNet-F0."""
     width: int | None = None
     """Channels of the first layer; the widths of all others follow. Default: 25 for cnn, 16 for
-    resnet20 to resnet110, else 64."""
+    resnet20 to resnet110 and PyramidNets, 96 for densenet161, 128 for nfnet-f0, else 64."""
     dropout: float = 0.0
     """Probability of dropping an input of the last layer."""
+    stem: Literal["cifar", "imagenet"] | None = None
+    """First layers of resnet18 to resnet152, DenseNets and nfnet-f0: cifar, a 3×3 convolution;
+    imagenet, as published for ImageNet, which makes images a quarter as wide. Default: imagenet for
+    --data imagenet:PATH, else cifar."""
+    norm: Literal["batch", "group", "ghost", "skipinit"] | None = None
+    """Normalisation in the ResNets: batch; group, GroupNorm with 32 groups; ghost, BatchNorm over
+    sub-batches of a chunk; skipinit, none, and a learnable factor that starts at 0 at the end of
+    every block. Default: batch."""
+    ghost_size: int | None = None
+    """Samples per sub-batch of --norm ghost. Default: 32."""
+    shortcut: Literal["A", "B", "C", "pool"] | None = None
+    """Shortcuts of the ResNets, as He et al. name them: A, without parameters; B, a 1×1 convolution
+    where the shape changes; C, one in every block; pool, B with an average pool for its stride.
+    Default: pool for resnet18 to resnet152, A for resnet20 to resnet110."""
+    widening: int | None = None
+    """Channels that a PyramidNet adds from its first to its last block, at --width 16. Default: 84
+    for pyramidnet110, 200 for pyramidnet272."""
     recipe: RecipeName = "fb-penalty"
     """Row of the paper's ladder to follow; `fbopt recipes` lists their hyperparameters."""
     scale: Literal["images", "small"] | None = None
     """Version of the recipe: the paper's for images, or one scaled down for small data sets.
-    Default: images for imagefolder, cifar10 and cifar100, else small."""
+    Default: small for mnist1d, digits and npz:PATH, else images."""
     chunk_size: int | None = None
     """Samples per forward and backward pass of a full-batch step (not for sgd). It defines the
     penalty and BatchNorm's batch: part of the method, not only a matter of memory."""
@@ -154,6 +182,12 @@ class Options:
     """Parameters that decay: all, or only the weights of convolutions and linear layers."""
     label_smoothing: float | None = None
     """Share of the target that is spread evenly over the classes, in training only."""
+    loss: Literal["cross-entropy", "misclassified"] = "cross-entropy"
+    """Loss of a sample in training: its cross-entropy; misclassified, the same, but 0 for samples
+    that are classified correctly."""
+    max_up: int = 1
+    """Views (crops and flips) of every sample in each pass, of which the one with the largest loss
+    counts (max-up), for --augment random; 1 for no such maximum."""
     ema: float = 0.0
     """Evaluate an exponential moving average of the weights that keeps this share of itself after
     every pass."""
@@ -181,14 +215,25 @@ class Options:
     """Passes over which the learning rate rises linearly."""
     cosine: int | None = None
     """Passes after the warm-up in which a cosine would take the learning rate to zero."""
+    schedule: Literal["cosine", "step", "exponential", "constant"] = "cosine"
+    """Learning rate after the warm-up: cosine; step, times --gamma at each of --milestones;
+    exponential, times --gamma after every pass; constant, its peak."""
+    floor: float = 0.0
+    """Share of the peak learning rate at which the cosine ends."""
+    milestones: str | None = None
+    """Shares of all passes after which --schedule step lowers the learning rate. Default:
+    0.375,0.625,0.875."""
+    gamma: float | None = None
+    """Factor of --schedule step and exponential. Default: 0.1 for step, 0.99 for exponential."""
     switch_at: int = 0
     """Begin with this many epochs of mini-batch SGD, without a penalty (not for sgd itself)."""
     stop_fitted: int = 0
     """Stop after this many passes in a row that classified every training sample correctly; 0 for
     never."""
-    precision: Literal["fp32", "tf32", "bf16"] | None = None
+    precision: Literal["fp32", "tf32", "bf16", "fp64"] | None = None
     """Arithmetic of the forward and backward passes (sums and updates stay in float32): fp32; tf32,
-    for CUDA; bf16, autocast to bfloat16. Default: fp32 on the CPU, tf32 on CUDA."""
+    for CUDA; bf16, autocast to bfloat16; fp64, everything in float64, data, parameters, sums and
+    updates too. Default: fp32 on the CPU, tf32 on CUDA."""
     accumulation: Literal["exact", "float32"] | None = None
     """Sums of gradients over chunks (not for sgd): exact, in integers, with the same bits for any
     order of the chunks and any number of processes; or in float32. Default: exact."""
@@ -272,6 +317,21 @@ class Options:
     def tracked(self) -> tuple[str, ...]:
         """The measures that `track` names."""
         return tuple(name.strip() for name in self.track.split(",") if name.strip())
+
+    @property
+    def milestone_shares(self) -> tuple[float, ...]:
+        """The numbers that `milestones` lists; raises OptionsError."""
+        try:
+            shares = tuple(float(word) for word in (self.milestones or "").split(",") if word)
+        except ValueError as error:
+            raise OptionsError(
+                f"--milestones {self.milestones}: numbers with commas between, as in 0.5,0.75"
+            ) from error
+        if not all(0 < share < 1 for share in shares):
+            raise OptionsError(
+                f"--milestones {self.milestones}: each has to be above 0 and below 1"
+            )
+        return shares
 
     @property
     def stochastic(self) -> bool:

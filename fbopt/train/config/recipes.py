@@ -1,8 +1,9 @@
 """The recipes: the hyperparameters of every row of the paper's ladder, at two scales.
 
 "images" is CIFAR-10's scale, from Geiping et al. (ICLR 2022, arXiv 2109.14119), section 4 and the
-authors' released configurations. "small" is the same ladder scaled down to a few thousand samples
-(MNIST-1D, digits): found by hand on MNIST-1D, not by the paper.
+authors' released configurations; of the 40-fold table they ran fb-penalty alone. "small" is the
+same ladder scaled down to a few thousand samples (MNIST-1D, digits): found by hand on MNIST-1D, not
+by the paper.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ STEPS = {  # what each adds; its published test accuracy (%) on CIFAR-10 with au
     "fb-penalty": ("fb-clip + gradient penalty", "95.36 ± 0.07"),
     "fb-strong": ("fb-penalty on chunks of 32: a stronger penalty", "95.67 ± 0.08"),
     "fb-shuffled": ("fb-strong, samples shuffled into new chunks every pass", "95.91 ± 0.14"),
+    "fb-gradreg": ("fb-penalty at twice the lr (the later release)", ""),
     "fb-sam": ("fb-penalty with sharpness-aware minimization in its place", ""),
     "fb-asam": ("fb-penalty with adaptive sharpness-aware minimization in its place", ""),
 }
@@ -60,13 +62,14 @@ def _ladder(model: str, lr: float, passes: int, batch_size: int, long: Recipe) -
     penalty = clip | {"lr": 0.8, "penalty": 0.5}
     strong = penalty | {"chunk_size": 32}
     shuffled = strong | {"chunks": "shuffled"}
+    gradreg = penalty | {"lr": 1.6}
     aware = [clip | {"lr": 0.8, "perturbation": kind} for kind in ("sam", "asam")]
-    rows = sgd, fb, fb | long, clip, penalty, strong, shuffled, *aware
+    rows = sgd, fb, fb | long, clip, penalty, strong, shuffled, gradreg, *aware
     steps = dict(zip(STEPS, rows, strict=True))
     return {
         step + suffix: _COMMON | steps[step] | table.changes
         for suffix, table in TABLES.items()
-        for step in (["fb-penalty"] if suffix == "-x40" else steps)
+        for step in steps
         if step != "fb-shuffled" or suffix == "-aug"
     }
 
@@ -114,7 +117,7 @@ def published(name: str, scale: str) -> str:
 
 def overview() -> str:
     """The steps of the ladder, for the help."""
-    names = [step for step in STEPS if step in NAMES]
-    rows = "\n".join(f"  {step:11} {STEPS[step][0]}" for step in names)
+    plain = [name for name in NAMES if not split(name)[1]]
+    rows = "\n".join(f"  {step:11} {STEPS[step][0]}" for step in plain)
     return f"""recipes:\n\n{rows}\n\nWith -aug, -x10 or -x40 at the end: on augmented images;
 `fbopt recipes` lists all of them, with their hyperparameters and the accuracies of the paper."""

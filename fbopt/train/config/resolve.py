@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import Any, get_type_hints
 
 from fbopt.train.config.as_released import resolve_switches
-from fbopt.train.config.dataspec import parse, scale_of
+from fbopt.train.config.dataspec import default_size, parse, scale_of
+from fbopt.train.config.networks import layers
 from fbopt.train.config.options import TRACKED, Options, OptionsError, flag, literals
 from fbopt.train.config.perturbation import resolve_perturbation
 from fbopt.train.config.recipes import RECIPES, Recipe, chunks_at_once
@@ -37,12 +38,16 @@ def resolve(options: Options) -> Options:
     values = dict.fromkeys(asdict(options)) | recipe | rule | SPEED[device] | given
     if options.clip_history:
         values["max_norm"] = options.max_norm
-    values |= _passes(options, recipe, values)
+    values |= layers(options, values["model"]) | _passes(options, recipe, values)
     values |= resolve_perturbation(options, values)
     if values["every"] is None:
         values["every"] = values["eval_every"] if options.tracked else 0
     if values["augment"] == "fixed":
         values["replicas"] = values["replicas"] or 10
+    kind = parse(options.data)[0]
+    values["image_size"] = values["image_size"] or default_size(options.data)
+    if values["padding"] is None and values["augment"] != "none" and kind != "imagenet":
+        values["padding"] = 8 if kind == "tinyimagenet" else 4
     if options.momentum == 0 and values["nesterov"] is not None:
         values["nesterov"] = bool(options.nesterov)
     if (scale, values["model"]) == ("small", "cnn"):
@@ -71,6 +76,8 @@ def _passes(options: Options, recipe: Recipe, values: dict[str, Any]) -> dict[st
         "log_every": max(1, passes // 400),
         "keep": 2,
         "fingerprint_every": 0,
+        "gamma": {"step": 0.1, "exponential": 0.99}.get(options.schedule),
+        "milestones": "0.375,0.625,0.875" if options.schedule == "step" else None,
     }
     return {k: v for k, v in found.items() if getattr(options, k) is None}
 
@@ -82,6 +89,8 @@ def _without_effect(values: dict[str, Any]) -> dict[str, Any]:
         found |= {"replicas": None, "with_clean": False}
     if values["vectorize"] == 1:
         found |= {"vectorize": None}
+    if values["schedule"] != "cosine":
+        found |= {"cosine": None}
     return found
 
 
@@ -109,8 +118,8 @@ _INSTEAD = {
     "vectorize": "it is for chunks, of which sgd has none, so leave it out",
 }
 _COUNTS = """width image_size samples replicas threads steps epochs cosine chunk_size batch_size
-vectorize eval_every log_every save_every keep clip_history"""
-_NOT_NEGATIVE = """seed warmup penalty full_penalty sam_share weight_decay fingerprint_every
+vectorize eval_every log_every save_every keep clip_history ghost_size widening max_up"""
+_NOT_NEGATIVE = """seed padding warmup penalty full_penalty sam_share weight_decay fingerprint_every
 stop_fitted switch_at additive_noise multiplicative_noise norm_bias norm_bias_target every eps"""
 # Lower bound, whether the bound itself is allowed, upper bound (never allowed).
 AT_LEAST_1, AT_LEAST_0, ABOVE_0 = (1, True, math.inf), (0, True, math.inf), (0, False, math.inf)
@@ -119,8 +128,10 @@ _BOUNDS = {
     **dict.fromkeys(_NOT_NEGATIVE.split(), AT_LEAST_0),
     **dict.fromkeys(("lr", "radius", "rho", "agc", "trust"), ABOVE_0),
     **dict.fromkeys(
-        ("momentum", "dropout", "label_smoothing", "ema", "beta1", "beta2", "alpha"), (0, True, 1)
+        ("momentum", "dropout", "label_smoothing", "ema", "floor", "beta1", "beta2", "alpha"),
+        (0, True, 1),
     ),
+    "gamma": (0, False, 1),
 }
 
 
@@ -142,6 +153,8 @@ def check(options: Options) -> None:
         raise OptionsError(f"--seed {options.seed}: has to be below 2**63")
     if options.resume == "auto" and options.overwrite:
         raise OptionsError("--overwrite contradicts --resume auto; leave one of them out")
+    if options.milestones is not None and not options.milestone_shares:
+        raise OptionsError("--milestones: name at least one, as in 0.5,0.75")
     _check_processes(options)
     _check_belongs(options)
     check_rule(options)
@@ -206,6 +219,11 @@ def _check_data(options: Options) -> None:
             raise OptionsError(
                 f"{flag(name)} is only for --data cifar10 and cifar100; leave it out"
             )
+    if kind == "imagenet" and options.padding is not None:
+        raise OptionsError(
+            "--padding is for crops of whole images, and those of --data imagenet:PATH are "
+            "resized; leave it out"
+        )
 
 
 def check_effect(given: Options, values: dict[str, Any]) -> None:
@@ -213,6 +231,13 @@ def check_effect(given: Options, values: dict[str, Any]) -> None:
     needs = (
         (values["augment"] == "fixed", ("replicas", "with_clean"), "--augment fixed; add it"),
         (given.norm_bias, ("norm_bias_target", "norm_bias_power"), "--norm-bias; add it"),
+        (given.schedule == "cosine", ("cosine", "floor"), "--schedule cosine; leave it out"),
+        (given.schedule == "step", ("milestones",), "--schedule step; add it"),
+        (given.schedule in ("step", "exponential"), ("gamma",),
+         "--schedule step or exponential; add it"),
+        (values["augment"] == "random", ("max_up",), "--augment random; add it"),
+        (values["augment"] != "none", ("padding", "augment_policy"),
+         "--augment random or fixed; add it"),
     )  # fmt: skip
     for present, names, need in needs:
         for name in names:

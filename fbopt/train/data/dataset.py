@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,46 +24,88 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Split:
-    """Samples `x` (N, channels, *space), uint8 or float32, and labels `y` (N,), int64.
+    """Samples `x` (N, channels, *space), uint8, float32 or float64, and labels `y` (N,), int64.
 
-    A uint8 `x` is read as (x − mean)/std, both float32 that broadcast against samples.
+    A uint8 `x` is read as (x − mean)/std, both float32 or float64 and broadcast against samples.
+    With `crop`, of images its square of that side in the middle. `digest` is a SHA-256 of the
+    samples in a mapped file, which need not be in memory: where they do not fit on the device, they
+    stay on the CPU and only what is read is copied.
     """
 
     x: Tensor
     y: Tensor
     mean: Tensor | None = None
     std: Tensor | None = None
+    crop: int | None = None
+    digest: str | None = None
 
     def __len__(self) -> int:
         return len(self.y)
 
     @property
     def device(self) -> torch.device:
-        """Where the samples live."""
-        return self.x.device
+        """Where samples are read to, and the labels live."""
+        return self.y.device
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample as it is read."""
+        return tuple(self.x.shape[1:]) if self.crop is None else (self.x.shape[1], *[self.crop] * 2)
+
+    def stored(self, index: slice | Tensor) -> Tensor:
+        """The samples at `index` as they are stored, uncropped, on the device."""
+        if self.x.device == self.device:
+            return self.x[index]
+        found = self.x[index if isinstance(index, slice) else index.to(self.x.device)]
+        return found.to(self.device)
 
     def batch(self, index: slice | Tensor, pass_number: int = 0) -> tuple[Tensor, Tensor]:
-        """The float32 samples and int64 labels at `index`: a slice, or int64 positions.
+        """The samples and int64 labels at `index`: a slice, or int64 positions.
 
         They are the same in every pass; those of `Augmented` may not be.
         """
-        return self.normalised(self.x[index]), self.y[index]
+        x = self.stored(index)
+        if self.crop is not None:
+            top, left = ((side - self.crop) // 2 for side in x.shape[2:])
+            x = x[:, :, top : top + self.crop, left : left + self.crop]
+        return self.normalised(x), self.y[index]
 
     def normalised(self, x: Tensor) -> Tensor:
         """Samples like `self.x`, of any number, as the model reads them."""
         if self.mean is None:
             return x
-        return x.float().sub_(self.mean).div_(self.std)  # uint8, so float() is a copy
+        return x.to(self.mean.dtype).sub_(self.mean).div_(self.std)  # of uint8, so to() is a copy
 
-    def to(self, device: torch.device | str, channels_last: bool = True) -> Split:
-        """The same samples on `device`, images with their channels last in memory or not."""
-        x, y, *moments = (t if t is None else t.to(device) for t in vars(self).values())
+    def to(
+        self,
+        device: torch.device | str,
+        channels_last: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> Split:
+        """The same samples on `device`, images with their channels last in memory or not.
+
+        What is not of integers becomes `dtype`. A mapped file's samples stay in it where they
+        would take more than half of the device's free memory.
+        """
+        stays = self.digest is not None and not _fits(self.x, torch.device(device))
+        x = self.x if stays else _moved(self.x, device, dtype)
+        moments = [m if m is None else _moved(m, device, dtype) for m in (self.mean, self.std)]
         if x.ndim == 4 and channels_last:  # about 15 % faster, also on CPUs
             last = {"memory_format": torch.channels_last}
             x = x.contiguous(**last)
             # As large as an image: loops over three numbers in turn are not vectorised.
-            moments = [m if m is None else m.expand_as(x[:1]).contiguous(**last) for m in moments]
-        return Split(x, y, *moments)
+            image = (1, *self.shape)
+            moments = [m if m is None else m.expand(image).contiguous(**last) for m in moments]
+        return replace(self, x=x, y=self.y.to(device), mean=moments[0], std=moments[1])
+
+
+def _moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _fits(x: Tensor, device: torch.device) -> bool:
+    """Whether samples fit on a device beside what training needs; a CPU maps them."""
+    return device.type != "cuda" or x.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
 
 
 @dataclass(frozen=True)
@@ -141,16 +183,26 @@ class Data:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample: (channels, length) or (channels, height, width)."""
-        return tuple(self.test.x.shape[1:])
+        return self.test.shape
 
-    def to(self, device: torch.device | str, channels_last: bool = True) -> Data:
+    def to(
+        self,
+        device: torch.device | str,
+        channels_last: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> Data:
         """Both splits on `device`."""
-        train, test = (s.to(device, channels_last) for s in (self.train, self.test))
+        train, test = (s.to(device, channels_last, dtype) for s in (self.train, self.test))
         return replace(self, train=train, test=test)
 
     def sha256(self) -> str:
         """A digest of every sample and label, by which a resumed run recognises its data."""
-        return sha256(self.train.x, self.train.y, self.test.x, self.test.y)
+        splits, digest = (self.train, self.test), hashlib.sha256()
+        if self.train.digest is None:
+            return sha256(*(t for split in splits for t in (split.x, split.y)))
+        for split in splits:  # of the mapped samples, which are not all read for this
+            digest.update(f"{split.digest} {sha256(split.y)} {split.crop}\n".encode())
+        return digest.hexdigest()
 
 
 def sha256(*tensors: Tensor) -> str:
@@ -194,9 +246,7 @@ def from_arrays(
         x_train, y_train = x_train[:samples], y_train[:samples]
     mean = std = None
     if x_train.dtype == torch.uint8:
-        measured = _moments(x_train) if moments is None else np.multiply(moments, 255.0)
-        column = (2, -1, *(1 for _ in x_train.shape[2:]))
-        mean, std = torch.as_tensor(measured).float().view(column)
+        mean, std = channel_moments(moments, x_train.ndim - 2, x_train)
     return Data(Split(x_train, y_train, mean, std), Split(x_test, y_test, mean, std), classes)
 
 
@@ -218,6 +268,15 @@ def _check(x, y, x_name: str, y_name: str) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(x).all():
         raise DataError(f"{x_name} has infinite or undefined values; remove or replace them")
     return (x[:, None] if x.ndim == 2 else x), torch.from_numpy(y.astype(np.int64))
+
+
+def channel_moments(moments: Any, dimensions: int, x: Tensor | None = None) -> Tensor:
+    """Means and deviations for bytes: float32 (2, channels, 1, …), with so many `dimensions` of 1.
+
+    `moments` are shares of 255; None: those of `x`.
+    """
+    measured = _moments(x) if moments is None else np.multiply(moments, 255.0)
+    return torch.as_tensor(measured).float().view(2, -1, *[1] * dimensions)
 
 
 def _moments(x: Tensor) -> Tensor:

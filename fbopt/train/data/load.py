@@ -1,60 +1,54 @@
-"""Data sets by name: `load("mnist1d")`, digits, cifar10, cifar100, npz:PATH or imagefolder:PATH."""
+"""Data sets by name: `load("mnist1d")`, digits, cifar10, cifar100, or a kind and a path."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
 import random
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fbopt._build.cache import cache_folder, writable
-from fbopt.train.config.dataspec import DataError, parse, require
+from fbopt.train.config.dataspec import DataError, default_size, parse, require
+from fbopt.train.data import folders
 from fbopt.train.data.dataset import Data, from_arrays
+from fbopt.train.data.folders import Arrays, fixed_order
 
-Arrays = tuple[Any, Any, Any, Any]  # x_train, y_train, x_test, y_test
 NAMES = ("x_train", "y_train", "x_test", "y_test")
 # Means and deviations of the training images' channels, as shares of 255, as in the paper's code.
-MOMENTS = {
+MOMENTS = folders.MOMENTS | {
     "cifar10": ((0.49147, 0.48226, 0.44677), (0.24703, 0.24349, 0.26159)),
     "cifar100": ((0.50716, 0.48669, 0.44120), (0.26733, 0.25644, 0.27615)),
 }
-CACHE_FROM = 10_000  # images, whose decoding takes seconds
 
 
 def load(
     spec: str,
-    image_size: int = 32,
+    image_size: int | None = None,
     folder: Path | None = None,
     download: bool = False,
     samples: int | None = None,
 ) -> Data:
     """Load the data set `spec`, a value of `--data`, into CPU tensors.
 
-    `image_size` is the side in pixels that imagefolder's images are resized to; cifar10 and
-    cifar100 are read from `folder` (default: data) and, with `download`, downloaded to it if they
-    are not there. The first `samples` training samples are kept, by default all. Raises DataError
-    for missing files, arrays that do not fit together, and labels out of range.
+    `image_size` is the side in pixels that the images of folders are resized to, by default
+    `default_size`'s; cifar10 and cifar100 are read from `folder` (default: data) and, with
+    `download`, downloaded to it if they are not there. The first `samples` training samples are
+    kept, by default all. Raises DataError for missing files, arrays that do not fit together, and
+    labels out of range.
     """
     kind, path = parse(spec)
     if kind == "npz":
         arrays = _npz(path)
-    elif kind == "imagefolder":
-        arrays = _imagefolder(path, image_size)
+    elif path is not None:
+        size = image_size or default_size(spec)
+        if kind == "imagenet":
+            return folders.imagenet(path, size, samples)
+        arrays = getattr(folders, kind)(path, size)
     elif kind in MOMENTS:
         arrays = _cifar(kind, Path("data") if folder is None else folder, download)
     else:
         arrays = _mnist1d() if kind == "mnist1d" else _digits()
     return from_arrays(*arrays, spec, MOMENTS.get(kind), samples)
-
-
-def fixed_order(samples: int) -> np.ndarray:
-    """A shuffled order that is always the same: NumPy promises that for this generator."""
-    return np.random.RandomState(0).permutation(samples)
 
 
 def _mnist1d() -> Arrays:
@@ -117,75 +111,3 @@ def _cifar(kind: str, folder: Path, download: bool) -> Arrays:
         ) from error
     x_train, x_test = (part.data.transpose(0, 3, 1, 2) for part in (train, test))
     return x_train, train.targets, x_test, test.targets
-
-
-def _imagefolder(path: Path, size: int) -> Arrays:
-    """The images path/train/CLASS/IMAGE and path/test/CLASS/IMAGE, resized to `size` a side.
-
-    The training images come in a fixed, shuffled order: in that of the folders a chunk would hold
-    one class alone.
-    """
-    datasets = require(f"--data imagefolder:{path}", "torchvision", "torchvision.datasets")
-    folders = []
-    for part in ("train", "test"):
-        try:
-            folders.append(datasets.ImageFolder(str(path / part)))
-        except FileNotFoundError as error:
-            raise DataError(
-                f"--data imagefolder:{path}: expected images as "
-                f"{path / part}/<class>/<image>: {error}"
-            ) from error
-    train, test = folders
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise DataError(
-            f"--data imagefolder:{path}: train and test have different classes; only "
-            f"one of them has {', '.join(odd)}"
-        )
-    x_train, x_test = (_pixels([file for file, _ in f.samples], size) for f in folders)
-    order = fixed_order(len(x_train))
-    return x_train[order], np.asarray(train.targets)[order], x_test, test.targets
-
-
-def _pixels(files: list[str], size: int) -> np.ndarray:
-    """The images as uint8 (n, 3, size, size); many are decoded once and kept in fbopt's cache."""
-    if len(files) < CACHE_FROM:
-        return _decode(files, size)
-    cached = writable(cache_folder()) / f"images-{_key(files, size)}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        return np.load(cached)
-    pixels = _decode(files, size)
-    partial = cached.with_name(f"{os.getpid()}-{cached.name}")
-    try:
-        np.save(partial, pixels)
-        partial.replace(cached)
-    except OSError:  # a full disk: the run needs no cache
-        partial.unlink(missing_ok=True)
-    return pixels
-
-
-def _key(files: list[str], size: int) -> str:
-    """A hash that changes with any file's name, length or time, the size, or the decoder."""
-    import PIL
-
-    digest = hashlib.sha256(f"{PIL.__version__} {size}\n".encode())
-    for file in files:
-        facts = os.stat(file)
-        digest.update(f"{os.path.abspath(file)}\0{facts.st_size} {facts.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:24]
-
-
-def _decode(files: list[str], size: int) -> np.ndarray:
-    """Decode images to uint8 (n, 3, size, size), resizing those of another size."""
-    from PIL import Image
-    from torchvision.datasets.folder import default_loader
-
-    pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)
-    for index, file in enumerate(files):
-        try:
-            image = default_loader(file)
-        except OSError as error:
-            raise DataError(f"{file}: not a readable image ({error}); remove it") from error
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-        pixels[index] = np.asarray(image).transpose(2, 0, 1)
-    return pixels

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fbopt._random import mix
 
-DROPOUT, CROPS, REPLACEMENT, NOISE = 0, 1, 2, 3  # the purposes, a part of every seed
+DROPOUT, CROPS, REPLACEMENT, NOISE, POLICY = range(5)  # the purposes, a part of every seed
 
 
 @lru_cache(maxsize=1)  # every chunk of a pass asks for it
@@ -62,6 +62,9 @@ def _shifted(word: Tensor, by: int) -> Tensor:
     return (word >> by) & ((1 << (64 - by)) - 1)
 
 
-def below(bound: int, bits: Tensor, start: int = 0) -> Tensor:
-    """Integers 0 … bound − 1 from the 31 bits from bit `start` on; their bias is < bound/2**31."""
+def below(bound: int | Tensor, bits: Tensor, start: int = 0) -> Tensor:
+    """Integers 0 … bound − 1 from the 31 bits from bit `start` on; their bias is < bound/2**31.
+
+    A tensor of bounds broadcasts against the bits.
+    """
     return ((_shifted(bits, start) if start else bits) & (2**31 - 1)) * bound >> 31

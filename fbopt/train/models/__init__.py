@@ -1,7 +1,8 @@
 """The networks by name: `build("resnet18", (3, 32, 32), classes=10)`.
 
-A small CNN without BatchNorm, the paper's ResNets, He et al.'s ResNets for CIFAR, VGGs and
-DenseNets. All but the CNN are for images of about 32×32.
+A small CNN without BatchNorm, the paper's ResNets, He et al.'s ResNets for CIFAR, VGGs, DenseNets,
+PyramidNets and NFNet-F0. All but the CNN are for images, of about 32×32 unless the stem is
+ImageNet's.
 """
 
 from __future__ import annotations
@@ -13,13 +14,20 @@ from typing import Any
 from torch import nn
 
 from fbopt.train.models.convnets import cnn, densenet, vgg
+from fbopt.train.models.nfnet import nfnet
+from fbopt.train.models.pyramidnet import pyramidnet
 from fbopt.train.models.resnet import cifar_resnet, resnet, start_branches_at_one
 
 _IMAGES = {
     **{f"resnet{depth}": (partial(resnet, depth), 64) for depth in (18, 34, 50, 101, 152)},
     **{f"resnet{depth}": (partial(cifar_resnet, depth), 16) for depth in (20, 32, 56, 110)},
     **{f"vgg{depth}": (partial(vgg, depth), 64) for depth in (11, 13, 16, 19)},
-    **{f"densenet{depth}": (partial(densenet, depth), 64) for depth in (121, 169)},
+    **{
+        f"densenet{depth}": (partial(densenet, depth), width)
+        for depth, width in ((121, 64), (161, 96), (169, 64), (201, 64))
+    },
+    **{f"pyramidnet{depth}": (partial(pyramidnet, depth), 16) for depth in (110, 272)},
+    "nfnet-f0": (nfnet, 128),
 }
 __all__ = ["NAMES", "WIDTHS", "build", "count_parameters", "decay_groups", "start_branches_at_one"]
 WIDTHS = {"cnn": 25, **{name: width for name, (_, width) in _IMAGES.items()}}
@@ -33,12 +41,14 @@ def build(
     classes: int,
     width: int | None = None,
     dropout: float = 0.0,
+    **layers: Any,
 ) -> nn.Module:
     """The network `name` for samples of `shape` (channels, length) or (channels, height, width).
 
     It maps float32 (n, *shape) to logits (n, classes). `width` is the number of output channels of
-    its first layer, `dropout` the probability of dropping an input of the last layer.
-    Raises ValueError for a shape or width that the network cannot take.
+    its first layer, `dropout` the probability of dropping an input of the last layer; `layers` are
+    those of stem, norm, ghost_size, shortcut and widening that the network has and that are not to
+    be its own. Raises ValueError for a shape or width that the network cannot take.
     """
     channels, space = shape[0], tuple(shape[1:])
     width = WIDTHS[name] if width is None else width
@@ -49,12 +59,13 @@ def build(
             f"--model {name} takes images, not samples of shape {tuple(shape)}; use --model cnn"
         )
     smallest = _SMALLEST.get(name.rstrip("0123456789"), 1)
+    smallest *= 4 if layers.get("stem") == "imagenet" else 1
     if min(space) < smallest:
         raise ValueError(
             f"--model {name} takes images of at least {smallest} pixels a side, not of "
             f"{space[0]}×{space[1]}; use larger ones, or a resnet"
         )
-    return _IMAGES[name][0](channels, classes, width, dropout)
+    return _IMAGES[name][0](channels, classes, width, dropout, **layers)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -13,7 +13,12 @@ _VGG_LAYERS = {  # 3×3 convolutions before each of five max-pools
     16: (2, 2, 3, 3, 3),
     19: (2, 2, 4, 4, 4),
 }
-_DENSENET_BLOCKS = {121: (6, 12, 24, 16), 169: (6, 12, 32, 32)}
+_DENSENET_BLOCKS = {
+    121: (6, 12, 24, 16),
+    161: (6, 12, 36, 24),
+    169: (6, 12, 32, 32),
+    201: (6, 12, 48, 32),
+}
 
 
 def cnn(
@@ -72,13 +77,20 @@ def vgg(
 
 
 def densenet(
-    depth: int, channels: int, classes: int, width: int = 64, dropout: float = 0.0
+    depth: int,
+    channels: int,
+    classes: int,
+    width: int = 64,
+    dropout: float = 0.0,
+    *,
+    stem: str = "cifar",
 ) -> nn.Module:
-    """DenseNet-BC-121 or 169 (Huang et al., arXiv 1608.06993, table 1) with a CIFAR stem.
+    """DenseNet-BC-121, 161, 169 or 201 (Huang et al., arXiv 1608.06993, table 1).
 
-    The stem is one 3×3 convolution to `width` channels, BatchNorm and ReLU, without pooling; the
-    growth rate is width/2, so 32 as published; compression 1/2, bottlenecks of four times the
-    growth. Blocks and initial values are torchvision's.
+    With a CIFAR stem: one 3×3 convolution to `width` channels, BatchNorm and ReLU, without pooling;
+    or ImageNet's 7×7 convolution of stride 2 and max-pool. The growth rate is width/2, so 32 as
+    published, and 48 for DenseNet-161 with its width of 96; compression 1/2, bottlenecks of four
+    times the growth. Blocks and initial values are torchvision's.
     """
     if width < 2:
         raise ValueError(f"--width {width}: densenet{depth} grows by half of it, so at least 2")
@@ -90,9 +102,11 @@ def densenet(
         num_classes=classes,
     )
     features = network.features
-    features.conv0 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+    size, stride, padding = (7, 2, 3) if stem == "imagenet" else (3, 1, 1)
+    features.conv0 = nn.Conv2d(channels, width, size, stride, padding, bias=False)
     nn.init.kaiming_normal_(features.conv0.weight)
-    del features.pool0
+    if stem == "cifar":
+        del features.pool0
     layers = [("features", features), ("relu", nn.ReLU(inplace=True))]
     model = classifier(layers, network.classifier.in_features, classes, dropout)
     nn.init.zeros_(model.linear.bias)

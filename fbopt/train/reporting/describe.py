@@ -24,7 +24,7 @@ def describe(trainer: Trainer) -> str:
         f"{chunks.size}{at_once}{describe_sampling(o)}): {o.model} with "
         f"{models.count_parameters(trainer.model):,} parameters, {o.passes} {unit}, "
         f"{device}{precision}{', compiled' if o.compile else ''}\nlr {o.lr:g} ({o.warmup} of "
-        f"warm-up, cosine over {o.cosine}), {_rule(o)}weight decay {o.weight_decay:g}, "
+        f"warm-up, {_schedule(o)}), {_rule(o)}weight decay {o.weight_decay:g}, "
         f"{_clipping(o)}, {_perturbation(o)}{_extras(o)}{_unknown_threshold(o)}"
         f"{_sorted_labels(trainer)}"
     )
@@ -58,6 +58,15 @@ def _unknown_threshold(o: Options) -> str:
         return ""
     whose = "--agc" if o.agc else f"--optimizer {o.optimizer}"
     return f"\nnote: no threshold of stability is known for {whose}, so none is logged"
+
+
+def _schedule(o: Options) -> str:
+    if o.schedule == "step":
+        return f"times {o.gamma:g} at {o.milestones} of the run"
+    if o.schedule == "exponential":
+        return f"times {o.gamma:g} per pass"
+    floor = f" to {o.floor:g} of it" if o.floor else ""
+    return "then constant" if o.schedule == "constant" else f"cosine over {o.cosine}{floor}"
 
 
 def _clipping(o: Options) -> str:
@@ -101,5 +110,7 @@ def _extras(o: Options) -> str:
         "until fitted for {} passes": o.stop_fitted,
     }
     words = [text.format(f"{value:g}") for text, value in parts.items() if value]
-    words += ["float32 sums"] * (o.accumulation == "float32")
+    words += [f"loss of {o.loss} samples alone"] * (o.loss != "cross-entropy")
+    words += [f"the worst of {o.max_up} views"] * (o.max_up > 1)
+    words += ["float32 sums"] * (o.accumulation == "float32" and o.precision != "fp64")
     return "".join(f", {word}" for word in words)

@@ -1,0 +1,126 @@
+"""Image files as uint8 arrays, decoded once and kept in fbopt's cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fbopt._build.cache import cache_folder, writable
+from fbopt.train.config.cores import usable_cores
+from fbopt.train.config.dataspec import DataError, require
+
+CACHE_FROM = 10_000  # images, whose decoding takes seconds
+
+
+def pixels(files: Sequence[str], size: int) -> np.ndarray:
+    """The images as uint8 (n, 3, size, size) in memory; many are kept in the cache."""
+    if len(files) < CACHE_FROM:
+        return _decode(files, size)
+    cached = writable(cache_folder()) / f"images-{_key(files, f'{size}')}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        return np.load(cached)
+    made = _decode(files, size)
+    partial = cached.with_name(f"{os.getpid()}-{cached.name}")
+    try:
+        np.save(partial, made)
+        partial.replace(cached)
+    except OSError:  # a full disk: the run needs no cache
+        partial.unlink(missing_ok=True)
+    return made
+
+
+def mapped_pixels(files: Sequence[str], side: int, name: str) -> tuple[np.ndarray, str]:
+    """The images as uint8 (n, 3, side, side) in a mapped file, and a SHA-256 of them all.
+
+    The shorter side of each is resized to `side`, and the square in its middle kept: n·side²·3
+    bytes on disk, channels last. Of a file of the cache only what is read comes into memory.
+
+    Args:
+        files: of the images, in their order.
+        side: in pixels.
+        name: of the data set, for errors. Raises DataError where the file cannot be written.
+    """
+    cached = writable(cache_folder()) / f"mapped-{_key(files, f'{side} square')}.npy"
+    digest, shape = cached.with_suffix(".sha256"), (len(files), side, side, 3)
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        return _open(cached, shape), digest.read_text()
+    partial = cached.with_name(f"{os.getpid()}-{cached.name}")
+    try:
+        found = _decode_to(partial, files, shape)
+        digest.write_text(found)
+        partial.replace(cached)
+    except OSError as error:
+        raise DataError(
+            f"{name}: its {len(files):,} images take {np.prod(shape) / 1e9:.1f} GB in "
+            f"{cached.parent}, which cannot be written ({error}); make room, or say with "
+            "FBOPT_CACHE_DIR where there is some"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return _open(cached, shape), found
+
+
+def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    # Copy on write: torch warns of arrays that cannot be written to.
+    array = np.load(path, mmap_mode="c")
+    if array.shape != shape or array.dtype != np.uint8:
+        raise ValueError(f"{path} holds something else")
+    return array.transpose(0, 3, 1, 2)
+
+
+def _decode_to(path: Path, files: Sequence[str], shape: tuple[int, ...]) -> str:
+    """Write the images to a file; return the SHA-256 of theirs, one after the other."""
+    transforms = require("--data imagenet:PATH", "torchvision", "torchvision.transforms")
+    square = transforms.Compose([transforms.Resize(shape[1]), transforms.CenterCrop(shape[1])])
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+
+    def decode(index: int) -> bytes:
+        array[index] = read_image(files[index], square)
+        return hashlib.sha256(array[index].tobytes()).digest()
+
+    total = hashlib.sha256()
+    with ThreadPoolExecutor(usable_cores()) as pool:  # decoders let go of Python's lock
+        for digest in pool.map(decode, range(len(files))):
+            total.update(digest)
+    array.flush()
+    return total.hexdigest()
+
+
+def _key(files: Sequence[str], size: str) -> str:
+    """A hash that changes with any file's name, length or time, the size, or the decoder."""
+    import PIL
+
+    digest = hashlib.sha256(f"{PIL.__version__} {size}\n".encode())
+    for file in files:
+        facts = os.stat(file)
+        digest.update(f"{os.path.abspath(file)}\0{facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def _decode(files: Sequence[str], size: int) -> np.ndarray:
+    """Decode images to uint8 (n, 3, size, size), resizing those of another size."""
+    from PIL import Image
+
+    found = np.empty((len(files), 3, size, size), dtype=np.uint8)
+    for index, file in enumerate(files):
+        image = read_image(file, lambda i: i.resize((size, size), Image.Resampling.BILINEAR))
+        found[index] = image.transpose(2, 0, 1)
+    return found
+
+
+def read_image(file: str, change: Callable[[Any], Any]) -> np.ndarray:
+    """An image file in RGB, changed by `change`, as uint8 (height, width, 3)."""
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        image = default_loader(file)
+    except OSError as error:
+        raise DataError(f"{file}: not a readable image ({error}); remove it") from error
+    return np.asarray(change(image))
