@@ -77,7 +77,7 @@ def test_help_of_train(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert status("train", "--help") == 0
     out = capsys.readouterr().out
-    assert re.findall(r"^(\w+):$", out, re.M) == ["options", *Options.GROUPS, "recipes"]
+    assert re.findall(r"^(\w[\w' ]*):$", out, re.M) == ["options", *Options.GROUPS, "recipes"]
     assert "None" not in out and "{" not in out and all(name in out for name in NAMES)
     texts = re.split(r"^  (?=--)", out.partition("\nrecipes:")[0], flags=re.M)
     texts = {text.split()[0]: " ".join(text.split()) for text in texts}

@@ -40,8 +40,8 @@ STEPS = {  # what each adds; its published test accuracy (%) on CIFAR-10 with au
     "fb-strong": ("fb-penalty on chunks of 32: a stronger penalty", "95.67 ± 0.08"),
     "fb-shuffled": ("fb-strong, samples shuffled into new chunks every pass", "95.91 ± 0.14"),
     "fb-gradreg": ("fb-penalty at twice the lr (the later release)", ""),
-    "fb-sam": ("fb-penalty with sharpness-aware minimization in its place", ""),
-    "fb-asam": ("fb-penalty with adaptive sharpness-aware minimization in its place", ""),
+    "fb-sam": ("fb-penalty with SAM in place of the penalty", ""),
+    "fb-asam": ("fb-penalty with ASAM in place of the penalty", ""),
 }
 RHO = {"sam": 0.05, "asam": 0.5}  # Foret et al. 2021 and Kwon et al. 2021, on CIFAR-10
 _COMMON = {
