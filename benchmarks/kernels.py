@@ -20,6 +20,8 @@ WORDS = {
     "pack_": 2,
     "squared_norm": 1,
     "perturb_": 4,
+    "adaptive_norms": 2,
+    "perturb_adaptive_": 3,
     "accumulate_": 3,
     "accumulate_penalty_": 4,
     "accumulate_exact_": 5,
@@ -28,6 +30,8 @@ WORDS = {
     "clip_": 2,
     "sgd_step_": 5,
 }
+# Of ASAM's scale T = abs(p) + eta.
+ETA = 0.01
 # The inverse of the unit of exact sums: as fine as sums of some hundred chunks need.
 EXACT_SCALE = 2.0**48
 Tensors = list[Tensor]
@@ -65,8 +69,11 @@ class KernelArguments:
         # NaN, so that an element which an op leaves out is found.
         nan = {"fill_value": float("nan"), "dtype": dtype, "device": device}
         self.perturbed = torch.full((flat_size(self.params),), **nan)
+        self.adapted = torch.full((flat_size(self.params),), **nan)
         self.packed = torch.full((chunk.numel,), **nan)
         self.square = reference.squared_norm([g.to(dtype) for g in chunk.grads]).to(device)
+        lists = ([x.to(dtype) for x in xs] for xs in (chunk.params, chunk.grads))
+        self.scaled = reference.adaptive_norms(*lists, ETA)[1].to(device)
         self.norm, self.lr = self.square.sqrt(), scalar_on(device, 1e-3)
         self.weight = scalar_on(device, chunk.weight)
         self.coefficient = scalar_on(device, chunk.coefficient)
@@ -87,6 +94,10 @@ class KernelArguments:
             "pack_": lambda: ops.pack_(self.packed, self.grads),
             "squared_norm": lambda: ops.squared_norm(self.grads),
             "perturb_": lambda: ops.perturb_(self.perturbed, self.params, self.grads, radius),
+            "adaptive_norms": lambda: ops.adaptive_norms(self.params, self.grads, ETA),
+            "perturb_adaptive_": lambda: ops.perturb_adaptive_(
+                self.adapted, self.params, self.grads, radius, ETA, self.scaled
+            ),
             "accumulate_": lambda: ops.accumulate_(self.sums, self.grads, self.weight),
             "accumulate_penalty_": lambda: ops.accumulate_penalty_(
                 self.penalised, self.grads, self.plus, [], self.weight, *penalty
@@ -110,6 +121,8 @@ class KernelArguments:
             "pack_": [self.packed],
             "squared_norm": [self.square],
             "perturb_": flat_views(self.perturbed, self.params),
+            "adaptive_norms": [self.scaled],
+            "perturb_adaptive_": flat_views(self.adapted, self.params),
             "accumulate_": self.sums,
             "accumulate_penalty_": self.penalised,
             "accumulate_exact_": self._values(self.exact),
@@ -134,6 +147,8 @@ def kernels(chunk: Operands) -> list[Contender]:
     for name, call in calls.items():
         returned, wanted = call(), references[name]()
         if wanted is not None:
-            require_close(name, "the squared norm", [returned], [wanted], 1e-6)
+            pairs = zip(returned.reshape(-1, 1), wanted.reshape(-1, 1), strict=True)
+            for found, right_one in pairs:
+                require_close(name, "the squared norm", [found], [right_one], 1e-6)
         require_close(name, "the result", ours.outcome(name), right.outcome(name), 1e-5)
     return [Contender(name, calls[name], words * chunk.numel) for name, words in WORDS.items()]

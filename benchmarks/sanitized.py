@@ -33,8 +33,8 @@ from fbopt._ops.flat import DTYPES, accumulator_dtype, flat_size, flat_views, st
 
 # Odd and even sizes, empty and 0-dim tensors, one block and several.
 SHAPES = [torch.Size(s) for s in ((3, 4), (), (0,), (7,), (2, 3, 5, 5), (33, 65), (70001,))]
-STACKED = ("squared_norm", "perturb_", "accumulate_", "accumulate_penalty_", "accumulate_exact_")
-STACKED += ("accumulate_exact_penalty_",)
+STACKED = ("squared_norm", "perturb_", "adaptive_norms", "perturb_adaptive_", "accumulate_")
+STACKED += ("accumulate_penalty_", "accumulate_exact_", "accumulate_exact_penalty_")
 # More tensors than the arguments of one launch hold.
 MANY = [torch.Size([1 + i % 23]) for i in range(2500)]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -115,17 +115,21 @@ class StackArguments(KernelArguments):
             for tensors in (self.grads, self.plus)
         )
         like = stacks_like(self.params, self.chunks)
-        self.perturbed = self.perturbed.new_full((flat_size(like),), float("nan"))
+        self.perturbed, self.adapted = (
+            self.perturbed.new_full((flat_size(like),), float("nan")) for _ in range(2)
+        )
         scales = 2.0 ** torch.arange(self.chunks).to(self.square)
         self.square, self.weight = self.square * scales**2, self.weight * scales
+        self.scaled = self.scaled * scales**2
 
     def calls(self, ops: object) -> dict[str, Callable[[], object]]:
         calls = {n: call for n, call in super().calls(ops).items() if n in STACKED}
         return calls | {"squared_norm": lambda: ops.squared_norm(self.grads, True)}
 
     def outcome(self, op: str) -> list[Tensor]:
-        if op == "perturb_":
-            return flat_views(self.perturbed, stacks_like(self.params, self.chunks))
+        if op in ("perturb_", "perturb_adaptive_"):
+            out = self.perturbed if op == "perturb_" else self.adapted
+            return flat_views(out, stacks_like(self.params, self.chunks))
         return super().outcome(op)
 
 

@@ -17,7 +17,7 @@ from tape import Tape
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fbopt import FullBatchClosure, GradientPenalty
+from fbopt import FullBatchClosure, GradientPenalty, SharpnessAware
 from fbopt._build import load
 from fbopt._engine import cuda_capture, cuda_graphs
 from fbopt._engine.vectorized import VectorizedGradient
@@ -212,6 +212,38 @@ CASES = [
         4,
         {"chunk_norms": True},
         before=lambda m, c, i: setattr(c, "chunk_max_norm", (0.1, 0.2)[i // 2]),
+        chunks=lambda: ragged(8, 8, 5, 5),
+    ),
+    Case("norm penalty", 2, {"penalty": GradientPenalty(coefficient=0.1, power=1)}),
+    # Their visit for G captures graphs of its own; G is another at every call.
+    *(
+        Case(f"by all chunks, {method}", 2, {"penalty": penalty})
+        for method in ("forward", "central", "exact")
+        for penalty in [GradientPenalty(coefficient=0.1, full_strength=1.0, method=method)]
+    ),
+    Case("SAM", 2, {"penalty": SharpnessAware()}),
+    Case("SAM by all chunks", 2, {"penalty": SharpnessAware(scope="full")}),
+    Case("ASAM", 2, {"penalty": SharpnessAware(0.5, True)}),
+    Case("ASAM, central", 2, {"penalty": SharpnessAware(0.5, True, method="central")}),
+    Case(
+        "ASAM by all chunks, exact sums",
+        2,
+        {"penalty": SharpnessAware(0.5, True, "full"), "accumulation": "exact"},
+    ),
+    Case(
+        "ASAM by all chunks, many small tensors, clipped",
+        2,
+        {"penalty": SharpnessAware(0.5, True, "full", method="central"), "chunk_max_norm": 0.1},
+        lambda: mlp(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(10))),
+    ),
+    Case("ASAM of two dtypes", 2, {"penalty": SharpnessAware(0.5, True)}, lambda: mixed()),
+    Case(
+        "an eta that changes",
+        4,
+        {"penalty": SharpnessAware(0.5, True)},
+        before=lambda m, c, i: setattr(
+            c, "penalty", SharpnessAware(0.5, True, eta=(0.01, 0.2)[i // 2])
+        ),
         chunks=lambda: ragged(8, 8, 5, 5),
     ),
     Case("one chunk", 1, PENALISED, chunks=lambda: ragged(8)),

@@ -105,7 +105,7 @@ def test_a_layer_that_is_scaled_before_batchnorm_gets_the_same_gradient():
 
     for scope in ("chunk", "full"):
         found = [scaled(a, scope=scope, adaptive=True, eta=0) for a in (1.0, 8.0)]
-        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
         sam = [scaled(a, scope=scope) for a in (1.0, 8.0)]
         assert relative(*sam) > 1e-2
 

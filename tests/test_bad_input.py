@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,6 +25,7 @@ from fbopt import (
     FullBatchGD,
     GradientAccumulator,
     GradientPenalty,
+    SharpnessAware,
     clip_grad_norm_,
 )
 
@@ -869,6 +871,134 @@ PENALTY = [
     ),
 ]
 
+
+def trapped(w: World, call: int, **rule: Any) -> None:
+    """A step of SAM in which a call of loss_fn raises."""
+    w.step_trapped(call, raising(LookupError("mine")), penalty=SharpnessAware(**rule))
+
+
+RULES = [
+    Row("power three", lambda w: GradientPenalty(power=3), ValueError, "power must be 1.*got 3"),
+    Row("power text", lambda w: GradientPenalty(power="2"), ValueError, "power must be 1.*got '2'"),
+    Row("power True", lambda w: GradientPenalty(power=True), ValueError, "power must be 1"),
+    Row(
+        "full_strength negative",
+        lambda w: GradientPenalty(full_strength=-1),
+        ValueError,
+        "full_strength must be at least 0",
+    ),
+    Row(
+        "full_strength NaN",
+        lambda w: GradientPenalty(full_strength=NAN),
+        ValueError,
+        "full_strength must be finite",
+    ),
+    Row(
+        "full_strength text",
+        lambda w: GradientPenalty(full_strength="1"),
+        TypeError,
+        "full_strength must be a number",
+    ),
+    Row(
+        "full_strength of the norm",
+        lambda w: GradientPenalty(power=1, full_strength=1),
+        ValueError,
+        "full_strength is for the squared norm: pass power=2",
+    ),
+    Row("rho zero", lambda w: SharpnessAware(0), ValueError, "rho must be greater than 0"),
+    Row("rho infinite", lambda w: SharpnessAware(INF), ValueError, "rho must be finite"),
+    Row("rho text", lambda w: SharpnessAware("0.1"), TypeError, "rho must be a number"),
+    Row(
+        "adaptive is a number",
+        lambda w: SharpnessAware(adaptive=1),
+        TypeError,
+        "adaptive must be True or False, got int",
+    ),
+    Row(
+        "adaptive is a scope",
+        lambda w: SharpnessAware(0.05, "full"),
+        TypeError,
+        "adaptive must be True or False, got str",
+    ),
+    Row("scope", lambda w: SharpnessAware(scope="all"), ValueError, "scope must be one of.*'full'"),
+    Row("alpha negative", lambda w: SharpnessAware(alpha=-1), ValueError, "alpha must be at least"),
+    Row("alpha NaN", lambda w: SharpnessAware(alpha=NAN), ValueError, "alpha must be finite"),
+    Row(
+        "SAM by double backward",
+        lambda w: SharpnessAware(method="exact"),
+        ValueError,
+        "method must be one of",
+    ),
+    Row(
+        "eta negative",
+        lambda w: SharpnessAware(adaptive=True, eta=-0.1),
+        ValueError,
+        "eta must be at least 0",
+    ),
+    Row(
+        "eta infinite",
+        lambda w: SharpnessAware(adaptive=True, eta=INF),
+        ValueError,
+        "eta must be finite",
+    ),
+    Row(
+        "eta text",
+        lambda w: SharpnessAware(adaptive=True, eta="small"),
+        TypeError,
+        "eta must be a number",
+    ),
+    Row(
+        "eta without adaptive",
+        lambda w: SharpnessAware(eta=0.1),
+        ValueError,
+        "eta is of the adaptive perturbation: pass adaptive=True",
+    ),
+    Row(
+        "penalty is SharpnessAware itself",
+        lambda w: w.make(penalty=SharpnessAware),
+        TypeError,
+        "penalty must be a GradientPenalty, a SharpnessAware or None, got type",
+    ),
+    Row(
+        "returns",
+        lambda w: w.make(returns="both"),
+        ValueError,
+        "returns must be one of.*'objective'",
+    ),
+    Row(
+        "the objective of SAM",
+        lambda w: w.make(penalty=SharpnessAware(), returns="objective"),
+        ValueError,
+        "pass a GradientPenalty",
+    ),
+    Row(
+        "the objective of clipped chunks",
+        lambda w: w.make(chunk_max_norm=1.0, returns="objective"),
+        ValueError,
+        "leave chunk_max_norm out",
+    ),
+    Row(
+        "double backward in hooks, by all chunks",
+        lambda w: w.step(
+            penalty=GradientPenalty(coefficient=1, full_strength=1, method="exact"), backward=True
+        ),
+        ValueError,
+        "method='exact' differentiates twice",
+    ),
+    # Three chunks: with the full scope the calls 1 to 3 are of the visit for G.
+    *(
+        Row(f"loss_fn raises in call {call} of {rule}", partial(trapped, call=call, **rule), *mine)
+        for mine in [(LookupError, "mine")]
+        for rule, calls in (
+            ({"adaptive": True}, (1, 2)),
+            ({"adaptive": True, "method": "central"}, (3, 9)),
+            ({"scope": "full"}, (3, 4, 5)),
+            ({"scope": "full", "adaptive": True, "method": "central"}, (2, 6, 12)),
+        )
+        for call in calls
+    ),
+]
+
 ACCUMULATOR = [
     Row(
         "params is one tensor",
@@ -997,6 +1127,7 @@ TABLES = {
     "FullBatchClosure": CLOSURE,
     "call": CALL,
     "GradientPenalty": PENALTY,
+    "SharpnessAware": RULES,
     "GradientAccumulator": ACCUMULATOR,
     "clip_grad_norm_": CLIP,
 }

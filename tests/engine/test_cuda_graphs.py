@@ -34,7 +34,7 @@ from graph_cases import (
 )
 from torch import Tensor, nn
 
-from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
+from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty, SharpnessAware
 from fbopt._engine import cuda_capture, cuda_graphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,6 +67,46 @@ def test_the_bits_are_those_without_graphs(case: Case, device: torch.device):
 def test_the_bits_of_groups_are_those_without_graphs(case: Case, device: torch.device):
     closure = require_same_bits(grouped(case), device)
     assert graphs_of(closure, of_groups=True) > 0
+
+
+@in_groups_or_not
+@pytest.mark.parametrize(
+    "rule",
+    [
+        GradientPenalty(coefficient=0.1, full_strength=1.0, method="exact"),
+        SharpnessAware(0.5, adaptive=True, scope="full"),
+    ],
+    ids=["full strength", "full scope"],
+)
+def test_replays_see_the_gradient_of_all_chunks_at_every_call(
+    rule, vectorize: int, device: torch.device
+):
+    """It is another at every call, in the memory that the graphs have captured."""
+    seen: dict[bool, list] = {True: [], False: []}
+    for cuda_graph, found in seen.items():
+        model = mlp(nn.BatchNorm1d(16), nn.Dropout(0.3)).to(device)
+        chunks = placed(ragged(*[8] * 6), device)
+        closure = FullBatchClosure(
+            model,
+            F.cross_entropy,
+            chunks,
+            penalty=rule,
+            vectorize=vectorize,
+            cuda_graph=cuda_graph,
+        )
+        torch.manual_seed(8)
+        for _ in range(5):
+            loss = closure()
+            whole = closure._whole_gradient
+            found.append(bits(loss, whole.grads, [p.grad for p in model.parameters()]))
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.sub_(p.grad, alpha=0.1)
+        if cuda_graph:
+            assert graphs_of(closure) == graphs_of(whole.visitor) == 1
+    assert seen[True] == seen[False]
+    wholes = [str(whole) for _, whole, _ in seen[True]]
+    assert len(set(wholes)) == len(wholes)
 
 
 @pytest.mark.parametrize("kind", ["FullBatchGD", "LBFGS", "Adam"])

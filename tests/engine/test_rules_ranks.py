@@ -21,8 +21,11 @@ WORLDS = (1, 2, 3)
 RULES = {
     "norm": GradientPenalty(coefficient=0.1, power=1),
     "full": GradientPenalty(coefficient=0.1, full_strength=1.0),
+    "full exact": GradientPenalty(coefficient=0.1, full_strength=1.0, method="exact"),
     "sam": SharpnessAware(rho=0.2),
     "full sam": SharpnessAware(rho=0.2, scope="full"),
+    "asam": SharpnessAware(0.5, adaptive=True, method="central"),
+    "full asam": SharpnessAware(0.5, adaptive=True, scope="full"),
 }
 KINDS = list(itertools.product(RULES, ("exact", "float32"), (1, 2)))
 
@@ -51,15 +54,19 @@ def work(rank, world, folder):
 
 
 def differing(rank):
-    """The error where processes have other rules."""
-    closure = FullBatchClosure(
-        mlp(),
-        F.cross_entropy,
-        chunked(),
-        penalty=RULES["sam" if rank == 0 else "full sam"],
-        process_group=dist.group.WORLD,
-    )
-    return caught(closure)
+    """The errors where processes have other rules: another scope, or another eta."""
+    found = []
+    asam = [SharpnessAware(0.5, adaptive=True, eta=eta) for eta in (0.01, 0.02)]
+    for pair in ([RULES["sam"], RULES["full sam"]], asam):
+        closure = FullBatchClosure(
+            mlp(),
+            F.cross_entropy,
+            chunked(),
+            penalty=pair[min(rank, 1)],
+            process_group=dist.group.WORLD,
+        )
+        found.append(caught(closure))
+    return found
 
 
 def failing(rank):
@@ -91,7 +98,7 @@ def test_processes_get_what_one_gets(jobs, kind):
 
 def test_other_rules_and_errors_reach_all_processes(jobs):
     for world in WORLDS[1:]:
-        for rank, (_, other, failed) in enumerate(jobs[world]):
-            assert "penalty" in other[1]
+        for rank, (_, others, failed) in enumerate(jobs[world]):
+            assert all("the penalty's direction" in other[1] for other in others)
             assert failed[0] == ("ZeroDivisionError" if rank == 0 else "PeerError")
             assert "a fault of the test" in failed[1]
