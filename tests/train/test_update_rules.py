@@ -12,6 +12,7 @@ import tiny_runs
 import torch
 from tiny_runs import interrupt_after, options
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fbopt.train import loop
 from fbopt.train.checkpoint.digest import fingerprint, groups
@@ -20,6 +21,7 @@ from fbopt.train.config.options import OptimizerName, Options, OptionsError
 from fbopt.train.config.resolve import resolve
 from fbopt.train.config.rules import OWN, RULES
 from fbopt.train.data.load import load
+from fbopt.train.grad_transforms import ClipHistory
 from fbopt.train.loop import train
 from fbopt.train.optimizers.lars import LARS
 from fbopt.train.optimizers.muon import Muon
@@ -359,3 +361,29 @@ def test_no_threshold_for_units_that_are_clipped_each_on_its_own(tiny, tmp_path,
     row = run.folder.read_metrics()[-1]
     assert "sharpness" in row and "sharpness_threshold" not in row
     assert "is known for --agc, so none is logged" in capsys.readouterr().out
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses to read a tensor's value on the host, for which a GPU would have to be waited."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [SignDescent, NormalizedGD, LARS, Muon])
+def test_no_step_reads_a_value_on_the_host(kind):
+    weight, bias = (nn.Parameter(t.float()) for t in tensors(0, (4, 3, 3), (4,)))
+    matrices = {"matrices": True} if kind is Muon else {}
+    optimizer = kind([{"params": [weight], **matrices}, {"params": [bias]}], lr=0.1)
+    history = ClipHistory(2, weight)
+    for p in (weight, bias):
+        p.grad = torch.ones_like(p)
+    with NoReads():
+        history.add(weight.grad.norm())
+        assert isinstance(history.bound(), torch.Tensor)
+        if kind is not Muon:  # on the CPU torch's fused AdamW reads its step
+            optimizer.step()
+        else:
+            optimizer._step_matrices([weight], {"lr": 0.1})
+    assert float(history.bound()) == pytest.approx(6.0)
