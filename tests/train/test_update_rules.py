@@ -235,7 +235,8 @@ BAD = {
     "alpha": ({"optimizer": "adam", "alpha": 0.5}, "--alpha is for --optimizer rmsprop, not for"),
     "trust": ({"optimizer": "muon", "trust": 0.5}, "--trust is for --optimizer lars, not for muon"),
     "beta2 1": ({"optimizer": "adam", "beta2": 1.0}, "--beta2 1.0: has to be at least 0 and below"),
-    "eps -1": ({"optimizer": "adam", "eps": -1.0}, "--eps -1.0: has to be above 0"),
+    "eps 0": ({"optimizer": "adam", "eps": 0.0}, "--eps 0: has to be above 0"),
+    "eps -1": ({"optimizer": "adam", "eps": -1.0}, "--eps -1.0: has to be at least 0"),
     "trust 0": ({"optimizer": "lars", "trust": 0.0}, "--trust 0.0: has to be above 0"),
     "no momentum": (
         {"optimizer": "muon", "momentum": 0.0, "nesterov": True},

@@ -110,13 +110,13 @@ _INSTEAD = {
 _COUNTS = """width image_size samples replicas threads steps epochs cosine chunk_size batch_size
 vectorize eval_every log_every save_every keep clip_history"""
 _NOT_NEGATIVE = """seed warmup penalty weight_decay fingerprint_every stop_fitted switch_at
-additive_noise multiplicative_noise norm_bias norm_bias_target every"""
+additive_noise multiplicative_noise norm_bias norm_bias_target every eps"""
 # Lower bound, whether the bound itself is allowed, upper bound (never allowed).
 AT_LEAST_1, AT_LEAST_0, ABOVE_0 = (1, True, math.inf), (0, True, math.inf), (0, False, math.inf)
 _BOUNDS = {
     **dict.fromkeys(_COUNTS.split(), AT_LEAST_1),
     **dict.fromkeys(_NOT_NEGATIVE.split(), AT_LEAST_0),
-    **dict.fromkeys(("lr", "radius", "agc", "trust", "eps"), ABOVE_0),
+    **dict.fromkeys(("lr", "radius", "agc", "trust"), ABOVE_0),
     **dict.fromkeys(
         ("momentum", "dropout", "label_smoothing", "ema", "beta1", "beta2", "alpha"), (0, True, 1)
     ),
