@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,16 @@ from tiny_runs import interrupt_after, options
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fbopt import cli
+from fbopt.analysis import PreconditionedHessian, eigenpairs
 from fbopt.train import loop
+from fbopt.train.checkpoint import format
 from fbopt.train.checkpoint.digest import fingerprint, groups
 from fbopt.train.config.diff import differences, resolve_for
 from fbopt.train.config.options import OptimizerName, Options, OptionsError
 from fbopt.train.config.resolve import resolve
 from fbopt.train.config.rules import OWN, RULES
+from fbopt.train.curvature import training_loss
 from fbopt.train.data.load import load
 from fbopt.train.grad_transforms import ClipHistory
 from fbopt.train.loop import train
@@ -362,6 +367,36 @@ def test_no_threshold_for_units_that_are_clipped_each_on_its_own(tiny, tmp_path,
     row = run.folder.read_metrics()[-1]
     assert "sharpness" in row and "sharpness_threshold" not in row
     assert "is known for --agc, so none is logged" in capsys.readouterr().out
+
+
+def test_analysis_of_a_run(tiny, tmp_path, capsys):
+    """The Hessian's own eigenvalues of each, and a threshold on the eigenvalue that it is of."""
+    rules = {"adam": {"clip_history": 2, "norm_type": "inf"}, "lars": {}, "muon": {}}
+    for rule, changes in rules.items():
+        train(options(tiny, tmp_path / rule, "fb", optimizer=rule, lr=None, **changes))
+    words = ["--measures", "gradient", "sharpness", "--eigenvalues", "1", "--train-steps", "1"]
+    runs = [str(tmp_path / rule) for rule in rules]
+    assert cli.main(["analyze", *runs, "--out", str(tmp_path / "out"), *words]) == 0
+    printed = capsys.readouterr().out
+    measures = json.loads((tmp_path / "out" / "results.json").read_text())["measures"]
+    found = {name.partition(",")[0]: values for name, values in measures["sharpness"].items()}
+    angles = {n.partition(",")[0]: v["momentum_angle"] for n, v in measures["gradient"].items()}
+    assert angles["lars"] is None and 0 < angles["adam"] < 90 and 0 < angles["muon"] < 90
+    assert all(values["threshold"] is None for values in found.values())
+    seen = found["adam"].pop("preconditioned")
+    assert not any("preconditioned" in values for values in found.values())
+    trainer = trainer_of(tiny, "fb", optimizer="adam", lr=None, **rules["adam"])
+    trainer.load_state_dict(format.read(tmp_path / "adam" / "checkpoint-12.pt"))
+    objective = training_loss(trainer)
+    norm = float(objective.gradient().abs().max())
+    clip = min(1.0, float(trainer.grad_transform.bound()) / norm)
+    assert seen["clip"] == pytest.approx(clip, rel=1e-4)
+    exact = PreconditionedHessian(objective, trainer.optimizer, clip=seen["clip"])
+    assert seen["threshold"] == pytest.approx(exact.threshold.value)
+    value = eigenpairs(exact, 1).values[0]
+    assert seen["eigenvalues"] == [pytest.approx(value, rel=1e-3)]
+    assert f"preconditioned as by adam {seen['eigenvalues'][0]:.4g}; steps are stable" in printed
+    assert printed.count("no threshold of stability is known for this run's steps") == 2
 
 
 class NoReads(TorchDispatchMode):
