@@ -28,16 +28,19 @@ class PreconditionedHessian(Hessian):
         (1 - beta1^t) (sqrt(exp_avg_sq / (1 - beta2^t)) + eps)      Adam, AdamW
         sqrt(square_avg) + eps                                      RMSprop
 
-    (``max_exp_avg_sq`` with amsgrad, ``square_avg - grad_avg^2`` if centered.) Steps with this P
-    diverge where the largest eigenvalue exceeds ``threshold``. Weight decay is a part of the
-    operator, as it may differ between parameters: ``W/(clip P)`` for L2 decay W, and for AdamW's,
-    which is decoupled, ``W (1 + beta1)/((1 - beta1) clip)`` are added to its diagonal.
+    (``max_exp_avg_sq`` with amsgrad, ``square_avg - grad_avg^2`` if centered.) Steps with this P,
+    without weight decay, diverge where the largest eigenvalue exceeds ``threshold``. With decay W
+    they do where the largest one of the operator plus a diagonal does: ``W/(clip P)`` for L2 decay,
+    ``W (1 + beta1)/((1 - beta1) clip)`` for AdamW's, which is decoupled. ``decay=True`` adds it.
+    (L2 decay then often has the largest eigenvalues: weights that nothing but the decay moves,
+    such as those of pixels that are always black, swing about zero.)
 
     Args:
         objective: the loss.
         optimizer: a ``torch.optim.Adam``, ``AdamW`` or ``RMSprop`` that has made a step with every
             parameter of the objective; lr, betas and momentum the same in all groups.
         clip: the clip coefficient that scales the gradient, above 0 and at most 1.
+        decay: add what the weight decay does.
         method, radius: as for :class:`Hessian`.
 
     Attributes:
@@ -55,6 +58,7 @@ class PreconditionedHessian(Hessian):
         optimizer: torch.optim.Optimizer,
         *,
         clip: float = 1.0,
+        decay: bool = False,
         method: str = "exact",
         radius: float | None = None,
     ) -> None:
@@ -64,20 +68,21 @@ class PreconditionedHessian(Hessian):
                 f"{type(optimizer).__name__}: for SGD's steps use Hessian and stability_threshold"
             )
         self.optimizer, self.clip = optimizer, float(check_number("clip", clip, above=0))
+        self.decay = decay
         super().__init__(objective, method, radius)
 
     def refresh(self) -> None:
         """Move the operator to the model's current parameters and the optimizer's state."""
         found = [self._diagonals(i, p) for i, p in enumerate(self.objective.params)]
-        scale, decay = (self.objective.flatten(parts) for parts in zip(*found, strict=True))
+        scale, added = (self.objective.flatten(parts) for parts in zip(*found, strict=True))
         self.threshold = _threshold(self.optimizer, self.clip)
         super().refresh()
-        self._root, self._decay = scale.rsqrt(), decay
+        self._root, self._added = scale.rsqrt(), added
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Return the operator's product with a vector of the parameter space."""
-        image = super().__call__(vector * self._root)
-        return image * self._root + self._decay * vector
+        image = super().__call__(vector * self._root) * self._root
+        return image + self._added * vector if self.decay else image
 
     def _diagonals(self, index: int, p: Tensor) -> tuple[Tensor, Tensor]:
         """P of a parameter, and what its weight decay adds to the operator's diagonal."""
@@ -92,6 +97,11 @@ class PreconditionedHessian(Hessian):
                 "it out of the objective's params"
             )
         scale = preconditioner(state, group)
+        if not (scale.isfinite() & (scale > 0)).all():
+            raise ValueError(
+                f"the optimizer would divide the gradient of {self._name(index)} by zero or by "
+                "what is not finite: pass it an eps above 0, or measure an earlier step"
+            )
         decay = float(group["weight_decay"]) / self.clip
         if isinstance(self.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay"):
             beta1 = float(group["betas"][0])

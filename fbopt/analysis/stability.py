@@ -92,7 +92,7 @@ def adam_threshold(lr: float, beta1: float = 0.9, *, clip: float = 1.0) -> Thres
 
         (2 + 2 beta1) / ((1 - beta1) lr)
 
-    and that divided by `clip`. Weight decay is part of the operator.
+    and that divided by `clip`. Weight decay is not in it; the operator can add what it does.
 
     Args:
         lr: the learning rate.

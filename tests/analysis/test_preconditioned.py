@@ -95,12 +95,14 @@ def test_eigenvalues_are_those_of_the_dense_operator(case, clip=0.25):
     else:
         added = decay / clip / scale
     root = scale.rsqrt()
-    matrix = root[:, None] * dense(objective) * root + torch.diag(added)
-    expected = torch.linalg.eigvalsh(matrix).flip(0)[:3]
-    seen = PreconditionedHessian(objective, optimizer, clip=clip)
-    found = eigenpairs(seen, 3, tolerance=1e-9)
-    assert found.converged.all()
-    np.testing.assert_allclose(found.values, expected, rtol=1e-8)
+    matrix = root[:, None] * dense(objective) * root
+    for with_decay in (True, False):
+        whole = matrix + torch.diag(added) if with_decay else matrix
+        expected = torch.linalg.eigvalsh(whole).flip(0)[:3]
+        seen = PreconditionedHessian(objective, optimizer, clip=clip, decay=with_decay)
+        found = eigenpairs(seen, 3, tolerance=1e-9)
+        assert found.converged.all()
+        np.testing.assert_allclose(found.values, expected, rtol=1e-8)
     plain = eigenpairs(Hessian(objective), 1).values[0]
     assert abs(found.values[0] / plain - 1) > 0.1  # the preconditioner matters here
 
@@ -166,7 +168,7 @@ def test_steps_diverge_just_above_the_threshold(case, clip):
     optimizer = build(case, model)
     fill(case, optimizer, model)
     optimizer.step()  # of length zero, as `radius` measures after one step
-    seen = PreconditionedHessian(objective, optimizer, clip=clip)
+    seen = PreconditionedHessian(objective, optimizer, clip=clip, decay=True)
     # The operator does not depend on lr; the threshold, here of lr 0.01, does.
     edge = 0.01 * seen.threshold.value / eigenpairs(seen, 1, tolerance=1e-10).values[0]
     below, above = (radius(case, k * edge, clip, dense(objective)) for k in (0.999, 1.001))
@@ -224,5 +226,10 @@ def test_bad_input():
     several.step()
     with pytest.raises(ValueError, match="lr differs between the optimizer's parameter groups"):
         PreconditionedHessian(objective, several)
+    with pytest.raises(ValueError, match=r"divide the gradient of 0\.weight by zero or by what"):
+        optimizer = torch.optim.RMSprop(params, eps=0.0)
+        params[0].grad = torch.zeros_like(params[0])
+        optimizer.step()
+        PreconditionedHessian(objective, optimizer)
     with pytest.raises(ValueError, match="beta1 must be below 1"):
         adam_threshold(0.1, 1.0)

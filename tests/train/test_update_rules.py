@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,20 @@ import tiny_runs
 import torch
 from tiny_runs import interrupt_after, options
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fbopt import cli
+from fbopt.analysis import PreconditionedHessian, eigenpairs
 from fbopt.train import loop
+from fbopt.train.checkpoint import format
 from fbopt.train.checkpoint.digest import fingerprint, groups
 from fbopt.train.config.diff import differences, resolve_for
 from fbopt.train.config.options import OptimizerName, Options, OptionsError
 from fbopt.train.config.resolve import resolve
 from fbopt.train.config.rules import OWN, RULES
+from fbopt.train.curvature import training_loss
 from fbopt.train.data.load import load
+from fbopt.train.grad_transforms import ClipHistory
 from fbopt.train.loop import train
 from fbopt.train.optimizers.lars import LARS
 from fbopt.train.optimizers.muon import Muon
@@ -233,6 +240,7 @@ BAD = {
     "alpha": ({"optimizer": "adam", "alpha": 0.5}, "--alpha is for --optimizer rmsprop, not for"),
     "trust": ({"optimizer": "muon", "trust": 0.5}, "--trust is for --optimizer lars, not for muon"),
     "beta2 1": ({"optimizer": "adam", "beta2": 1.0}, "--beta2 1.0: has to be at least 0 and below"),
+    "eps 0": ({"optimizer": "adam", "eps": 0.0}, "--eps 0: has to be above 0"),
     "eps -1": ({"optimizer": "adam", "eps": -1.0}, "--eps -1.0: has to be at least 0"),
     "trust 0": ({"optimizer": "lars", "trust": 0.0}, "--trust 0.0: has to be above 0"),
     "no momentum": (
@@ -359,3 +367,59 @@ def test_no_threshold_for_units_that_are_clipped_each_on_its_own(tiny, tmp_path,
     row = run.folder.read_metrics()[-1]
     assert "sharpness" in row and "sharpness_threshold" not in row
     assert "is known for --agc, so none is logged" in capsys.readouterr().out
+
+
+def test_analysis_of_a_run(tiny, tmp_path, capsys):
+    """The Hessian's own eigenvalues of each, and a threshold on the eigenvalue that it is of."""
+    rules = {"adam": {"clip_history": 2, "norm_type": "inf"}, "lars": {}, "muon": {}}
+    for rule, changes in rules.items():
+        train(options(tiny, tmp_path / rule, "fb", optimizer=rule, lr=None, **changes))
+    words = ["--measures", "gradient", "sharpness", "--eigenvalues", "1", "--train-steps", "1"]
+    runs = [str(tmp_path / rule) for rule in rules]
+    assert cli.main(["analyze", *runs, "--out", str(tmp_path / "out"), *words]) == 0
+    printed = capsys.readouterr().out
+    measures = json.loads((tmp_path / "out" / "results.json").read_text())["measures"]
+    found = {name.partition(",")[0]: values for name, values in measures["sharpness"].items()}
+    angles = {n.partition(",")[0]: v["momentum_angle"] for n, v in measures["gradient"].items()}
+    assert angles["lars"] is None and 0 < angles["adam"] < 90 and 0 < angles["muon"] < 90
+    assert all(values["threshold"] is None for values in found.values())
+    seen = found["adam"].pop("preconditioned")
+    assert not any("preconditioned" in values for values in found.values())
+    trainer = trainer_of(tiny, "fb", optimizer="adam", lr=None, **rules["adam"])
+    trainer.load_state_dict(format.read(tmp_path / "adam" / "checkpoint-12.pt"))
+    objective = training_loss(trainer)
+    norm = float(objective.gradient().abs().max())
+    clip = min(1.0, float(trainer.grad_transform.bound()) / norm)
+    assert seen["clip"] == pytest.approx(clip, rel=1e-4)
+    exact = PreconditionedHessian(objective, trainer.optimizer, clip=seen["clip"])
+    assert seen["threshold"] == pytest.approx(exact.threshold.value)
+    value = eigenpairs(exact, 1).values[0]
+    assert seen["eigenvalues"] == [pytest.approx(value, rel=1e-3)]
+    assert f"preconditioned as by adam {seen['eigenvalues'][0]:.4g}; steps are stable" in printed
+    assert printed.count("no threshold of stability is known for this run's steps") == 2
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses to read a tensor's value on the host, for which a GPU would have to be waited."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [SignDescent, NormalizedGD, LARS, Muon])
+def test_no_step_reads_a_value_on_the_host(kind):
+    weight, bias = (nn.Parameter(t.float()) for t in tensors(0, (4, 3, 3), (4,)))
+    matrices = {"matrices": True} if kind is Muon else {}
+    optimizer = kind([{"params": [weight], **matrices}, {"params": [bias]}], lr=0.1)
+    history = ClipHistory(2, weight)
+    for p in (weight, bias):
+        p.grad = torch.ones_like(p)
+    with NoReads():
+        history.add(weight.grad.norm())
+        assert isinstance(history.bound(), torch.Tensor)
+        if kind is not Muon:  # on the CPU torch's fused AdamW reads its step
+            optimizer.step()
+        else:
+            optimizer._step_matrices([weight], {"lr": 0.1})
+    assert float(history.bound()) == pytest.approx(6.0)

@@ -90,7 +90,7 @@ def _preconditioned(subject: Subject, options: Analysis, clip: float) -> tuple[V
     values = _values(found) | _threshold(seen.threshold) | {"clip": clip}
     text = (
         f"preconditioned as by {subject.run.options.optimizer} {found.values[0]:.4g}"
-        f"{'' if found.converged.all() else ' (NOT converged)'}, of which steps are stable below "
+        f"{'' if found.converged.all() else ' (NOT converged)'}; steps are stable below "
         f"{seen.threshold.value:.4g} = {seen.threshold.formula}"
     )
     # On the Hessian's own eigenvalues there is no threshold.

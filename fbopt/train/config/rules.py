@@ -43,6 +43,10 @@ def own_values(optimizer: str) -> dict[str, Any]:
 def check_rule(given: Options) -> None:
     """Refuse options that the chosen rule does not have. Raises OptionsError."""
     rule = RULES[given.optimizer]
+    if given.eps == 0:
+        raise OptionsError(
+            "--eps 0: has to be above 0, or a gradient of zero would be divided by zero"
+        )
     for name in OWN:
         if getattr(given, name) is not None and name not in rule:
             users = ", ".join(rule for rule, options in RULES.items() if name in options)

@@ -107,13 +107,13 @@ def _panels(options: Options) -> list[tuple[str, str, dict[str, str]]]:
     batch = "last mini-batch" if options.stochastic else "full batch"
     accuracies = {"train_accuracy": "train", "test_accuracy": "test"}
     seen = "preconditioned_sharpness" if is_preconditioned(options) else "sharpness"
-    title = seen.replace("_", " ").capitalize()
+    title, unit = seen.replace("_", " ").capitalize(), " (nats)" * (seen == "sharpness")
     norm = "Euclidean norm" if options.norm_type == 2 else f"{options.norm_type}-norm"
     sharpness = {seen: "largest eigenvalue"}
     if has_threshold(options):
         sharpness["sharpness_threshold"] = "threshold of stability"
     tracked = {
-        "sharpness": (f"{title}, full batch", "curvature of the loss (nats)", sharpness),
+        "sharpness": (f"{title}, full batch", f"curvature of the loss{unit}", sharpness),
         "noise": ("Gradient noise scale", "samples", {"noise_scale": "noise scale"}),
     }
     return [
