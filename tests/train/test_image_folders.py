@@ -27,9 +27,10 @@ CLASSES = ("n01", "n02", "n03")
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """fbopt's own files are on, and no picture is drawn."""
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache of each test's own for images alone, as compiled kernels are to be found."""
     monkeypatch.setattr(loop, "draw_curves", lambda folder, options: False)
+    monkeypatch.setattr(decode, "cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -78,10 +79,8 @@ def test_tinyimagenet(tiny_imagenet):
         assert np.array_equal(data.test.x[1], np.asarray(image).transpose(2, 0, 1))
     mean, _ = MOMENTS["tinyimagenet"]
     torch.testing.assert_close(data.train.mean.flatten() / 255, torch.tensor(mean))
-    assert (
-        load(f"tinyimagenet:{tiny_imagenet}", samples=5).train.y.tolist()
-        == data.train.y[:5].tolist()
-    )
+    some = load(f"tinyimagenet:{tiny_imagenet}", samples=5)
+    assert torch.equal(some.train.y, data.train.y[:5])
 
 
 def test_tinyimagenet_errors(tiny_imagenet):
@@ -93,7 +92,7 @@ def test_tinyimagenet_errors(tiny_imagenet):
     listed.unlink()
     with pytest.raises(DataError, match=r"expected .*val_annotations.txt"):
         load(spec)
-    with pytest.raises(DataError, match="expected images as .*train/<class>/images"):
+    with pytest.raises(DataError, match=r"expected images as .*train/<class>/images"):
         load(f"tinyimagenet:{tiny_imagenet / 'val' / 'images'}")
 
 
@@ -103,10 +102,8 @@ def square(path: Path, side: int) -> np.ndarray:
         return np.asarray(made).transpose(2, 0, 1)
 
 
-def test_imagenet_is_mapped(imagenet, tmp_path, monkeypatch):
+def test_imagenet_is_mapped(imagenet, cache, monkeypatch):
     """Resized and cut as torchvision does, in a file that is made once."""
-    cache = tmp_path / "cache"
-    monkeypatch.setenv("FBOPT_CACHE_DIR", str(cache))
     data = load(f"imagenet:{imagenet}", image_size=28)
     assert data.train.x.shape == (24, 3, 32, 32) and data.shape == (3, 28, 28)
     assert len(data.test) == 9 and data.classes == 3
@@ -135,7 +132,7 @@ def test_imagenet_is_mapped(imagenet, tmp_path, monkeypatch):
 
 
 def test_imagenet_is_tested_on_the_middle(imagenet):
-    """Resize and centre crop, as the standard evaluation has it; normalised by ImageNet's moments."""
+    """Resize and centre crop, the standard evaluation; normalised by ImageNet's moments."""
     data = load(f"imagenet:{imagenet}", image_size=28).to("cpu")
     x, y = data.test.batch(slice(None))
     assert x.shape == (9, 3, 28, 28) and y.tolist() == [0] * 3 + [1] * 3 + [2] * 3
@@ -152,17 +149,17 @@ def test_imagenet_is_tested_on_the_middle(imagenet):
 def test_imagenet_errors(imagenet, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"expected images as .*none/train/<class>/<image>"):
         load(f"imagenet:{tmp_path / 'none'}")
-    with pytest.raises(DataError, match="--samples 25: .*there are only 24 training images"):
+    with pytest.raises(DataError, match=r"--samples 25: .*there are only 24 training images"):
         load(f"imagenet:{imagenet}", samples=25)
     (imagenet / "val" / "n02" / "0.JPEG").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"n02/0\.JPEG: not a readable image"):
         load(f"imagenet:{imagenet}", image_size=28)
     (imagenet / "val" / "n02" / "0.JPEG").unlink()
+    write(imagenet / "train" / "n01" / "0.JPEG", 98, (44, 44))
 
     def full(*arguments, **more):
         raise OSError("no space left on device")
 
-    monkeypatch.setenv("FBOPT_CACHE_DIR", str(tmp_path / "full"))
     monkeypatch.setattr(np.lib.format, "open_memmap", full)
     with pytest.raises(DataError, match=r"its 24 images take 0\.0 GB in .*FBOPT_CACHE_DIR"):
         load(f"imagenet:{imagenet}", image_size=28)
@@ -172,7 +169,8 @@ def test_imagenet_errors(imagenet, tmp_path, monkeypatch):
 def test_imagenet_resumes_on_the_same_bits(imagenet, tmp_path, monkeypatch, augment):
     options = Options(
         data=f"imagenet:{imagenet}", image_size=28, recipe="fb-penalty", model="resnet18", width=2,
-        steps=3, chunk_size=10, augment=augment, threads=1, out=tmp_path / "whole",
+        steps=3, chunk_size=10, augment=augment, replicas=2 if augment == "fixed" else None,
+        threads=1, out=tmp_path / "whole",
     )  # fmt: skip
     whole = train(options)
     assert whole.model.stem.kernel_size == (7, 7)
