@@ -15,7 +15,7 @@ from fbopt import FullBatchGD
 from fbopt._random import seed_generators
 from fbopt.reference import clip_coefficient
 from fbopt.train import build
-from fbopt.train.batchnorm import EveryPass, blending
+from fbopt.train.batchnorm import EveryPass
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.data.dataset import Chunks, Data
 from fbopt.train.data.rng import DROPOUT
@@ -23,6 +23,7 @@ from fbopt.train.distributed import DistributedContext
 from fbopt.train.evaluate import evaluate, moving_average
 from fbopt.train.grad_transforms import running_weight
 from fbopt.train.losses import build_loss
+from fbopt.train.mini_batches import MiniBatchGradient
 from fbopt.train.precision import autocast_dtype, parameter_dtype
 from fbopt.train.schedules import build_scheduler
 
@@ -110,9 +111,12 @@ class Trainer:
                 process_group=self.context.group,
             )
         self.average = moving_average(self.model, options.ema) if options.ema else None
-        # For mini-batches: the closure compiles its passes, and the model is measured as it is.
-        compiles = options.compile and self.batches is not None and not self._perturbs_batches
-        self.forward = torch.compile(self.model) if compiles else self.model
+        self.mini_batch = None
+        if self.batches is not None:
+            shared = (self.closure, self.every_pass) if options.stochastic else ()
+            self.mini_batch = MiniBatchGradient(
+                options, self.model, self.loss_fn, self.observe, *shared
+            )
 
     @property
     def position(self) -> tuple[int, int]:
@@ -122,10 +126,6 @@ class Trainer:
             if epoch < self.epochs:
                 return epoch, index
         return self.epochs + self.step - self._steps(self.epochs), 0
-
-    @property
-    def _perturbs_batches(self) -> bool:
-        return self.options.stochastic and self.closure is not None
 
     @property
     def current_chunks(self) -> Chunks:
@@ -204,17 +204,11 @@ class Trainer:
     def _sgd_step(self, index: int, samples: int) -> None:
         input, target = self.batches[index]
         self.seed_chunk()
-        if self._perturbs_batches:
-            loss = self._closure_of(input, target)
-        else:
-            loss = self._plain_loss(input, target)
+        found = self.mini_batch(input, target)
         share = len(target) / (samples * self.options.max_up)
-        self.loss += loss * share
-        if self._perturbs_batches:
-            self.chunk_sqnorm += self.closure.mean_sqnorm * share
-        elif self.options.chunk_norms:
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self.chunk_sqnorm += nn.utils.get_total_norm(grads).square() * share
+        self.loss += found.loss * share
+        if found.square is not None:
+            self.chunk_sqnorm += found.square * share
         optimizer_clips = isinstance(self.optimizer, FullBatchGD) and self.grad_transform is None
         if self.grad_transform is not None:
             self.gradient_norm = self.grad_transform.clip()
@@ -227,23 +221,6 @@ class Trainer:
         self.optimizer.step()
         if optimizer_clips:
             self.gradient_norm = self.optimizer.last_grad_norm
-
-    def _closure_of(self, input: Tensor, target: Tensor) -> Tensor:
-        """Fill ``p.grad`` with a mini-batch's gradient and return its loss: a step of one chunk."""
-        self.closure.chunks = [(input, target)]
-        every = self.every_pass
-        with blending(self.model) if every is None else every.following():
-            return self.closure()
-
-    def _plain_loss(self, input: Tensor, target: Tensor) -> Tensor:
-        self.optimizer.zero_grad()
-        dtype = autocast_dtype(self.options.precision)
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            output = self.forward(input)
-            loss = self.loss_fn(output, target)
-        loss.backward()
-        self.observe(output.detach(), target)
-        return loss.detach()
 
     def _end_pass(self, samples: int) -> None:
         self.finite &= self.loss.isfinite()
