@@ -67,13 +67,38 @@ void for_each_chunk(int64_t chunks, int64_t begin, int64_t end, const Body& body
     for (int64_t k = 0; k < chunks; ++k) body(k, first, std::min(first + block, end));
 }
 
+// Four doubles. Vector types, since the compiler would keep an array of sums in memory.
+using Wide = double __attribute__((vector_size(32)));
+
+inline Wide load_wide(const double* x) {
+  Wide wide;
+  std::memcpy(&wide, x, sizeof wide);
+  return wide;
+}
+inline Wide load_wide(const float* x) {
+#if defined(__AVX__)  // gcc converts vectors two elements at a time
+  return _mm256_cvtps_pd(_mm_loadu_ps(x));
+#else
+  return Wide{x[0], x[1], x[2], x[3]};
+#endif
+}
+
+// sum + a b of values of the type A.
+template <class A>
+Wide add_product(Wide sum, Wide a, Wide b) {
+#if defined(__FMA__)  // the product of floats is exact in double: one rounding, fused or not
+  if constexpr (std::is_same_v<A, float>) return _mm256_fmadd_pd(a, b, sum);
+#endif
+  return sum + a * b;
+}
+
+inline double total(Wide s) { return (s[0] + s[1]) + (s[2] + s[3]); }
+
 // 32 interleaved sums over four quarters of the elements at once, combined pairwise. One stream of
 // reads does not saturate the memory bandwidth, four do. An element's sum depends on its index
-// alone, so every vector width gives the same bits. Vector types, since the compiler would keep an
-// array of sums in memory.
+// alone, so every vector width gives the same bits.
 template <class A>
 class SquareSum {
-  using Wide = double __attribute__((vector_size(32)));
   static constexpr int64_t kStreams = 4, kPerStream = 2, kStep = 4 * kPerStream;
   static constexpr int64_t kVectors = kStreams * kPerStream;
 
@@ -86,7 +111,8 @@ class SquareSum {
       for (int s = 0; s < kStreams; ++s)
         for (int v = 0; v < kPerStream; ++v) {
           Wide& sum = sums[s * kPerStream + v];
-          sum = add_square(sum, x + s * quarter + j + 4 * v);
+          const Wide wide = load_wide(x + s * quarter + j + 4 * v);
+          sum = add_product<A>(sum, wide, wide);
         }
     for (int v = 0; v < kVectors; ++v) sums_[v] = sums[v];
     for (int64_t j = kStreams * quarter; j < n; ++j) {
@@ -95,31 +121,11 @@ class SquareSum {
     }
   }
   double total() const {
-    const Wide s = ((sums_[0] + sums_[1]) + (sums_[2] + sums_[3])) +
-                   ((sums_[4] + sums_[5]) + (sums_[6] + sums_[7]));
-    return (s[0] + s[1]) + (s[2] + s[3]);
+    return cpu::total(((sums_[0] + sums_[1]) + (sums_[2] + sums_[3])) +
+                      ((sums_[4] + sums_[5]) + (sums_[6] + sums_[7])));
   }
 
  private:
-  static Wide load(const double* x) {
-    Wide wide;
-    std::memcpy(&wide, x, sizeof wide);
-    return wide;
-  }
-  static Wide load(const float* x) {
-#if defined(__AVX__)  // gcc converts vectors two elements at a time
-    return _mm256_cvtps_pd(_mm_loadu_ps(x));
-#else
-    return Wide{x[0], x[1], x[2], x[3]};
-#endif
-  }
-  static Wide add_square(Wide sum, const A* x) {
-    const Wide wide = load(x);
-#if defined(__FMA__)  // the square of a float is exact in double: one rounding, fused or not
-    if constexpr (std::is_same_v<A, float>) return _mm256_fmadd_pd(wide, wide, sum);
-#endif
-    return sum + wide * wide;
-  }
   Wide sums_[kVectors] = {};
 };
 

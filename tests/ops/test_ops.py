@@ -13,6 +13,7 @@ from op_cases import (
     FORMS,
     LISTS,
     SHAPES,
+    SUMS,
     added,
     assert_same,
     cases,
@@ -59,7 +60,7 @@ def test_norm_of_nothing():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name, chunks", [f for f in FORMS if f[0] != "squared_norm"])
+@pytest.mark.parametrize("name, chunks", [f for f in FORMS if f[0] not in SUMS])
 @pytest.mark.parametrize("target", OTHERS, indirect=True)
 def test_every_device_gives_the_same_bits(name, chunks, dtype, target):
     """What one element becomes is one rule, whatever runs it; only sums differ by their order."""
@@ -218,6 +219,20 @@ def test_large_output_is_streamed_correctly(dtype):
         ("perturb_", lambda a: a.__setitem__(0, torch.zeros(3)), "out must be contiguous"),
         ("sgd_step_", lambda a: a[2].append(torch.zeros(3)), "momentum_buffers"),
         ("squared_norm", lambda a: a.__setitem__(0, [torch.zeros(3).int()]), "float32, float64"),
+        (
+            "row_products_",
+            lambda a: a.__setitem__(0, torch.zeros(3).double()),
+            "out must be a cont",
+        ),
+        ("row_products_", lambda a: a.__setitem__(1, torch.zeros(18)), "rows must be a contiguous"),
+        ("row_products_", lambda a: a.__setitem__(1, a[1].half()), "rows must be float32 or"),
+        ("row_products_", lambda a: a.__setitem__(3, torch.zeros(17)), "b must be .* 18 elements"),
+        (
+            "combine_rows_",
+            lambda a: a.__setitem__(0, a[0].double()),
+            "out must be .* dtype of rows",
+        ),
+        ("combine_rows_", lambda a: a.__setitem__(2, a[2].float()), "coefficients must be a"),
     ],
 )
 def test_kernels_refuse_what_does_not_fit(name, spoil, message, target):
