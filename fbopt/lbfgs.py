@@ -12,13 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbopt._checks import check_disjoint, check_number, check_scalar, check_storage
+from fbopt._checks import (
+    built_by_zero,
+    check_disjoint,
+    check_number,
+    check_scalar,
+    check_storage,
+    refuse_flattened,
+)
 from fbopt._eager import eager
 from fbopt._line_search.closures import Calls, check_closure
 from fbopt._line_search.quasi_newton import QuasiNewton
 from fbopt._line_search.search import check_name
 from fbopt._sharding import any_sharded
 
+# What is the same for all groups.
+GLOBAL = (
+    *("history_size", "line_search", "damping", "max_norm", "max_iter", "max_eval"),
+    *("tolerance_grad", "tolerance_change", "history_device", "maximize"),
+)
 # Where a state dict has what was learnt.
 SAVED = "lbfgs"
 
@@ -123,6 +135,11 @@ class LBFGS(torch.optim.Optimizer):
             "maximize": maximize,
         }
         _check_options(defaults)
+        if built_by_zero():
+            raise ValueError(
+                "LBFGS needs all parameters in every process; ZeroRedundancyOptimizer gives each "
+                "some of them: make LBFGS itself, with the model's parameters"
+            )
         super().__init__(params, defaults)
         self.stopped: str | None = None
         self.last_evaluations = 0
@@ -180,8 +197,8 @@ class LBFGS(torch.optim.Optimizer):
         _check_options(found)
         for group in others:
             _check_options(group)
-            for name in self.defaults:
-                if name != "lr" and group[name] != found[name]:
+            for name in GLOBAL:
+                if group[name] != found[name]:
                     raise ValueError(
                         f"{name} differs between parameter groups, but there is one direction for "
                         f"all parameters: set one {name} for all groups (lr may differ)"
@@ -202,6 +219,7 @@ class LBFGS(torch.optim.Optimizer):
                 "params are sharded (DTensor), over which LBFGS has no inner products: use "
                 "FullBatchGD, or keep the parameters whole"
             )
+        refuse_flattened(held, "LBFGS", "use FullBatchGD")
         for i, p in enumerate(held):
             check_storage(p, f"params[{i}]")
         check_disjoint(held, "params")

@@ -63,9 +63,20 @@ class Calls:
         self._buffers = None if self._whole is None else BufferSnapshot(self._whole.model)
 
     @property
-    def whole(self) -> FullBatchClosure | None:
-        """The closure, if it is of this library."""
-        return self._whole
+    def has_loss_only(self) -> bool:
+        """Whether the closure's value can be had without the gradient, by the same passes."""
+        whole = self._whole
+        if whole is None or whole.penalty is not None:
+            return False
+        return whole.vectorize == 1 and not whole.compile
+
+    def loss_only(self) -> Any:
+        """Return the loss, and leave ``p.grad`` as it is; see :attr:`has_loss_only`."""
+        assert self._whole is not None
+        with torch.enable_grad():
+            loss = self._whole.loss_only()
+        self.count += 1
+        return loss
 
     def __call__(self) -> Any:
         """Fill ``p.grad`` and return what the closure returns."""

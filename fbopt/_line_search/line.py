@@ -58,6 +58,19 @@ class Line:
         torch._foreach_copy_(self._x, self.params)
         self.length = 0.0
 
+    def aim_at_parameters(self) -> None:
+        """Let d be the way from x to the parameters."""
+        torch._foreach_copy_(self._d, self.params)
+        torch._foreach_sub_(self._d, self._x)
+
+    def aim_downhill(self, rates: Sequence[float], max_norm: float | None) -> None:
+        """Let d be -lr times the gradient, of which the norm is bounded."""
+        for d, g in zip(self.direction, self.gradient, strict=True):
+            d.copy_(g)
+        norm = self.gradient_norm()
+        shorter = 1.0 if max_norm is None or not norm > max_norm else float(max_norm) / norm
+        self.scale_([-rate * shorter for rate in rates])
+
     def scale_(self, factors: Sequence[float]) -> None:
         """Multiply each parameter's part of d by a number."""
         torch._foreach_mul_(self._d, list(factors))
