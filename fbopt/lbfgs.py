@@ -189,6 +189,8 @@ class LBFGS(torch.optim.Optimizer):
             loss, self.stopped = method.run(calls, options, rates)
         finally:
             self.last_evaluations = calls.count
+        if method.failure is not None:
+            self._warn(method.failure)
         return loss
 
     def _options(self) -> dict[str, Any]:
@@ -241,7 +243,7 @@ class LBFGS(torch.optim.Optimizer):
     def _make(self, params: list[Tensor], options: dict[str, Any]) -> QuasiNewton:
         device, sign = options["history_device"], -1 if options["maximize"] else 1
         place = None if device is None else torch.device(device)
-        return QuasiNewton(params, options["history_size"], place, sign, self._warn)
+        return QuasiNewton(params, options["history_size"], place, sign)
 
     def _warn(self, what: str) -> None:
         """Say, once, that something went wrong."""
@@ -250,7 +252,7 @@ class LBFGS(torch.optim.Optimizer):
                 f"LBFGS: {what}; the parameters are as they were before it, and the next iteration "
                 "goes along the gradient. Further failures are in LBFGS.stopped alone",
                 RuntimeWarning,
-                stacklevel=8,
+                stacklevel=6,  # the caller of step, which torch wraps
             )
         self._has_warned = True
 
@@ -286,7 +288,7 @@ class LBFGS(torch.optim.Optimizer):
         self._method, self._saved, self._key = None, copy.deepcopy(learnt), None
         try:
             params, _ = self._trainable()
-            if params:
+            if params and learnt is not None:
                 self._follow(params, self._options())
         except (TypeError, ValueError):
             self._method, self._saved, self._key, groups = before

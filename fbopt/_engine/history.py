@@ -53,6 +53,7 @@ class History:
     def clear(self) -> None:
         """Forget all pairs."""
         self.count, self._newest, self._gamma = 0, -1, 1.0
+        self._is_measured = True  # whether the products with the newest y are known
 
     @property
     def gradient(self) -> Rows:
@@ -76,6 +77,8 @@ class History:
         Returns:
             Whether the pair has positive curvature; without it, all pairs are forgotten.
         """
+        if not self._is_measured:
+            self._measure()
         slot = (self._newest + 1) % self.size
         pair = rows(self.matrices, 1 + 2 * slot, 3 + 2 * slot)
         s, y, old = rows(pair, 0), rows(pair, 1), self.gradient
@@ -91,6 +94,7 @@ class History:
             self.clear()
             return False
         self.count, self._newest, self._gamma = min(self.count + 1, self.size), slot, sy / yy
+        self._is_measured = False
         return True
 
     def direction_(self, out: Rows) -> None:
@@ -100,8 +104,8 @@ class History:
                 to.copy_(g)
                 to.neg_()
             return
+        coefficients = self._coefficients(self._measure())
         used = rows(self.matrices, 0, 1 + 2 * self.count)
-        coefficients = self._coefficients(used)
         own = [torch.empty_like(g) for g in self.gradient] if self._is_apart(out) else out
         combine_(own, used, coefficients)
         if own is not out:
@@ -111,13 +115,20 @@ class History:
     def _is_apart(self, out: Rows) -> bool:
         return any(o.device != m.device for o, m in zip(out, self.matrices, strict=True))
 
-    def _coefficients(self, used: Rows) -> Tensor:
+    def _measure(self) -> Tensor:
+        """Return the products of g with g and all pairs; note those of the newest y."""
+        k, newest = self.count, self._newest
+        used = rows(self.matrices, 0, 1 + 2 * k)
+        with_g, with_y = products(used, self.gradient, rows(used, 2 + 2 * newest))
+        self._sy[:k, newest] = with_y[1::2]
+        self._yy[:k, newest] = self._yy[newest, :k] = with_y[2::2]
+        self._is_measured = True
+        return with_g
+
+    def _coefficients(self, with_g: Tensor) -> Tensor:
         """The coefficients of g and all pairs in -H g."""
         k, newest, gamma = self.count, self._newest, self._gamma
-        found = products(used, self.gradient, rows(used, 2 + 2 * newest))
-        sg, yg = found[0, 1::2], found[0, 2::2]
-        self._sy[:k, newest] = found[1, 1::2]
-        self._yy[:k, newest] = self._yy[newest, :k] = found[1, 2::2]
+        sg, yg = with_g[1::2], with_g[2::2]
         # From slots to the order of time, by shifts the host knows.
         back = -(newest + 1) % k if k == self.size else 0
         turn = lambda t: t.roll([back] * t.dim(), tuple(range(t.dim())))  # noqa: E731
@@ -161,6 +172,7 @@ class History:
         self._yy.copy_(state["yy"])
         self.count = (len(saved[0]) - 1) // 2
         self._newest, self._gamma = state["newest"], state["gamma"]
+        self._is_measured = self.count == 0
 
 
 def _damp_(s: Rows, y: Rows, gradient: Rows, length: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,10 @@ class QuasiNewton:
         size: the most pairs.
         device: where to keep them; None for the parameters' own.
         sign: -1 to maximize.
-        warn: called with what went wrong.
+
+    Attributes:
+        iterations: how many there were.
+        failure: what went wrong in the last run; None if nothing did.
     """
 
     def __init__(
@@ -48,14 +51,13 @@ class QuasiNewton:
         size: int,
         device: torch.device | None,
         sign: int,
-        warn: Callable[[str], None],
     ) -> None:
         self._line, self._history = Line(params, sign), History(params, size, device)
-        self._warn = warn
         self._values: list[float] = []
         # t k lr of a step after which the gradient was not asked for: its pair is still to come.
         self._open_step: float | None = None
         self.iterations = 0
+        self.failure: str | None = None
 
     def run(self, calls: Calls, options: Options, rates: Sequence[float]) -> tuple[Any, str]:
         """Iterate up to ``max_iter`` times.
@@ -68,6 +70,7 @@ class QuasiNewton:
         Returns:
             What the closure returned at the start, and why the iterations ended.
         """
+        self.failure = None
         loss, now = self._line.measure(calls)
         reason = self._take_up(now, calls, options)
         most = options["max_eval"] or options["max_iter"] * 5 // 4
@@ -86,7 +89,7 @@ class QuasiNewton:
         self._open_step = None
         if not self._is_sound(now):
             history.clear()
-            self._warn(NOT_FINITE)
+            self.failure = NOT_FINITE
             return NOT_FINITE
         calls.keep_buffers()
         if length is None:
@@ -174,7 +177,7 @@ class QuasiNewton:
     def _begin_anew(self, calls: Calls) -> str | None:
         """After a search that failed: forget the pairs; without any, return a reason to stop."""
         self._return(calls)
-        self._warn(FAILED)
+        self.failure, self._values = FAILED, self._values[-1:]
         if self._history.count == 0:
             return FAILED
         self._history.clear()

@@ -53,6 +53,7 @@ class SearchedStep:
         loss, now = line.measure(calls)
         calls.keep_buffers()
         momenta = _Momenta(optimizer, line.params)
+        self._failure: str | None = None
         found = None
         try:
             if math.isfinite(now.value) and math.isfinite(line.steepness):
@@ -66,6 +67,13 @@ class SearchedStep:
         if found is None:
             self._give_up(calls, momenta)
         self.length, self.evaluations = line.length, calls.count
+        if self._failure is not None and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"line_search: {self._failure}. Further times show in last_length alone",
+                RuntimeWarning,
+                stacklevel=6,  # the caller of step, which torch wraps
+            )
         return loss
 
     def _follow(self, optimizer: torch.optim.Optimizer) -> Line:
@@ -104,7 +112,7 @@ class SearchedStep:
         line.aim_downhill(_rates(optimizer), optimizer.param_groups[0]["max_norm"])
         slope, _ = line.slope()
         if slope < 0:
-            self._warn("the step was no direction of descent and its momentum is dropped")
+            self._failure = "the step was no direction of descent, and its momentum is dropped"
         return slope
 
     def _search(
@@ -138,16 +146,7 @@ class SearchedStep:
         self._line.put_back()
         calls.put_back_buffers()
         momenta.clear()
-        self._warn("no lower value was found; parameters are as before and momentum is dropped")
-
-    def _warn(self, what: str) -> None:
-        if not self._has_warned:
-            warnings.warn(
-                f"line_search: {what}. Further times show in last_length alone",
-                RuntimeWarning,
-                stacklevel=6,
-            )
-        self._has_warned = True
+        self._failure = "no lower value was found; parameters are as before, momentum is dropped"
 
 
 def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
