@@ -67,6 +67,47 @@ inline double* per_tensor(const char* name, const Meta& t, const Layout& layout)
   return static_cast<double*>(t.data);
 }
 
+// Vectors as the rows of a matrix, float32 or float64, one after the other in memory.
+struct Rows {
+  int64_t count, columns;
+  ScalarType dtype;
+  void* data;
+  Device device;
+
+  explicit Rows(const Meta& rows) : data(rows.data), device(rows.device) {
+    FBOPT_CHECK(rows.dim == 2 && is_contiguous(rows), "rows must be a contiguous matrix");
+    count = rows.sizes[0], columns = rows.sizes[1], dtype = dtype_of(rows);
+    FBOPT_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float,
+                "rows must be float32 or float64");
+  }
+  template <class T>
+  T* at(int64_t row) const {
+    return static_cast<T*>(data) + row * columns;
+  }
+  // One element for each column.
+  template <class T>
+  T* vector(const char* name, const Meta& t) const {
+    FBOPT_CHECK(is_contiguous(t) && t.numel == columns && dtype_of(t) == dtype, name,
+                " must be contiguous, of the dtype of rows, and have ", columns,
+                " elements, one for each column");
+    FBOPT_CHECK(t.device == device, name, " must be on the device of rows");
+    return static_cast<T*>(t.data);
+  }
+  // So many float64.
+  double* numbers(const char* name, const Meta& t, int64_t size) const {
+    FBOPT_CHECK(is_contiguous(t) && t.numel == size && dtype_of(t) == ScalarType::Double, name,
+                " must be a contiguous float64 tensor of ", size, " elements");
+    FBOPT_CHECK(t.device == device, name, " must be on the device of rows");
+    return static_cast<double*>(t.data);
+  }
+};
+
+// f(Type<T>) for float32 and float64.
+template <class F>
+void dispatch_wide(ScalarType dtype, F&& f) {
+  dtype == ScalarType::Double ? f(Type<double>{}) : f(Type<float>{});
+}
+
 // f(Type<G>, Type<A>) for the element types of gradients and of their sums.
 template <class F>
 void dispatch_sums(const TensorList& sums, ScalarType grads, F&& f) {

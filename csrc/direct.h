@@ -108,8 +108,9 @@ class Held {
   PyObject* own_[kMost] = {};
 };
 
+constexpr int64_t kLong = 1 << 17;  // elements, some tenths of a millisecond
+inline bool is_long(const Argument& t) { return t.numel > kLong; }
 inline bool is_long(const TensorList& list) {
-  constexpr int64_t kLong = 1 << 17;  // elements, some tenths of a millisecond
   int64_t total = 0;
   for (int64_t i = 0; i < list.size(); ++i) total += list[i].numel;
   return total > kLong;

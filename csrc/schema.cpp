@@ -32,4 +32,6 @@ FBOPT_OPS(FBOPT_LIBRARY, m) {
       "lr, "
       "Tensor? divisor, Tensor? total_norm, float? max_norm, float momentum, float dampening, "
       "float weight_decay, bool nesterov, bool maximize, bool first) -> ()");
+  m.def("row_products_(Tensor(a!) out, Tensor rows, Tensor a, Tensor b) -> ()");
+  m.def("combine_rows_(Tensor(a!) out, Tensor rows, Tensor coefficients) -> ()");
 }

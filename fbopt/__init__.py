@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from fbopt.clip import clip_grad_norm_
     from fbopt.closure import FullBatchClosure
     from fbopt.diagnosis import check
+    from fbopt.lbfgs import LBFGS
     from fbopt.optim import FullBatchGD
     from fbopt.penalty import GradientPenalty
     from fbopt.sharpness import SharpnessAware
 
 __all__ = [
+    "LBFGS",
     "FullBatchClosure",
     "FullBatchGD",
     "GradientAccumulator",
@@ -29,6 +31,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "LBFGS": "lbfgs",
     "FullBatchClosure": "closure",
     "FullBatchGD": "optim",
     "GradientAccumulator": "accumulate",

@@ -19,14 +19,17 @@ from fbopt._checks import (
 from fbopt._eager import eager
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.step_batches import Batch, batched, mean_norm
+from fbopt._line_search.closures import Calls, check_closure
+from fbopt._line_search.search import check_name
+from fbopt._line_search.searched_step import SearchedStep
 from fbopt._ops import dispatch
 from fbopt._ops.flat import scalar_on
 from fbopt._sharding import locals_of
 from fbopt.clip import check_finite, clip_operands, norm_order
 from fbopt.closure import FullBatchClosure
 
-# The whole gradient is clipped at once: one value for all groups.
-GLOBAL = ("max_norm", "norm_type", "error_if_nonfinite")
+# The whole gradient is clipped at once, and its step searched: one value for all groups.
+GLOBAL = ("max_norm", "norm_type", "error_if_nonfinite", "line_search")
 
 
 class FullBatchGD(torch.optim.Optimizer):
@@ -48,6 +51,15 @@ class FullBatchGD(torch.optim.Optimizer):
     clipped, in ``p.grad``. State dicts are interchangeable with ``torch.optim.SGD``'s. DTensors are
     updated shard by shard, with momentum of their placements and the norm of all shards.
 
+    With ``line_search`` the step above gives the direction d = p' - p alone, and the search the
+    length: ``p <- p + t d``, from t = 1 on, of ``phi(t) = f(p + t d)`` where f is what the closure
+    returns (its negative to maximize) with ``weight_decay / 2 ||p||^2``. Momentum is that of the
+    directions, whatever t. Where d is no direction of descent, as momentum may have it, the step
+    goes along -lr grad f, clipped, and momentum begins anew, with a warning the first time. So it
+    is after a search that fails, which puts parameters and buffers back bit for bit. The searches,
+    and what closures they see, are those of :class:`fbopt.LBFGS`; Armijo's and the non-monotone one
+    use ``loss_only()`` of a :class:`FullBatchClosure` without penalty.
+
     Args:
         params: parameters or parameter groups, named or not, as for any torch optimizer. Frozen
             ones may be of any dtype and layout.
@@ -61,10 +73,14 @@ class FullBatchGD(torch.optim.Optimizer):
         norm_type: the p of that norm, ``inf`` (or ``"inf"``) for the maximum.
         error_if_nonfinite: raise before anything is changed if the norm is NaN or infinite. Reads
             the norm on the host.
+        line_search: ``"strong_wolfe"``, ``"armijo"``, ``"nonmonotone"``, or None for t = 1. Needs a
+            closure, and plain parameters.
 
     Attributes:
         last_grad_norm: the norm of the last step's gradient before clipping, 0-dim, on the device;
             None before the first step, and with FSDP1 or ZeroRedundancyOptimizer.
+        last_length: t of the last step that was searched, 0 where the search failed.
+        last_evaluations: how often that step evaluated the closure.
 
     Source: Geiping et al., "Stochastic Training is Not Necessary for Generalization", ICLR 2022,
     section 3-4.
@@ -89,6 +105,7 @@ class FullBatchGD(torch.optim.Optimizer):
         max_norm: float | Tensor | None = None,
         norm_type: float | str = 2.0,
         error_if_nonfinite: bool = False,
+        line_search: str | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -103,6 +120,7 @@ class FullBatchGD(torch.optim.Optimizer):
             "max_norm": max_norm,
             "norm_type": norm_type,
             "error_if_nonfinite": error_if_nonfinite,
+            "line_search": line_search,
         }
         _check_options(defaults, read=True)
         self._is_partial = built_by_zero()
@@ -112,6 +130,7 @@ class FullBatchGD(torch.optim.Optimizer):
             )
         super().__init__(params, defaults)
         self.last_grad_norm: Tensor | None = None
+        self._searched = SearchedStep()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; refuses tensors that the kernels cannot work on."""
@@ -136,6 +155,7 @@ class FullBatchGD(torch.optim.Optimizer):
                 group.setdefault(name, value)
         self.__dict__.setdefault("last_grad_norm", None)
         self.__dict__.setdefault("_is_partial", False)
+        self.__dict__.setdefault("_searched", SearchedStep())
 
     @eager
     @torch.no_grad()
@@ -161,6 +181,17 @@ class FullBatchGD(torch.optim.Optimizer):
         clipping = self._clipping()
         for group in self.param_groups:
             _check_options(group, read=False)
+        if (kind := clipping.pop("line_search")) is not None:
+            if closure is None:
+                raise ValueError("line_search evaluates the loss: call step(closure)")
+            check_closure(closure, kind)
+            if self._holds_part():
+                raise ValueError(
+                    "line_search: each process holds a part of the parameters alone (FSDP1, "
+                    "ZeroRedundancyOptimizer), so that it would search for itself: leave it out"
+                )
+            calls = Calls(closure, self)
+            return self._searched(self, calls, lambda: self._update(None, **clipping))
         whole = closure if isinstance(closure, FullBatchClosure) else None
         loss = None
         if closure is not None:
@@ -176,6 +207,16 @@ class FullBatchGD(torch.optim.Optimizer):
         if whole is not None:
             whole.assign()
         return loss
+
+    @property
+    def last_length(self) -> float:
+        """The length t of the last step that was searched."""
+        return self._searched.length
+
+    @property
+    def last_evaluations(self) -> int:
+        """How often the last step that was searched evaluated the closure."""
+        return self._searched.evaluations
 
     def _update(
         self,
@@ -290,5 +331,6 @@ def _check_options(options: dict[str, Any], *, read: bool) -> None:
             "differentiable must be False: FullBatchGD updates in place, and autograd does not "
             "follow. Use torch.optim.SGD(differentiable=True)"
         )
+    check_name(options["line_search"])
     if options["foreach"] and options["fused"]:
         raise ValueError("foreach and fused are both True, which torch refuses: set one")

@@ -51,6 +51,9 @@ STACKED += ["accumulate_penalty_", "accumulate_exact_", "accumulate_exact_penalt
 # Those that return sums, of which the order depends on the device.
 NORMS = ["squared_norm", "adaptive_norms"]
 FORMS = [(name, 0) for name in dispatch.NAMES] + [(name, 3) for name in STACKED]
+# Those that take lists; and those whose results are sums over elements, in an order of their own.
+LISTED = [(name, chunks) for name, chunks in FORMS if "rows" not in name and "row_" not in name]
+SUMS = [*NORMS, "row_products_"]
 LISTS = {
     "shapes": SHAPES,
     "one": [(100,)],
@@ -150,6 +153,8 @@ def cases(name, shapes, dtype, chunks=0):
         ]
     if "exact" in name:
         return exact_cases(name, shapes, sums, grads, plus, minus, chunks)
+    if "row" in name:
+        return row_cases(name, sum(p.numel() for p in params), wide)
     if name == "clip_":
         return [(grads, scalar(10.0), 0.25), (grads, scalar(0.1), 0.25)]
     buffers = make(shapes, dtype, 5)
@@ -166,6 +171,20 @@ def cases(name, shapes, dtype, chunks=0):
         for divisor in (None, scalar(3.0))
         for norm, max_norm in ((None, None), (scalar(2.0), 0.25), (scalar(0.1), 0.25))
     ]
+
+
+def row_cases(name, columns, dtype):
+    """Matrices of some rows, aligned and not, and vectors beside them or among their rows."""
+    found = []
+    for count, layout in ((1, misaligned), (9, lambda t: t), (13, misaligned)):
+        rows, vectors = make([(count, columns), (2, columns)], dtype, count, [layout])
+        if name == "row_products_":
+            out = torch.full((2, count), float("nan"), dtype=torch.float64)
+            found.append((out, rows, rows[-1].clone(), vectors[1].clone()))
+        else:
+            coefficients = torch.linspace(-1, 3, count, dtype=torch.float64)
+            found.append((vectors[0].clone(), rows, coefficients))
+    return found
 
 
 def exact_cases(name, shapes, means, grads, plus, minus, chunks):

@@ -68,7 +68,7 @@ void for_each_chunk(int64_t chunks, int64_t begin, int64_t end, const Body& body
     for (int64_t k = 0; k < chunks; ++k) body(k, first, std::min(first + block, end));
 }
 
-// Four float64 numbers.
+// Four doubles. Vector types, since the compiler would keep an array of sums in memory.
 using Wide = double __attribute__((vector_size(32)));
 
 inline Wide load_wide(const double* x) {
@@ -84,21 +84,20 @@ inline Wide load_wide(const float* x) {
 #endif
 }
 
-// sum + x^2 for numbers that were of type A.
+// sum + a b of values of the type A.
 template <class A>
-inline Wide add_square(Wide sum, Wide x) {
-#if defined(__FMA__)  // the square of a float is exact in double: one rounding, fused or not
-  if constexpr (std::is_same_v<A, float>) return _mm256_fmadd_pd(x, x, sum);
+Wide add_product(Wide sum, Wide a, Wide b) {
+#if defined(__FMA__)  // the product of floats is exact in double: one rounding, fused or not
+  if constexpr (std::is_same_v<A, float>) return _mm256_fmadd_pd(a, b, sum);
 #endif
-  return sum + x * x;
+  return sum + a * b;
 }
 
-inline double total(const Wide& s) { return (s[0] + s[1]) + (s[2] + s[3]); }
+inline double total(Wide s) { return (s[0] + s[1]) + (s[2] + s[3]); }
 
 // 32 interleaved sums over four quarters of the elements at once, combined pairwise. One stream of
 // reads does not saturate the memory bandwidth, four do. An element's sum depends on its index
-// alone, so every vector width gives the same bits. Vector types, since the compiler would keep an
-// array of sums in memory.
+// alone, so every vector width gives the same bits.
 template <class A>
 class SquareSum {
   static constexpr int64_t kStreams = 4, kPerStream = 2, kStep = 4 * kPerStream;
@@ -113,7 +112,8 @@ class SquareSum {
       for (int s = 0; s < kStreams; ++s)
         for (int v = 0; v < kPerStream; ++v) {
           Wide& sum = sums[s * kPerStream + v];
-          sum = add_square<A>(sum, load_wide(x + s * quarter + j + 4 * v));
+          const Wide wide = load_wide(x + s * quarter + j + 4 * v);
+          sum = add_product<A>(sum, wide, wide);
         }
     for (int v = 0; v < kVectors; ++v) sums_[v] = sums[v];
     for (int64_t j = kStreams * quarter; j < n; ++j) {

@@ -28,8 +28,9 @@ class AdaptiveSums {
         for (int v = 0; v < kPerStream; ++v) {
           const int64_t e = s * half + j + 4 * v, to = s * kPerStream + v;
           const Wide grad = load_wide(g + e);
-          plain[to] = add_square<A>(plain[to], grad);
-          scaled[to] = add_square<double>(scaled[to], rules::scaled(load_wide(p + e), grad, eta));
+          plain[to] = add_product<A>(plain[to], grad, grad);
+          const Wide t = rules::scaled(load_wide(p + e), grad, eta);
+          scaled[to] = add_product<double>(scaled[to], t, t);
         }
     for (int v = 0; v < kVectors; ++v) plain_[v] = plain[v], scaled_[v] = scaled[v];
     for (int64_t j = kStreams * half; j < n; ++j) {

@@ -31,6 +31,8 @@ NAMES = (
     "exact_mean_",
     "clip_",
     "sgd_step_",
+    "row_products_",
+    "combine_rows_",
 )
 LIBRARIES = {"cpu": load.kernels, "cuda": load.cuda_kernels}
 
@@ -128,6 +130,8 @@ accumulate_exact_penalty_ = _on_device_of(6, reference.accumulate_exact_penalty_
 exact_mean_ = _on_device_of(5, reference.exact_mean_)
 clip_ = _on_device_of(1, reference.clip_)
 sgd_step_ = _on_device_of(3, reference.sgd_step_)
+row_products_ = _on_device_of(1, reference.row_products_)
+combine_rows_ = _on_device_of(1, reference.combine_rows_)
 
 
 def squared_norm(tensors: Sequence[Tensor], stacked: bool = False) -> Tensor:

@@ -297,3 +297,24 @@ def sgd_step_(
             old.copy_(v)
             d = d + momentum * v if nesterov else v
         p.copy_(wide - lr.to(wide.dtype) * d)
+
+
+def row_products_(out: Tensor, rows: Tensor, a: Tensor, b: Tensor) -> None:
+    """Set out (2, R), float64, to the inner products of R rows (R, n) with two vectors (n,).
+
+    In float64; rows and vectors are float32 or float64 and contiguous.
+    """
+    for i, row in enumerate(rows):
+        for k, vector in enumerate((a, b)):
+            out[k, i] = (row.double() * vector.double()).sum()
+
+
+def combine_rows_(out: Tensor, rows: Tensor, coefficients: Tensor) -> None:
+    """Set out (n,) <- c_1 x_1 + ... + c_R x_R for rows x_i and R coefficients, float64.
+
+    Summed from left to right in float64, rounded once.
+    """
+    total = torch.zeros_like(out, dtype=torch.float64)
+    for c, row in zip(coefficients, rows, strict=True):
+        total += c * row.double()
+    out.copy_(total)

@@ -5,6 +5,7 @@
 
 #include "../../csrc/schema.cpp"
 #include "../../csrc/cuda/exact.cu"
+#include "../../csrc/cuda/history.cu"
 #include "../../csrc/cuda/penalty.cu"
 #include "../../csrc/cuda/perturb.cu"
 #include "../../csrc/cuda/step.cu"

@@ -8,7 +8,7 @@ import ctypes
 
 import pytest
 import torch
-from op_cases import FORMS, added, assert_same, cases, clone, make, scalar
+from op_cases import FORMS, LISTED, added, assert_same, cases, clone, make, scalar
 from targets import emulator, rows, span, target
 
 from fbopt._ops import dispatch, reference
@@ -65,7 +65,7 @@ def test_the_tables_fit_what_a_kernel_takes(device):
 
 
 @pytest.mark.parametrize("count", [1, 62, 72, 73, 700, 1700])
-@pytest.mark.parametrize("name, chunks", FORMS)
+@pytest.mark.parametrize("name, chunks", LISTED)
 def test_lists_are_split_over_launches(device, name, chunks, count):
     """Few launches, of tables that fit; what they compute is the reference's."""
     arguments = cases(name, [(3,)] * count, torch.float32, chunks)[0]
@@ -124,6 +124,16 @@ def test_a_launch_takes_64_chunks(device):
         assert len(launched(device)) == updates
         target("emulated").call("squared_norm", (arguments[1], True))
         assert launched(device) == [62, chunks]
+
+
+def test_stored_vectors_take_a_launch_for_each_pass(device):
+    rows, vector = torch.randn(17, 20_000), torch.randn(20_000)
+    out = torch.zeros(2, 17, dtype=torch.float64)
+    launched(device)
+    target("emulated").op("row_products_")(out, rows, vector, vector)
+    assert launched(device) == [3 * 3, 2 * 17]  # 8 rows and 8,192 columns a block; a sum each
+    target("emulated").op("combine_rows_")(vector, rows, out[0])
+    assert launched(device) == [-(-20_000 // (256 * 4))]
 
 
 def test_nothing_is_launched_for_no_elements(device):

@@ -14,6 +14,7 @@ from op_cases import (
     LISTS,
     NORMS,
     SHAPES,
+    SUMS,
     added,
     assert_same,
     cases,
@@ -60,7 +61,7 @@ def test_norm_of_nothing():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name, chunks", [f for f in FORMS if f[0] not in NORMS])
+@pytest.mark.parametrize("name, chunks", [f for f in FORMS if f[0] not in SUMS])
 @pytest.mark.parametrize("target", OTHERS, indirect=True)
 def test_every_device_gives_the_same_bits(name, chunks, dtype, target):
     """What one element becomes is one rule, whatever runs it; only sums differ by their order."""
@@ -254,6 +255,20 @@ def test_large_output_is_streamed_correctly(dtype):
         ("perturb_adaptive_", lambda a: a.__setitem__(5, torch.tensor(1)), "squared_norm must be"),
         ("sgd_step_", lambda a: a[2].append(torch.zeros(3)), "momentum_buffers"),
         ("squared_norm", lambda a: a.__setitem__(0, [torch.zeros(3).int()]), "float32, float64"),
+        (
+            "row_products_",
+            lambda a: a.__setitem__(0, torch.zeros(3).double()),
+            "out must be a cont",
+        ),
+        ("row_products_", lambda a: a.__setitem__(1, torch.zeros(18)), "rows must be a contiguous"),
+        ("row_products_", lambda a: a.__setitem__(1, a[1].half()), "rows must be float32 or"),
+        ("row_products_", lambda a: a.__setitem__(3, torch.zeros(17)), "b must be .* 18 elements"),
+        (
+            "combine_rows_",
+            lambda a: a.__setitem__(0, a[0].double()),
+            "out must be .* dtype of rows",
+        ),
+        ("combine_rows_", lambda a: a.__setitem__(2, a[2].float()), "coefficients must be a"),
     ],
 )
 def test_kernels_refuse_what_does_not_fit(name, spoil, message, target):
