@@ -328,6 +328,11 @@ class FullBatchClosure:
         return means.loss if objective is None else objective
 
     @property
+    def loss(self) -> Tensor | None:
+        """L of the last call, whatever it returned (0-dim); None before the first."""
+        return None if self._last is None else self._last[2].loss
+
+    @property
     def objective(self) -> Tensor | None:
         """J = L + penalty of the last call, whose gradient ``p.grad`` holds (0-dim, float64).
 

@@ -72,7 +72,8 @@ def build_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer
     if options.stochastic:
         return torch.optim.SGD(groups, **rule)
     clip = {"max_norm": None if _transforms_gradient(options) else options.max_norm}
-    return FullBatchGD(groups, **rule, **clip, norm_type=options.norm_type)
+    search = {"norm_type": options.norm_type, "line_search": options.line_search}
+    return FullBatchGD(groups, **rule, **clip, **search)
 
 
 def build_grad_transform(
@@ -88,7 +89,7 @@ def build_grad_transform(
 
 def _transforms_gradient(options: Options) -> bool:
     noise = options.additive_noise or options.multiplicative_noise
-    clips = options.agc or options.clip_history or options.optimizer != "sgd"
+    clips = options.agc or options.clip_history or options.optimizer not in ("sgd", "lbfgs")
     return bool(options.norm_bias or noise or clips or options.mean == "running")
 
 
@@ -146,5 +147,6 @@ def build_closure(
         chunk_norms=options.chunk_norms,
         vectorize=options.vectorize or 1,
         compile=options.compile,
+        returns="objective" if options.line_search else "loss",
         **context,
     )

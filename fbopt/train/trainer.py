@@ -16,6 +16,7 @@ from fbopt._random import seed_generators
 from fbopt.reference import clip_coefficient
 from fbopt.train import build
 from fbopt.train.batchnorm import EveryPass
+from fbopt.train.config.line_search import searches
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.data.dataset import Chunks, Data
 from fbopt.train.data.rng import DROPOUT
@@ -26,6 +27,7 @@ from fbopt.train.losses import build_loss
 from fbopt.train.mini_batches import MiniBatchGradient
 from fbopt.train.precision import autocast_dtype, parameter_dtype
 from fbopt.train.schedules import build_scheduler
+from fbopt.train.searched import FirstEvaluation
 
 # With a state_dict, or None.
 _PARTS = ("model", "optimizer", "scheduler", "closure", "average", "clip_history")
@@ -110,6 +112,7 @@ class Trainer:
                 on_pass_start=self._restart,
                 process_group=self.context.group,
             )
+        self.first = FirstEvaluation(self.closure) if searches(options) else None
         self.average = moving_average(self.model, options.ema) if options.ema else None
         self.mini_batch = None
         if self.batches is not None:
@@ -139,7 +142,7 @@ class Trainer:
         """
         if self.grad_transform is not None:
             return self.grad_transform.coefficient()
-        bound = self.options.max_norm
+        bound = None if self.options.optimizer == "lbfgs" else self.options.max_norm
         return 1.0 if bound is None else float(clip_coefficient(bound, self.gradient_norm))
 
     def _steps(self, passes: int) -> int:
@@ -161,14 +164,21 @@ class Trainer:
 
     def _restart(self) -> None:
         """Forget what a visit of all chunks has counted: exact sums may visit them again."""
-        if not self.options.stochastic:
+        if self.first is not None:
+            self.first.note()
+        if not self.options.stochastic and self._counts:
             self.correct.zero_()
         if self.every_pass is not None:
             self.every_pass.restart()
 
+    @property
+    def _counts(self) -> bool:
+        return self.first is None or self.first.is_running
+
     def observe(self, output: Tensor, target: Tensor) -> None:
         """Count correctly classified samples, after every forward pass of training."""
-        self.correct += (output.argmax(1) == target).sum()
+        if self._counts:
+            self.correct += (output.argmax(1) == target).sum()
         self.on_samples(len(target) // self.options.max_up * self.context.world_size)
 
     def take_step(self) -> None:
@@ -186,17 +196,24 @@ class Trainer:
             self._end_pass(samples)
 
     def _full_batch_step(self) -> None:
+        if self.first is not None:
+            self.first.begin()
         follow = nullcontext() if self.every_pass is None else self.every_pass.following()
         with follow:
-            if self.grad_transform is None:
-                self.loss += self.optimizer.step(self.closure)
-            else:
-                self.loss += self.closure()
-        if self.grad_transform is None:
-            self.gradient_norm = self.optimizer.last_grad_norm
-        else:
+            whole = self.grad_transform is None
+            loss = self.optimizer.step(self.closure) if whole else self.closure()
+        if self.first is not None:
+            self.first.note()
+            loss = self.first.loss
+        self.loss += loss
+        if not whole:
             self.gradient_norm = self.grad_transform(self.step)
             self.optimizer.step()
+        elif isinstance(self.optimizer, FullBatchGD):
+            self.gradient_norm = self.optimizer.last_grad_norm
+        else:  # of the last point that was looked at
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self.gradient_norm = nn.utils.get_total_norm(grads)
         self.context.all_reduce_([self.correct])
         if self.closure.mean_sqnorm is not None:
             self.chunk_sqnorm += self.closure.mean_sqnorm
@@ -281,6 +298,8 @@ class Trainer:
 
     def _evaluations(self, done: int) -> int:
         """Gradients of every sample in so many passes."""
+        if self.first is not None:
+            return self.closure.step * build.gradients_per_pass(self.options)
         plain = min(done, self.options.switch_at)
         return plain + (done - plain) * build.gradients_per_pass(self.options)
 

@@ -57,13 +57,14 @@ def _effects(given: Options, values: dict[str, Any]) -> dict[str, bool]:
     """Whether each switch changes anything."""
     differs = values["penalty"] is not None and values["method"] == "central"
     normalised = values["norm"] in (None, "batch") and values["model"] not in ("cnn", "nfnet-f0")
+    searched = values["line_search"] is not None
     shifted = values["method"] in ("forward", "central")
     return {
-        "mean": not given.stochastic,
+        "mean": not given.stochastic and not searched,
         "last_chunk": True,
         "residual_init": values["model"] in RESIDUAL and values["norm"] != "skipinit",
         "first_rate": values["warmup"] > 0,
-        "batchnorm": normalised and (shifted or not given.stochastic),
+        "batchnorm": normalised and not searched and (shifted or not given.stochastic),
         "central_radius": differs,
         "smoothing": values["label_smoothing"] > 0,
     }

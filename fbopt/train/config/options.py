@@ -24,7 +24,7 @@ ModelName = Literal[
     "nfnet-f0",
 ]  # fmt: skip
 OptimizerName = Literal[
-    "sgd", "adam", "adamw", "rmsprop", "sign", "normalized", "muon", "lars",
+    "sgd", "adam", "adamw", "rmsprop", "sign", "normalized", "muon", "lars", "lbfgs",
 ]  # fmt: skip
 TRACKED = ("sharpness", "noise")
 
@@ -158,7 +158,16 @@ class Options:
     """Update rule, of full-batch steps and mini-batches: sgd, adam, adamw, rmsprop and muon as in
     torch (muon for the weights of convolutions, as matrices, and of linear layers but the last; the
     rest by adamw); sign and normalized step along the signs and along the unit vector of the
-    gradient; lars sizes the step of every layer by its weights."""
+    gradient; lars sizes the step of every layer by its weights; lbfgs follows the last steps and
+    changes of the gradient (not for mini-batches), at a constant rate of 1."""
+    line_search: Literal["strong_wolfe", "armijo", "nonmonotone", "none"] | None = None
+    """Search for the length of every full-batch step of sgd and lbfgs: until Wolfe's strong
+    conditions hold; Armijo's; or Armijo's for the largest of the last ten values. Default:
+    strong_wolfe for lbfgs, else none."""
+    history: int | None = None
+    """Pairs of steps and changes that lbfgs keeps. Default: 10."""
+    iterations: int | None = None
+    """Most iterations in one step of lbfgs. Default: 20."""
     momentum: float | None = None
     """Momentum (for sgd, lars, rmsprop, muon); 0 for none. Default: from the recipe for sgd and
     lars; 0 for rmsprop, 0.95 for muon."""
@@ -205,8 +214,8 @@ class Options:
     norm_bias_power: Literal[1, 2] = 1
     """Form of that term: 1, strength·| ‖θ‖² − b² |; 2, half its square."""
     lr: float | None = None
-    """Peak learning rate. Default: from the recipe for sgd; 10 for lars, 0.1 for normalized, 0.01
-    for rmsprop, 0.001 for the others."""
+    """Peak learning rate. Default: from the recipe for sgd; 10 for lars, 1 for lbfgs, 0.1 for
+    normalized, 0.01 for rmsprop, 0.001 for the others."""
     steps: int | None = None
     """Full-batch steps (not for sgd). Warm-up and cosine scale with it unless given."""
     epochs: int | None = None

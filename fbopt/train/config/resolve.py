@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 from fbopt.train.config.as_released import resolve_switches
 from fbopt.train.config.dataspec import default_size, parse, scale_of
+from fbopt.train.config.line_search import resolve_search
 from fbopt.train.config.networks import layers
 from fbopt.train.config.options import TRACKED, Options, OptionsError, flag, literals
 from fbopt.train.config.perturbation import resolve_perturbation
@@ -59,6 +60,7 @@ def resolve(options: Options) -> Options:
         values["vectorize"] = values["vectorize"] or chunks_at_once(values)
     if options.switch_at:
         values["batch_size"] = values["batch_size"] or RECIPES[scale]["sgd"]["batch_size"]
+    values |= resolve_search(options, values)
     values |= resolve_switches(options, values)
     check_effect(options, values)
     check_clipping(options, values)
@@ -118,7 +120,8 @@ _INSTEAD = {
     "vectorize": "it is for chunks, of which sgd has none, so leave it out",
 }
 _COUNTS = """width image_size samples replicas threads steps epochs cosine chunk_size batch_size
-vectorize eval_every log_every save_every keep clip_history ghost_size widening max_up"""
+vectorize eval_every log_every save_every keep clip_history ghost_size widening max_up
+history iterations"""
 _NOT_NEGATIVE = """seed padding warmup penalty full_penalty sam_share weight_decay fingerprint_every
 stop_fitted switch_at additive_noise multiplicative_noise norm_bias norm_bias_target every eps"""
 # Lower bound, whether the bound itself is allowed, upper bound (never allowed).

@@ -24,6 +24,7 @@ RULES: dict[str, dict[str, Any]] = {  # None: from the recipe
     "normalized": {"lr": 0.1},
     "muon": {"lr": 1e-3, "momentum": 0.95, "nesterov": True, **_ADAM, "weight_decay": 0.1},
     "lars": {"lr": 10.0, "trust": 1e-3, "momentum": None},
+    "lbfgs": {"lr": 1.0, "weight_decay": 0.0},
 }
 # What some rules see of a gradient, and the options that do not change it.
 BLIND = {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from fbopt import LBFGS
 from fbopt.train.config.options import Options
 from fbopt.train.optimizers.lars import LARS
 from fbopt.train.optimizers.muon import Muon
@@ -22,6 +23,10 @@ def build(options: Options, model: nn.Module, groups: Groups) -> torch.optim.Opt
     Adam and AdamW use torch's fused kernels, on the CPU too; torch has none for RMSprop and Muon.
     """
     o, lr = options, options.lr
+    if o.optimizer == "lbfgs":
+        search = None if o.line_search == "none" else o.line_search
+        params = [p for group in groups for p in group["params"]]
+        return LBFGS(params, lr, o.history, search, max_norm=o.max_norm, max_iter=o.iterations)
     if o.optimizer in ("adam", "adamw"):
         kind = torch.optim.Adam if o.optimizer == "adam" else torch.optim.AdamW
         return kind(groups, lr=lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)

@@ -49,6 +49,10 @@ def _rule(o: Options) -> str:
         if name != "nesterov" and (value := getattr(o, name)) is not None:
             nesterov = " (Nesterov)" if name == "momentum" and o.nesterov else ""
             words.append(f"{name} {value:g}{nesterov}")
+    if o.line_search is not None:
+        words.append(f"line search {o.line_search}")
+    if o.history is not None:
+        words.append(f"{o.history} pairs, up to {o.iterations} iterations a step")
     return "".join(f"{word}, " for word in words)
 
 
