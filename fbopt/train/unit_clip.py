@@ -20,9 +20,10 @@ LEAST = 1e-3  # so that weights that begin at zero can leave it
 def clip_units_(params: Iterable[Tensor], share: float) -> None:
     """Clip the gradient of every unit in place; nothing is read on the host.
 
-    Units are the output channels, the rows of a weight (out, …). A bias, a scale or a scalar is one
-    unit as a whole, as in the authors' code. In the paper the last linear layer is left out: do so
-    here too. Parameters without a gradient are skipped.
+    Units are the output channels, the rows of a weight (out, …). A bias, a scalar or a scale, of
+    whatever shape with a single side longer than 1, is one unit as a whole, as in the authors'
+    code. In the paper the last linear layer is left out: do so here too. Parameters without a
+    gradient are skipped.
 
     Args:
         params: the parameters, with ``.grad``.
@@ -36,5 +37,6 @@ def clip_units_(params: Iterable[Tensor], share: float) -> None:
 
 def unit_norms(tensor: Tensor) -> Tensor:
     """The Euclidean norm of each unit, in a shape that broadcasts over the tensor."""
-    dims = tuple(range(1, tensor.dim())) or None
+    is_vector = sum(side > 1 for side in tensor.shape) < 2
+    dims = None if is_vector else tuple(range(1, tensor.dim()))
     return torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)

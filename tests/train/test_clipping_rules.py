@@ -25,7 +25,7 @@ from fbopt.train.trainer import Trainer
 from fbopt.train.unit_clip import clip_units_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SHAPES = ((4, 3, 2, 2), (4,), (), (2, 3), (5, 1))
+SHAPES = ((4, 3, 2, 2), (4,), (), (2, 3), (5, 1, 1))  # the last as the gains of an NFNet
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def parameters(scale: float = 1.0) -> list[nn.Parameter]:
 
 def clipped_by_units(p: torch.Tensor, g: torch.Tensor, share: float) -> torch.Tensor:
     """Brock et al. 2021, a unit at a time."""
-    if p.dim() < 2:
+    if p.squeeze().dim() < 2:
         bound = share * max(float(p.norm()), 1e-3)
         return g * min(1.0, bound / float(g.norm())) if g.any() else g
     rows = [clipped_by_units(w.flatten(), v.flatten(), share).view_as(v)

@@ -6,16 +6,18 @@ out rows that multiplies its patches: a view of them is what Muon gets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fbopt.train.optimizers.simple import Rule
+
 OPTIONS = ("lr", "weight_decay", "momentum", "nesterov", "betas", "eps")
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Rule):
     """``torch.optim.Muon`` on the groups with ``matrices=True``, ``torch.optim.AdamW`` on the rest.
 
     Muon's steps have the root mean square of AdamW's (``adjust_lr_fn="match_rms_adamw"``, Liu et
@@ -29,8 +31,8 @@ class Muon(torch.optim.Optimizer):
         betas, eps: AdamW's.
 
     Raises:
-        ValueError: a group for Muon with a parameter of less than 2 dimensions, or an option that
-            torch's optimizers refuse.
+        TypeError, ValueError: an option that is no number of at least 0, or a group for Muon with a
+            parameter of less than 2 dimensions.
 
     Source: Jordan et al., https://kellerjordan.github.io/posts/muon/, 2024.
     """
@@ -46,8 +48,9 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-8,
     ) -> None:
         muon = {"momentum": momentum, "nesterov": nesterov}
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "matrices": False})
+        super().__init__(params, lr, weight_decay)
         for group in self.param_groups:
+            group.setdefault("matrices", False)
             group |= muon if group["matrices"] else {"betas": betas, "eps": eps}
             for p in group["params"]:
                 if group["matrices"] and p.dim() < 2:
@@ -56,19 +59,13 @@ class Muon(torch.optim.Optimizer):
                         f"{tuple(p.shape)}: leave it to a group without matrices=True"
                     )
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; return what the closure, which fills ``p.grad``, returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
+        """Move the parameters by their ``p.grad``."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             options = {k: v for k, v in group.items() if k in OPTIONS}
             if params:
                 (self._step_matrices if group["matrices"] else self._step_rest)(params, options)
-        return loss
 
     def _step_matrices(self, params: list[Tensor], options: dict[str, Any]) -> None:
         matrices = [nn.Parameter(as_matrix(p, p)) for p in params]
@@ -76,7 +73,8 @@ class Muon(torch.optim.Optimizer):
         for p, matrix in zip(params, matrices, strict=True):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            matrix.grad = as_matrix(p.grad, p)
+            alike = p.grad.stride() == p.stride()
+            matrix.grad = as_matrix(p.grad if alike else torch.empty_like(p).copy_(p.grad), p)
             muon.state[matrix]["momentum_buffer"] = as_matrix(self.state[p]["momentum_buffer"], p)
         muon.step()
 
@@ -88,10 +86,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def as_matrix(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor (out, …) as one of out rows, its columns in the order in which `like`'s lie in
-    memory: for tensors that lie like it a view. Muon's step does not depend on that order.
+    """A view of a tensor (out, …) as out rows, its columns in the order in which `like`'s lie in
+    memory; Muon's step does not depend on that order. A tensor that lies otherwise is an error.
     """
     strides = like.stride()
     order = sorted(range(1, like.dim()), key=lambda dim: -strides[dim])
-    columns = tensor.detach().permute(0, *order)
-    return columns.view(len(like), -1) if tensor.stride() == strides else columns.flatten(1)
+    return tensor.detach().permute(0, *order).view(len(like), -1)

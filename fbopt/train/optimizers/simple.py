@@ -17,12 +17,12 @@ from fbopt.clip import total_norm
 
 
 class Rule(torch.optim.Optimizer):
-    """An optimizer on ``p.grad`` with weight decay as a term of the loss: g ← g + weight_decay p.
+    """What the update rules here share: options that are numbers, and a step with a closure.
 
     Args:
         params: parameters or parameter groups, as for any torch optimizer.
         lr: learning rate, at least 0.
-        weight_decay: the L2 coefficient, at least 0.
+        weight_decay: at least 0; the coefficient of L2 where the rule does not say otherwise.
         others: further options of every group, at least 0.
 
     Raises:
@@ -52,7 +52,7 @@ class Rule(torch.optim.Optimizer):
         raise NotImplementedError
 
     def moved(self) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
-        """Every group, parameter and gradient, with the decay added; ``p.grad`` stays as it is."""
+        """Every group, parameter and gradient g + weight_decay p; ``p.grad`` stays as it is."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
