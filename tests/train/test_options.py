@@ -17,6 +17,7 @@ from fbopt.train.config import perturbation, recipes, rules
 from fbopt.train.config.as_released import SWITCHES
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.diff import check_resume, differences, resolve_for
+from fbopt.train.config.line_search import OF_LBFGS
 from fbopt.train.config.options import ModelName, Options, OptionsError, RecipeName
 from fbopt.train.config.resolve import resolve
 from fbopt.train.data.rng import epoch_order
@@ -31,6 +32,7 @@ def test_nothing_is_left_open(data, recipe):
     allowed = {"width", "threads", "out", "resume", "max_norm", *perturbation.ALL, *SWITCHES}
     allowed |= {"save_every", "data_dir", "replicas", "chunk_max_norm", "samples", "log"}
     allowed |= {"vectorize", "agc", "clip_history", "gamma", "milestones", "ghost_size", "widening"}
+    allowed |= {"line_search", *OF_LBFGS}
     allowed |= set(rules.OWN) - {"momentum", "nesterov"}
     allowed |= {"padding"} if o.augment == "none" else set()
     allowed |= {"stem", "norm", "shortcut"} if o.model == "cnn" else set()

@@ -1,4 +1,4 @@
-"""`--line-search` and `--optimizer lbfgs`: what is logged of a step that looks at several points."""
+"""`--line-search` and `--optimizer lbfgs`: what is logged of steps that look at several points."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_step_logs_what_was_before_it(tiny, case):
     assert losses[2] < losses[0]
     counted = record["gradient_evaluations"] / (2 if trainer.options.penalty else 1)
     # Armijo's search without a penalty looks at the loss alone.
-    assert counted == evaluations or "nonmonotone" in case and 3 <= counted <= evaluations
+    assert counted == evaluations or ("nonmonotone" in case and 3 <= counted <= evaluations)
 
 
 @pytest.mark.parametrize("case", ["lbfgs", "lbfgs, without", "strong wolfe", "nonmonotone"])
