@@ -114,6 +114,7 @@ class Operands:
     coefficient: float
     weight: float = 128.0
     radius: float = 1.0
+    eta: float | None = None  # of ASAM's scale, None for none
     # Of the end of a step: SGD with Nesterov momentum, of mean gradients that have to be clipped.
     lr: float = 0.1
     momentum: float = 0.9
@@ -121,12 +122,18 @@ class Operands:
     max_norm: float = 0.25
 
     @classmethod
-    def of(cls, like: Shapes, device: torch.device = CPU, penalised: bool = True) -> Operands:
+    def of(
+        cls,
+        like: Shapes,
+        device: torch.device = CPU,
+        penalised: bool = True,
+        eta: float | None = None,
+    ) -> Operands:
         """Random tensors of these shapes, the terms of comparable size so that errors show."""
         grads = normal(like, 1.0, 1, device)
         plus = torch._foreach_add(grads, normal(like, 0.3, 2, device)) if penalised else []
         coefficient = 2 / math.sqrt(sum(g.numel() for g in grads))
-        return cls(normal(like, 0.05, 0, device), grads, plus, coefficient)
+        return cls(normal(like, 0.05, 0, device), grads, plus, coefficient, eta=eta)
 
     def __post_init__(self) -> None:
         self.original = [t.clone() for t in (*self.grads, *self.plus)]
@@ -157,7 +164,11 @@ class Operands:
         """The perturbation of the parameters, and what the chunk adds to the sums."""
         params, grads, plus = self.double()
         flat = torch.empty(flat_size(params), dtype=torch.float64, device=self.device)
-        square = reference.perturb_(flat, params, grads, self.radius)
+        if self.eta is None:
+            square = reference.perturb_(flat, params, grads, self.radius)
+        else:
+            square, scaled = reference.adaptive_norms(params, grads, self.eta)
+            reference.perturb_adaptive_(flat, params, grads, self.radius, self.eta, scaled)
         sums = [torch.zeros_like(g) for g in grads]
         weight, coefficient = (scalar_on(self.device, x) for x in (self.weight, self.coefficient))
         reference.accumulate_penalty_(

@@ -63,7 +63,7 @@ class FboptUpdate(ChunkUpdate):
     def update(self, second_pass: SecondPass) -> None:
         c, gradients = self.chunk, self.gradients
         grads = gradients.gather(c.grads)
-        square = self.perturbation.fill(grads, c.radius).plain
+        square = self.perturbation.fill(grads, c.radius, c.eta).plain
         with self.perturbation.applied():
             second_pass()
         plus = gradients.gather(c.plus, "plus")

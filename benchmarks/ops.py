@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.adaptive import ADAPTIVE_UPDATES
 from benchmarks.bandwidth import limits
 from benchmarks.cases import TITLES, Operands, require_close, shapes
 from benchmarks.contenders import CHUNK_UPDATES, FINISHING_STEPS, ChunkUpdate, FinishingStep
-from benchmarks.kernels import kernels
+from benchmarks.kernels import ETA, kernels
 from benchmarks.report import QUICK_ROUNDS, Report, compiles, options
 from benchmarks.stacks import STACKED_UPDATES, Stacks, check_stacked
 from benchmarks.timing import Contender, Plan, Table, measure
@@ -59,18 +60,19 @@ def check_step(step: FinishingStep, finish: Operands) -> None:
     require_close(step.name, "the momentum", step.momentum(), velocity, TOLERANCE)
 
 
-# By title: contenders, their check, and the least float32 words per parameter
-# that each can read and write.
+# By title: contenders, their check, the least float32 words per parameter that each can read and
+# write, and how the operands are made.
 PARTS = {
-    "Penalised chunk update": (CHUNK_UPDATES, check_update, 8),
-    "Finishing step": (FINISHING_STEPS, check_step, 6),
+    "Penalised chunk update": (CHUNK_UPDATES, check_update, 8, {}),
+    "ASAM's chunk update": (ADAPTIVE_UPDATES, check_update, 9, {"eta": ETA}),
+    "Finishing step": (FINISHING_STEPS, check_step, 6, {"penalised": False}),
 }
 
 
 def part_table(part: str, size: str, plan: Plan, compiled: bool) -> Table:
     """Check and time the penalised chunk update or the finishing step."""
-    kinds, check, words = PARTS[part]
-    case = Operands.of(shapes(size), plan.device, penalised=kinds is CHUNK_UPDATES)
+    kinds, check, words, options = PARTS[part]
+    case = Operands.of(shapes(size), plan.device, **options)
     contenders = []
     for kind in kinds:
         if compiled or not kind.compiled:

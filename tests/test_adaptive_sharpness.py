@@ -89,6 +89,21 @@ def test_every_kind_of_parameters(name, ways):
     assert not relative(torch.cat([g.flatten() for g in plain]), wanted) < 2 * bound
 
 
+@pytest.mark.parametrize("ways", [*WAYS, {"chunk_max_norm": 0.5}], ids=str)
+def test_both_back_ends_agree(backend, ways):
+    """Kernels, and plain torch where there is no compiler."""
+    for scope in ("chunk", "full"):
+        rule = SharpnessAware(0.5, True, scope, 0.7, method="central")
+        oracle, wanted = Oracle(network(), data()), []
+        t, bound = oracle.theta.abs() + ETA, ways.get("chunk_max_norm", float("inf"))
+        for c, g in enumerate(oracle.grads):
+            v = g if scope == "chunk" else oracle.whole
+            shift = 0.5 * t**2 * v / (t * v).norm()
+            change = 0.35 * (oracle.at(c, shift) - oracle.at(c, -shift))
+            wanted.append((g + change) * min(1, bound / ((g + change).norm() + 1e-6)))
+        assert relative(gradient(rule, ways)[0], oracle.mean(wanted)) < 1e-12
+
+
 def test_a_layer_that_is_scaled_before_batchnorm_gets_the_same_gradient():
     """With eta = 0: of W -> a W the loss is the same, and its gradient g / a. SAM's is another."""
 

@@ -22,6 +22,7 @@ from benchmarks import (
     timing,
     train_step,
 )
+from benchmarks.adaptive import ADAPTIVE_UPDATES
 from benchmarks.cases import Operands, WrongResult, require_close
 from benchmarks.contenders import CHUNK_UPDATES, FINISHING_STEPS, FboptExactUpdate
 from benchmarks.stacks import STACKED_UPDATES, Stacks, check_stacked
@@ -67,8 +68,8 @@ def run(benchmark, tmp_path, capsys, *arguments: str) -> tuple[dict, str]:
 
 def test_ops_run_and_are_written(few, tmp_path, capsys):
     content, printed = run(ops, tmp_path, capsys, "--sizes", "tiny", "resnet18")
-    assert len(content["tables"]) == 7
-    for kind in (*UPDATES, *STACKED, *STEPS):
+    assert len(content["tables"]) == 9
+    for kind in (*UPDATES, *ADAPTIVE_UPDATES, *STACKED, *STEPS):
         assert f"| {kind.name} " in printed
     assert "torch.compile" not in printed
 
@@ -166,7 +167,7 @@ def test_wrong_whole_step_is_caught(kind, what, monkeypatch):
         train_step.check(JOB)
 
 
-@pytest.mark.parametrize("kind", UPDATES)
+@pytest.mark.parametrize("kind", [*UPDATES, *ADAPTIVE_UPDATES])
 @pytest.mark.parametrize("what", ["sum", "parameter", "perturbation"])
 def test_wrong_chunk_update_is_caught(kind, what):
     class Wrong(kind):
@@ -184,7 +185,7 @@ def test_wrong_chunk_update_is_caught(kind, what):
                 self.params[0].view(-1)[0] += 0.01 * (what == "perturbation")
             second_pass()
 
-    chunk = Operands.of(FEW)
+    chunk = Operands.of(FEW, eta=0.01 if kind in ADAPTIVE_UPDATES else None)
     ops.check_update(kind(chunk), chunk)
     with pytest.raises(WrongResult, match=what):
         ops.check_update(Wrong(chunk), chunk)

@@ -318,11 +318,16 @@ def arguments():
             odd = [extremes(dtype)]
             out = torch.zeros_like(odd[0])
             found[f"perturb_ {dtype} extremes"] = ("perturb_", out, odd, [-odd[0]], 0.1)
+            finite = [odd[0][odd[0].isfinite()]]
+            scaled = finite, finite, 0.1, 0.01, torch.tensor(3.0, dtype=torch.float64)
+            out = torch.zeros_like(finite[0])
+            found[f"perturb_adaptive_ {dtype} extremes"] = ("perturb_adaptive_", out, *scaled)
             found[f"clip_ {dtype} extremes"] = ("clip_", odd, torch.tensor(3.0), 1.0)
     # Of a long sum the last bit hides how each square was rounded.
     for seed in range(20):
         short = torch.randn(64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         found[f"squared_norm of few {seed}"] = ("squared_norm", [short])
+        found[f"adaptive_norms of few {seed}"] = ("adaptive_norms", [short.flip(0)], [short], 0.01)
     return found
 
 

@@ -50,7 +50,7 @@ TRAIN: dict[str, tuple[str, str, torch.dtype, int, dict[str, Any]]] = {
     "own, exact sums": ("own", "plain", torch.float32, 20, {"accumulation": "exact"}),
     "same, adaptive": ("few same", "asam", torch.float64, 2, {}),
     "same, by all chunks": ("few same", "full asam", torch.float64, 2, {"accumulation": "exact"}),
-    "own, by all chunks": ("few own", "full asam", torch.float64, 2, {}),
+    "own, by all chunks": ("few own", "full asam", torch.float64, 2, {"accumulation": "exact"}),
     "own, forward": ("own", "forward", torch.float64, 2, {}),
     "own, norms": ("own", "plain", torch.float64, 2, {"chunk_norms": True}),
     "own, many": ("few own", "forward", torch.float32, 20, {}),
