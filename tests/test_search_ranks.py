@@ -87,7 +87,7 @@ def test_all_ranks_do_the_same_with_sums_in_float32(kind, jobs):
     (first, _), (second, _) = jobs[2]
     assert first[kind, "float32"] == second[kind, "float32"]
     losses, _, (_, _, calls) = first[kind, "float32"]
-    assert losses[-1] < losses[0] and calls > 3
+    assert losses[-1] < losses[0] and calls >= 3
 
 
 def test_a_search_that_fails_does_so_everywhere(jobs):

@@ -137,14 +137,7 @@ def test_a_search_that_fails_changes_nothing_but_the_momentum(search):
     assert said[0].filename == __file__ and optimizer.last_length == 0
     twin = network()
     FullBatchClosure(twin, F.cross_entropy, data())()
-    assert (
-        bits(list(net.parameters()), list(net.buffers())[:2])
-        == [
-            *before,
-            *bits(list(twin.buffers())[:2]),
-        ]
-        or bits(list(net.parameters())) == before
-    )
+    assert bits(list(net.parameters())) == before
     assert bits(list(net.buffers())[:2]) == bits(list(twin.buffers())[:2])
     assert all(s["momentum_buffer"] is None for s in optimizer.state.values())
     with warnings.catch_warnings():
