@@ -25,7 +25,7 @@ class History:
     """The last pairs, and the gradient that the next pair begins at.
 
     Words per parameter: 2 m + 1 in memory; a direction reads every pair twice, once for all inner
-    products, with g and the newest y, and once to combine them: 4 m + 3. Inner products and the
+    products, with g and the newest y, and once to combine them: 4 m + 5. Inner products and the
     small systems are float64, on the device of the first matrix, and nothing is read on the host
     but by :meth:`add`.
 
