@@ -61,7 +61,7 @@ class LBFGS(torch.optim.Optimizer):
     descent, or where ``<s, y>`` is not positive. An exception of the closure puts the parameters
     back to those of the last iteration.
 
-    The recursion is in compact form: 4 m + 3 words per parameter for m pairs, against some 10 m of
+    The recursion is in compact form: 4 m + 5 words per parameter for m pairs, against some 10 m of
     two loops, all inner products in float64 and none of them read on the host. In memory are
     ``2 history_size + 4`` words per parameter, in float32 for half precision.
 
@@ -94,7 +94,6 @@ class LBFGS(torch.optim.Optimizer):
     Attributes:
         stopped: why the last step ended, in words; None before the first.
         last_evaluations: the calls of the closure in the last step.
-        n_iter: the iterations of all steps.
 
     Source: Liu and Nocedal, "On the limited memory BFGS method for large scale optimization",
     Mathematical Programming 45 (1989); Byrd, Nocedal and Schnabel, "Representations of quasi-Newton

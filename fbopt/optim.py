@@ -79,8 +79,6 @@ class FullBatchGD(torch.optim.Optimizer):
     Attributes:
         last_grad_norm: the norm of the last step's gradient before clipping, 0-dim, on the device;
             None before the first step, and with FSDP1 or ZeroRedundancyOptimizer.
-        last_length: t of the last step that was searched, 0 where the search failed.
-        last_evaluations: how often that step evaluated the closure.
 
     Source: Geiping et al., "Stochastic Training is Not Necessary for Generalization", ICLR 2022,
     section 3-4.
@@ -210,7 +208,7 @@ class FullBatchGD(torch.optim.Optimizer):
 
     @property
     def last_length(self) -> float:
-        """The length t of the last step that was searched."""
+        """The length t of the last step that was searched, in units of lr; 0 where it failed."""
         return self._searched.length
 
     @property

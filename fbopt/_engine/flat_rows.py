@@ -76,4 +76,6 @@ def combine_(out: Rows, matrices: Rows, coefficients: Tensor) -> None:
 def largest(vector: Rows) -> Tensor:
     """Return the largest magnitude of all elements, 0-dim, float64, on the first device."""
     norms = [torch.linalg.vector_norm(v, torch.inf).double() for v in vector]
+    if len(norms) == 1:
+        return norms[0]
     return torch.stack([n.to(norms[0].device) for n in norms]).max()

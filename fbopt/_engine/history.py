@@ -25,7 +25,7 @@ class History:
     """The last pairs, and the gradient that the next pair begins at.
 
     Words per parameter: 2 m + 1 in memory; a direction reads every pair twice, once for all inner
-    products, with g and the newest y, and once to combine them: 4 m + 3. Inner products and the
+    products, with g and the newest y, and once to combine them: 4 m + 5. Inner products and the
     small systems are float64, on the device of the first matrix, and nothing is read on the host
     but by :meth:`add`.
 
@@ -47,7 +47,7 @@ class History:
         self.matrices = FlatRows(params, device).make(1 + 2 * size)
         options: Any = {"dtype": torch.float64, "device": self.matrices[0].device}
         # <s_i, y_k> and <y_i, y_k> by slots; only products of s with no older y are kept up.
-        self._sy, self._yy = (torch.zeros(size, size, **options) for _ in range(2))
+        self._gram = torch.zeros(2, size, size, **options)
         self.clear()
 
     def clear(self) -> None:
@@ -120,32 +120,31 @@ class History:
         k, newest = self.count, self._newest
         used = rows(self.matrices, 0, 1 + 2 * k)
         with_g, with_y = products(used, self.gradient, rows(used, 2 + 2 * newest))
-        self._sy[:k, newest] = with_y[1::2]
-        self._yy[:k, newest] = self._yy[newest, :k] = with_y[2::2]
+        self._gram[:, :k, newest] = with_y[1:].view(k, 2).T
+        self._gram[1, newest, :k] = with_y[2::2]
         self._is_measured = True
         return with_g
 
     def _coefficients(self, with_g: Tensor) -> Tensor:
         """The coefficients of g and all pairs in -H g."""
         k, newest, gamma = self.count, self._newest, self._gamma
-        sg, yg = with_g[1::2], with_g[2::2]
         # From slots to the order of time, by shifts the host knows.
         back = -(newest + 1) % k if k == self.size else 0
-        turn = lambda t: t.roll([back] * t.dim(), tuple(range(t.dim())))  # noqa: E731
-        r, yy = turn(self._sy[:k, :k]).triu(), turn(self._yy[:k, :k])
-        p = torch.linalg.solve_triangular(r, turn(sg)[:, None], upper=True)
-        right = r.diagonal()[:, None] * p + gamma * (yy @ p - turn(yg)[:, None])
+        sy, yy = self._gram[:, :k, :k].roll((back, back), (1, 2))
+        sg, yg = with_g[1:].view(k, 2).roll(back, 0).T[:, :, None]
+        r = sy.triu()
+        p = torch.linalg.solve_triangular(r, sg, upper=True)
+        right = r.diagonal()[:, None] * p + gamma * (yy @ p - yg)
         q = torch.linalg.solve_triangular(r.T, right, upper=False)
-        pairs = torch.stack([-q[:, 0], gamma * p[:, 0]], 1).roll(-back, 0)
-        return torch.cat([pairs.new_full((1,), -gamma), pairs.reshape(-1)])
+        pairs = torch.cat([-q, gamma * p], 1).roll(-back, 0)
+        return torch.cat([pairs.new_full((1,), -gamma), pairs.view(-1)])
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of what :meth:`load_state_dict` needs."""
         used = rows(self.matrices, 0, 1 + 2 * self.count)
         return {
             "rows": [matrix.clone() for matrix in used],
-            "sy": self._sy.clone(),
-            "yy": self._yy.clone(),
+            "products": self._gram.clone(),
             "newest": self._newest,
             "gamma": self._gamma,
         }
@@ -161,15 +160,14 @@ class History:
             a.shape[1] == b.shape[1] and len(a) <= len(b) and a.dtype == b.dtype
             for a, b in zip(saved, self.matrices, strict=True)
         )
-        if not fits or state["sy"].shape != self._sy.shape:
+        if not fits or state["products"].shape != self._gram.shape:
             raise ValueError(
                 "the state dict has the history of other parameters or of another history_size: "
                 "make the optimizer as it was when the state was saved"
             )
         for own, rows_ in zip(self.matrices, saved, strict=True):
             own[: len(rows_)].copy_(rows_)
-        self._sy.copy_(state["sy"])
-        self._yy.copy_(state["yy"])
+        self._gram.copy_(state["products"])
         self.count = (len(saved[0]) - 1) // 2
         self._newest, self._gamma = state["newest"], state["gamma"]
         self._is_measured = self.count == 0

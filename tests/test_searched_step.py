@@ -1,0 +1,221 @@
+"""FullBatchGD(line_search=...): the direction of its own step, a length that lowers the loss."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import bits
+from torch import nn
+
+from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty, SharpnessAware
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SEARCHES = ["strong_wolfe", "armijo", "nonmonotone"]
+RULES = {
+    "plain": {},
+    "momentum": {"momentum": 0.9, "nesterov": True},
+    "all": {"momentum": 0.5, "dampening": 0.3, "weight_decay": 0.1, "max_norm": 0.25},
+}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def data(count=50):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 6, generator=generator).double()
+    y = torch.randint(3, (count,), generator=generator)
+    return list(zip(x.split(16), y.split(16), strict=True))
+
+
+def training(search, lr=0.05, given=None, **options):
+    net = network()
+    optimizer = FullBatchGD(net.parameters(), lr, line_search=search, **options)
+    return net, optimizer, FullBatchClosure(net, F.cross_entropy, data(), **(given or {}))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("search", ["armijo", "nonmonotone"])
+def test_short_steps_are_those_without_a_search(search, rule, backend):
+    """At t = 1 they are low enough, and p + (p' - p) is p' to rounding, as is the momentum."""
+    net, optimizer, closure = training(search, **RULES[rule])
+    twin, other, plain = training(None, **RULES[rule])
+    for _ in range(4):
+        assert optimizer.step(closure) == pytest.approx(other.step(plain).item(), rel=1e-12)
+        assert optimizer.last_length == 1.0 and optimizer.last_evaluations == 2
+        assert closure.step == plain.step  # trial points took forward passes alone
+        torch.testing.assert_close(list(net.parameters()), list(twin.parameters()))
+    assert bits(optimizer.last_grad_norm) == bits(other.last_grad_norm) or rule != "plain"
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(dict(optimizer.state[p]), dict(other.state[q]))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("search", SEARCHES)
+def test_no_learning_rate_is_too_large(search, rule):
+    """Of what is searched, the loss with the decay; where it may rise, not above the last ten."""
+    net, optimizer, closure = training(search, lr=100.0, **RULES[rule])
+    values = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for _ in range(15):
+            decay = RULES[rule].get("weight_decay", 0) / 2
+            square = sum(p.detach().square().sum() for p in net.parameters())
+            values.append(float(optimizer.step(closure) + decay * square))
+            assert optimizer.last_length >= 0
+    if search != "nonmonotone":
+        assert values == sorted(values, reverse=True)
+    assert max(values) == values[0] and values[-1] < 0.97 * values[0]
+
+
+def test_the_slope_is_that_of_the_loss_with_its_decay():
+    """Where decay alone moves a parameter, a search on the loss alone would see no slope."""
+    p = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+
+    def closure():
+        p.grad = torch.zeros_like(p)
+        return torch.zeros(())
+
+    optimizer = FullBatchGD([p], lr=5.0, weight_decay=1.0, line_search="strong_wolfe")
+    optimizer.step(closure)
+    torch.testing.assert_close(p.detach(), torch.zeros(2).double())  # the quadratic's minimum
+    assert optimizer.last_length == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}])
+def test_maximize(options):
+    p = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    def closure():
+        p.grad = -2 * (p.detach() - 1)
+        return 3 - (p.detach() - 1).square().sum()
+
+    optimizer = FullBatchGD([p], 10.0, maximize=True, line_search="strong_wolfe", **options)
+    for _ in range(3):
+        optimizer.step(closure)
+    best = 2 / (2 + options.get("weight_decay", 0))
+    torch.testing.assert_close(p.detach(), torch.full((3,), best).double())
+
+
+def test_momentum_that_leads_uphill_is_dropped():
+    p = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+
+    def closure():
+        p.grad = p.detach().clone()
+        return p.detach().square().sum() / 2
+
+    optimizer = FullBatchGD([p], 0.5, momentum=0.9, line_search="armijo")
+    optimizer.step(closure)
+    optimizer.state[p]["momentum_buffer"].fill_(-10.0)
+    with pytest.warns(RuntimeWarning, match="no direction of descent, and its momentum") as said:
+        optimizer.step(closure)
+    assert said[0].filename == __file__
+    assert p.item() == 0.25 and optimizer.state[p]["momentum_buffer"] is None
+    optimizer.step(closure)
+    assert optimizer.state[p]["momentum_buffer"].item() == 0.25
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_search_that_fails_changes_nothing_but_the_momentum(search):
+    net, optimizer, _ = training(search, momentum=0.9)
+    rise = [0]
+
+    def loss(output, target):
+        rise[0] += 1
+        return F.cross_entropy(output, target) + rise[0]
+
+    closure = FullBatchClosure(net, loss, data())
+    before = bits(list(net.parameters()))
+    with pytest.warns(RuntimeWarning, match="no lower value was found") as said:
+        optimizer.step(closure)
+    assert said[0].filename == __file__ and optimizer.last_length == 0
+    twin = network()
+    FullBatchClosure(twin, F.cross_entropy, data())()
+    assert bits(list(net.parameters())) == before
+    assert bits(list(net.buffers())[:2]) == bits(list(twin.buffers())[:2])
+    assert all(s["momentum_buffer"] is None for s in optimizer.state.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_an_exception_puts_everything_back(call, search):
+    net, optimizer, closure = training(search, lr=50.0, momentum=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for _ in range(2):
+            optimizer.step(closure)
+    before = bits(list(net.parameters()), optimizer)
+    passes, fails = [0], 4 * call + 2  # in the second chunk of a visit of four
+
+    def evaluate(model, chunk):
+        passes[0] += 1
+        if passes[0] == fails:
+            raise KeyboardInterrupt
+        return F.cross_entropy(model(chunk[0]), chunk[1])
+
+    failing = FullBatchClosure(net, chunks=data(), evaluate=evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(failing)
+    after = bits(list(net.parameters()), optimizer)
+    if search == "nonmonotone":
+        optimizer.param_groups[0].pop("last_values", None)
+        assert after[0] == before[0]
+    else:
+        assert after == before
+
+
+def test_a_penalty_is_searched_with_its_objective():
+    penalty = {"penalty": GradientPenalty(coefficient=0.5, method="exact")}
+    _, optimizer, closure = training("armijo", lr=20.0, given=penalty | {"returns": "objective"})
+    values = [optimizer.step(closure).item() for _ in range(8)]
+    assert values == sorted(values, reverse=True) and optimizer.last_evaluations >= 2
+    assert closure.step > 8  # the objective takes whole calls
+    for given in (penalty, {"penalty": SharpnessAware()}, {"chunk_max_norm": 1.0}):
+        net, optimizer, closure = training("armijo", given=given)
+        before = bits(net, optimizer)
+        with pytest.raises(ValueError, match="line_search compares values of the function"):
+            optimizer.step(closure)
+        assert bits(net, optimizer) == before and closure.step == 0
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_resumed_steps_have_the_same_bits(search):
+    net, optimizer, closure = training(search, lr=30.0, momentum=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for _ in range(4):
+            optimizer.step(closure)
+        twin, other, plain = training(search, lr=1.0)
+        twin.load_state_dict(net.state_dict())
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for _ in range(4):
+            optimizer.step(closure)
+            other.step(plain)
+    assert bits(twin, other) == bits(net, optimizer)
+
+
+def test_arguments_are_checked():
+    net, optimizer, _ = training("armijo")
+    with pytest.raises(ValueError, match=r"line_search evaluates the loss: call step\(closure\)"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="line_search must be one of"):
+        FullBatchGD(net.parameters(), line_search="wolfe")
+    a, b = (nn.Parameter(torch.zeros(2)) for _ in "ab")
+    with pytest.raises(ValueError, match="line_search differs between parameter groups"):
+        FullBatchGD([{"params": [a]}, {"params": [b], "line_search": "armijo"}])
+    mixed = [{"params": [a]}, {"params": [b], "maximize": True}]
+    with pytest.raises(ValueError, match="maximize differs between parameter groups"):
+        FullBatchGD(mixed, line_search="armijo").step(lambda: 0.0)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    sgd.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(torch.optim.SGD(net.parameters(), lr=0.1).state_dict())
+    assert optimizer.param_groups[0]["line_search"] == "armijo"
