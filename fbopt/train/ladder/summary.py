@@ -62,7 +62,7 @@ def _row(name: str, planned: list[Options], finished: list[RunFolder]) -> dict[s
     return {
         "row": name,
         "summary": summary(name),
-        "published": published(name, options.scale) or None,
+        "published": published(name, options.scale, options.model) or None,
         "options": options.as_json(),
         "seeds": len(planned),
         **means,
