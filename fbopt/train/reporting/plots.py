@@ -15,8 +15,8 @@ from fbopt.train.config.options import Options
 BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, BLACK = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000",
 )  # fmt: skip
-GREY = "#555555"
-PALETTE = (BLACK, ORANGE, AMBER, SKY, BLUE, GREEN, PURPLE)
+GREY, BROWN, OLIVE = "#555555", "#7F4F24", "#8A8A00"
+PALETTE = (BLACK, ORANGE, AMBER, SKY, BLUE, GREEN, PURPLE, OLIVE, BROWN, GREY)
 CONVERSIONS = {  # from a metric to what is drawn
     "train_accuracy": lambda share: 100 * share,
     "test_accuracy": lambda share: 100 * share,
