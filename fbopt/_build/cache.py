@@ -64,14 +64,17 @@ def _temporary_cache() -> Path:
 
 @contextlib.contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
-    """Hold a system lock on a file, which is released when the process ends, even if killed."""
+    """Hold a system lock on a file, which is released when the process ends, even if killed.
+
+    Should another hold it, say that it is doing `what`, and wait.
+    """
     import fcntl
 
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            waiting = f"fbopt: waiting for another process that is compiling {what}"
+            waiting = f"fbopt: waiting for another process that is {what}"
             print(waiting, file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:

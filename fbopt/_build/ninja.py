@@ -131,7 +131,7 @@ def build(recipe: Recipe) -> Path:
         if library := cache.cached(cache.cache_folder(), stem):
             return library
         folder = cache.writable(cache.cache_folder())
-        with cache.lock(folder / f"{stem}.lock", recipe.what):
+        with cache.lock(folder / f"{stem}.lock", f"compiling {recipe.what}"):
             return cache.cached(folder, stem) or _compile(recipe, folder, stem)
     except OSError as error:
         raise BuildError(f"the cache cannot be used ({error})", "set FBOPT_CACHE_DIR") from error

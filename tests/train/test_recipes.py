@@ -82,6 +82,8 @@ def test_published_accuracies():
     for name in ("fb", "fb-aug"):
         assert recipes.published(name, "small") == "75.42 ± 0.13"
     assert recipes.published("fb-x10", "small") == ""
+    assert recipes.published("fb-aug", "images", "resnet18") == "75.42 ± 0.13"
+    assert recipes.published("fb-aug", "images", "resnet50") == ""  # the figures are ResNet-18's
 
 
 def test_the_help_names_every_rung():

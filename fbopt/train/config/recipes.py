@@ -104,14 +104,15 @@ def summary(name: str) -> str:
     return f"{step}, {TABLES[suffix].title}" if suffix else STEPS[step][0]
 
 
-def published(name: str, scale: str) -> str:
-    """The published test accuracy (%) of a recipe; "" if unknown.
+def published(name: str, scale: str, model: str | None = None) -> str:
+    """The published test accuracy (%) of a recipe; "" if unknown, as with another `model`.
 
     The paper has no figures for small data; there a row without augmentation has those of the same
     step of the ladder on CIFAR-10, to compare the gains from step to step.
     """
     step, suffix = split(name)
     known = suffix == "-aug" or (scale == "small" and not suffix)
+    known &= model in (None, RECIPES[scale][name]["model"])
     return STEPS[step][1] if known else ""
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from fbopt._build.cache import cache_folder, writable
+from fbopt._build.cache import cache_folder, lock, writable
 from fbopt.train.config.cores import usable_cores
 from fbopt.train.config.dataspec import DataError, require
 
 CACHE_FROM = 10_000  # images, whose decoding takes seconds
+BLOCK = 16  # images that a thread decodes in a row
 
 
 def pixels(files: Sequence[str], size: int) -> np.ndarray:
@@ -49,22 +50,24 @@ def mapped_pixels(files: Sequence[str], side: int, name: str) -> tuple[np.ndarra
     """
     cached = writable(cache_folder()) / f"mapped-{_key(files, f'{side} square')}.npy"
     digest, shape = cached.with_suffix(".sha256"), (len(files), side, side, 3)
-    with contextlib.suppress(OSError, ValueError, EOFError):
+    with lock(cached.with_suffix(".lock"), f"decoding {name}"):
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            return _open(cached, shape), digest.read_text()
+        partial = cached.with_suffix(".partial")  # one of a killed process is written over
+        if len(files) >= CACHE_FROM:
+            print(f"decoding {len(files):,} images of {name}, once, to {cached}", flush=True)
+        try:
+            digest.write_text(_decode_to(partial, files, shape))
+            partial.replace(cached)
+        except OSError as error:
+            raise DataError(
+                f"{name}: its {len(files):,} images take {np.prod(shape) / 1e9:.1f} GB in "
+                f"{cached.parent}, which cannot be written ({error}); make room, or say with "
+                "FBOPT_CACHE_DIR where there is some"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
         return _open(cached, shape), digest.read_text()
-    partial = cached.with_name(f"{os.getpid()}-{cached.name}")
-    try:
-        found = _decode_to(partial, files, shape)
-        digest.write_text(found)
-        partial.replace(cached)
-    except OSError as error:
-        raise DataError(
-            f"{name}: its {len(files):,} images take {np.prod(shape) / 1e9:.1f} GB in "
-            f"{cached.parent}, which cannot be written ({error}); make room, or say with "
-            "FBOPT_CACHE_DIR where there is some"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return _open(cached, shape), found
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -76,19 +79,22 @@ def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _decode_to(path: Path, files: Sequence[str], shape: tuple[int, ...]) -> str:
-    """Write the images to a file; return the SHA-256 of theirs, one after the other."""
+    """Write the images to a file; return the SHA-256 of all of theirs."""
     transforms = require("--data imagenet:PATH", "torchvision", "torchvision.transforms")
     square = transforms.Compose([transforms.Resize(shape[1]), transforms.CenterCrop(shape[1])])
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
 
-    def decode(index: int) -> bytes:
-        array[index] = read_image(files[index], square)
-        return hashlib.sha256(array[index].tobytes()).digest()
+    def decode(first: int) -> bytes:
+        digests = b""
+        for index in range(first, min(first + BLOCK, len(files))):
+            array[index] = read_image(files[index], square)
+            digests += hashlib.sha256(array[index].tobytes()).digest()
+        return digests
 
     total = hashlib.sha256()
     with ThreadPoolExecutor(usable_cores()) as pool:  # decoders let go of Python's lock
-        for digest in pool.map(decode, range(len(files))):
-            total.update(digest)
+        for digests in pool.map(decode, range(0, len(files), BLOCK)):
+            total.update(digests)
     array.flush()
     return total.hexdigest()
 

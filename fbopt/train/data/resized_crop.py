@@ -67,23 +67,22 @@ def resized_crop(x: Tensor, windows: Windows, size: int) -> Tensor:
     Returns:
         uint8 (n, channels, size, size), channels last in memory, rounded to the nearest.
     """
-    image = torch.arange(len(x), device=x.device)[:, None]
+    count, channels, height, width = x.shape
     rows = _places(windows.top, windows.height, size)
-    columns = _places(windows.left, windows.width, size)
     place = torch.arange(size, device=x.device)
     mirrored = torch.where(windows.flip[:, None] == 1, size - 1 - place, place)
-    low, high, weight = (c.gather(1, mirrored) for c in columns)
-    pixels = x.permute(0, 2, 3, 1)
-    first, second = pixels[image, rows[0]].float(), pixels[image, rows[1]].float()
-    lines = torch.lerp(first, second, rows[2][:, :, None, None].float()).transpose(1, 2)
-    left, right = lines[image, low], lines[image, high]
-    found = torch.lerp(left, right, weight[:, :, None, None].float())
-    return (
-        found.round()
-        .to(torch.uint8)
-        .permute(0, 3, 2, 1)
-        .contiguous(memory_format=torch.channels_last)
-    )
+    columns = [c.gather(1, mirrored) for c in _places(windows.left, windows.width, size)]
+    first = torch.arange(count, device=x.device)[:, None] * height
+    pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)
+
+    def seen(row: Tensor, column: Tensor) -> Tensor:
+        # One index of whole pixels, as in crop_and_flip.
+        index = ((first + row) * width)[:, :, None] + column[:, None, :]
+        return pixels.index_select(0, index.flatten()).view(count, size, size, channels).float()
+
+    across, down = columns[2].float()[:, None, :, None], rows[2].float()[:, :, None, None]
+    upper, lower = (seen(row, columns[0]).lerp_(seen(row, columns[1]), across) for row in rows[:2])
+    return upper.lerp_(lower, down).round_().to(torch.uint8).permute(0, 3, 1, 2)
 
 
 def _places(start: Tensor, length: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:

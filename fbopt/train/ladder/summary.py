@@ -34,7 +34,7 @@ X_LABELS = {
 }
 LOOKS = {  # the colour is the row's step of the ladder, the line style its kind of augmentation
     step + suffix: {"color": color, "linestyle": line}
-    for step, color in zip(STEPS, plots.PALETTE, strict=True)
+    for step, color in zip(STEPS, plots.PALETTE, strict=False)
     for suffix, line in zip(TABLES, ("-", "--", "-.", ":"), strict=True)
 }
 
@@ -62,7 +62,7 @@ def _row(name: str, planned: list[Options], finished: list[RunFolder]) -> dict[s
     return {
         "row": name,
         "summary": summary(name),
-        "published": published(name, options.scale) or None,
+        "published": published(name, options.scale, options.model) or None,
         "options": options.as_json(),
         "seeds": len(planned),
         **means,
