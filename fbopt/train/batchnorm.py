@@ -67,9 +67,10 @@ class EveryPass:
     def _note(self, layer: _NormBase, inputs: tuple[Any, ...]) -> None:
         if not layer.training:
             return
-        x: Tensor = inputs[0]
+        # As torch's own, in float32 also where the input is of half precision.
+        x: Tensor = inputs[0].detach().to(torch.promote_types(inputs[0].dtype, torch.float32))
         dims = [d for d in range(x.ndim) if d != 1]
-        var, mean = torch.var_mean(x.detach(), dims)
+        var, mean = torch.var_mean(x, dims)
         share = self._shares[layer]
         olds = self._found[layer]
         self._found[layer] = (

@@ -73,7 +73,7 @@ class CurvatureTracker:
     def _sharpness(self) -> dict[str, Any]:
         """The largest eigenvalue that the steps see, and the threshold where one is known."""
         trainer, objective = self.trainer, self.objective
-        seed, clip = trainer.options.seed, trainer.clip_coefficient
+        seed, clip = trainer.options.seed, trainer.gradient_share
         if is_preconditioned(trainer.options):
             seen = PreconditionedHessian(objective, trainer.optimizer, clip=clip)
             found = float(eigenpairs(seen, 1, seed=seed, verify=False).values[0])

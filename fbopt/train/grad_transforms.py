@@ -86,7 +86,7 @@ class GradientTransform:
         """Transform the gradient of a step in place; return its norm before clipping."""
         params = self._moved()
         if self.options.mean == "running":
-            torch._foreach_mul_([p.grad for p in params], self._running_total())
+            torch._foreach_mul_([p.grad for p in params], self.total)
         if self.options.norm_bias:
             self._add_norm_bias(params)
         norm = self.clip()
@@ -123,12 +123,15 @@ class GradientTransform:
     def _moved(self) -> list[Tensor]:
         return [p for p in self.params if p.grad is not None]
 
-    def _running_total(self) -> float:
-        """The sum of the weights of a running mean, by which a closure divides.
+    @property
+    def total(self) -> float:
+        """The sum of the weights of the mean over chunks: 1, but of a running mean.
 
-        The weights are (1/N)(1 − 1/N)^(N − 1 − i) for chunk i, see :func:`running_weight`.
+        Those weights are (1/N)(1 − 1/N)^(N − 1 − i) for chunk i, see :func:`running_weight`, and a
+        closure divides by their sum.
         """
-        return 1 - (1 - 1 / self.chunks) ** self.chunks
+        running = self.options.mean == "running"
+        return 1 - (1 - 1 / self.chunks) ** self.chunks if running else 1.0
 
     def _add_norm_bias(self, params: Sequence[Tensor]) -> None:
         options = self.options

@@ -42,11 +42,15 @@ def cross_entropy(
 ) -> Tensor:
     """Cross-entropy of logits (n, classes) and labels (n,), in float32 for bfloat16 logits.
 
-    Label smoothing spreads its share over all classes; `over_others`, over all but the right one,
-    which is the same as more of it over all.
+    Label smoothing spreads its share ε over all n classes; `over_others`, over all but the right
+    one, which is the same as ε n/(n − 1) over all.
     """
-    if over_others:
-        label_smoothing *= output.shape[1] / (output.shape[1] - 1)
     if output.dtype == torch.bfloat16:
         output = output.float()
+    if over_others and label_smoothing:
+        logs, count = output.log_softmax(1), output.shape[1]
+        share = label_smoothing * count / max(1, count - 1)  # may be above 1
+        spread = -logs.mean(1)
+        spread = {"mean": spread.mean, "sum": spread.sum}.get(reduction, lambda: spread)()
+        return (1 - share) * F.nll_loss(logs, target, reduction=reduction) + share * spread
     return F.cross_entropy(output, target, reduction=reduction, label_smoothing=label_smoothing)

@@ -38,7 +38,7 @@ def lr_factor(done: int, options: Options) -> float:
         return options.gamma**after
     if options.schedule == "step":
         return options.gamma ** sum(
-            done >= share * options.passes for share in options.milestone_shares
+            done >= round(share * options.passes, 6) for share in options.milestone_shares
         )
     share = 0.5 * (1 + math.cos(math.pi * min(1.0, after / options.cosine)))
     return options.floor + (1 - options.floor) * share

@@ -26,7 +26,7 @@ from fbopt.train.grad_transforms import running_weight
 from fbopt.train.losses import build_loss
 from fbopt.train.mini_batches import MiniBatchGradient
 from fbopt.train.precision import autocast_dtype, parameter_dtype
-from fbopt.train.schedules import build_scheduler
+from fbopt.train.schedules import build_scheduler, lr_factor
 from fbopt.train.searched import FirstEvaluation
 
 # With a state_dict, or None.
@@ -144,6 +144,14 @@ class Trainer:
             return self.grad_transform.coefficient()
         bound = None if self.options.optimizer == "lbfgs" else self.options.max_norm
         return 1.0 if bound is None else float(clip_coefficient(bound, self.gradient_norm))
+
+    @property
+    def gradient_share(self) -> float:
+        """The share of the mean gradient that the last step followed: by clipping, and by
+        `--mean running`; read from the device.
+        """
+        whole = 1.0 if self.grad_transform is None else self.grad_transform.total
+        return whole * self.clip_coefficient
 
     def _steps(self, passes: int) -> int:
         epochs = min(passes, self.epochs)
@@ -301,6 +309,8 @@ class Trainer:
         if self.first is not None:
             return self.closure.step * build.gradients_per_pass(self.options)
         plain = min(done, self.options.switch_at)
+        if self.options.penalty is not None:  # a penalty of strength 0 takes no second pass
+            plain += sum(lr_factor(k, self.options) == 0 for k in range(plain, done))
         return plain + (done - plain) * build.gradients_per_pass(self.options)
 
     def state_dict(self) -> dict[str, Any]:

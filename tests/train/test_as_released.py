@@ -16,10 +16,13 @@ from tiny_runs import options
 from torch import nn
 
 from fbopt.train import build, models
+from fbopt.train.batchnorm import EveryPass
 from fbopt.train.config.as_released import SWITCHES
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.resolve import resolve
+from fbopt.train.curvature import CurvatureTracker
 from fbopt.train.data.load import load
+from fbopt.train.precision import cross_entropy
 from fbopt.train.trainer import Trainer
 
 STEPS = 15
@@ -197,7 +200,7 @@ REFUSED = {
     "batchnorm": ({"batchnorm": "every-pass"}, "has no effect without BatchNorm"),
     "one pass": (
         {"batchnorm": "every-pass", "recipe": "sgd", "model": "resnet18"},
-        "has no effect without BatchNorm and several chunks or passes",
+        r"has no effect without BatchNorm \(not ghost\) and several chunks or passes",
     ),
     "radius": ({"central_radius": "half"}, "without central differences; add --method central"),
     "smoothing": ({"smoothing": "others"}, "without label smoothing; add --label-smoothing"),
@@ -259,3 +262,49 @@ def test_branches_of_every_residual_network_start_at_one():
         assert all((m.weight == 0).all() for m in lasts) and len(lasts) in (8, 16)
         models.start_branches_at_one(model)
         assert all((m.weight == 1).all() for m in lasts)
+
+
+def test_smoothing_over_the_others_of_any_share():
+    output, target = torch.randn(5, 2, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1])
+    goal = torch.full((5, 2), 0.95, dtype=torch.float64)
+    goal[range(5), target] = 0.05
+    expected = -(goal * output.log_softmax(1)).sum(1)
+    for reduction, of in (("none", expected), ("mean", expected.mean()), ("sum", expected.sum())):
+        found = cross_entropy(output, target, 0.95, reduction, over_others=True)
+        torch.testing.assert_close(found, of)
+
+
+def test_statistics_of_passes_in_half_precision_are_of_float32(tiny):
+    model = nn.BatchNorm1d(3)
+    x = torch.randn(50, 3).bfloat16() + 100
+    followed = EveryPass(model)
+    with followed.following():
+        model(x)
+    assert followed._found[model][0].dtype == torch.float32
+    expected = nn.BatchNorm1d(3)
+    expected(x)
+    torch.testing.assert_close(model.running_mean, expected.running_mean)
+    torch.testing.assert_close(model.running_var, expected.running_var)
+
+
+def test_the_threshold_of_stability_is_that_of_the_shorter_mean(tiny):
+    """Steps that follow 0.68 of the gradient are stable to 1/0.68 of the curvature."""
+    plain = {"lr": 0.1, "warmup": 0, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+    found = []
+    for mean in ("samples", "running"):
+        trainer = trainer_of(
+            tiny, "fb", **plain, mean=mean, chunk_size=20, track="sharpness", every=1
+        )
+        trainer.take_step()
+        tracker = CurvatureTracker(trainer)
+        tracker.names = ("sharpness",)
+        found.append(tracker.measure()["sharpness_threshold"])
+    assert found == pytest.approx([2 / 0.1, 2 / 0.1 / (1 - 0.75**4)])
+
+
+def test_passes_at_rate_zero_have_one_gradient(tiny):
+    trainer = trainer_of(tiny, first_rate="zero", steps=4, cosine=2, warmup=1)
+    for _ in range(4):  # at rates 0, all, half, 0
+        trainer.take_step()
+        trainer.scheduler.step()
+    assert trainer.record(with_test=False)["gradient_evaluations"] == 1 + 2 + 2 + 1

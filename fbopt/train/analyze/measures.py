@@ -194,16 +194,19 @@ def _hessian(subject: Subject, options: Analysis) -> Hessian:
 
 
 def _clip(subject: Subject) -> float:
-    """The clip coefficient that the next step would apply to the full-batch gradient of L."""
+    """The share of the full-batch gradient of L that the next step would follow: what clipping
+    leaves, and --mean running.
+    """
     run = subject.run
     bound: float | Tensor | None = run.options.max_norm
+    total = 1.0
     if run.grad_transform is not None:
-        bound = run.grad_transform.bound()
+        bound, total = run.grad_transform.bound(), run.grad_transform.total
     if bound is None or bound == math.inf:
-        return 1.0
-    gradient = subject.objective.gradient().double()
+        return total
+    gradient = subject.objective.gradient().double() * total
     order = float(run.options.norm_type)
-    return float(clip_coefficient(bound, torch.linalg.vector_norm(gradient, order)))
+    return total * float(clip_coefficient(bound, torch.linalg.vector_norm(gradient, order)))
 
 
 def _losses(

@@ -27,7 +27,9 @@ SWITCHES = {
     "residual_init": Switch("zero", "one", f"a residual network; choose --model {RESIDUAL[0]}"),
     "first_rate": Switch("positive", "zero", "a warm-up; add --warmup 10"),
     "batchnorm": Switch(
-        "mean", "every-pass", "BatchNorm and several chunks or passes; choose --model resnet18"
+        "mean",
+        "every-pass",
+        "BatchNorm (not ghost) and several chunks or passes; choose --model resnet18",
     ),
     "central_radius": Switch("full", "half", "central differences; add --method central"),
     "smoothing": Switch("all", "others", "label smoothing; add --label-smoothing 0.1"),

@@ -67,6 +67,10 @@ def _check_length(given: Options) -> None:
         raise OptionsError(
             f"--schedule {given.schedule} is not for --optimizer lbfgs; leave it out"
         )
+    if given.decay == "weights":
+        raise OptionsError(
+            "--decay weights is not for --optimizer lbfgs, without decay; leave it out"
+        )
     if given.weight_decay:
         raise OptionsError(
             "--weight-decay is not for --optimizer lbfgs, which minimizes the loss alone; leave it "

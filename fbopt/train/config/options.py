@@ -78,7 +78,8 @@ class Options:
     of torchvision."""
     chunks: Literal["fixed", "shuffled", "replacement"] | None = None
     """Assignment of samples to chunks or mini-batches: fixed, in the order of the data; shuffled,
-    in a new order every pass; replacement, drawn with replacement."""
+    in a new order every pass; replacement, drawn with replacement. Mini-batches before --switch-at
+    are shuffled."""
     tta: Literal["none", "flip"] = "none"
     """Test-time augmentation: flip averages the probabilities of a test image and its mirror
     image."""
@@ -142,7 +143,7 @@ class Options:
     """Strength of a penalty on the squared norm of the whole gradient, beside the chunks' (not for
     sgd); every step visits all chunks once before. Default: 0."""
     radius: float | None = None
-    """Length of the finite-difference step of penalty and gnp."""
+    """Length of the finite-difference step of penalty and gnp; exact products have none."""
     method: Literal["forward", "central", "exact"] | None = None
     """Differences: forward, or central, which takes a third gradient; or, for penalty and gnp,
     exact products with the Hessian, by a second backward pass."""

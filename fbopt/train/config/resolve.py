@@ -16,6 +16,7 @@ from fbopt.train.config.perturbation import resolve_perturbation
 from fbopt.train.config.recipes import RECIPES, Recipe, chunks_at_once
 from fbopt.train.config.rules import check_clipping, check_rule, own_values
 
+FOLDERS = ("imagefolder", "tinyimagenet", "imagenet")
 # The fastest settings of a type of device that cost no accuracy.
 SPEED = {
     "cpu": {"precision": "fp32", "channels_last": True, "cuda_graph": False},
@@ -122,14 +123,14 @@ _INSTEAD = {
 _COUNTS = """width image_size samples replicas threads steps epochs cosine chunk_size batch_size
 vectorize eval_every log_every save_every keep clip_history ghost_size widening max_up
 history iterations"""
-_NOT_NEGATIVE = """seed padding warmup penalty full_penalty sam_share weight_decay fingerprint_every
+_NOT_NEGATIVE = """seed padding warmup penalty full_penalty weight_decay fingerprint_every
 stop_fitted switch_at additive_noise multiplicative_noise norm_bias norm_bias_target every eps"""
 # Lower bound, whether the bound itself is allowed, upper bound (never allowed).
 AT_LEAST_1, AT_LEAST_0, ABOVE_0 = (1, True, math.inf), (0, True, math.inf), (0, False, math.inf)
 _BOUNDS = {
     **dict.fromkeys(_COUNTS.split(), AT_LEAST_1),
     **dict.fromkeys(_NOT_NEGATIVE.split(), AT_LEAST_0),
-    **dict.fromkeys(("lr", "radius", "rho", "agc", "trust"), ABOVE_0),
+    **dict.fromkeys(("lr", "radius", "rho", "sam_share", "agc", "trust"), ABOVE_0),
     **dict.fromkeys(
         ("momentum", "dropout", "label_smoothing", "ema", "floor", "beta1", "beta2", "alpha"),
         (0, True, 1),
@@ -222,6 +223,10 @@ def _check_data(options: Options) -> None:
             raise OptionsError(
                 f"{flag(name)} is only for --data cifar10 and cifar100; leave it out"
             )
+    if options.image_size not in (None, default_size(options.data)) and kind not in FOLDERS:
+        raise OptionsError(
+            f"--image-size is only for folders of images, --data {', '.join(FOLDERS)}; leave it out"
+        )
     if kind == "imagenet" and options.padding is not None:
         raise OptionsError(
             "--padding is for crops of whole images, and those of --data imagenet:PATH are "

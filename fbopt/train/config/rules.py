@@ -30,6 +30,7 @@ RULES: dict[str, dict[str, Any]] = {  # None: from the recipe
 BLIND = {
     "sign": ("signs", ("max_norm", "clip_history", "agc")),
     "normalized": ("direction", ("max_norm", "clip_history")),
+    "lars": ("direction in each tensor", ("max_norm", "clip_history")),
 }
 PRECONDITIONED = ("adam", "adamw", "rmsprop")  # whose steps see a preconditioned Hessian
 
@@ -48,6 +49,11 @@ def check_rule(given: Options) -> None:
         raise OptionsError(
             "--eps 0: has to be above 0, or a gradient of zero would be divided by zero"
         )
+    if given.optimizer == "muon" and given.precision == "fp64":
+        raise OptionsError(
+            "--precision fp64: --optimizer muon orthogonalises in bfloat16, as torch does; choose "
+            "another rule, or fp32"
+        )
     for name in OWN:
         if getattr(given, name) is not None and name not in rule:
             users = ", ".join(rule for rule, options in RULES.items() if name in options)
@@ -58,12 +64,13 @@ def check_rule(given: Options) -> None:
 
 def check_clipping(given: Options, values: Mapping[str, Any]) -> None:
     """Refuse clipping that has no effect, given the values of the recipe. Raises OptionsError."""
+    is_blind = given.optimizer in BLIND and not (values["weight_decay"] or values["additive_noise"])
     clips = values["max_norm"] not in (None, math.inf) or given.clip_history
-    if given.norm_type != Options.norm_type and not clips:
+    if given.norm_type != Options.norm_type and (is_blind or not clips):
         raise OptionsError(
             "--norm-type has no effect without clipping; add --max-norm 0.25 or --clip-history 10"
         )
-    if given.optimizer not in BLIND or values["weight_decay"] or values["additive_noise"]:
+    if not is_blind:
         return
     sees, names = BLIND[given.optimizer]
     for name in names:
@@ -76,7 +83,8 @@ def check_clipping(given: Options, values: Mapping[str, Any]) -> None:
 
 def has_threshold(options: Options) -> bool:
     """Whether it is known above which curvature the steps of a run diverge."""
-    return options.optimizer in ("sgd", *PRECONDITIONED) and not options.agc
+    known = options.optimizer in ("sgd", *PRECONDITIONED)
+    return known and not options.agc and options.line_search is None
 
 
 def is_preconditioned(options: Options) -> bool:

@@ -14,6 +14,7 @@ from fbopt.train.config.options import Options, OptionsError, RecipeName, flag
 from fbopt.train.config.resolve import ABOVE_0, AT_LEAST_1, check_bounds, device_type, resolve
 
 RUN_BYTES = 1_500_000_000  # of a small run, most of it torch
+OF_CHUNKS = ("accumulation", "vectorize", "mean", "full_penalty", "chunk_max_norm", "scope")
 # Set for every run.
 OWN = ("recipe", "seed", "processes", "resume", "overwrite", "chunk_norms")
 
@@ -84,7 +85,7 @@ def _check(wanted: Ladder, common: Options) -> None:
 def _row(options: Options, share: float) -> Options:
     """The options of a row's runs, with the recipe's threads."""
     if options.stochastic:
-        options = replace(options, accumulation=None, vectorize=None)  # it has no chunks
+        options = replace(options, **dict.fromkeys(OF_CHUNKS))  # it has none
     recipe = resolve(options)
     length = {"epochs" if options.stochastic else "steps": max(1, round(share * recipe.passes))}
     return replace(options, resume="auto", chunk_norms=True, threads=recipe.threads, **length)

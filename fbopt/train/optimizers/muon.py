@@ -51,7 +51,9 @@ class Muon(Rule):
         super().__init__(params, lr, weight_decay)
         for group in self.param_groups:
             group.setdefault("matrices", False)
-            group |= muon if group["matrices"] else {"betas": betas, "eps": eps}
+            # By "fused" torch loads AdamW's count of steps to the parameters' device.
+            rest = {"betas": betas, "eps": eps, "fused": True}
+            group |= muon if group["matrices"] else rest
             for p in group["params"]:
                 if group["matrices"] and p.dim() < 2:
                     raise ValueError(

@@ -60,7 +60,8 @@ def _unknown_threshold(o: Options) -> str:
     """A note where the sharpness is tracked, but nobody knows what it should stay below."""
     if "sharpness" not in o.tracked or has_threshold(o):
         return ""
-    whose = "--agc" if o.agc else f"--optimizer {o.optimizer}"
+    searched = f"--line-search {o.line_search}" if o.line_search else f"--optimizer {o.optimizer}"
+    whose = "--agc" if o.agc else searched
     return f"\nnote: no threshold of stability is known for {whose}, so none is logged"
 
 
