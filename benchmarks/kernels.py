@@ -27,6 +27,9 @@ WORDS = {
     "exact_mean_": 4,
     "clip_": 2,
     "sgd_step_": 5,
+    # Of three rows.
+    "row_products_": 5,
+    "combine_rows_": 4,
 }
 # The inverse of the unit of exact sums: as fine as sums of some hundred chunks need.
 EXACT_SCALE = 2.0**48
@@ -66,6 +69,13 @@ class KernelArguments:
         nan = {"fill_value": float("nan"), "dtype": dtype, "device": device}
         self.perturbed = torch.full((flat_size(self.params),), **nan)
         self.packed = torch.full((chunk.numel,), **nan)
+        flat = (
+            torch.cat([t.reshape(-1) for t in ts]) for ts in (self.params, self.grads, self.plus)
+        )
+        self.rows = torch.stack(list(flat)).to(wide)
+        self.products = torch.full((2, 3), float("nan"), dtype=torch.float64, device=device)
+        self.mix = torch.tensor([-1.0, 0.5, 3.0], dtype=torch.float64, device=device)
+        self.combined = torch.full_like(self.rows[0], float("nan"))
         self.square = reference.squared_norm([g.to(dtype) for g in chunk.grads]).to(device)
         self.norm, self.lr = self.square.sqrt(), scalar_on(device, 1e-3)
         self.weight = scalar_on(device, chunk.weight)
@@ -102,6 +112,10 @@ class KernelArguments:
             "sgd_step_": lambda: ops.sgd_step_(
                 self.stepped, self.grads, self.velocity, self.lr, None, self.norm, 0.25, **RULE
             ),
+            "row_products_": lambda: ops.row_products_(
+                self.products, self.rows, self.rows[0], self.rows[2]
+            ),
+            "combine_rows_": lambda: ops.combine_rows_(self.combined, self.rows, self.mix),
         }
 
     def outcome(self, op: str) -> list[Tensor]:
@@ -117,6 +131,8 @@ class KernelArguments:
             "exact_mean_": self.means,
             "clip_": self.clipped,
             "sgd_step_": [*self.stepped, *self.velocity],
+            "row_products_": [self.products],
+            "combine_rows_": [self.combined],
         }[op]
 
     def _values(self, exact: Exact) -> list[Tensor]:
