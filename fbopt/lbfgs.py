@@ -72,7 +72,8 @@ class LBFGS(torch.optim.Optimizer):
 
     Args:
         params: parameters or parameter groups, as for any torch optimizer; no DTensors.
-        lr: the length of a step that the search begins at, or that of every step without a search.
+        lr: the length of a step that the search begins at, or that of every step without a search;
+            a tensor of one element is read on the host.
             Groups may have rates of their own, by which their part of d is multiplied; there is one
             history over all of them, of the steps as they were taken. All other options are the
             same for all groups.
