@@ -29,6 +29,9 @@ WORDS = {
     "exact_mean_": 4,
     "clip_": 2,
     "sgd_step_": 5,
+    # Of three rows.
+    "row_products_": 5,
+    "combine_rows_": 4,
 }
 # Of ASAM's scale T = abs(p) + eta.
 ETA = 0.01
@@ -71,6 +74,13 @@ class KernelArguments:
         self.perturbed = torch.full((flat_size(self.params),), **nan)
         self.adapted = torch.full((flat_size(self.params),), **nan)
         self.packed = torch.full((chunk.numel,), **nan)
+        flat = (
+            torch.cat([t.reshape(-1) for t in ts]) for ts in (self.params, self.grads, self.plus)
+        )
+        self.rows = torch.stack(list(flat)).to(wide)
+        self.products = torch.full((2, 3), float("nan"), dtype=torch.float64, device=device)
+        self.mix = torch.tensor([-1.0, 0.5, 3.0], dtype=torch.float64, device=device)
+        self.combined = torch.full_like(self.rows[0], float("nan"))
         self.square = reference.squared_norm([g.to(dtype) for g in chunk.grads]).to(device)
         lists = ([x.to(dtype) for x in xs] for xs in (chunk.params, chunk.grads))
         self.scaled = reference.adaptive_norms(*lists, ETA)[1].to(device)
@@ -113,6 +123,10 @@ class KernelArguments:
             "sgd_step_": lambda: ops.sgd_step_(
                 self.stepped, self.grads, self.velocity, self.lr, None, self.norm, 0.25, **RULE
             ),
+            "row_products_": lambda: ops.row_products_(
+                self.products, self.rows, self.rows[0], self.rows[2]
+            ),
+            "combine_rows_": lambda: ops.combine_rows_(self.combined, self.rows, self.mix),
         }
 
     def outcome(self, op: str) -> list[Tensor]:
@@ -130,6 +144,8 @@ class KernelArguments:
             "exact_mean_": self.means,
             "clip_": self.clipped,
             "sgd_step_": [*self.stepped, *self.velocity],
+            "row_products_": [self.products],
+            "combine_rows_": [self.combined],
         }[op]
 
     def _values(self, exact: Exact) -> list[Tensor]:

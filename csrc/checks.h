@@ -84,6 +84,11 @@ struct Rows {
   T* at(int64_t row) const {
     return static_cast<T*>(data) + row * columns;
   }
+  // A place in the rows after `group` rows from r on, the same place if there are no more.
+  template <class T>
+  const T* ahead(const T* place, int64_t r, int64_t group) const {
+    return r + 2 * group <= count ? place + group * columns : place;
+  }
   // One element for each column.
   template <class T>
   T* vector(const char* name, const Meta& t) const {

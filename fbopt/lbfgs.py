@@ -57,12 +57,13 @@ class LBFGS(torch.optim.Optimizer):
     - None: t as it begins.
 
     All look at up to 25 points. A search that fails puts the parameters back bit for bit, warns,
-    the first time, and goes on along -g. The pairs are forgotten too where d is no direction of
-    descent, or where ``<s, y>`` is not positive. An exception of the closure puts the parameters
-    back to those of the last iteration.
+    the first time, and goes on along -g; so does a step without a search that leads to NaN, found
+    out when the next one begins. The pairs are forgotten too where d is no direction of descent, or
+    where ``<s, y>`` is not positive. An exception of the closure puts the parameters back to those
+    of the last iteration.
 
     The recursion is in compact form: 4 m + 5 words per parameter for m pairs, against some 10 m of
-    two loops, all inner products in float64 and none of them read on the host. In memory are
+    two loops, all inner products in float64 and none with the pairs read on the host. In memory are
     ``2 history_size + 4`` words per parameter, in float32 for half precision.
 
     With a :class:`FullBatchClosure` the search has to see the function whose gradient it gets:
@@ -72,7 +73,8 @@ class LBFGS(torch.optim.Optimizer):
 
     Args:
         params: parameters or parameter groups, as for any torch optimizer; no DTensors.
-        lr: the length of a step that the search begins at, or that of every step without a search.
+        lr: the length of a step that the search begins at, or that of every step without a search;
+            a tensor of one element is read on the host.
             Groups may have rates of their own, by which their part of d is multiplied; there is one
             history over all of them, of the steps as they were taken. All other options are the
             same for all groups.

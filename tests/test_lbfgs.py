@@ -235,6 +235,21 @@ def test_nan_is_a_failure(search):
         assert (problem.params[0].detach() - start).norm() <= near
 
 
+def test_a_step_that_led_to_nan_is_undone_by_the_next():
+    problem = valley()
+    kept = bits(problem.params[0])
+    optimizer = LBFGS(problem.params, lr=0.5, line_search=None, max_iter=1)
+    optimizer.step(problem)
+    assert bits(problem.params[0]) != kept
+    honest, problem.function = problem.function, lambda x: rosenbrock(x) * float("nan")
+    with pytest.warns(RuntimeWarning, match="the loss or its gradient is not finite"):
+        optimizer.step(problem)
+    assert bits(problem.params[0]) == kept
+    problem.function = honest
+    before = optimizer.step(problem)
+    assert rosenbrock(problem.params[0]) < before
+
+
 def test_a_loss_that_is_nan_at_the_start():
     problem = valley()
     optimizer = LBFGS(problem.params, max_iter=3)

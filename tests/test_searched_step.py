@@ -122,6 +122,22 @@ def test_momentum_that_leads_uphill_is_dropped():
 
 
 @pytest.mark.parametrize("search", SEARCHES)
+def test_without_a_gradient_nothing_moves(search):
+    """Not even by momentum, which has no slope."""
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def closure():
+        p.grad = torch.zeros(2)
+        return 0.0
+
+    optimizer = FullBatchGD([p], 0.5, momentum=0.9, line_search=search)
+    optimizer.step(closure)
+    optimizer.state[p]["momentum_buffer"] = torch.ones(2)
+    optimizer.step(closure)
+    assert p.tolist() == [1.0, 2.0] and optimizer.last_length == 0
+
+
+@pytest.mark.parametrize("search", SEARCHES)
 def test_a_search_that_fails_changes_nothing_but_the_momentum(search):
     net, optimizer, _ = training(search, momentum=0.9)
     rise = [0]

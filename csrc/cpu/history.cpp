@@ -8,9 +8,9 @@ namespace fbopt::cpu {
 namespace {
 
 // Columns that all rows go through before the next ones: what the rows share stays in the cache.
-constexpr int64_t kColumns = 2048;
+constexpr int64_t kColumns = 1024;
 // Columns of a thread's turn, and of a partial sum.
-constexpr int64_t kTurn = 8 * kColumns;
+constexpr int64_t kTurn = 16 * kColumns;
 // Rows at once, each a stream of reads.
 constexpr int64_t kRows = 4;
 
@@ -36,20 +36,33 @@ void for_each_group(int64_t rows, const Body& body) {
   for (; r < rows; ++r) body(std::integral_constant<int64_t, 1>{}, r);
 }
 
+// body(j) for every fourth column of those that fill cache lines, from the first on; returns the
+// first column left over. Rows from `ahead` on are read next: the processor foresees that within a
+// page alone.
+template <int64_t Count, class T, class Body>
+int64_t for_each_four(const T* ahead, int64_t stride, int64_t n, const Body& body) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  int64_t j = 0;
+  for (; j + kLine <= n; j += kLine) {
+    for (int64_t r = 0; r < Count; ++r) __builtin_prefetch(ahead + r * stride + j);
+    for (int64_t k = j; k < j + kLine; k += 4) body(k);
+  }
+  return j;
+}
+
 // Adds to with_a[r] and with_b[r] the products of rows `stride` apart with a and b, over n columns.
 template <int64_t Count, class T>
-void add_products(const T* rows, int64_t stride, const T* a, const T* b, int64_t n, double* with_a,
-                  double* with_b) {
+void add_products(const T* rows, const T* ahead, int64_t stride, const T* a, const T* b, int64_t n,
+                  double* with_a, double* with_b) {
   Wide sums[2][Count] = {};
-  int64_t j = 0;
-  for (; j + 4 <= n; j += 4) {
-    const Wide x = load_wide(a + j), y = load_wide(b + j);
+  int64_t j = for_each_four<Count>(ahead, stride, n, [&](int64_t k) {
+    const Wide x = load_wide(a + k), y = load_wide(b + k);
     for (int64_t r = 0; r < Count; ++r) {
-      const Wide row = load_wide(rows + r * stride + j);
+      const Wide row = load_wide(rows + r * stride + k);
       sums[0][r] = add_product<T>(sums[0][r], row, x);
       sums[1][r] = add_product<T>(sums[1][r], row, y);
     }
-  }
+  });
   for (; j < n; ++j)
     for (int64_t r = 0; r < Count; ++r) {
       sums[0][r][j % 4] = rules::add_product(sums[0][r][j % 4], rows[r * stride + j], a[j]);
@@ -69,7 +82,8 @@ void products(const Rows& rows, const T* a, const T* b, double* out) {
     double* sums = partial.data() + turn * 2 * rows.count;
     for (int64_t first = begin; first < end; first += kColumns)
       for_each_group(rows.count, [&](auto count, int64_t r) {
-        add_products<count()>(rows.at<T>(r) + first, n, a + first, b + first,
+        const T* here = rows.at<T>(r) + first;
+        add_products<count()>(here, rows.ahead(here, r, count()), n, a + first, b + first,
                               std::min(kColumns, end - first), sums + r, sums + rows.count + r);
       });
   });
@@ -79,15 +93,18 @@ void products(const Rows& rows, const T* a, const T* b, double* out) {
 
 // sum[j] <- sum[j] + the rows' elements j, each times its coefficient.
 template <int64_t Count, class T>
-void add_rows(double* __restrict sum, const T* __restrict rows, int64_t stride,
+void add_rows(double* sum, const T* rows, const T* ahead, int64_t stride,
               const double* coefficients, int64_t n) {
   double c[Count];
   std::copy_n(coefficients, Count, c);
-  for (int64_t j = 0; j < n; ++j) {
-    double s = sum[j];
-    for (int64_t r = 0; r < Count; ++r) s = rules::combine(s, c[r], rows[r * stride + j]);
-    sum[j] = s;
-  }
+  int64_t j = for_each_four<Count>(ahead, stride, n, [&](int64_t k) {
+    Wide s = load_wide(sum + k);
+    for (int64_t r = 0; r < Count; ++r)
+      s = multiply_add(Wide{c[r], c[r], c[r], c[r]}, load_wide(rows + r * stride + k), s);
+    std::memcpy(sum + k, &s, sizeof s);
+  });
+  for (; j < n; ++j)
+    for (int64_t r = 0; r < Count; ++r) sum[j] = rules::combine(sum[j], c[r], rows[r * stride + j]);
 }
 
 template <class T>
@@ -97,7 +114,9 @@ void combine(T* out, const Rows& rows, const double* coefficients) {
       const int64_t n = std::min(kColumns, end - first);
       double sum[kColumns] = {};
       for_each_group(rows.count, [&](auto count, int64_t r) {
-        add_rows<count()>(sum, rows.at<T>(r) + first, rows.columns, coefficients + r, n);
+        const T* here = rows.at<T>(r) + first;
+        add_rows<count()>(sum, here, rows.ahead(here, r, count()), rows.columns, coefficients + r,
+                          n);
       });
       for (int64_t j = 0; j < n; ++j) out[first + j] = static_cast<T>(sum[j]);
     }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../direct.h"
+#include "../rules/math.h"
 #include "tile.h"
 
 namespace fbopt::cpu {
@@ -91,6 +92,16 @@ Wide add_product(Wide sum, Wide a, Wide b) {
   if constexpr (std::is_same_v<A, float>) return _mm256_fmadd_pd(a, b, sum);
 #endif
   return sum + a * b;
+}
+
+// a b + c with one rounding.
+inline Wide multiply_add(Wide a, Wide b, Wide c) {
+#if defined(__FMA__)
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  for (int lane = 0; lane < 4; ++lane) c[lane] = rules::fma(a[lane], b[lane], c[lane]);
+  return c;
+#endif
 }
 
 inline double total(Wide s) { return (s[0] + s[1]) + (s[2] + s[3]); }

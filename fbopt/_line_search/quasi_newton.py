@@ -89,6 +89,8 @@ class QuasiNewton:
         self._open_step = None
         if not self._is_sound(now):
             history.clear()
+            if length is not None:  # the step that led here was not looked at
+                line.put_back()
             self.failure = NOT_FINITE
             return NOT_FINITE
         calls.keep_buffers()

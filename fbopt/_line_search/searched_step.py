@@ -36,6 +36,7 @@ class SearchedStep:
         self._line: Line | None = None
         self._key: Any = None
         self._has_warned = False
+        self._failure: str | None = None
         self.length, self.evaluations = 0.0, 0
 
     def __call__(
@@ -53,12 +54,15 @@ class SearchedStep:
         loss, now = line.measure(calls)
         calls.keep_buffers()
         momenta = _Momenta(optimizer, line.params)
-        self._failure: str | None = None
-        found = None
+        self._failure, found = None, None
         try:
             if math.isfinite(now.value) and math.isfinite(line.steepness):
                 slope = self._aim(optimizer, momenta, update)
-                found = now if slope == 0 else self._search(optimizer, calls, now, slope)
+                if slope == 0:
+                    line.put_back()
+                    found = now
+                else:
+                    found = self._search(optimizer, calls, now, slope)
         except BaseException:
             line.put_back()
             calls.put_back_buffers()

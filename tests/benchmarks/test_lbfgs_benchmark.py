@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_it_runs_and_is_written(tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
     monkeypatch.setattr(lbfgs, "limits", lambda words, device: [])
     given = ["--quick", "--threads", "1", "--problems", "rosenbrock", "--out", str(tmp_path)]
     found = json.loads(lbfgs.main(given).read_text())

@@ -158,6 +158,15 @@ def test_powells_damping():
     torch.testing.assert_close(y, enough - g)
 
 
+def test_large_rows_are_zeros_that_can_be_written():
+    layout = FlatRows([torch.zeros(300_001), torch.zeros(5).double()])
+    matrices = layout.make(3)
+    assert [m.shape for m in matrices] == [(3, 300_016), (3, 16)]
+    assert not any(m.any() for m in matrices)
+    matrices[0].fill_(1.0)
+    assert matrices[0].sum() == 3 * 300_016
+
+
 def test_rows_of_several_dtypes_are_one_vector():
     params = parameters((torch.float32, torch.float64, torch.bfloat16))
     layout = FlatRows(params)
