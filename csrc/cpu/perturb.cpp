@@ -119,7 +119,7 @@ struct Points {
       for_each_chunk(chunks.count, begin, end, [&](int64_t k, int64_t first, int64_t last) {
         const T* grad = grads.at<T>(i, k);
         T* to = static_cast<T*>(data) + flat.starts[i] + k * layout[i].numel;
-        const A s = static_cast<A>(rules::perturb_step(radius, std::sqrt(squares[k])));
+        const A s = rules::perturb_step<A>(radius, std::sqrt(squares[k]));
         tiles(first, last, streams ? misaligned(to + first) : 0, [&](int64_t e, int64_t n) {
           Buffer<T, A> bx, bd;
           alignas(64) A moved[kTile];

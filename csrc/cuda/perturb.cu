@@ -94,7 +94,7 @@ struct Shift {
   double radius;
 
   __device__ Value step(int chunk) const {
-    return static_cast<Value>(rules::perturb_step(radius, sqrt(squared_norm(chunk))));
+    return rules::perturb_step<Value>(radius, sqrt(squared_norm(chunk)));
   }
   static __device__ constexpr bool stacked(int k) { return k != 1; }
   static __device__ constexpr bool reads(int k) { return k > 0; }

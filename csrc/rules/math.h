@@ -42,6 +42,12 @@ FBOPT_RULE int64_t nearest(double x, double y) {
 #endif
 }
 
+// The largest finite number.
+template <class A>
+FBOPT_RULE constexpr double largest() {
+  return sizeof(A) == sizeof(float) ? 0x1.fffffep127 : 0x1.fffffffffffffp1023;
+}
+
 // Also of vectors, element by element. That of -0 is -0, of NaN NaN.
 template <class A>
 FBOPT_RULE A magnitude(A x) {

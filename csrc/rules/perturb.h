@@ -25,9 +25,12 @@ FBOPT_RULE A perturb_adaptive(A param, A grad, A step, A eta) {
   return fma(step * scale, scale * grad, param);
 }
 
-// A zero gradient has no direction: the perturbation is zero, not NaN.
-FBOPT_RULE double perturb_step(double radius, double norm) {
-  return norm > 0 || norm != norm ? radius / norm : 0.0;
+// A zero gradient has no direction: the perturbation is zero, not NaN. One so small that the step
+// would leave the range of A has the largest step of A: a shorter perturbation.
+template <class A>
+FBOPT_RULE A perturb_step(double radius, double norm) {
+  const double step = norm > 0 || norm != norm ? radius / norm : 0.0, most = largest<A>();
+  return static_cast<A>(step > most ? most : step < -most ? -most : step);
 }
 
 }  // namespace fbopt::rules

@@ -121,7 +121,8 @@ def _points(
     views = flat_views(out, stacks_like(params, len(step)) if stacked else params)
     for s, (to, chunk) in _chunks(step, views, grads):
         for view, p, g in zip(to, params, chunk, strict=True):
-            yield view, _wide(p), _wide(g), s.to(_wide(p).dtype)
+            most = torch.finfo(_wide(p).dtype).max
+            yield view, _wide(p), _wide(g), s.clamp(-most, most).to(_wide(p).dtype)
 
 
 def accumulate_(sums: list[Tensor], grads: list[Tensor], weight: Tensor) -> None:

@@ -111,6 +111,21 @@ def test_signs_of_parameters_do_not_matter_to_their_scale(dtype, target):
     assert moved.isnan().tolist() == [True] + [False] * 6
 
 
+@pytest.mark.parametrize("radius", [0.05, -0.05])
+def test_gradients_too_small_for_a_step_give_finite_points(radius, target):
+    """The step radius / norm would be infinite in float32, and 0 times it NaN."""
+    p = torch.tensor([1e-20, 0.0, 1e-20])
+    for name, g, square in (
+        ("perturb_", torch.tensor([1e-44, 0.0, 0.0]), scalar(1e-88)),
+        ("perturb_adaptive_", torch.tensor([1e-20, 0.0, 1e-20]), scalar(2e-80)),
+    ):
+        eta = (0.0,) if "adaptive" in name else ()
+        arguments = (torch.zeros(3), [p], [g], radius, *eta, square)
+        moved = target.call(name, arguments)[1][0]
+        assert moved.isfinite().all() and (moved - p).norm() <= abs(radius) and moved[1] == 0
+        assert moved[0].sign() == 1 if radius > 0 else moved[0] < p[0]
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("name, chunks", FORMS)
 def test_opcheck(name, chunks, device):
