@@ -66,7 +66,8 @@ class FullBatchGD(torch.optim.Optimizer):
     non-monotone one look at points by ``loss_only()`` of a :class:`FullBatchClosure` without
     penalty, and take the gradient of the one that is low enough, to know that it is finite. With a
     search the step is on ``p.grad``, in the parameters' dtype, and d is a difference of parameters:
-    where lr is so small that it is a few units of their rounding, t > 1 makes that error longer.
+    where lr is so small that it is a few units of their rounding, t > 1 makes that error longer,
+    and a step that is lost in it altogether is said to be, once.
 
     Args:
         params: parameters or parameter groups, named or not, as for any torch optimizer. Frozen
@@ -200,6 +201,8 @@ class FullBatchGD(torch.optim.Optimizer):
             held = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
             check_processes(closure, self, held)
             calls = Calls(closure, self)
+            if not held:
+                return calls()
             return self._searched(self, calls, lambda: self._update(None, **clipping))
         whole = closure if isinstance(closure, FullBatchClosure) else None
         loss = None

@@ -156,9 +156,28 @@ def test_no_descent_without_momentum_either():
 
     options = {"weight_decay": 1.0, "max_norm": 0.1, "line_search": "armijo"}
     optimizer = FullBatchGD([p], 0.1, **options)
-    with pytest.warns(RuntimeWarning, match="no step is a direction of descent"):
+    with pytest.warns(RuntimeWarning, match="neither the step nor one without momentum"):
         optimizer.step(closure)
     assert p.item() == -1 and optimizer.last_length == 0
+
+
+def test_a_step_that_rounding_loses_is_told():
+    p = nn.Parameter(torch.full((2,), 100.0))
+
+    def closure():
+        p.grad = torch.ones(2)
+        return p.detach().sum()
+
+    optimizer = FullBatchGD([p], 1e-7, line_search="strong_wolfe")
+    with pytest.warns(RuntimeWarning, match="lost in the rounding of the parameters: raise lr"):
+        optimizer.step(closure)
+    assert p.tolist() == [100.0, 100.0] and optimizer.last_length == 0
+
+
+def test_a_step_of_frozen_parameters_is_an_evaluation():
+    p = nn.Parameter(torch.ones(2), requires_grad=False)
+    assert FullBatchGD([p], line_search="armijo").step(lambda: 3.0) == 3.0
+    assert p.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("search", SEARCHES)

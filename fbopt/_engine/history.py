@@ -153,8 +153,11 @@ class History:
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Whether a saved state is of parameters of these shapes and dtypes, and of this size."""
+        widths = [[m.shape[1] for m in part] for part in (state["rows"], self.matrices)]
         return (
-            state.get("parameters") == self._layout and state["products"].shape == self._gram.shape
+            state.get("parameters") == self._layout
+            and state["products"].shape == self._gram.shape
+            and widths[0] == widths[1]
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from fbopt.clip import check_finite
 VALUES = "last_values"
 BUFFER = "momentum_buffer"
 NOTHING_LOWER = "no lower value was found"
-UPHILL = "no step is a direction of descent, as max_norm clips the gradient without its decay"
+UPHILL = "neither the step nor one without momentum is a direction of descent"
 
 
 class SearchedStep:
@@ -111,8 +111,10 @@ class SearchedStep:
         """Take the step from a point of finite value and gradient."""
         assert self._line is not None
         slope = self._aim(momenta, update)
-        if slope == 0:  # no gradient, or lr = 0
+        if slope == 0:
             self._line.put_back()
+            if now.steepness > 0 and all(g["lr"] > 0 for g in optimizer.param_groups):
+                self._failure = "the step is lost in the rounding of the parameters: raise lr"
         elif not slope < 0:
             self._give_up(optimizer, calls, momenta, UPHILL)
         elif not self._search(optimizer, calls, now._replace(slope=slope)):
@@ -159,9 +161,10 @@ class SearchedStep:
             found = backtrack(phi, start, 1.0, max(values), cheap)
         if found is not None and found.length != line.length:
             found = phi(found.length)
-        if found is not None and kind == "nonmonotone":
+        is_found = found is not None and found.is_sound
+        if is_found and kind == "nonmonotone":
             first[VALUES] = values  # another list: state dicts hold the one before
-        return found is not None
+        return is_found
 
     def _stay(self, optimizer: torch.optim.Optimizer, now: Point) -> None:
         """Do not go on from a point that is not finite."""
