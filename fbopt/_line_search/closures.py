@@ -52,7 +52,8 @@ def check_closure(closure: Any, line_search: str | None) -> None:
         )
 
 
-_alone: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, ...]] = WeakKeyDictionary()
+# Whose parameters are known to be in no DistributedDataParallel, and which those were.
+_looked_at: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, ...]] = WeakKeyDictionary()
 
 
 def check_processes(
@@ -69,7 +70,7 @@ def check_processes(
             DistributedDataParallel in a job of several processes.
     """
     ids = tuple(map(id, params))
-    if isinstance(closure, FullBatchClosure) or _alone.get(optimizer) == ids:
+    if isinstance(closure, FullBatchClosure) or _looked_at.get(optimizer) == ids:
         return
     if wrappers_of(params):
         raise ValueError(
@@ -78,7 +79,7 @@ def check_processes(
             "how far to step: pass FullBatchClosure(model.module, ..., process_group=...), or for "
             "FullBatchGD line_search=None"
         )
-    _alone[optimizer] = ids
+    _looked_at[optimizer] = ids
 
 
 class Calls:
