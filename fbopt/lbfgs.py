@@ -21,7 +21,7 @@ from fbopt._checks import (
     refuse_flattened,
 )
 from fbopt._eager import eager
-from fbopt._line_search.closures import Calls, check_closure
+from fbopt._line_search.closures import Calls, check_closure, check_processes
 from fbopt._line_search.quasi_newton import QuasiNewton
 from fbopt._line_search.search import check_name
 from fbopt._sharding import any_sharded
@@ -56,11 +56,12 @@ class LBFGS(torch.optim.Optimizer):
       and Lucidi, 1986);
     - None: t as it begins.
 
-    All look at up to 25 points. A search that fails puts the parameters back bit for bit, warns,
-    the first time, and goes on along -g; so does a step without a search that leads to NaN, found
-    out when the next one begins. The pairs are forgotten too where d is no direction of descent, or
-    where ``<s, y>`` is not positive. An exception of the closure puts the parameters back to those
-    of the last iteration.
+    All look at up to 25 points, strong Wolfe's once more at the best of them; one where the loss or
+    its gradient is not finite counts as too far. A search that fails puts the parameters back bit
+    for bit, warns, the first time, and goes on along -g; so does a step without a search that leads
+    to NaN, found out when the next one begins. The pairs are forgotten too where d is no direction
+    of descent, or where ``<s, y>`` is not positive. An exception of the closure puts the parameters
+    back to those of the last iteration. At lr = 0 nothing moves, and nothing is forgotten.
 
     The recursion is in compact form: 4 m + 5 words per parameter for m pairs, against some 10 m of
     two loops, all inner products in float64 and none with the pairs read on the host. In memory are
@@ -68,8 +69,10 @@ class LBFGS(torch.optim.Optimizer):
 
     With a :class:`FullBatchClosure` the search has to see the function whose gradient it gets:
     with a penalty pass ``returns="objective"``. All processes of a ``process_group`` see the same
-    numbers and so take the same steps. The closure should give the same value at the same
-    parameters; dropout, which draws anew at every call, makes searches fail.
+    numbers and so take the same steps. Any other closure has to return the same value on all
+    processes that share parameters; beside :class:`torch.nn.parallel.DistributedDataParallel`, with
+    which each returns the loss of its own data, one is refused. The closure should give the same
+    value at the same parameters; dropout, which draws anew at every call, makes searches fail.
 
     Args:
         params: parameters or parameter groups, as for any torch optimizer; no DTensors.
@@ -177,11 +180,12 @@ class LBFGS(torch.optim.Optimizer):
 
         Raises:
             TypeError, ValueError: options, parameters or a closure that do not fit, before anything
-                is changed.
+                is changed. Among them a plain closure over a ``DistributedDataParallel``.
         """
         options = self._options()
         check_closure(closure, options["line_search"])
         params, rates = self._trainable()
+        check_processes(closure, self, params)
         calls = Calls(closure, self)
         if not params:
             return calls()
@@ -228,16 +232,22 @@ class LBFGS(torch.optim.Optimizer):
         check_disjoint(held, "params")
         return held, rates
 
-    def _follow(self, params: list[Tensor], options: dict[str, Any]) -> QuasiNewton:
-        """Return the method for these parameters; a new one where they, or options, are others."""
+    def _follow(
+        self, params: list[Tensor], options: dict[str, Any], must_fit: bool = False
+    ) -> QuasiNewton:
+        """Return the method for these parameters; a new one where they, or options, are others.
+
+        What was learnt of others before the optimizer was pickled is forgotten, unless it
+        `must_fit`.
+        """
         kept = [options[name] for name in ("history_size", "history_device", "maximize")]
         key = [(id(p), p.shape, p.dtype, p.device) for p in params], kept
         if key != self._key or self._method is None:
-            method = self._make(params, options)
-            if self._saved is not None:
-                method.load_state_dict(self._saved)
-            elif self._method is not None:
-                method.iterations = self._method.iterations
+            method, saved = self._make(params, options), self._saved
+            if saved is not None and (must_fit or method.fits(saved)):
+                method.load_state_dict(saved)
+            else:
+                method.iterations = self.n_iter
             self._method, self._key, self._saved = method, key, None
         return self._method
 
@@ -274,8 +284,8 @@ class LBFGS(torch.optim.Optimizer):
         """Go on from a :meth:`state_dict`, with the same bits.
 
         Raises:
-            ValueError: it is of other parameters, of another ``history_size``, or of another
-                optimizer; nothing is changed.
+            ValueError: it is of parameters of other shapes or dtypes, of another ``history_size``,
+                or of another optimizer; nothing is changed.
         """
         saved = dict(state_dict["state"])
         learnt = saved.pop(SAVED, None)
@@ -290,7 +300,7 @@ class LBFGS(torch.optim.Optimizer):
         try:
             params, _ = self._trainable()
             if params and learnt is not None:
-                self._follow(params, self._options())
+                self._follow(params, self._options(), must_fit=True)
         except (TypeError, ValueError):
             self._method, self._saved, self._key, groups = before
             for group, old in zip(self.param_groups, groups, strict=True):

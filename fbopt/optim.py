@@ -19,7 +19,7 @@ from fbopt._checks import (
 from fbopt._eager import eager
 from fbopt._engine.gradient_sums import GradientSums
 from fbopt._engine.step_batches import Batch, batched, mean_norm
-from fbopt._line_search.closures import Calls, check_closure
+from fbopt._line_search.closures import Calls, check_closure, check_processes
 from fbopt._line_search.search import check_name
 from fbopt._line_search.searched_step import SearchedStep
 from fbopt._ops import dispatch
@@ -54,11 +54,20 @@ class FullBatchGD(torch.optim.Optimizer):
     With ``line_search`` the step above gives the direction d = p' - p alone, and the search the
     length: ``p <- p + t d``, from t = 1 on, of ``phi(t) = f(p + t d)`` where f is what the closure
     returns (its negative to maximize) with ``weight_decay / 2 ||p||^2``. Momentum is that of the
-    directions, whatever t. Where d is no direction of descent, as momentum may have it, the step
-    goes along -lr grad f, clipped, and momentum begins anew, with a warning the first time. So it
-    is after a search that fails, which puts parameters and buffers back bit for bit. The searches,
-    and what closures they see, are those of :class:`fbopt.LBFGS`; Armijo's and the non-monotone one
-    use ``loss_only()`` of a :class:`FullBatchClosure` without penalty.
+    directions, whatever t. Where d is no direction of descent, as momentum may have it, momentum
+    begins anew with this step's gradient, with a warning the first time. A search that fails puts
+    parameters and buffers back bit for bit and drops momentum; so it is where there is no descent
+    without momentum either, as a clipped gradient with its decay may have it. Where d = 0, as with
+    lr = 0, the parameters stay and momentum goes on; where loss or gradient are not finite before
+    the step, both stay. The decay of parameters without gradient, which the step leaves alone, is
+    no part of f. An exception puts parameters, buffers and momentum back to before the step.
+
+    The searches, and what closures they see, are those of :class:`fbopt.LBFGS`; Armijo's and the
+    non-monotone one look at points by ``loss_only()`` of a :class:`FullBatchClosure` without
+    penalty, and take the gradient of the one that is low enough, to know that it is finite. With a
+    search the step is on ``p.grad``, in the parameters' dtype, and d is a difference of parameters:
+    where lr is so small that it is a few units of their rounding, t > 1 makes that error longer,
+    and a step that is lost in it altogether is said to be, once.
 
     Args:
         params: parameters or parameter groups, named or not, as for any torch optimizer. Frozen
@@ -72,7 +81,7 @@ class FullBatchGD(torch.optim.Optimizer):
             read on the device.
         norm_type: the p of that norm, ``inf`` (or ``"inf"``) for the maximum.
         error_if_nonfinite: raise before anything is changed if the norm is NaN or infinite. Reads
-            the norm on the host.
+            the norm on the host. With ``line_search`` of the gradient where the step begins.
         line_search: ``"strong_wolfe"``, ``"armijo"``, ``"nonmonotone"``, or None for t = 1. Needs a
             closure, and plain parameters.
 
@@ -167,7 +176,8 @@ class FullBatchGD(torch.optim.Optimizer):
         Raises:
             RuntimeError: a GradScaler calls this, or the gradient is not finite and
                 ``error_if_nonfinite`` is set.
-            TypeError, ValueError: gradients or options that do not fit. After any of these errors
+            TypeError, ValueError: gradients or options that do not fit, or a plain closure with
+                ``line_search`` over a ``DistributedDataParallel``. After any of these errors
                 parameters, state and buffers are as they were.
         """
         self._refuse_grad_scaler()
@@ -188,7 +198,11 @@ class FullBatchGD(torch.optim.Optimizer):
                     "line_search: each process holds a part of the parameters alone (FSDP1, "
                     "ZeroRedundancyOptimizer), so that it would search for itself: leave it out"
                 )
+            held = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+            check_processes(closure, self, held)
             calls = Calls(closure, self)
+            if not held:
+                return calls()
             return self._searched(self, calls, lambda: self._update(None, **clipping))
         whole = closure if isinstance(closure, FullBatchClosure) else None
         loss = None

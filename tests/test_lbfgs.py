@@ -469,7 +469,15 @@ def test_copies_go_on_alike(way):
     assert bits(params, other) == bits(problem.params, optimizer)
 
 
-@pytest.mark.parametrize("kind", ["another size", "another model", "torch"])
+OTHERS = {
+    "longer": [torch.zeros(5), torch.zeros(50)],
+    "as long": [torch.zeros(4, 3).double(), torch.zeros(7)],
+    "as padded": [torch.zeros(3, 4).double(), torch.zeros(9)],
+    "fewer": [torch.zeros(3, 4).double()],
+}
+
+
+@pytest.mark.parametrize("kind", ["another size", *OTHERS, "torch"])
 def test_states_that_do_not_fit_are_refused(kind):
     problem = split()
     optimizer = LBFGS(problem.params, max_iter=2)
@@ -480,8 +488,8 @@ def test_states_that_do_not_fit_are_refused(kind):
         theirs = torch.optim.LBFGS(problem.params, max_iter=1)
         theirs.step(problem)
         state = theirs.state_dict()
-    elif kind == "another model":
-        other = Problem([nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(50))], None)
+    elif kind in OTHERS:
+        other = Problem([nn.Parameter(p) for p in OTHERS[kind]], None)
     else:
         state["param_groups"][0]["history_size"] = 7
     target = LBFGS(other.params, history_size=10)
@@ -489,6 +497,59 @@ def test_states_that_do_not_fit_are_refused(kind):
     with pytest.raises(ValueError, match="state dict"):
         target.load_state_dict(state)
     assert bits(target) == before
+
+
+def test_what_was_pickled_of_others_is_forgotten():
+    """As by an optimizer that lives on."""
+    problem = split()
+    optimizer = LBFGS(problem.params, max_iter=3)
+    optimizer.step(problem)
+    problem.params[1].requires_grad_(False)
+    params, other = pickle.loads(pickle.dumps((problem.params, optimizer)))
+    twin = Problem(params, problem.function)
+    optimizer.step(problem)
+    other.step(twin)
+    assert bits(params, other) == bits(problem.params, optimizer)
+    assert other.n_iter == optimizer.n_iter > 3
+
+
+@pytest.mark.parametrize("search", [*SEARCHES, None])
+def test_lr_of_zero_forgets_nothing(search):
+    problem, twin = valley(), valley()
+    optimizer, other = (LBFGS(p.params, 0.1, line_search=search) for p in (problem, twin))
+    for one, closure in ((optimizer, problem), (other, twin)):
+        one.param_groups[0].update(max_iter=4, max_eval=99)
+        one.step(closure)
+    kept = bits(problem.params)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step(problem)
+    assert search is None or bits(problem.params) == kept
+    assert optimizer._method._history.count >= 3
+    optimizer.param_groups[0]["lr"] = 0.1
+    if search is None:
+        return
+    for one, closure in ((optimizer, problem), (other, twin)):
+        one.step(closure)
+    assert bits(problem.params) == bits(twin.params)
+
+
+@pytest.mark.parametrize("search", [*SEARCHES, None])
+def test_parameters_without_elements(search):
+    for others in ([], [torch.ones(2, dtype=torch.float64)], [torch.ones(2)]):
+        params = [nn.Parameter(p) for p in (torch.empty(0, 3), *others)]
+        problem = Problem(params, lambda *p: sum(q.double().square().sum() for q in p))
+        optimizer = LBFGS(params, line_search=search)
+        optimizer.step(problem)
+        assert optimizer.stopped == "gradient within tolerance_grad"
+        assert all(p.detach().abs().max() < 1e-6 for p in params[1:])
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_trial_whose_gradient_is_not_finite_is_too_far(search):
+    x = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    problem = Problem([x], lambda x: torch.where(x > 0, x.sqrt(), 0.0).sum())
+    LBFGS([x], lr=8.0, line_search=search, max_iter=1).step(problem)
+    assert 0 < x.item() < 1 and x.grad.isfinite().all()
 
 
 def test_schedulers_and_hooks_work():

@@ -103,14 +103,53 @@ def test_points_that_are_not_finite_are_too_far(bad):
     start = Point(0.0, *f(0.0))
     found = strong_wolfe(Phi(f), start, 1.0)
     assert found.length < 0.3 and is_wolfe(found, start)
-    if bad != -math.inf:
-        assert backtrack(Phi(f), start, 1.0, start.value).length < 0.3
+    assert backtrack(Phi(f), start, 1.0, start.value).length < 0.3
+
+
+@pytest.mark.parametrize("bad", [(math.nan, 1.0), (-math.inf, 1.0), (1.0, math.inf)])
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_gradient_that_is_not_finite_is_too_far(bad, looks):
+    """Where the value is low: both the slope and the steepness are of it."""
+    values, points = [], []
+
+    def phi(t):
+        points.append(Point(t, -t, *(bad if t > 0.05 else (-1.0, 1.0))))
+        return points[-1]
+
+    def look(t):
+        values.append(t)
+        return -t
+
+    start = Point(0.0, 0.0, -1.0)
+    found = backtrack(phi, start, 1.0, 0.0, look if looks else None)
+    assert found == points[-1] and found.length == pytest.approx(0.01)
+    assert [p.length for p in points] == pytest.approx([1.0, 0.1, 0.01])
+    assert values == [p.length for p in points] * looks
+    assert strong_wolfe(phi, start, 1.0).length <= 0.05
+
+
+def test_a_look_saves_the_points_that_are_not_low():
+    f, points = FUNCTIONS["quadratic"], []
+
+    def phi(t):
+        points.append(Point(t, *f(t)))
+        return points[-1]
+
+    found = backtrack(phi, Point(0.0, 9.0, -6.0), 100.0, 9.0, lambda t: f(t)[0])
+    assert [found] == points and found.length == pytest.approx(3.0)
 
 
 def test_nothing_lower_is_no_point():
     phi = Phi(lambda t: (1.0 + t, -1.0))  # a slope that lies
     assert strong_wolfe(phi, Point(0.0, 1.0, -1.0), 1.0) is None and len(phi.points) == 25
     assert backtrack(Phi(lambda t: (math.nan, 0.0)), Point(0.0, 1.0, -1.0), 1.0, 1.0) is None
+
+
+def test_the_last_of_25_points_counts():
+    """A slope that never gets flat, values ever lower: the last point is the best."""
+    phi = Phi(lambda t: (-t, -1.0))
+    found = strong_wolfe(phi, Point(0.0, 0.0, -1.0), 1.0)
+    assert len(phi.points) == 25 and found == phi.points[-1] == min(phi.points, key=lambda p: p[1])
 
 
 def test_bounds_end_a_search():

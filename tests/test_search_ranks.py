@@ -50,7 +50,7 @@ def work(rank, world, folder):
         for kind in KINDS
         for accumulation in ("exact", "float32")
     }
-    return found, hopeless(rank, world), refused(rank, world)
+    return found, hopeless(rank, world), (*refused(rank, world), *beside_replicas())
 
 
 def hopeless(rank, world):
@@ -91,6 +91,27 @@ def refused(rank, world):
     ]
 
 
+def beside_replicas():
+    """What is said of plain closures over a DistributedDataParallel."""
+    net = mlp()
+    replica = nn.parallel.DistributedDataParallel(net)
+    x, y = chunked(26)[0]
+
+    def closure():
+        net.zero_grad()
+        loss = F.cross_entropy(replica(x), y)
+        loss.backward()
+        return loss.detach()
+
+    before = bits(net)
+    makers = [partial(LBFGS, line_search=kind) for kind in ("armijo", None)]
+    makers.append(partial(FullBatchGD, line_search="armijo"))
+    found = [caught(partial(make(net.parameters()).step, closure)) for make in makers]
+    unchanged = bits(net) == before
+    FullBatchGD(net.parameters()).step(closure)  # without a search nothing is compared
+    return found, unchanged
+
+
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
     return run_all(work, (1, 2), tmp_path_factory.mktemp("jobs"))
@@ -118,8 +139,18 @@ def test_a_search_that_fails_does_so_everywhere(jobs):
 
 
 def test_parameters_in_parts_are_refused(jobs):
-    for _, _, (sharded, searched, zero, zero_searched) in jobs[2]:
+    for _, _, (sharded, searched, zero, zero_searched, *_) in jobs[2]:
         assert sharded[0] == "ValueError" and "over which LBFGS has no inner products" in sharded[1]
         assert searched[0] == "ValueError" and "pass line_search=None" in searched[1]
         assert zero[0] == "ValueError" and "make LBFGS itself" in zero[1]
         assert zero_searched[0] == "ValueError" and "holds a part" in zero_searched[1]
+
+
+def test_plain_closures_beside_replicas_are_refused(jobs):
+    """Where there are several processes, before anything is evaluated."""
+    for _, _, (*_, found, unchanged) in jobs[2]:
+        assert unchanged
+        for kind, message in found:
+            assert kind == "ValueError" and "those of a DistributedDataParallel" in message
+    ((_, _, (*_, alone, _)),) = jobs[1]
+    assert {kind for kind, _ in alone} == {"none"}

@@ -48,8 +48,8 @@ def test_short_steps_are_those_without_a_search(search, rule, backend):
     twin, other, plain = training(None, **RULES[rule])
     for _ in range(4):
         assert optimizer.step(closure) == pytest.approx(other.step(plain).item(), rel=1e-12)
-        assert optimizer.last_length == 1.0 and optimizer.last_evaluations == 2
-        assert closure.step == plain.step  # trial points took forward passes alone
+        assert optimizer.last_length == 1.0 and optimizer.last_evaluations == 3
+        assert closure.step == 2 * plain.step  # besides, a look at the value alone
         torch.testing.assert_close(list(net.parameters()), list(twin.parameters()))
     assert bits(optimizer.last_grad_norm) == bits(other.last_grad_norm) or rule != "plain"
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
@@ -116,9 +116,190 @@ def test_momentum_that_leads_uphill_is_dropped():
     with pytest.warns(RuntimeWarning, match="no direction of descent, and its momentum") as said:
         optimizer.step(closure)
     assert said[0].filename == __file__
-    assert p.item() == 0.25 and optimizer.state[p]["momentum_buffer"] is None
+    assert p.item() == 0.25 and optimizer.state[p]["momentum_buffer"].item() == 0.5
     optimizer.step(closure)
-    assert optimizer.state[p]["momentum_buffer"].item() == 0.25
+    assert optimizer.state[p]["momentum_buffer"].item() == 0.9 * 0.5 + 0.25
+
+
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+def test_without_its_momentum_the_step_is_its_own_first(norm_type):
+    """Clipped by its norm, with decay after; and what has no gradient neither moves nor counts."""
+    start, slopes = torch.arange(1.0, 5.0).double(), torch.tensor([9.0, 2.0, 2.0, 2.0]).double()
+    p, unused, other = nn.Parameter(start.clone()), nn.Parameter(start.clone()), start.clone()
+    common = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.1, "max_norm": 1.0}
+    common |= {"norm_type": norm_type}
+
+    def closure():
+        p.grad = slopes.clone()
+        return (slopes * p.detach()).sum()
+
+    optimizer = FullBatchGD([p, unused], line_search="armijo", **common)
+    optimizer.state[p]["momentum_buffer"] = torch.full((4,), -100.0).double()
+    with pytest.warns(RuntimeWarning, match="no direction of descent"):
+        optimizer.step(closure)
+    other = nn.Parameter(start.clone())
+    other.grad = slopes.clone()
+    FullBatchGD([other], **common).step()
+    torch.testing.assert_close(p, other, rtol=1e-14, atol=0)
+    assert optimizer.last_length == 1 and unused.equal(start)
+    line = optimizer._searched._line
+    assert line.value(0.0) == pytest.approx(0.05 * p.detach().square().sum().item(), rel=1e-12)
+
+
+def test_no_descent_without_momentum_either():
+    """A clipped gradient against its decay: parameters stay, and the reason is said."""
+    p = nn.Parameter(torch.tensor([-1.0], dtype=torch.float64))
+
+    def closure():
+        p.grad = torch.full_like(p, 1.5)
+        return 1.5 * p.detach().sum()
+
+    options = {"weight_decay": 1.0, "max_norm": 0.1, "line_search": "armijo"}
+    optimizer = FullBatchGD([p], 0.1, **options)
+    with pytest.warns(RuntimeWarning, match="neither the step nor one without momentum"):
+        optimizer.step(closure)
+    assert p.item() == -1 and optimizer.last_length == 0
+
+
+def test_a_step_that_rounding_loses_is_told():
+    p = nn.Parameter(torch.full((2,), 100.0))
+
+    def closure():
+        p.grad = torch.ones(2)
+        return p.detach().sum()
+
+    optimizer = FullBatchGD([p], 1e-7, line_search="strong_wolfe")
+    with pytest.warns(RuntimeWarning, match="lost in the rounding of the parameters: raise lr"):
+        optimizer.step(closure)
+    assert p.tolist() == [100.0, 100.0] and optimizer.last_length == 0
+
+
+def test_a_step_of_frozen_parameters_is_an_evaluation():
+    p = nn.Parameter(torch.ones(2), requires_grad=False)
+    assert FullBatchGD([p], line_search="armijo").step(lambda: 3.0) == 3.0
+    assert p.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_lr_of_zero_drops_nothing(search):
+    """As a warm-up begins: momentum is what it is without a search."""
+    found = []
+    for kind in (search, None):
+        net, optimizer, closure = training(kind, momentum=0.9)
+        optimizer.step(closure)
+        optimizer.param_groups[0]["lr"] = 0.0
+        kept = bits(list(net.parameters()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step(closure)
+        assert bits(list(net.parameters())) == kept
+        found.append([dict(optimizer.state[p]) for p in net.parameters()])
+    if search != "strong_wolfe":  # of which the first step has a length of its own
+        torch.testing.assert_close(*found)
+    assert all(s["momentum_buffer"].abs().max() > 0 for s in found[0])
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("kind", ["plain", "whole"])
+def test_a_trial_whose_gradient_is_not_finite_is_too_far(kind, search):
+    """The root of w is 0 for w < 0, with a gradient that is NaN."""
+    w = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = w
+
+        def forward(self, x):
+            return torch.where(self.w > 0, self.w.sqrt(), 0.0) * x
+
+    model, ones = Root(), torch.ones(4, 1, dtype=torch.float64)
+    whole = FullBatchClosure(model, lambda y, _: y.mean(), [(ones, ones)])
+
+    def plain():
+        w.grad = None
+        loss = model(ones).mean()
+        loss.backward()
+        return loss.detach()
+
+    optimizer = FullBatchGD([w], 8.0, line_search=search)
+    optimizer.step(whole if kind == "whole" else plain)
+    assert 0 < w.item() < 1 and w.grad.isfinite().all() and 0 < optimizer.last_length < 1
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_start_that_is_not_finite(raises):
+    """Nothing is lost, and with error_if_nonfinite nothing is changed: not even buffers."""
+    net, optimizer, closure = training("armijo", momentum=0.9, error_if_nonfinite=raises)
+    optimizer.step(closure)
+    bad = FullBatchClosure(net, lambda y, t: F.cross_entropy(y, t) * float("nan"), data())
+    before, params = bits(net, optimizer), bits(list(net.parameters()), optimizer)
+    if raises:
+        with pytest.raises(RuntimeError, match="the gradient norm is nan"):
+            optimizer.step(bad)
+        assert bits(net, optimizer) == before and bad.step == 0
+        return
+    with pytest.warns(RuntimeWarning, match="the loss or its gradient is not finite"):
+        optimizer.step(bad)
+    assert bits(list(net.parameters()), optimizer) == params and optimizer.last_length == 0
+
+
+@pytest.mark.parametrize("search", [*SEARCHES, None])
+def test_parameters_without_elements(search):
+    for others in ([], [torch.ones(2, dtype=torch.float64)], [torch.ones(2)]):
+        params = [nn.Parameter(p) for p in (torch.empty(0, 3), *others)]
+
+        def closure(params=params):
+            for p in params:
+                p.grad = 2 * p.detach()
+            return sum(p.detach().double().square().sum() for p in params)
+
+        FullBatchGD(params, 0.1, line_search=search).step(closure)
+        assert all(p.detach().abs().max() < 1 for p in params[1:])
+
+
+def test_a_state_dict_keeps_the_values_it_was_made_with():
+    _, optimizer, closure = training("nonmonotone")
+    optimizer.step(closure)
+    state = optimizer.state_dict()["param_groups"][0]
+    kept = list(state["last_values"])
+    optimizer.step(closure)
+    assert state["last_values"] == kept and len(kept) == 1
+    assert len(optimizer.param_groups[0]["last_values"]) == 2
+
+
+def test_a_step_that_fails_forgets_the_last_values():
+    net, optimizer, closure = training("nonmonotone")
+    for _ in range(3):
+        optimizer.step(closure)
+    rise = [0]
+
+    def loss(output, target):
+        rise[0] += 100
+        return F.cross_entropy(output, target) + rise[0]
+
+    with pytest.warns(RuntimeWarning, match="no lower value"):
+        optimizer.step(FullBatchClosure(net, loss, data()))
+    assert "last_values" not in optimizer.param_groups[0]
+
+
+def test_errors_of_the_device_are_not_taken_for_wrong_types():
+    p = nn.Parameter(torch.ones(2))
+
+    class Lost:
+        def __float__(self):
+            raise RuntimeError("out of memory")
+
+    def closure(found):
+        p.grad = torch.ones(2)
+        return found
+
+    optimizer = FullBatchGD([p], line_search="armijo")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(lambda: closure(Lost()))
+    for wrong in (torch.ones(2), torch.ones((), dtype=torch.complex64), None, "loss"):
+        with pytest.raises(TypeError, match="closure must return the loss"):
+            optimizer.step(lambda wrong=wrong: closure(wrong))
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -169,7 +350,7 @@ def test_an_exception_puts_everything_back(call, search):
         warnings.simplefilter("ignore", RuntimeWarning)
         for _ in range(2):
             optimizer.step(closure)
-    before = bits(list(net.parameters()), optimizer)
+    before = bits(net, optimizer)
     passes, fails = [0], 4 * call + 2  # in the second chunk of a visit of four
 
     def evaluate(model, chunk):
@@ -181,12 +362,7 @@ def test_an_exception_puts_everything_back(call, search):
     failing = FullBatchClosure(net, chunks=data(), evaluate=evaluate)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(failing)
-    after = bits(list(net.parameters()), optimizer)
-    if search == "nonmonotone":
-        optimizer.param_groups[0].pop("last_values", None)
-        assert after[0] == before[0]
-    else:
-        assert after == before
+    assert bits(net, optimizer) == before and failing.step == 0
 
 
 def test_a_penalty_is_searched_with_its_objective():

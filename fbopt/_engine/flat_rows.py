@@ -40,7 +40,7 @@ class FlatRows:
     def _zeros(self, group: Sequence[int], count: int) -> Tensor:
         first = self.params[group[0]]
         size = sum(self.params[i].numel() for i in group)
-        columns = -(-size // ALIGN) * ALIGN
+        columns = -(-max(size, 1) // ALIGN) * ALIGN  # some, for parameters without elements too
         dtype, device = accumulator_dtype(first.dtype), self._device or first.device
         made = torch.empty(count, columns, dtype=dtype, device=device)
         if made.is_cpu:

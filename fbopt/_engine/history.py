@@ -43,6 +43,7 @@ class History:
         self, params: Sequence[Tensor], size: int, device: torch.device | None = None
     ) -> None:
         self.size = size
+        self._layout = [[str(p.dtype), *p.shape] for p in params]
         # Row 0 is the gradient, rows 1 + 2 k and 2 + 2 k the pair of slot k.
         self.matrices = FlatRows(params, device).make(1 + 2 * size)
         options: Any = {"dtype": torch.float64, "device": self.matrices[0].device}
@@ -143,11 +144,21 @@ class History:
         """Return copies of what :meth:`load_state_dict` needs."""
         used = rows(self.matrices, 0, 1 + 2 * self.count)
         return {
+            "parameters": [list(one) for one in self._layout],
             "rows": [matrix.clone() for matrix in used],
             "products": self._gram.clone(),
             "newest": self._newest,
             "gamma": self._gamma,
         }
+
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether a saved state is of parameters of these shapes and dtypes, and of this size."""
+        widths = [[m.shape[1] for m in part] for part in (state["rows"], self.matrices)]
+        return (
+            state.get("parameters") == self._layout
+            and state["products"].shape == self._gram.shape
+            and widths[0] == widths[1]
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state, with the same bits.
@@ -156,11 +167,7 @@ class History:
             ValueError: it is of other parameters or another size.
         """
         saved = state["rows"]
-        fits = len(saved) == len(self.matrices) and all(
-            a.shape[1] == b.shape[1] and len(a) <= len(b) and a.dtype == b.dtype
-            for a, b in zip(saved, self.matrices, strict=True)
-        )
-        if not fits or state["products"].shape != self._gram.shape:
+        if not self.fits(state):
             raise ValueError(
                 "the state dict has the history of other parameters or of another history_size: "
                 "make the optimizer as it was when the state was saved"

@@ -7,25 +7,37 @@ Lampariello and Lucidi, "A nonmonotone line search technique for Newton's method
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from fbopt._line_search.search import MOST, SUFFICIENT, Phi, Point
 
 
-def backtrack(phi: Phi, start: Point, first: float, reference: float) -> Point | None:
+def backtrack(
+    phi: Phi,
+    start: Point,
+    first: float,
+    reference: float,
+    look: Callable[[float], float] | None = None,
+) -> Point | None:
     """Return the first point that is low enough, None if none of 25 is.
 
     Args:
-        phi: the function; its slopes do not count.
+        phi: the function; points that are not finite count as too far.
         start: the point at 0, of negative slope.
         first: the first length.
         reference: r, at least ``start.value``.
+        look: the value of phi alone, where it costs less: phi itself only where that is low enough.
     """
     t = first
     for _ in range(MOST):
-        found = phi(t)
-        if found.value <= reference + SUFFICIENT * t * start.slope:  # False for NaN
-            return found
-        t = _shorter(t, found.value, start)
+        bound = reference + SUFFICIENT * t * start.slope
+        value = bound if look is None else look(t)
+        if -math.inf < value <= bound:  # False for NaN
+            found = phi(t)
+            if found.is_finite and found.value <= bound:
+                return found
+            value = found.value if found.is_finite else math.nan
+        t = _shorter(t, value, start)
     return None
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
+from fbopt._engine.data_parallel import wrappers_of
 from fbopt._engine.snapshot import BufferSnapshot
 from fbopt.closure import FullBatchClosure
 from fbopt.sharpness import SharpnessAware
@@ -50,6 +52,36 @@ def check_closure(closure: Any, line_search: str | None) -> None:
         )
 
 
+# Whose parameters are known to be in no DistributedDataParallel, and which those were.
+_looked_at: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, ...]] = WeakKeyDictionary()
+
+
+def check_processes(
+    closure: Any, optimizer: torch.optim.Optimizer, params: Sequence[torch.Tensor]
+) -> None:
+    """Refuse a value of this process's data beside a gradient of all data.
+
+    Whether a plain closure's value is the same on all processes is not known, and to ask them could
+    wait for ever; that DistributedDataParallel sums gradients alone is. Looked at once for the same
+    parameters.
+
+    Raises:
+        ValueError: the closure is plain, and the parameters are those of a
+            DistributedDataParallel in a job of several processes.
+    """
+    ids = tuple(map(id, params))
+    if isinstance(closure, FullBatchClosure) or _looked_at.get(optimizer) == ids:
+        return
+    if wrappers_of(params):
+        raise ValueError(
+            "the parameters are those of a DistributedDataParallel, which sums gradients over "
+            "processes but not the closure's value, so that each process would decide for itself "
+            "how far to step: pass FullBatchClosure(model.module, ..., process_group=...), or for "
+            "FullBatchGD line_search=None"
+        )
+    _looked_at[optimizer] = ids
+
+
 class Calls:
     """Calls a closure for an optimizer, which counts.
 
@@ -61,6 +93,7 @@ class Calls:
         self._closure, self._optimizer, self.count = closure, optimizer, 0
         self._whole = closure if isinstance(closure, FullBatchClosure) else None
         self._buffers = None if self._whole is None else BufferSnapshot(self._whole.model)
+        self._before: tuple[BufferSnapshot, int] | None = None
 
     @property
     def has_loss_only(self) -> bool:
@@ -88,6 +121,18 @@ class Calls:
                 self._whole.assign()
         self.count += 1
         return loss
+
+    def note_start(self) -> None:
+        """Note the model's buffers and the closure's count of steps as they are before all."""
+        if self._whole is not None:
+            self._before = BufferSnapshot(self._whole.model), self._whole.step
+            self._before[0].save()
+
+    def undo(self) -> None:
+        """Put back what :meth:`note_start` noted."""
+        if self._whole is not None and self._before is not None:
+            self._before[0].restore()
+            self._whole.step = self._before[1]
 
     def keep_buffers(self) -> None:
         """Note the model's buffers, as they belong to the parameters as they are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ class Line:
 
     Attributes:
         length: t of the last point.
-        steepness: the largest magnitude of its gradient.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class Line:
         layout = FlatRows(self.params)
         self._matrices = layout.make(3)
         self._x, self._d, self._g = (layout.views(rows(self._matrices, k)) for k in (X, D, G))
-        self.length = self.steepness = 0.0
+        self.length = 0.0
 
     @property
     def start(self) -> Rows:
@@ -59,17 +58,9 @@ class Line:
         self.length = 0.0
 
     def aim_at_parameters(self) -> None:
-        """Let d be the way from x to the parameters."""
+        """Let d be the way from x to the parameters, in whole units of their rounding."""
         torch._foreach_copy_(self._d, self.params)
         torch._foreach_sub_(self._d, self._x)
-
-    def aim_downhill(self, rates: Sequence[float], max_norm: float | None) -> None:
-        """Let d be -lr times the gradient, of which the norm is bounded."""
-        for d, g in zip(self.direction, self.gradient, strict=True):
-            d.copy_(g)
-        norm = self.gradient_norm()
-        shorter = 1.0 if max_norm is None or not norm > max_norm else float(max_norm) / norm
-        self.scale_([-rate * shorter for rate in rates])
 
     def scale_(self, factors: Sequence[float]) -> None:
         """Multiply each parameter's part of d by a number."""
@@ -80,10 +71,6 @@ class Line:
         found = products(rows(self._matrices, D, D + 1), self.gradient, self.direction)
         slope, square = found[:, 0].tolist()
         return slope, square**0.5
-
-    def gradient_norm(self) -> float:
-        """Return the 2-norm of the gradient."""
-        return products(rows(self._matrices, G, G + 1), *[self.gradient] * 2)[0, 0].item() ** 0.5
 
     def move(self, length: float) -> None:
         """Set the parameters to x + t d."""
@@ -102,25 +89,17 @@ class Line:
         torch._foreach_add_(self._x, self.params)
         return largest(self.start).item()
 
-    def measure(self, call: Callable[[], Any]) -> tuple[Any, Point]:
-        """Call a closure where the parameters are; return what it returns, and the point."""
-        returned = call()
+    def point(self, returned: Any) -> Point:
+        """The point where the parameters are and ``p.grad`` is, for what a closure returned."""
         value = self.value(returned)
         self._take_gradient()
         slope = products(rows(self._matrices, D, D + 1), self.gradient, self.gradient)[0, 0]
         numbers = torch.stack([slope, largest(self.gradient).to(slope.device)])
-        found, self.steepness = numbers.tolist()
-        return returned, Point(self.length, value, found)
+        return Point(self.length, value, *numbers.tolist())
 
     def value(self, returned: Any) -> float:
         """The value of f, for what a closure returned."""
-        try:
-            value = self.sign * float(returned)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                "closure must return the loss, a number or a tensor of one element, got "
-                f"{type(returned).__name__}"
-            ) from error
+        value = self.sign * _number(returned)
         return value if self.decay is None else value + self._decay_value(self.decay)
 
     def _decay_value(self, decay: Sequence[float]) -> float:
@@ -144,3 +123,19 @@ class Line:
             torch._foreach_neg_(self._g)
         if self.decay is not None:
             torch._foreach_add_(self._g, torch._foreach_mul(self.params, list(self.decay)))
+
+
+def _number(returned: Any) -> float:
+    """What a closure returned as a number; errors of the device it lies on are not hidden."""
+    is_one = not isinstance(returned, Tensor) or (
+        returned.numel() == 1 and not returned.is_complex()
+    )
+    try:
+        if is_one:
+            return float(returned)
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(
+        "closure must return the loss, a number or a tensor of one element, got "
+        f"{type(returned).__name__}"
+    )

@@ -14,7 +14,7 @@ from fbopt._engine.history import History
 from fbopt._line_search.backtracking import backtrack
 from fbopt._line_search.closures import Calls
 from fbopt._line_search.line import Line
-from fbopt._line_search.search import Point, remember
+from fbopt._line_search.search import Point, remembered
 from fbopt._line_search.strong_wolfe import strong_wolfe
 
 Options = Mapping[str, Any]
@@ -71,7 +71,8 @@ class QuasiNewton:
             What the closure returned at the start, and why the iterations ended.
         """
         self.failure = None
-        loss, now = self._line.measure(calls)
+        loss = calls()
+        now = self._line.point(loss)
         reason = self._take_up(now, calls, options)
         most = options["max_eval"] or options["max_iter"] * 5 // 4
         for left in reversed(range(options["max_iter"])):
@@ -87,7 +88,7 @@ class QuasiNewton:
         """Begin at the gradient where the parameters are; return a reason to stop."""
         line, history, length = self._line, self._history, self._open_step
         self._open_step = None
-        if not self._is_sound(now):
+        if not now.is_sound:
             history.clear()
             if length is not None:  # the step that led here was not looked at
                 line.put_back()
@@ -100,8 +101,8 @@ class QuasiNewton:
             line.take_step()
             history.add(line.start, line.gradient, length if options["damping"] else None)
         if not self._values or self._values[-1] != now.value:
-            remember(self._values, now.value)
-        return self._reason(options)
+            self._values = remembered(self._values, now.value)
+        return self._reason(options, now)
 
     def _iterate(
         self,
@@ -132,19 +133,20 @@ class QuasiNewton:
         scale = found.length * aim.scale if options["damping"] else None
         self._history.add(line.start, line.gradient, scale)
         calls.keep_buffers()
-        remember(self._values, found.value)
-        return found, self._reason(options, change, abs(found.value - now.value))
+        self._values = remembered(self._values, found.value)
+        return found, self._reason(options, found, change, abs(found.value - now.value))
 
     def _aim(self, options: Options, rates: Sequence[float]) -> Aim:
         """Write the direction: that of the pairs if it descends, or else of the gradient."""
         line, history, bound = self._line, self._history, options["max_norm"]
         history.direction_(line.direction)
         slope, norm = line.slope()
+        descends = slope < 0  # whatever the rates are: with lr = 0 the pairs are kept
         shorter = 1.0 if bound is None or not norm > bound else bound / norm
         if any(rate * shorter != 1 for rate in rates):
             line.scale_([rate * shorter for rate in rates])
             slope, _ = line.slope()
-        if history.count and not slope < 0:
+        if history.count and not (descends and slope <= 0):
             history.clear()
             return self._aim(options, rates)
         first = 1.0 if history.count else min(1.0, 1 / max(shorter * norm, 1e-300))
@@ -157,7 +159,7 @@ class QuasiNewton:
 
         def phi(length: float) -> Point:
             line.move(length)
-            return line.measure(calls)[1]
+            return line.point(calls())
 
         start = Point(0.0, now.value, aim.slope)
         if kind is None:
@@ -171,10 +173,7 @@ class QuasiNewton:
             found = backtrack(phi, start, aim.first, reference)
         if found is not None and found.length != line.length:
             found = phi(found.length)
-        return found if found is not None and self._is_sound(found) else None
-
-    def _is_sound(self, point: Point) -> bool:
-        return math.isfinite(point.value) and math.isfinite(self._line.steepness)
+        return found if found is not None and found.is_sound else None
 
     def _begin_anew(self, calls: Calls) -> str | None:
         """After a search that failed: forget the pairs; without any, return a reason to stop."""
@@ -193,10 +192,14 @@ class QuasiNewton:
             own.copy_(g)
 
     def _reason(
-        self, options: Options, change: float = math.inf, difference: float = math.inf
+        self,
+        options: Options,
+        now: Point,
+        change: float = math.inf,
+        difference: float = math.inf,
     ) -> str | None:
         """Why to stop where the parameters are, if there is a reason."""
-        if self._line.steepness <= options["tolerance_grad"]:
+        if now.steepness <= options["tolerance_grad"]:
             return "gradient within tolerance_grad"
         if change <= options["tolerance_change"]:
             return "change of the parameters within tolerance_change"
@@ -214,6 +217,10 @@ class QuasiNewton:
             "values": list(self._values),
             "iterations": self.iterations,
         }
+
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether a saved :meth:`state_dict` is of these parameters and this size."""
+        return self._history.fits(state["history"])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved :meth:`state_dict`; see :meth:`History.load_state_dict`."""

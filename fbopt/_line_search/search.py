@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 # The most points that a search looks at.
@@ -16,16 +16,22 @@ NAMES = ("strong_wolfe", "armijo", "nonmonotone")
 
 
 class Point(NamedTuple):
-    """A length t with the value phi(t) and the slope phi'(t)."""
+    """A length t with phi(t), the slope phi'(t) and the largest magnitude of the gradient there."""
 
     length: float
     value: float
     slope: float
+    steepness: float = 0.0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether value and gradient are numbers."""
+        return math.isfinite(self.value) and math.isfinite(self.steepness)
 
     @property
     def is_finite(self) -> bool:
-        """Whether value and slope are numbers."""
-        return math.isfinite(self.value) and math.isfinite(self.slope)
+        """Whether all are numbers."""
+        return self.is_sound and math.isfinite(self.slope)
 
 
 Phi = Callable[[float], Point]
@@ -37,7 +43,6 @@ def check_name(name: str | None) -> None:
         raise ValueError(f"line_search must be one of {NAMES} or None, got {name!r}")
 
 
-def remember(values: list[float], value: float) -> None:
-    """Append a value to those that the non-monotone search looks back to."""
-    values.append(value)
-    del values[:-MEMORY]
+def remembered(values: Sequence[float], value: float) -> list[float]:
+    """Return the values that the non-monotone search looks back to, with one more."""
+    return [*values, value][-MEMORY:]

@@ -5,7 +5,6 @@ The function searched is the closure's with ``weight_decay / 2 ||p||^2``, as is 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,12 +15,15 @@ from torch import Tensor
 from fbopt._line_search.backtracking import backtrack
 from fbopt._line_search.closures import Calls
 from fbopt._line_search.line import Line
-from fbopt._line_search.search import Point, remember
+from fbopt._line_search.search import Point, remembered
 from fbopt._line_search.strong_wolfe import strong_wolfe
 from fbopt._sharding import any_sharded
+from fbopt.clip import check_finite
 
 VALUES = "last_values"
 BUFFER = "momentum_buffer"
+NOTHING_LOWER = "no lower value was found"
+UPHILL = "neither the step nor one without momentum is a direction of descent"
 
 
 class SearchedStep:
@@ -51,25 +53,23 @@ class SearchedStep:
         """
         line = self._follow(optimizer)
         line.begin()
-        loss, now = line.measure(calls)
-        calls.keep_buffers()
+        calls.note_start()
         momenta = _Momenta(optimizer, line.params)
-        self._failure, found = None, None
+        self._failure = None
         try:
-            if math.isfinite(now.value) and math.isfinite(line.steepness):
-                slope = self._aim(optimizer, momenta, update)
-                if slope == 0:
-                    line.put_back()
-                    found = now
-                else:
-                    found = self._search(optimizer, calls, now, slope)
+            loss = calls()
+            line.decay = _decay(optimizer)
+            now = line.point(loss)
+            calls.keep_buffers()
+            if now.is_sound:
+                self._go(optimizer, calls, now, momenta, update)
+            else:
+                self._stay(optimizer, now)
         except BaseException:
             line.put_back()
-            calls.put_back_buffers()
+            calls.undo()
             momenta.put_back()
             raise
-        if found is None:
-            self._give_up(calls, momenta)
         self.length, self.evaluations = line.length, calls.count
         if self._failure is not None and not self._has_warned:
             self._has_warned = True
@@ -94,68 +94,106 @@ class SearchedStep:
                 "set one for all groups, or pass line_search=None"
             )
         sign = -1 if any(g["maximize"] for _, g in pairs) else 1
-        decay = [float(g["weight_decay"]) for _, g in pairs]
         key = [(id(p), p.shape, p.dtype, p.device) for p in params]
         if key != self._key or self._line is None:
             self._line, self._key = Line(params), key
-        self._line.sign, self._line.decay = sign, decay if any(decay) else None
+        self._line.sign = sign
         return self._line
 
-    def _aim(
-        self, optimizer: torch.optim.Optimizer, momenta: _Momenta, update: Callable[[], None]
-    ) -> float:
-        """Write the direction and return its slope: that of the step, or of the gradient."""
+    def _go(
+        self,
+        optimizer: torch.optim.Optimizer,
+        calls: Calls,
+        now: Point,
+        momenta: _Momenta,
+        update: Callable[[], None],
+    ) -> None:
+        """Take the step from a point of finite value and gradient."""
+        assert self._line is not None
+        slope = self._aim(momenta, update)
+        if slope == 0:
+            self._line.put_back()
+            if now.steepness > 0 and all(g["lr"] > 0 for g in optimizer.param_groups):
+                self._failure = "the step is lost in the rounding of the parameters: raise lr"
+        elif not slope < 0:
+            self._give_up(optimizer, calls, momenta, UPHILL)
+        elif not self._search(optimizer, calls, now._replace(slope=slope)):
+            self._give_up(optimizer, calls, momenta, NOTHING_LOWER)
+
+    def _aim(self, momenta: _Momenta, update: Callable[[], None]) -> float:
+        """Write the direction and return its slope: of the step, or of one without momentum."""
         line = self._line
         assert line is not None
         update()
         line.aim_at_parameters()
-        slope, _ = line.slope()
-        if slope < 0:
+        slope, length = line.slope()
+        if slope < 0 or length == 0:
             return slope
         momenta.clear()
-        line.aim_downhill(_rates(optimizer), optimizer.param_groups[0]["max_norm"])
+        line.put_back()
+        update()
+        line.aim_at_parameters()
         slope, _ = line.slope()
         if slope < 0:
             self._failure = "the step was no direction of descent, and its momentum is dropped"
         return slope
 
-    def _search(
-        self, optimizer: torch.optim.Optimizer, calls: Calls, now: Point, slope: float
-    ) -> Point | None:
+    def _search(self, optimizer: torch.optim.Optimizer, calls: Calls, start: Point) -> bool:
+        """Go to a point that is low enough; return whether there is one."""
         line, first = self._line, optimizer.param_groups[0]
         assert line is not None
-        kind, start = first["line_search"], now._replace(length=0.0, slope=slope)
+        kind, values = first["line_search"], [start.value]
 
         def phi(length: float) -> Point:
             line.move(length)
-            return line.measure(calls)[1]
+            return line.point(calls())
 
-        def value_alone(length: float) -> Point:
+        def look(length: float) -> float:
             line.move(length)
-            return Point(length, line.value(calls.loss_only()), math.nan)
+            return line.value(calls.loss_only())
 
         if kind == "strong_wolfe":
             found = strong_wolfe(phi, start, 1.0)
         else:
-            values = first.setdefault(VALUES, []) if kind == "nonmonotone" else []
-            remember(values, now.value)
-            at = value_alone if calls.has_loss_only else phi
-            found = backtrack(at, start, 1.0, max(values))
+            if kind == "nonmonotone":
+                values = remembered(first.get(VALUES, ()), start.value)
+            cheap = look if calls.has_loss_only else None
+            found = backtrack(phi, start, 1.0, max(values), cheap)
         if found is not None and found.length != line.length:
             found = phi(found.length)
-        return found
+        is_found = found is not None and found.is_sound
+        if is_found and kind == "nonmonotone":
+            first[VALUES] = values  # another list: state dicts hold the one before
+        return is_found
 
-    def _give_up(self, calls: Calls, momenta: _Momenta) -> None:
+    def _stay(self, optimizer: torch.optim.Optimizer, now: Point) -> None:
+        """Do not go on from a point that is not finite."""
+        if optimizer.param_groups[0]["error_if_nonfinite"]:
+            check_finite(torch.tensor(now.steepness))
+        self._failure = (
+            "the loss or its gradient is not finite; parameters and momentum are as before"
+        )
+
+    def _give_up(
+        self, optimizer: torch.optim.Optimizer, calls: Calls, momenta: _Momenta, why: str
+    ) -> None:
         assert self._line is not None
         self._line.put_back()
         calls.put_back_buffers()
         momenta.clear()
-        self._failure = "no lower value was found; parameters are as before, momentum is dropped"
+        optimizer.param_groups[0].pop(VALUES, None)
+        self._failure = f"{why}; parameters are as before, momentum is dropped"
 
 
-def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    groups = optimizer.param_groups
-    return [float(g["lr"]) for g in groups for p in g["params"] if p.requires_grad]
+def _decay(optimizer: torch.optim.Optimizer) -> list[float] | None:
+    """The decay of each parameter, of which one without a gradient is left alone; None for none."""
+    found = [
+        0.0 if p.grad is None else float(group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.requires_grad
+    ]
+    return found if any(found) else None
 
 
 class _Momenta:

@@ -31,18 +31,17 @@ def strong_wolfe(
         longest: the bound of lengths.
         narrowest: the length of a bracket that is searched no further.
     """
-    before, now = start, phi(min(first, longest))
-    for tried in range(1, MOST):
-        if _is_too_far(now, start) or (tried > 1 and now.value >= before.value):
-            return _zoom(phi, start, before, now, MOST - tried, narrowest)
-        if _is_flat(now, start) or now.length >= longest:
+    before, now, left = start, phi(min(first, longest)), MOST - 1
+    while True:
+        if _is_too_far(now, start) or (before is not start and now.value >= before.value):
+            return _zoom(phi, start, before, now, left, narrowest)
+        if _is_flat(now, start) or now.length >= longest or left == 0:
             return now
         if now.slope >= 0:
-            return _zoom(phi, start, now, before, MOST - tried, narrowest)
+            return _zoom(phi, start, now, before, left, narrowest)
         least = now.length + 0.01 * (now.length - before.length)
         t = _cubic_minimum(before, now, least, FURTHEST * now.length)
-        before, now = now, phi(min(t, longest))
-    return before
+        before, now, left = now, phi(min(t, longest)), left - 1
 
 
 def _is_too_far(point: Point, start: Point) -> bool:
