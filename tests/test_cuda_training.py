@@ -158,7 +158,7 @@ class Anew(list):
         return ((x.clone(), y.clone()) for x, y in super().__iter__())
 
 
-def first_passes(function, params, buffers, stack):
+def first_passes(function, params, buffers, stack, whole=()):
     """In place of the passes over a group at theta: results of their shapes, on their device."""
     grads = tuple(torch.randn(stack.count, *p.shape, device=p.device) for p in params)
     return Passes(grads, torch.randn(stack.count, device=params[0].device), (), buffers)
