@@ -84,7 +84,7 @@ def test_help_of_train(capsys, monkeypatch):
     for field in fields(Options):
         text = texts[flag(field.name)]
         assert ("Default: " in text) == (field.default is not False and field.default != ""), text
-    assert texts["--radius"].endswith("step of penalty and gnp. Default: from the recipe.")
+    assert texts["--radius"].endswith("exact products have none. Default: from the recipe.")
     assert texts["--steps"].startswith("--steps INT ")
     assert texts["--method"].startswith("--method forward|central|exact ")
     assert texts["--resume"].startswith("--resume auto|PATH ")

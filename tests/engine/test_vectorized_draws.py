@@ -150,12 +150,12 @@ def test_passes_that_draw_other_numbers_are_refused(method, more, monkeypatch):
 
     def gradient(self, params, buffers, stack):
         if more:
-            passes = original(self, params, buffers, stack)
+            passes = original(self, params, buffers, stack, whole)
             torch.rand(1)
             return passes
         state = torch.get_rng_state()
         torch.rand(1)
-        passes = original(self, params, buffers, stack)
+        passes = original(self, params, buffers, stack, whole)
         after = torch.get_rng_state()
         torch.set_rng_state(state)
         original(self, params, buffers, stack)  # so that as many are drawn
@@ -181,8 +181,8 @@ def test_a_gradient_that_is_lost_is_found_also_where_numbers_are_drawn(monkeypat
     """vmap repeats the zeros of a parameter that is not reached."""
     original = ChunkFunction.first
 
-    def first(self, params, buffers, stack):
-        passes = original(self, params, buffers, stack)
+    def first(self, params, buffers, stack, whole=()):
+        passes = original(self, params, buffers, stack, whole)
         lost = torch.zeros_like(params[0]).expand_as(passes.grads[0])
         return passes._replace(grads=(lost, *passes.grads[1:]))
 

@@ -85,7 +85,7 @@ REFUSED = {
     ),
     "whole of sgd": ({"recipe": "sgd", "full_penalty": 0.5}, "--full-penalty is only for"),
     "rho 0": ({"recipe": "fb-sam", "rho": 0.0}, "--rho 0.0: has to be above 0"),
-    "share": ({"recipe": "fb-sam", "sam_share": -1.0}, "--sam-share -1.0: has to be at least 0"),
+    "share": ({"recipe": "fb-sam", "sam_share": -1.0}, "--sam-share -1.0: has to be above 0"),
     "unknown": ({"perturbation": "lookahead"}, "--perturbation lookahead: choose none, penalty"),
 }  # fmt: skip
 
