@@ -127,3 +127,11 @@ def module_bits(module: nn.Module) -> dict[str, Any]:
         "training": [m.training for m in module.modules()],
         "momenta": [getattr(m, "momentum", None) for m in module.modules()],
     }
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """`--data` of the training program for a tiny set of images."""
+    import tiny_runs  # a machine with a GPU may lack what the training program needs
+
+    return tiny_runs.data(tmp_path_factory.mktemp("data"))

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import bits
+from search_cases import SEARCHES, data, network
 from torch import nn
 
 from fbopt import LBFGS, FullBatchClosure, GradientPenalty, SharpnessAware
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SEARCHES = ["strong_wolfe", "armijo", "nonmonotone"]
 EXACT = {"tolerance_grad": 1e-9, "tolerance_change": 0.0}
 
 
@@ -292,19 +292,6 @@ def test_an_exception_puts_the_last_iterate_back(at, search):
     for one, closure in ((optimizer, problem), (other, twin)):
         one.step(closure)
     assert bits(problem.params) == bits(twin.params)
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
-
-
-def data(count=50):
-    """Inputs that say nothing of their labels: the least loss is not zero."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, 6, generator=generator).double()
-    y = torch.randint(3, (count,), generator=generator)
-    return list(zip(x.split(16), y.split(16), strict=True))
 
 
 def test_buffers_belong_to_the_parameters():

@@ -9,29 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import bits
+from search_cases import SEARCHES, data, network
 from torch import nn
 
 from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty, SharpnessAware
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SEARCHES = ["strong_wolfe", "armijo", "nonmonotone"]
 RULES = {
     "plain": {},
     "momentum": {"momentum": 0.9, "nesterov": True},
     "all": {"momentum": 0.5, "dampening": 0.3, "weight_decay": 0.1, "max_norm": 0.25},
 }
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
-
-
-def data(count=50):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, 6, generator=generator).double()
-    y = torch.randint(3, (count,), generator=generator)
-    return list(zip(x.split(16), y.split(16), strict=True))
 
 
 def training(search, lr=0.05, given=None, **options):

@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options, flag
+from fbopt.train.config.resolve import resolve
+from fbopt.train.data.load import load
 from fbopt.train.trainer import Trainer
 
 
@@ -42,6 +45,12 @@ def with_noise(tiny: str, out: Path, recipe: str = "fb-penalty", **changes: Any)
     """The same for a model with BatchNorm and dropout, with fingerprints of every step."""
     noise = {"model": "resnet18", "width": 2, "dropout": 0.3, "fingerprint_every": 1}
     return options(tiny, out, recipe, **(noise | changes))
+
+
+def trainer_of(tiny: str, recipe: str = "fb-penalty", **changes: Any) -> Trainer:
+    """The trainer of :func:`options`, which writes nothing."""
+    chosen = resolve(options(tiny, Path("never written"), recipe, **changes))
+    return Trainer(chosen, load(tiny), torch.device("cpu"))
 
 
 def command_line(options: Options) -> list[str]:

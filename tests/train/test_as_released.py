@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny_runs
 import torch
 from tiny_runs import options
 from torch import nn
@@ -32,11 +31,6 @@ COMMON = {
     "method": "central", "radius": 0.05, "penalty": 2.0, "label_smoothing": 0.2, "chunk_size": 20,
     "max_norm": 0.5,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return tiny_runs.data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)

@@ -28,11 +28,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = ((4, 3, 2, 2), (4,), (), (2, 3), (5, 1, 1))  # the last as the gains of an NFNet
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return tiny_runs.data(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     monkeypatch.setattr(loop, "draw_curves", lambda folder, options: False)

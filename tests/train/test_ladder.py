@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_runs
 
 from fbopt.train import loop
 from fbopt.train.checkpoint import atomic
@@ -26,11 +25,6 @@ from fbopt.train.ladder.plan import Ladder, make_plan
 from fbopt.train.reporting import plots
 
 SMALL = ["--width", "4", "--share", "0.02"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return tiny_runs.data(tmp_path_factory.mktemp("data"))
 
 
 def plan_of(tiny: str, out: Path, *arguments: str) -> plan.Plan:

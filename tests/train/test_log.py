@@ -23,11 +23,6 @@ from fbopt.train.trainer import Trainer
 PLACE = {"pass", "step", "seconds"}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return tiny_runs.data(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     monkeypatch.setattr(loop, "draw_curves", lambda folder, options: False)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny_runs
 import torch
 from tiny_runs import digest, interrupt_after, options
 from torch import nn
@@ -22,12 +21,6 @@ from fbopt.train.loop import train
 from fbopt.train.reporting.describe import describe
 from fbopt.train.signals import Interrupted
 from fbopt.train.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return tiny_runs.data(tmp_path_factory.mktemp("data"))
-
 
 RULES = {
     "recipe": ({}, GradientPenalty(0.5), 2),

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import pytest
-import tiny_runs
 import torch
 from tiny_runs import digest, interrupt_after, options
 
@@ -19,11 +18,6 @@ from fbopt.train.evaluate import evaluate
 from fbopt.train.loop import train
 from fbopt.train.signals import Interrupted
 from fbopt.train.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return tiny_runs.data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)

@@ -30,11 +30,6 @@ from fbopt.train.signals import Interrupted
 from fbopt.train.trainer import Diverged, Trainer
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return tiny_runs.data(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture(autouse=True)
 def few_pictures(request, monkeypatch):
     """Drawing takes longer than a tiny run: only two tests do it."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
-from tiny_runs import digest, interrupt_after, options
+from tiny_runs import digest, interrupt_after, options, trainer_of
 from torch import nn
 
 from fbopt.train import loop
@@ -25,19 +25,9 @@ from fbopt.train.signals import Interrupted
 from fbopt.train.trainer import Trainer
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return tiny_runs.data(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     monkeypatch.setattr(loop, "draw_curves", lambda folder, options: False)
-
-
-def trainer_of(tiny: str, recipe: str = "fb-penalty", **changes) -> Trainer:
-    chosen = resolve(options(tiny, Path("never written"), recipe, **changes))
-    return Trainer(chosen, load(tiny), torch.device("cpu"))
 
 
 def test_moving_average():

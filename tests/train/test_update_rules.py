@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import get_args
 
 import pytest
 import tiny_runs
 import torch
-from tiny_runs import interrupt_after, options
+from tiny_runs import interrupt_after, options, trainer_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,14 +24,12 @@ from fbopt.train.config.options import OptimizerName, Options, OptionsError
 from fbopt.train.config.resolve import resolve
 from fbopt.train.config.rules import OWN, RULES
 from fbopt.train.curvature import training_loss
-from fbopt.train.data.load import load
 from fbopt.train.grad_transforms import ClipHistory
 from fbopt.train.loop import train
 from fbopt.train.optimizers.lars import LARS
 from fbopt.train.optimizers.muon import Muon
 from fbopt.train.optimizers.simple import NormalizedGD, SignDescent
 from fbopt.train.signals import Interrupted
-from fbopt.train.trainer import Trainer
 
 # lbfgs, which evaluates several in a step, is in test_searched_training.
 ONE_GRADIENT = [rule for rule in RULES if rule != "lbfgs"]
@@ -40,19 +37,9 @@ ONE_GRADIENT = [rule for rule in RULES if rule != "lbfgs"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return tiny_runs.data(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     monkeypatch.setattr(loop, "draw_curves", lambda folder, options: False)
-
-
-def trainer_of(tiny: str, recipe: str = "fb-penalty", **changes) -> Trainer:
-    chosen = resolve(options(tiny, Path("never written"), recipe, **changes))
-    return Trainer(chosen, load(tiny), torch.device("cpu"))
 
 
 # --- the rules ------------------------------------------------------------------------------------
