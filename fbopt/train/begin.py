@@ -13,7 +13,7 @@ from fbopt.train.checkpoint.resume import Start, find_start
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.data.dataset import Data
-from fbopt.train.data.load import load
+from fbopt.train.data.load import load_for
 from fbopt.train.distributed import DistributedContext, select_device
 from fbopt.train.processes import check_number
 from fbopt.train.reporting.tensorboard import check_installed
@@ -37,9 +37,7 @@ def find(options: Options, lock: ExitStack) -> Start:
 
 def read(options: Options) -> Loaded:
     """Load the data of a run."""
-    data = load(
-        options.data, options.image_size, options.data_dir, options.download, options.samples
-    )
+    data = load_for(options)
     return Loaded(data, data.sha256())
 
 

@@ -18,7 +18,7 @@ from fbopt.train import models
 from fbopt.train.begin import Loaded, broadcast_model, build_trainer, find
 from fbopt.train.checkpoint.provenance import environment
 from fbopt.train.checkpoint.resume import Start, restore
-from fbopt.train.checkpoint.run_dir import RunFolder
+from fbopt.train.checkpoint.run_dir import RunFolder, accuracies
 from fbopt.train.checkpoint.saver import Saver
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.curvature import CurvatureTracker
@@ -136,7 +136,7 @@ def _summary_if_finished(trainer: Trainer, folder: RunFolder) -> dict[str, Any] 
     if trainer.step < trainer.total_steps or not folder.result.exists():
         return None
     summary = folder.read_result()
-    print(f"{folder.path}/ is finished: test accuracy {summary['test_accuracy']:.2%}", flush=True)
+    print(f"{folder.path}/ is finished: {accuracies(summary)}", flush=True)
     return summary
 
 
@@ -173,10 +173,11 @@ def _log(
 ) -> None:
     """Evaluate, measure and write one line of metrics after a pass, where they are due."""
     options, done = trainer.options, trainer.position[0]
-    test = done % options.eval_every == 0 or trainer.step == trainer.total_steps
+    last = trainer.step == trainer.total_steps
+    due = last or done % options.eval_every == 0
     track = tracker.is_due(done)
-    if test or track or done == 1 or done % options.log_every == 0:
-        record = trainer.record(with_test=test)
+    if due or track or done == 1 or done % options.log_every == 0:
+        record = trainer.record(options.evaluated(last) if due else ())
         if track and write is not None:
             record |= tracker.measure()
         progress.report(record)
@@ -201,9 +202,9 @@ def _write_summary(trainer: Trainer, folder: RunFolder) -> dict[str, Any]:
     folder.write_result(summary)
     drawn = draw_curves(folder, trainer.options)
     print(
-        f"test accuracy {summary['test_accuracy']:.2%} (loss {summary['test_loss']:.4f}), train "
-        f"{summary['train_accuracy']:.2%} (loss {summary['loss']:.4f}) after {trainer.step} steps, "
-        f"{summary['seconds']:.0f} s\nwritten: {folder.path}/ (options.json, metrics.jsonl, "
+        f"{accuracies(summary, losses=True)}, train {summary['train_accuracy']:.2%} "
+        f"(loss {summary['loss']:.4f}) after {trainer.step} steps, {summary['seconds']:.0f} s\n"
+        f"written: {folder.path}/ (options.json, metrics.jsonl, "
         f"{'curves.png, ' if drawn else ''}checkpoint-{trainer.step}.pt, result.json)",
         flush=True,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -273,8 +273,8 @@ class Trainer:
                 f"{o.lr:g}), a longer --warmup, or clipping with --max-norm 0.25"
             )
 
-    def record(self, with_test: bool) -> dict[str, Any]:
-        """The metrics after a pass, read from the device; `with_test`, of the test set too.
+    def record(self, evaluated: Iterable[str] = ()) -> dict[str, Any]:
+        """The metrics after a pass, read from the device; of the `evaluated` splits too.
 
         All processes call it together. Raises Diverged.
         """
@@ -294,10 +294,10 @@ class Trainer:
         full_batch = self.closure is not None and self.closure.mean_sqnorm is not None
         if full_batch or o.chunk_norms:
             record["mean_squared_chunk_norm"] = float(self.chunk_sqnorm)
-        if with_test:
-            record["test_accuracy"], record["test_loss"] = evaluate(
+        for name in evaluated:
+            record[f"{name}_accuracy"], record[f"{name}_loss"] = evaluate(
                 self.average or self.model,
-                self.data.test,
+                getattr(self.data, name),
                 flip=o.tta == "flip",
                 dtype=autocast_dtype(o.precision),
                 processes=self.context,

@@ -229,7 +229,7 @@ def test_a_dropped_chunk_counts_nowhere(tiny):
     trainer = trainer_of(tiny, chunk_size=32, last_chunk="drop")
     trainer.take_step()
     assert trainer.samples == len(trainer.chunks) * 32 == 64
-    assert trainer.record(with_test=False)["train_accuracy"] <= 1
+    assert trainer.record()["train_accuracy"] <= 1
     sgd = trainer_of(tiny, "sgd", batch_size=32, last_chunk="drop", epochs=2)
     assert (len(sgd.batches), sgd.batches.samples, sgd.total_steps) == (2, 64, 4)
 
@@ -301,4 +301,4 @@ def test_passes_at_rate_zero_have_one_gradient(tiny):
     for _ in range(4):  # at rates 0, all, half, 0
         trainer.take_step()
         trainer.scheduler.step()
-    assert trainer.record(with_test=False)["gradient_evaluations"] == 1 + 2 + 2 + 1
+    assert trainer.record()["gradient_evaluations"] == 1 + 2 + 2 + 1

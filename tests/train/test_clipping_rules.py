@@ -133,7 +133,7 @@ def test_other_norms(tiny, case, order):
     trainer = trainer_of(tiny, recipe, **changes, max_norm=bound, norm_type=order)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.take_step()
-    record = trainer.record(with_test=False)
+    record = trainer.record()
     assert record["gradient_norm"] == pytest.approx(size, rel=1e-5)
     assert record["clip"] == pytest.approx(0.25, rel=1e-3)
     if not rule:  # a step of sgd is as long as the gradient
@@ -160,7 +160,7 @@ def test_units_first_then_the_whole(tiny, recipe):
     bound = inner / 2
     trainer = trainer_of(tiny, recipe, agc=share, max_norm=float(bound))
     trainer.take_step()
-    record = trainer.record(with_test=False)
+    record = trainer.record()
     assert record["gradient_norm"] == pytest.approx(float(whole), rel=1e-4)
     assert record["clip"] == pytest.approx(0.5, rel=1e-3)
     for p, g in zip(trainer.model.parameters(), wanted, strict=True):

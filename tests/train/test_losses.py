@@ -109,7 +109,7 @@ def test_a_step_with_nothing_wrong_stands_still(tiny, recipe):
     before = tiny_runs.digest(trainer.model)
     while not trainer.position[0]:
         trainer.take_step()
-    record = trainer.record(False)
+    record = trainer.record()
     assert record["loss"] == record["gradient_norm"] == 0 and record["train_accuracy"] == 1
     assert tiny_runs.digest(trainer.model) == before
 
@@ -140,7 +140,7 @@ def test_a_step_of_max_up(tiny):
         torch.testing.assert_close(p.grad, grad, rtol=1e-9, atol=1e-12)
     right = (output.argmax(1) == y).double().mean().item()
     trainer.take_step()
-    assert trainer.record(False)["train_accuracy"] == pytest.approx(right)
+    assert trainer.record()["train_accuracy"] == pytest.approx(right)
 
 
 def test_curvature_is_of_single_views(tiny):

@@ -140,8 +140,8 @@ def test_mini_batches_with_a_second_point(tiny, kind, monkeypatch):
     for name, value in model.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             torch.testing.assert_close(trainer.model.state_dict()[name], value, rtol=1e-9, atol=0)
-    assert trainer.record(with_test=False)["gradient_evaluations"] == 4
-    assert trainer.record(with_test=False)["mean_squared_chunk_norm"] > 0
+    assert trainer.record()["gradient_evaluations"] == 4
+    assert trainer.record()["mean_squared_chunk_norm"] > 0
 
 
 RESUMED = {

@@ -54,7 +54,7 @@ def test_a_step_logs_what_was_before_it(tiny, case):
         trainer.model.train()
         trainer.take_step()
         evaluations += trainer.optimizer.last_evaluations
-        record = trainer.record(with_test=False)
+        record = trainer.record()
         if SEARCHED[case].get("model") is None:  # BatchNorm has other statistics in training
             assert record["loss"] == pytest.approx(loss, rel=1e-5)
             assert record["train_accuracy"] == pytest.approx(accuracy)

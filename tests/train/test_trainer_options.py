@@ -53,8 +53,8 @@ def test_the_average_is_what_is_evaluated(tiny):
     with torch.no_grad():
         for p in trainer.average.module.parameters():
             p.zero_()
-    assert trainer.record(with_test=True)["test_loss"] == pytest.approx(math.log(3), rel=1e-6)
-    assert trainer.record(with_test=True)["loss"] != pytest.approx(math.log(3), rel=1e-6)
+    assert trainer.record(["test"])["test_loss"] == pytest.approx(math.log(3), rel=1e-6)
+    assert trainer.record(["test"])["loss"] != pytest.approx(math.log(3), rel=1e-6)
 
 
 def test_only_weights_decay(tiny):
@@ -82,7 +82,7 @@ def test_label_smoothing_is_for_training_only(tiny):
     logits = trainer.model(trainer.data.test.batch(slice(None))[0])
     plain = torch.nn.functional.cross_entropy(logits, trainer.data.test.y)
     trainer.gradient_norm = torch.zeros(())
-    assert trainer.record(True)["test_loss"] == pytest.approx(plain.item(), rel=1e-5)
+    assert trainer.record(["test"])["test_loss"] == pytest.approx(plain.item(), rel=1e-5)
 
 
 def test_flips_at_test_time(tiny):
@@ -209,7 +209,7 @@ def test_precision_and_layout_change_bits_not_results(tiny):
             trainer.take_step()
         assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
         assert all(s.dtype == torch.float32 for s in trainer.closure.sums.views)
-        return trainer.record(with_test=True)
+        return trainer.record(["test"])
 
     plain = losses()
     for changes in ({"precision": "bf16"}, {"channels_last": False}):
@@ -231,7 +231,7 @@ def test_chunks_at_once_are_worked_on_as_one_by_one(tiny, count, recipe):
         )
         for _ in range(3):
             trainer.take_step()
-        return trainer.record(with_test=True) | {"seconds": 0}
+        return trainer.record(["test"]) | {"seconds": 0}
 
     one_by_one, at_once = after_three_steps(), after_three_steps(vectorize=count)
     assert at_once == pytest.approx(one_by_one, rel=1e-3)

@@ -316,7 +316,7 @@ def test_a_step_is_that_of_the_clipped_gradient(tiny, rule):
     free.closure()
     full = [p.grad for p in free.model.parameters()]
     norm = torch.cat([g.flatten() for g in full]).norm()
-    record = trainer.record(with_test=False)
+    record = trainer.record()
     assert record["gradient_norm"] == pytest.approx(norm.item(), rel=1e-5)
     assert record["clip"] == pytest.approx(bound / norm.item(), rel=1e-4)
     if rule != "sgd":  # whose kernel clips within its step

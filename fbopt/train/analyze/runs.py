@@ -20,7 +20,7 @@ from fbopt.train.checkpoint.resume import check_data, check_model
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.curvature import training_loss
-from fbopt.train.data.load import load
+from fbopt.train.data.load import load_for
 from fbopt.train.distributed import select_device
 from fbopt.train.precision import parameter_dtype, set_float32_precision
 from fbopt.train.trainer import Trainer
@@ -101,7 +101,7 @@ def read(path: Path, options: Analysis) -> Subject:
         raise OptionsError(f"{text}; measure it with that version") from error
     if trained.threads is not None:
         torch.set_num_threads(trained.threads)
-    data = load(trained.data, trained.image_size, trained.data_dir, samples=trained.samples)
+    data = load_for(replace(trained, download=False))
     check_data(str(path), state["data"], data.sha256(), trained.data)
     device = select_device(options.device)
     data = data.to(device, dtype=parameter_dtype(trained.precision))

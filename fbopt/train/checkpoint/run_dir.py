@@ -73,9 +73,8 @@ class RunFolder:
         if overwrite or not self.path.exists():
             return
         if self.result.exists():
-            accuracy = self.read_result()["test_accuracy"]
             raise OptionsError(
-                f"{self.path} holds a finished run (test accuracy {accuracy:.2%}); "
+                f"{self.path} holds a finished run ({accuracies(self.read_result())}); "
                 "give another --out, or --overwrite to replace it"
             )
         if self.checkpoints():
@@ -219,6 +218,16 @@ class RunFolder:
                 f"{path} cannot be written ({error.strerror or error}): {atomic.cure(error)}, "
                 f"{then if kept else 'then start again'}"
             ) from error
+
+
+def accuracies(result: dict[str, Any], losses: bool = False) -> str:
+    """What a finished run has on the splits that it was evaluated on, in words."""
+    words = []
+    for name in ("validation", "test"):
+        if (share := result.get(f"{name}_accuracy")) is not None:
+            loss = f" (loss {result[f'{name}_loss']:.4f})" if losses else ""
+            words.append(f"{name} accuracy {share:.2%}{loss}")
+    return ", ".join(words)
 
 
 def _of_a_run(path: Path) -> bool:

@@ -62,6 +62,13 @@ class Options:
     crops. Default: 64 for tinyimagenet, 224 for imagenet, else 32."""
     samples: int | None = None
     """Train on this many samples only, the first of the data set. Default: all."""
+    validation: float = 0.0
+    """Share of the training samples to hold out, to choose hyperparameters by: the same ones in
+    every run, taken by a fixed shuffle before --samples. Evaluations are of them; the test set is
+    looked at once, after the last step. 0 for none."""
+    test: Literal["always", "last", "never"] | None = None
+    """Evaluations of the test set: always, with every other; after the last step; or never, for
+    runs that hyperparameters are chosen by. Default: last with --validation, else always."""
     augment: Literal["none", "random", "fixed"] | None = None
     """Random crops (after padding by --padding black pixels; for imagenet, resized crops of 8 to
     100 % of the area) and horizontal flips of the training images: none; random, new ones in every
@@ -302,7 +309,8 @@ class Options:
     """Continue the interrupted run in this folder, with its own options; auto: continue the run
     that the other options define, or start it if there is none yet. Default: a new run."""
     eval_every: int | None = None
-    """Passes between two evaluations on the test set. Default: a hundredth of the run."""
+    """Passes between two evaluations of what was not trained on. Default: a hundredth of the
+    run."""
     log_every: int | None = None
     """Passes between two lines of metrics.jsonl. Default: a four-hundredth of the run."""
     log: Literal["tensorboard"] | None = None
@@ -347,6 +355,12 @@ class Options:
     def stochastic(self) -> bool:
         """Whether the recipe is mini-batch SGD rather than full-batch gradient descent."""
         return self.recipe.startswith("sgd")
+
+    def evaluated(self, last: bool) -> tuple[str, ...]:
+        """The splits that an evaluation looks at; `last`, the one after the last step."""
+        own = ("validation",) if self.validation else ()
+        test = self.test in (None, "always") or (last and self.test == "last")
+        return (*own, "test") if test else own
 
     @property
     def passes(self) -> int:

@@ -44,6 +44,7 @@ def resolve(options: Options) -> Options:
     values |= resolve_perturbation(options, values)
     if values["every"] is None:
         values["every"] = values["eval_every"] if options.tracked else 0
+    values["test"] = options.test or ("last" if options.validation else "always")
     if values["augment"] == "fixed":
         values["replicas"] = values["replicas"] or 10
     kind = parse(options.data)[0]
@@ -132,9 +133,10 @@ _BOUNDS = {
     **dict.fromkeys(_NOT_NEGATIVE.split(), AT_LEAST_0),
     **dict.fromkeys(("lr", "radius", "rho", "sam_share", "agc", "trust"), ABOVE_0),
     **dict.fromkeys(
-        ("momentum", "dropout", "label_smoothing", "ema", "floor", "beta1", "beta2", "alpha"),
+        ("validation", "momentum", "dropout", "label_smoothing", "ema", "floor"),
         (0, True, 1),
     ),
+    **dict.fromkeys(("beta1", "beta2", "alpha"), (0, True, 1)),
     "gamma": (0, False, 1),
 }
 
@@ -223,6 +225,10 @@ def _check_data(options: Options) -> None:
             raise OptionsError(
                 f"{flag(name)} is only for --data cifar10 and cifar100; leave it out"
             )
+    if options.test == "never" and not options.validation:
+        raise OptionsError(
+            "--test never: nothing would be evaluated; add --validation 0.1, or leave it out"
+        )
     if options.image_size not in (None, default_size(options.data)) and kind not in FOLDERS:
         raise OptionsError(
             f"--image-size is only for folders of images, --data {', '.join(FOLDERS)}; leave it out"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.data.rng import epoch_order, replacements
+from fbopt.train.data.validation import hold_out
 
 if TYPE_CHECKING:
     from fbopt.train.data.augment import Augmented
@@ -174,16 +175,22 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a test split with labels 0 … classes − 1."""
+    """A training and a test split with labels 0 … classes − 1, and one to choose by if held out."""
 
     train: Split
     test: Split
     classes: int
+    validation: Split | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample: (channels, length) or (channels, height, width)."""
         return self.test.shape
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that there are."""
+        return (self.train, self.test, *([] if self.validation is None else [self.validation]))
 
     def to(
         self,
@@ -191,16 +198,16 @@ class Data:
         channels_last: bool = True,
         dtype: torch.dtype = torch.float32,
     ) -> Data:
-        """Both splits on `device`."""
-        train, test = (s.to(device, channels_last, dtype) for s in (self.train, self.test))
-        return replace(self, train=train, test=test)
+        """All splits on `device`."""
+        moved = [split.to(device, channels_last, dtype) for split in self.splits]
+        return Data(*moved[:2], self.classes, *moved[2:])
 
     def sha256(self) -> str:
         """A digest of every sample and label, by which a resumed run recognises its data."""
-        splits, digest = (self.train, self.test), hashlib.sha256()
+        digest = hashlib.sha256()
         if self.train.digest is None:
-            return sha256(*(t for split in splits for t in (split.x, split.y)))
-        for split in splits:  # of the mapped samples, which are not all read for this
+            return sha256(*(t for split in self.splits for t in (split.x, split.y)))
+        for split in self.splits:  # of the mapped samples, which are not all read for this
             digest.update(f"{split.digest} {sha256(split.y)} {split.crop}\n".encode())
         return digest.hexdigest()
 
@@ -216,14 +223,22 @@ def sha256(*tensors: Tensor) -> str:
 
 
 def from_arrays(
-    x_train, y_train, x_test, y_test, name: str, moments=None, samples: int | None = None
+    x_train,
+    y_train,
+    x_test,
+    y_test,
+    name: str,
+    moments=None,
+    samples: int | None = None,
+    validation: float = 0.0,
 ) -> Data:
     """Check four arrays and make them a data set. Raises DataError, naming the array at fault.
 
     x is (N, length), (N, channels, length) or (N, channels, height, width): uint8 is normalised,
     anything else is converted to float32 and taken as it is. y is (N,) of integers from 0. The
-    first `samples` training samples are kept, by default all. `moments` are the channels' means and
-    standard deviations as shares of 255, by default those of the samples that are kept.
+    share `validation` of the training samples is held out; of the others the first `samples` are
+    kept, by default all. `moments` are the channels' means and standard deviations as shares of
+    255, by default those of the samples that are kept.
     """
     x_train, y_train = _check(x_train, y_train, f"{name}: x_train", f"{name}: y_train")
     x_test, y_test = _check(x_test, y_test, f"{name}: x_test", f"{name}: y_test")
@@ -238,16 +253,16 @@ def from_arrays(
             f"{name}: y_test has the label {int(y_test.max())}, but y_train only has "
             f"0 … {classes - 1}"
         )
-    if samples is not None:
-        if samples > len(y_train):
-            raise DataError(
-                f"--samples {samples}: {name}: x_train has only {len(y_train)}; give at most that"
-            )
-        x_train, y_train = x_train[:samples], y_train[:samples]
+    kept, held = hold_out(len(y_train), validation, samples, name)
+    validating = [(x_train[held], y_train[held])] if len(held) else []
+    if len(kept) < len(y_train):  # else not copied
+        x_train, y_train = x_train[kept], y_train[kept]
+    pairs = [(x_train, y_train), (x_test, y_test), *validating]
     mean = std = None
     if x_train.dtype == torch.uint8:
         mean, std = channel_moments(moments, x_train.ndim - 2, x_train)
-    return Data(Split(x_train, y_train, mean, std), Split(x_test, y_test, mean, std), classes)
+    train, test, *held_out = (Split(x, y, mean, std) for x, y in pairs)
+    return Data(train, test, classes, *held_out)
 
 
 def _check(x, y, x_name: str, y_name: str) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from fbopt.train.config.dataspec import DataError, require
 from fbopt.train.data.dataset import Data, Split, channel_moments
 from fbopt.train.data.decode import mapped_pixels, pixels
+from fbopt.train.data.validation import hold_out
 
 Arrays = tuple[Any, Any, Any, Any]  # x_train, y_train, x_test, y_test
 Listing = tuple[list[str], list[int]]  # files and their labels
@@ -65,30 +66,29 @@ def tinyimagenet(path: Path, size: int) -> Arrays:
     return _arrays(_listing(train), _listing(test), size)
 
 
-def imagenet(path: Path, size: int, samples: int | None) -> Data:
+def imagenet(path: Path, size: int, samples: int | None, validation: float = 0.0) -> Data:
     """ImageNet, path/train/CLASS/IMAGE and path/val/CLASS/IMAGE, decoded once into mapped files.
 
     They keep the square in the middle of each image with its shorter side at 8/7·size: for crops of
     224 pixels 256, so 196,608 bytes an image, 252 GB for all of ImageNet's training images, and
     hours of decoding. What a random crop could have seen beside that square is lost. The first
-    `samples` training images are kept.
+    `samples` training images are kept, of those that are not held out for `validation`.
     """
     spec, side = f"imagenet:{path}", round(LARGER * size)
     (files, labels), test = _class_folders(spec, path, "val")
-    if samples is not None and samples > len(files):
-        raise DataError(
-            f"--samples {samples}: {spec}: there are only {len(files)} training images; give at "
-            "most that"
-        )
-    order = fixed_order(len(files))[:samples]
-    train = [files[i] for i in order], [labels[i] for i in order]
+    order, parts = fixed_order(len(files)), hold_out(len(files), validation, samples, spec)
+    train, *held = [
+        ([files[i] for i in order[part]], [labels[i] for i in order[part]])
+        for part in parts
+        if len(part)
+    ]
     moments = channel_moments(MOMENTS["imagenet"], 2)
     splits = []
-    for listed, targets in (train, test):
+    for listed, targets in (train, test, *held):
         x, digest = mapped_pixels(listed, side, f"--data {spec}")
         y = torch.as_tensor(targets)
         splits.append(Split(torch.from_numpy(x), y, *moments, crop=size, digest=digest))
-    return Data(*splits, max(labels) + 1)
+    return Data(*splits[:2], max(labels) + 1, *splits[2:])
 
 
 def _class_folders(spec: str, path: Path, test_part: str) -> tuple[Listing, Listing]:

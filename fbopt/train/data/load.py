@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fbopt.train.config.dataspec import DataError, default_size, parse, require
+from fbopt.train.config.options import Options
 from fbopt.train.data import folders
 from fbopt.train.data.dataset import Data, from_arrays
 from fbopt.train.data.folders import Arrays, fixed_order
@@ -27,14 +28,15 @@ def load(
     folder: Path | None = None,
     download: bool = False,
     samples: int | None = None,
+    validation: float = 0.0,
 ) -> Data:
     """Load the data set `spec`, a value of `--data`, into CPU tensors.
 
     `image_size` is the side in pixels that the images of folders are resized to, by default
     `default_size`'s; cifar10 and cifar100 are read from `folder` (default: data) and, with
-    `download`, downloaded to it if they are not there. The first `samples` training samples are
-    kept, by default all. Raises DataError for missing files, arrays that do not fit together, and
-    labels out of range.
+    `download`, downloaded to it if they are not there. The share `validation` of the training
+    samples is held out; of the others the first `samples` are kept, by default all. Raises
+    DataError for missing files, arrays that do not fit together, and labels out of range.
     """
     kind, path = parse(spec)
     if kind == "npz":
@@ -42,13 +44,25 @@ def load(
     elif path is not None:
         size = image_size or default_size(spec)
         if kind == "imagenet":
-            return folders.imagenet(path, size, samples)
+            return folders.imagenet(path, size, samples, validation)
         arrays = getattr(folders, kind)(path, size)
     elif kind in MOMENTS:
         arrays = _cifar(kind, Path("data") if folder is None else folder, download)
     else:
         arrays = _mnist1d() if kind == "mnist1d" else _digits()
-    return from_arrays(*arrays, spec, MOMENTS.get(kind), samples)
+    return from_arrays(*arrays, spec, MOMENTS.get(kind), samples, validation)
+
+
+def load_for(options: Options) -> Data:
+    """Load the data set of a run, as :func:`load` does."""
+    return load(
+        options.data,
+        options.image_size,
+        options.data_dir,
+        options.download,
+        options.samples,
+        options.validation,
+    )
 
 
 def _mnist1d() -> Arrays:

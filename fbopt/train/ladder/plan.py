@@ -14,7 +14,11 @@ from fbopt.train.config.options import Options, OptionsError, RecipeName, flag
 from fbopt.train.config.resolve import ABOVE_0, AT_LEAST_1, check_bounds, device_type, resolve
 
 RUN_BYTES = 1_500_000_000  # of a small run, most of it torch
-OF_CHUNKS = ("accumulation", "vectorize", "mean", "full_penalty", "chunk_max_norm", "scope")
+# Options that only the rows of one kind have, left out for those of the other.
+OF_CHUNKS = (
+    "steps", "accumulation", "vectorize", "mean", "full_penalty", "chunk_max_norm", "scope",
+)  # fmt: skip
+OF_EPOCHS = ("epochs",)
 # Set for every run.
 OWN = ("recipe", "seed", "processes", "resume", "overwrite", "chunk_norms")
 
@@ -34,7 +38,8 @@ class Ladder:
     seeds: int = 3
     """Runs per row."""
     share: float = 1.0
-    """Fraction of its recipe's epochs or steps that each row takes; its schedule scales with it."""
+    """Fraction of its recipe's epochs or steps that each row takes; its schedule scales with it.
+    --epochs sets those of sgd's rows, --steps those of the others."""
     jobs: int | None = None
     """Runs at the same time. Default: as many as cores and memory allow; 1 on CUDA."""
     out: Path | None = None
@@ -84,11 +89,11 @@ def _check(wanted: Ladder, common: Options) -> None:
 
 def _row(options: Options, share: float) -> Options:
     """The options of a row's runs, with the recipe's threads."""
-    if options.stochastic:
-        options = replace(options, **dict.fromkeys(OF_CHUNKS))  # it has none
-    recipe = resolve(options)
-    length = {"epochs" if options.stochastic else "steps": max(1, round(share * recipe.passes))}
-    return replace(options, resume="auto", chunk_norms=True, threads=recipe.threads, **length)
+    options = replace(options, **dict.fromkeys(OF_CHUNKS if options.stochastic else OF_EPOCHS))
+    recipe, length = resolve(options), "epochs" if options.stochastic else "steps"
+    passes = getattr(options, length) or max(1, round(share * recipe.passes))
+    own = {length: passes, "threads": recipe.threads}
+    return replace(options, resume="auto", chunk_norms=True, **own)
 
 
 def _jobs(rows: list[Options]) -> int:

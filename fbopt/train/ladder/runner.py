@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fbopt.train.checkpoint.run_dir import RunFolder
+from fbopt.train.checkpoint.run_dir import RunFolder, accuracies
 from fbopt.train.config.diff import check_options, resolve_for
 from fbopt.train.config.options import Options
 from fbopt.train.config.parser import command_line
-from fbopt.train.data.load import load
+from fbopt.train.data.load import load_for
 from fbopt.train.ladder.plan import Plan
 
 POLL_SECONDS = 0.1
@@ -35,7 +35,7 @@ def run_all(plan: Plan) -> int:
             check_options(f"the run in {options.out}", made, resolve_for(made, options))
     left = [o for o in plan.last_row_first if not RunFolder(o.out).result.exists()]
     for one in left[:1]:  # one download, one error for data that cannot be used
-        load(one.data, one.image_size, one.data_dir, one.download, one.samples)
+        load_for(one)
     return Runner(plan, left).run()
 
 
@@ -94,7 +94,7 @@ class Runner:
         if folder.result.exists():
             self.done += 1
             result = folder.read_result()
-            words = f"test accuracy {result['test_accuracy']:.2%}, {result['seconds']:.0f} s"
+            words = f"{accuracies(result)}, {result['seconds']:.0f} s"
             print(f"{name}: {words} ({self.done} of {self.total} runs)", flush=True)
         elif not self.stopping:
             self.failed = True

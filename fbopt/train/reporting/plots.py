@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from fbopt.train.checkpoint.run_dir import RunFolder
+from fbopt.train.checkpoint.run_dir import RunFolder, accuracies
 from fbopt.train.config.options import Options
 from fbopt.train.config.rules import has_threshold, is_preconditioned
 
@@ -18,9 +18,9 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, BLACK = (
 )  # fmt: skip
 GREY, BROWN, OLIVE = "#555555", "#7F4F24", "#8A8A00"
 PALETTE = (BLACK, ORANGE, AMBER, SKY, BLUE, GREEN, PURPLE, OLIVE, BROWN, GREY)
+SPLITS = {"train": BLUE, "test": ORANGE, "validation": GREEN}
 CONVERSIONS = {  # from a metric to what is drawn
-    "train_accuracy": lambda share: 100 * share,
-    "test_accuracy": lambda share: 100 * share,
+    **dict.fromkeys((f"{split}_accuracy" for split in SPLITS), lambda share: 100 * share),
     "mean_squared_chunk_norm": math.sqrt,
 }
 Records = list[dict[str, Any]]
@@ -78,8 +78,8 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
     records = folder.read_metrics()
     grid = list(page.subplots(rows, 2, sharex=True).flat)
     for axes, (title, unit, lines) in zip(grid, panels, strict=False):
-        for (key, label), color in zip(lines.items(), (BLUE, ORANGE), strict=False):
-            draw_line(axes, [records], key, color=color, label=label)
+        for (key, label), color in zip(lines.items(), (BLUE, ORANGE, GREEN), strict=False):
+            draw_line(axes, [records], key, color=SPLITS.get(label, color), label=label)
         if "gradient_norm" in lines and options.max_norm is not None:
             axes.axhline(options.max_norm, color=GREY, linestyle="--", label="clipped to")
         axes.set(ylabel=unit, title=title)
@@ -93,11 +93,8 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
         axes.set_axis_off()
     for axes in grid[-2:]:
         axes.set_xlabel("epochs" if options.stochastic else "full-batch steps")
-    if "test_accuracy" in records[-1]:
-        page.suptitle(
-            f"{options.data_name}, {options.recipe}, seed {options.seed}: test accuracy "
-            f"{records[-1]['test_accuracy']:.1%}"
-        )
+    if reached := accuracies(records[-1]):
+        page.suptitle(f"{options.data_name}, {options.recipe}, seed {options.seed}: {reached}")
     page.savefig(folder.curves)
     return True
 
@@ -105,7 +102,9 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
 def _panels(options: Options) -> list[tuple[str, str, dict[str, str]]]:
     """The panels of a run's curves: title, unit, and metrics with their labels."""
     batch = "last mini-batch" if options.stochastic else "full batch"
-    accuracies = {"train_accuracy": "train", "test_accuracy": "test"}
+    splits = ("train", *options.evaluated(last=True))
+    losses = {"loss" if split == "train" else f"{split}_loss": split for split in splits}
+    shares = {f"{split}_accuracy": split for split in splits}
     seen = "preconditioned_sharpness" if is_preconditioned(options) else "sharpness"
     title, unit = seen.replace("_", " ").capitalize(), " (nats)" * (seen == "sharpness")
     norm = "Euclidean norm" if options.norm_type == 2 else f"{options.norm_type}-norm"
@@ -117,8 +116,8 @@ def _panels(options: Options) -> list[tuple[str, str, dict[str, str]]]:
         "noise": ("Gradient noise scale", "samples", {"noise_scale": "noise scale"}),
     }
     return [
-        ("Loss", "mean cross-entropy (nats)", {"loss": "train", "test_loss": "test"}),
-        ("Accuracy", "correctly classified samples (%)", accuracies),
+        ("Loss", "mean cross-entropy (nats)", losses),
+        ("Accuracy", "correctly classified samples (%)", shares),
         (f"Gradient norm, {batch}", norm, {"gradient_norm": "before clipping"}),
         ("Learning rate", "learning rate", {"lr": "learning rate"}),
         *(tracked[name] for name in options.tracked),

@@ -27,7 +27,7 @@ class Progress:
         self.stream = sys.stdout if stream is None else stream
         self.recent = deque([(time.monotonic(), done)], maxlen=20)  # for the rate
         self.last_line = float("-inf")
-        self.test_accuracy: float | None = None
+        self.accuracy = ""  # of the last evaluation, in words
         style = {"bar_format": "{percentage:3.0f} % |{bar:8}|{desc}", "file": self.stream}
         self.bar = bar(total=passes, initial=done, **style) if self.stream.isatty() else None
 
@@ -38,7 +38,9 @@ class Progress:
 
     def report(self, record: dict[str, Any]) -> None:
         """Show a record of the metrics, taken after a whole pass."""
-        self.test_accuracy = record.get("test_accuracy", self.test_accuracy)
+        for name in ("test", "validation"):  # the latter where there are both
+            if (share := record.get(f"{name}_accuracy")) is not None:
+                self.accuracy = f"{name} {share:.1%}"
         done = record["pass"]
         parts = self._parts(record)
         if self.bar is not None:
@@ -72,8 +74,8 @@ class Progress:
             f"{short(rate * record['step'] / record['pass'])} steps/s",
             f"{short(rate * self.samples)} samples/s",
         ]
-        if self.test_accuracy is not None:
-            parts.insert(3, f"test {self.test_accuracy:.1%}")
+        if self.accuracy:
+            parts.insert(3, self.accuracy)
         return parts
 
     def close(self) -> None:

@@ -1,0 +1,183 @@
+"""Tune every row of a ladder with equal care, by an accuracy on held-out training samples.
+
+
+    pip install optuna
+    python examples/tune.py --data mnist1d --rows sgd fb-clip fb-penalty --trials 16 --share 0.33
+    fbopt ladder --data mnist1d --rows sgd fb-clip fb-penalty --tuned runs/tune-mnist1d/tuned.json
+
+All options of `fbopt train` hold for every trial. A row's first trial is its recipe; the others
+search its learning rate, its weight decay, the size of its chunks or mini-batches, and what it has
+of clipping norm, penalty, radius and rho. The best has the highest accuracy, after the last pass,
+on the samples that --validation holds out of the training set. The test set is never looked at.
+
+Each row is a study of Optuna in OUT/ROW.db: after an interruption the same command goes on.
+"""
+
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import optuna
+import torch
+from optuna.trial import TrialState
+
+from fbopt.train import Options, train
+from fbopt.train.config.options import OptionsError, RecipeName
+from fbopt.train.config.parser import parse
+from fbopt.train.config.resolve import resolve
+from fbopt.train.ladder.plan import Ladder, make_plan
+from fbopt.train.signals import Interrupted
+from fbopt.train.trainer import Diverged
+
+RANGES = {  # smallest and largest, as factors of the recipe's value; searched by their logarithm
+    "lr": (1 / 8, 8),
+    "weight_decay": (1 / 8, 8),
+    "max_norm": (1 / 8, 16),
+    "penalty": (1 / 4, 32),
+    "radius": (1 / 4, 32),
+    "rho": (1 / 8, 8),
+}
+SIZES = {"batch_size": (0.5, 1, 2), "chunk_size": (0.5, 1, 2)}
+RANDOM = 5  # first trials, the recipe's among them, that do not follow from those before
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Choose the hyperparameters of every row on samples held out of the training set."""
+
+    data: str = "mnist1d"
+    """Data set, as for `fbopt train`."""
+    rows: tuple[RecipeName, ...] = ("sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong")
+    """Recipes to tune."""
+    trials: int = 16
+    """Trials of every row."""
+    share: float = 0.33
+    """Fraction of its recipe's epochs or steps that a trial takes."""
+    validation: float = 0.1
+    """Share of the training samples that the choice is made by."""
+    jobs: int | None = None
+    """Rows tuned at the same time. Default: as many as cores and memory allow."""
+    out: Path | None = None
+    """Folder to write. Default: runs/tune-DATA."""
+
+
+def main() -> int:
+    """Tune all rows, several at a time, and write tuned.json."""
+    wanted, common = parse("tune.py", None, Tuning, Options)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        if not wanted.validation or common.test not in (None, "never"):
+            raise OptionsError("hyperparameters are chosen on --validation, never on the test set")
+        common = replace(common, validation=wanted.validation, test="never")
+        ladder = Ladder(wanted.data, wanted.rows, seeds=1, share=wanted.share, jobs=wanted.jobs)
+        plan = make_plan(ladder, common)
+        folder = wanted.out or Path(f"runs/tune-{common.data_name}")
+        folder.mkdir(parents=True, exist_ok=True)
+        work = partial(tune, folder=folder, trials=wanted.trials)
+        with ProcessPoolExecutor(plan.jobs, get_context("spawn")) as pool:
+            found = list(pool.map(work, plan.last_row_first))
+    except OptionsError as error:
+        print(f"tune.py: {error}", file=sys.stderr)
+        return 2
+    if None in found:
+        print("interrupted; the same command goes on")
+        return 130
+    rows = {options.recipe: row for options, row in zip(plan.last_row_first, found, strict=True)}
+    content = {"chosen_by": "validation_accuracy", "rows": {row: rows[row] for row in plan.runs}}
+    (folder / "tuned.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written: {folder}/tuned.json")
+    return 0
+
+
+def tune(base: Options, folder: Path, trials: int) -> dict | None:
+    """Run the trials of a row that are missing; what it came to, None if interrupted."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    passes = resolve(base).passes
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder}/{base.recipe}.db",
+        study_name=base.recipe,
+        direction="maximize",
+        pruner=optuna.pruners.MedianPruner(3, n_warmup_steps=passes // 5),
+        load_if_exists=True,
+    )
+    base = replace(base, eval_every=max(1, passes // 10), keep=1)
+    if not study.trials:
+        study.enqueue_trial({name: getattr(resolve(base), name) for name in space(base)})
+    while (done := len(finished(study))) < trials:
+        # A function of the trials before: what is interrupted here is tried again.
+        study.sampler = optuna.samplers.TPESampler(
+            n_startup_trials=RANDOM, multivariate=True, seed=base.seed + done
+        )
+        out = folder / base.recipe / f"trial-{done}"
+        out.parent.mkdir(exist_ok=True)
+        try:
+            study.optimize(partial(run, base=replace(base, out=out)), n_trials=1)
+        except Interrupted:
+            return None
+        last = finished(study)[-1]
+        result = "pruned" if last.state == TrialState.PRUNED else f"{last.value:.2%}"
+        chosen = ", ".join(f"{name} {value:.3g}" for name, value in last.params.items())
+        best = f"best {study.best_value:.2%}"
+        print(f"{base.recipe} {done + 1}/{trials}: {result} ({best}): {chosen}", flush=True)
+    return summary(study, base)
+
+
+def run(trial: optuna.Trial, base: Options) -> float:
+    """Train once; the accuracy on the validation split."""
+
+    def report(row: dict) -> None:
+        if "validation_accuracy" in row:
+            trial.report(row["validation_accuracy"], row["pass"])
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+    options = replace(base, **suggest(trial, base))
+    torch.compiler.reset()  # it compiles few variants of one function
+    with open(f"{options.out}.log", "a") as log, redirect_stdout(log):
+        try:
+            return train(options, [report]).summary["validation_accuracy"]
+        except Diverged:
+            return 0.0
+
+
+def space(base: Options) -> dict[str, tuple[float, ...]]:
+    """What a row has to choose: factors of the recipe's values."""
+    recipe = resolve(base)
+    return {name: factors for name, factors in (RANGES | SIZES).items() if getattr(recipe, name)}
+
+
+def suggest(trial: optuna.Trial, base: Options) -> dict[str, float]:
+    """The hyperparameters of a trial."""
+    recipe, chosen = resolve(base), {}
+    for name, factors in space(base).items():
+        scaled = [getattr(recipe, name) * factor for factor in factors]
+        if name in SIZES:
+            chosen[name] = trial.suggest_categorical(name, [int(size) for size in scaled])
+        else:
+            chosen[name] = trial.suggest_float(name, *scaled, log=True)
+    return chosen
+
+
+def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """The trials that ended by themselves or were pruned, in their order."""
+    return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def summary(study: optuna.Study, base: Options) -> dict:
+    """The best trial of a row, all trials, and the options that they share."""
+    log = [
+        {"state": t.state.name.lower(), "validation_accuracy": t.value, **t.params}
+        for t in finished(study)
+    ]
+    common = {k: v for k, v in base.as_json().items() if v != getattr(Options, k) and k != "out"}
+    best = {"options": study.best_params, "validation_accuracy": study.best_value}
+    return {**best, "passes": resolve(base).passes, "common": common, "trials": log}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
