@@ -1,6 +1,5 @@
 """Tune every row of a ladder with equal care, by an accuracy on held-out training samples.
 
-
     pip install optuna
     python examples/tune.py --data mnist1d --rows sgd fb-clip fb-penalty --trials 16 --share 0.33
     fbopt ladder --data mnist1d --rows sgd fb-clip fb-penalty --tuned runs/tune-mnist1d/tuned.json
