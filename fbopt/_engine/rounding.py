@@ -17,6 +17,7 @@ from torch import Tensor
 
 Tensors = Sequence[Tensor | None]
 TRIALS = 2  # changes of the last bits
+SUMS = 8  # times the root of a sum's length: how many last bits its order may change
 
 
 class Found(NamedTuple):
@@ -51,14 +52,19 @@ class Precision(NamedTuple):
     last_bit: float
 
     @classmethod
-    def of(cls, dtypes: Iterable[torch.dtype], device: torch.device) -> Precision:
-        """That of the least exact of some dtypes on a device."""
+    def of(cls, dtypes: Iterable[torch.dtype], device: torch.device, terms: int = 1) -> Precision:
+        """That of the least exact of some dtypes on a device, in sums of up to so many terms.
+
+        A sum rounds by the root of their number, if not by less, and in another order otherwise;
+        BatchNorm adds up a channel of a chunk one by one.
+        """
         last_bit = max(torch.finfo(dtype).eps for dtype in dtypes)
         exact = device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+        factor = max(100.0, SUMS * math.sqrt(terms))
         if last_bit < 1e-12:
-            return cls(1e-8, 100.0, last_bit)
+            return cls(1e-8, factor, last_bit)
         if last_bit < 1e-5 and exact:
-            return cls(1e-3, 100.0, last_bit)
+            return cls(1e-3, factor, last_bit)
         return cls(0.1, 4.0, max(last_bit, 2.0**-10))  # half precision, or float32 by TF32
 
 
@@ -69,15 +75,20 @@ class Comparison:
         run: computes, at the values that the parameters have when it is called.
         params: the parameters.
         names: theirs, for errors.
+        terms: how many numbers the longest sums in the computation have.
     """
 
     def __init__(
-        self, run: Callable[[], Found], params: Sequence[Tensor], names: Sequence[str]
+        self,
+        run: Callable[[], Found],
+        params: Sequence[Tensor],
+        names: Sequence[str],
+        terms: int = 1,
     ) -> None:
         self._run, self._params, self._names = run, params, names
         self.expected = run()
         dtypes = self.expected.dtypes or {self.expected.loss.dtype}
-        self._precision = Precision.of(dtypes, self.expected.loss.device)
+        self._precision = Precision.of(dtypes, self.expected.loss.device, terms)
 
     def difference(self, found: Found) -> str | None:
         """How a computation differs by more than rounding; None if it does not."""

@@ -107,7 +107,7 @@ def check_draws(
 
     shifted = [p.clone() for p in points]
     with visit.draws.repeated() as rewind:
-        comparison = Comparison(run, work.sums.params, parameter_names(work))
+        comparison = Comparison(run, work.sums.params, parameter_names(work), visit.largest)
         after = copy.copy(visit.draws)
         after.begin()
         try:

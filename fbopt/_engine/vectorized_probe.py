@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from fbopt._engine.chunk import ChunkGradient, Observe
 from fbopt._engine.chunk_groups import Group, Stack
@@ -32,6 +32,12 @@ class Visit:
     def is_captured(self) -> bool:
         """Whether nothing may be read, nor Python code be run for anything but its passes."""
         return not isinstance(self.draws, GeneratorSnapshot)
+
+    @property
+    def largest(self) -> int:
+        """How many numbers the largest tensor of a chunk has."""
+        leaves = tree_leaves(self.stack.chunk(0))
+        return max((leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)), default=1)
 
     @property
     def kind(self) -> Hashable:
@@ -94,7 +100,8 @@ class Probe:
         self._work, self._visit, self._state, self._place = work, visit, state, place
         self._shown: list[Any] = []
         self._observe: Observe = (lambda *found: self._shown.append(found[0])) if observed else None
-        self._comparison = Comparison(self._run, work.sums.params, parameter_names(work))
+        names = parameter_names(work)
+        self._comparison = Comparison(self._run, work.sums.params, names, visit.largest)
 
     def _run(self) -> Found:
         work, (group, draws), k = self._work, (self._visit.group, self._visit.draws), self._place

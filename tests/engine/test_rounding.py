@@ -159,6 +159,21 @@ def test_half_precision_inside_of_a_loss_allows_for_more():
     assert compare(one, lambda: 2 * one(), [a], dtypes=dtypes) is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_long_sums_round_by_more_than_last_bits(dtype):
+    """The order of n terms changes about √n last bits; more than that is another gradient."""
+    a, last_bit = parameter(1.0, dtype=dtype), torch.finfo(dtype).eps
+    one = found((1e4 * (a - 1)).square().sum(), [a])  # a gradient of which nothing is left
+    noise = 2e8 * last_bit  # of the gradient, where a differs by a last bit
+    for changes, terms, same in (
+        (50, 1, True), (3000, 1, False), (3000, 1 << 18, True), (3e5, 1 << 18, False),
+    ):  # fmt: skip
+        run = lambda: found((1e4 * (a - 1)).square().sum(), [a])  # noqa: E731
+        comparison = Comparison(run, [a], ["a"], terms)
+        other = one._replace(grads=[one.grads[0] + changes * noise])
+        assert (comparison.difference(other) is None) == same, (changes, terms)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_parameters_of_all_shapes_and_dtypes(dtype):
     params = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((), (0, 3), (2, 3))]
