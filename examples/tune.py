@@ -14,6 +14,7 @@ Each row is a study of Optuna in OUT/ROW.db: after an interruption the same comm
 
 import json
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ RANGES = {  # smallest and largest, as factors of the recipe's value; searched b
     "rho": (1 / 8, 8),
 }
 SIZES = {"batch_size": (0.5, 1, 2), "chunk_size": (0.5, 1, 2)}
+interrupted = threading.Event()  # in this process
 RANDOM = 5  # first trials, the recipe's among them, that do not follow from those before
 
 
@@ -68,7 +70,6 @@ class Tuning:
 def main() -> int:
     """Tune all rows, several at a time, and write tuned.json."""
     wanted, common = parse("tune.py", None, Tuning, Options)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         if not wanted.validation or common.test not in (None, "never"):
             raise OptionsError("hyperparameters are chosen on --validation, never on the test set")
@@ -83,6 +84,8 @@ def main() -> int:
     except OptionsError as error:
         print(f"tune.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the processes have had it too, and save their runs
+        found = [None]
     if None in found:
         print("interrupted; the same command goes on")
         return 130
@@ -95,7 +98,17 @@ def main() -> int:
 
 def tune(base: Options, folder: Path, trials: int) -> dict | None:
     """Run the trials of a row that are missing; what it came to, None if interrupted."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if interrupted.is_set():
+        return None
+    try:
+        return _tune(base, folder, trials)
+    except (Interrupted, KeyboardInterrupt):
+        interrupted.set()  # for the rows that this process has not begun
+        return None
+
+
+def _tune(base: Options, folder: Path, trials: int) -> dict:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     passes = resolve(base).passes
     study = optuna.create_study(
         storage=f"sqlite:///{folder}/{base.recipe}.db",
@@ -114,10 +127,7 @@ def tune(base: Options, folder: Path, trials: int) -> dict | None:
         )
         out = folder / base.recipe / f"trial-{done}"
         out.parent.mkdir(exist_ok=True)
-        try:
-            study.optimize(partial(run, base=replace(base, out=out)), n_trials=1)
-        except Interrupted:
-            return None
+        study.optimize(partial(run, base=replace(base, out=out)), n_trials=1)
         last = finished(study)[-1]
         result = "pruned" if last.state == TrialState.PRUNED else f"{last.value:.2%}"
         chosen = ", ".join(f"{name} {value:.3g}" for name, value in last.params.items())
