@@ -71,16 +71,17 @@ def main() -> int:
     """Tune all rows, several at a time, and write tuned.json."""
     wanted, common = parse("tune.py", None, Tuning, Options)
     try:
-        if not wanted.validation or common.test not in (None, "never"):
+        if not wanted.validation or common.test is not None:
             raise OptionsError("hyperparameters are chosen on --validation, never on the test set")
-        common = replace(common, validation=wanted.validation, test="never")
+        common = replace(common, validation=wanted.validation)
         ladder = Ladder(wanted.data, wanted.rows, seeds=1, share=wanted.share, jobs=wanted.jobs)
         plan = make_plan(ladder, common)
         folder = wanted.out or Path(f"runs/tune-{common.data_name}")
         folder.mkdir(parents=True, exist_ok=True)
         work = partial(tune, folder=folder, trials=wanted.trials)
         with ProcessPoolExecutor(plan.jobs, get_context("spawn")) as pool:
-            found = list(pool.map(work, plan.last_row_first))
+            bases = [replace(base, test="never") for base in plan.last_row_first]
+            found = list(pool.map(work, bases))
     except OptionsError as error:
         print(f"tune.py: {error}", file=sys.stderr)
         return 2
@@ -118,7 +119,7 @@ def _tune(base: Options, folder: Path, trials: int) -> dict:
         load_if_exists=True,
     )
     base = replace(base, eval_every=max(1, passes // 10), keep=1)
-    if not study.trials:
+    if not finished(study):
         study.enqueue_trial({name: getattr(resolve(base), name) for name in space(base)})
     while (done := len(finished(study))) < trials:
         # A function of the trials before: what is interrupted here is tried again.

@@ -283,7 +283,8 @@ class Trainer:
         record = {
             "pass": done,
             "step": self.step,
-            "gradient_evaluations": self._evaluations(done),
+            "gradient_evaluations": (evaluations := self._evaluations(done)),
+            "sample_passes": self._sample_passes(done, evaluations),
             "loss": float(self.loss),
             "train_accuracy": int(self.correct) / (self.samples * o.max_up),
             "gradient_norm": norm,
@@ -312,6 +313,12 @@ class Trainer:
         if self.options.penalty is not None:  # a penalty of strength 0 takes no second pass
             plain += sum(lr_factor(k, self.options) == 0 for k in range(plain, done))
         return plain + (done - plain) * build.gradients_per_pass(self.options)
+
+    def _sample_passes(self, done: int, evaluations: int) -> int:
+        """Samples that a gradient was taken of, in so many passes."""
+        epochs = min(done, self.options.switch_at)
+        batches = epochs * self.batches.samples if epochs else 0
+        return (batches + (evaluations - epochs) * self.chunks.samples) * self.options.max_up
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on bit for bit, as tensors and plain types."""

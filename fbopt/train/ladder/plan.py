@@ -1,6 +1,6 @@
 """The runs of a ladder: every row with every seed, and how many of them at a time.
 
-All files lie in one folder: ROW-sSEED/ (the runs), logs/, ladder.md, ladder.json and four figures.
+All files lie in one folder: ROW-sSEED/ (the runs), logs/, ladder.md, ladder.json and the figures.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from fbopt._build.compiler import cores
 from fbopt.train.config.options import Options, OptionsError, RecipeName, flag
 from fbopt.train.config.resolve import ABOVE_0, AT_LEAST_1, check_bounds, device_type, resolve
+from fbopt.train.ladder import tuned
 
 RUN_BYTES = 1_500_000_000  # of a small run, most of it torch
 # Options that only the rows of one kind have, left out for those of the other.
@@ -42,6 +43,9 @@ class Ladder:
     --epochs sets those of sgd's rows, --steps those of the others."""
     jobs: int | None = None
     """Runs at the same time. Default: as many as cores and memory allow; 1 on CUDA."""
+    tuned: Path | None = None
+    """File with hyperparameters for every row, chosen on held-out samples: the tuned.json of
+    examples/tune.py. Default: the recipes' own."""
     out: Path | None = None
     """Folder to write. Default: runs/ladder-DATA."""
 
@@ -65,7 +69,11 @@ def make_plan(wanted: Ladder, common: Options, command: str = "fbopt ladder") ->
     """Plan the runs, with `common` for all of them; raises OptionsError for bad options."""
     _check(wanted, common)
     folder = wanted.out or Path("runs") / f"ladder-{common.data_name}"
-    rows = {row: _row(replace(common, recipe=row), wanted.share) for row in wanted.rows}
+    rows = {row: replace(common, recipe=row) for row in wanted.rows}
+    if wanted.tuned is not None:
+        chosen = tuned.read(wanted.tuned, wanted.rows)
+        rows = {row: tuned.apply(o, chosen[row], wanted.tuned) for row, o in rows.items()}
+    rows = {row: _row(options, wanted.share) for row, options in rows.items()}
     jobs = wanted.jobs or _jobs(list(rows.values()))
     if jobs > 1:  # alone: torch's own choice, and processes as they pay
         share = max(1, cores() // jobs)
@@ -83,6 +91,8 @@ def _check(wanted: Ladder, common: Options) -> None:
         if getattr(common, name) != getattr(Options, name):
             raise OptionsError(f"{flag(name)} is set by the ladder for every run; leave it out")
     check_bounds(wanted, {"seeds": AT_LEAST_1, "jobs": AT_LEAST_1, "share": ABOVE_0})
+    if common.test == "never":
+        raise OptionsError("--test never: the table is of the test set; leave it out")
     if not wanted.rows or len(set(wanted.rows)) < len(wanted.rows):
         raise OptionsError("--rows: name at least one recipe, and each of them once")
 

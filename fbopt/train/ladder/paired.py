@@ -1,0 +1,45 @@
+"""Differences between a row and the sgd of its table, seed by seed, with a confidence interval.
+
+    d_s = accuracy of the row − accuracy of sgd, both with seed s;  mean ± t(n − 1)·deviation/√n
+
+Runs of one seed share their initial weights and crops, so that their difference varies less.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fbopt.train.config.recipes import split
+
+CONFIDENCE = 0.95
+
+
+def baseline(row: str) -> str:
+    """The row of sgd in the same table: "sgd-aug" for "fb-clip-aug"."""
+    return "sgd" + split(row)[1]
+
+
+def difference(
+    runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], key: str
+) -> dict[str, Any] | None:
+    """The paired difference of a result between two rows' runs; None without a seed in common.
+
+    Returns:
+        mean, the 95 % interval from `low` to `high` by Student's t (None for one pair), n, and
+        `pairs`, the difference of each seed.
+    """
+    other = {run["seed"]: run[key] for run in base}
+    pairs = {run["seed"]: run[key] - other[run["seed"]] for run in runs if run["seed"] in other}
+    if not pairs:
+        return None
+    mean, half = statistics.mean(pairs.values()), None
+    if len(pairs) > 1:
+        from scipy.stats import t
+
+        quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1))
+        half = quantile * statistics.stdev(pairs.values()) / math.sqrt(len(pairs))
+    low, high = (None, None) if half is None else (mean - half, mean + half)
+    return {"mean": mean, "low": low, "high": high, "n": len(pairs), "pairs": pairs}
