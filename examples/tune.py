@@ -26,25 +26,21 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from fbopt.train import Options, train
-from fbopt.train.config.options import OptionsError, RecipeName
-from fbopt.train.config.parser import parse
-from fbopt.train.config.resolve import resolve
-from fbopt.train.ladder.plan import Ladder, make_plan
-from fbopt.train.signals import Interrupted
-from fbopt.train.trainer import Diverged
+from fbopt.train import Diverged, Interrupted, Options, OptionsError, parse, resolve, train
+from fbopt.train.ladder import Ladder, make_plan
 
-RANGES = {  # smallest and largest, as factors of the recipe's value; searched by their logarithm
+SPACE = {  # smallest and largest as factors of the recipe's value; or, of sizes, all of them
     "lr": (1 / 8, 8),
     "weight_decay": (1 / 8, 8),
     "max_norm": (1 / 8, 16),
     "penalty": (1 / 4, 32),
     "radius": (1 / 4, 32),
     "rho": (1 / 8, 8),
+    "batch_size": (0.5, 1, 2),
+    "chunk_size": (0.5, 1, 2),
 }
-SIZES = {"batch_size": (0.5, 1, 2), "chunk_size": (0.5, 1, 2)}
-interrupted = threading.Event()  # in this process
 RANDOM = 5  # first trials, the recipe's among them, that do not follow from those before
+interrupted = threading.Event()  # in this process
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Tuning:
 
     data: str = "mnist1d"
     """Data set, as for `fbopt train`."""
-    rows: tuple[RecipeName, ...] = ("sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong")
+    rows: tuple[str, ...] = ("sgd", "fb", "fb-long", "fb-clip", "fb-penalty", "fb-strong")
     """Recipes to tune."""
     trials: int = 16
     """Trials of every row."""
@@ -67,21 +63,19 @@ class Tuning:
     """Folder to write. Default: runs/tune-DATA."""
 
 
-def main() -> int:
+def main(words=None):
     """Tune all rows, several at a time, and write tuned.json."""
-    wanted, common = parse("tune.py", None, Tuning, Options)
+    wanted, common = parse("tune.py", words, Tuning, Options)
+    ladder = Ladder(wanted.data, wanted.rows, seeds=1, share=wanted.share, jobs=wanted.jobs)
     try:
         if not wanted.validation or common.test is not None:
             raise OptionsError("hyperparameters are chosen on --validation, never on the test set")
-        common = replace(common, validation=wanted.validation)
-        ladder = Ladder(wanted.data, wanted.rows, seeds=1, share=wanted.share, jobs=wanted.jobs)
-        plan = make_plan(ladder, common)
+        plan = make_plan(ladder, replace(common, validation=wanted.validation))
         folder = wanted.out or Path(f"runs/tune-{common.data_name}")
         folder.mkdir(parents=True, exist_ok=True)
-        work = partial(tune, folder=folder, trials=wanted.trials)
+        bases = [replace(base, test="never") for base in plan.last_row_first]
         with ProcessPoolExecutor(plan.jobs, get_context("spawn")) as pool:
-            bases = [replace(base, test="never") for base in plan.last_row_first]
-            found = list(pool.map(work, bases))
+            found = list(pool.map(partial(tune, folder=folder, trials=wanted.trials), bases))
     except OptionsError as error:
         print(f"tune.py: {error}", file=sys.stderr)
         return 2
@@ -90,103 +84,90 @@ def main() -> int:
     if None in found:
         print("interrupted; the same command goes on")
         return 130
-    rows = {options.recipe: row for options, row in zip(plan.last_row_first, found, strict=True)}
+    rows = {base.recipe: row for base, row in zip(bases, found, strict=True)}
     content = {"chosen_by": "validation_accuracy", "rows": {row: rows[row] for row in plan.runs}}
     (folder / "tuned.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {folder}/tuned.json")
     return 0
 
 
-def tune(base: Options, folder: Path, trials: int) -> dict | None:
+def tune(base, folder, trials):
     """Run the trials of a row that are missing; what it came to, None if interrupted."""
-    if interrupted.is_set():
-        return None
-    try:
-        return _tune(base, folder, trials)
-    except (Interrupted, KeyboardInterrupt):
-        interrupted.set()  # for the rows that this process has not begun
-        return None
-
-
-def _tune(base: Options, folder: Path, trials: int) -> dict:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    passes = resolve(base).passes
+    resolved = resolve(base)
+    base = replace(base, eval_every=max(1, resolved.passes // 10), keep=1)
+    space = {name: factors for name, factors in SPACE.items() if getattr(resolved, name)}
     study = optuna.create_study(
         storage=f"sqlite:///{folder}/{base.recipe}.db",
         study_name=base.recipe,
         direction="maximize",
-        pruner=optuna.pruners.MedianPruner(3, n_warmup_steps=passes // 5),
+        pruner=optuna.pruners.MedianPruner(3, n_warmup_steps=resolved.passes // 5),
         load_if_exists=True,
     )
-    base = replace(base, eval_every=max(1, passes // 10), keep=1)
-    if not finished(study):
-        study.enqueue_trial({name: getattr(resolve(base), name) for name in space(base)})
-    while (done := len(finished(study))) < trials:
-        # A function of the trials before: what is interrupted here is tried again.
-        study.sampler = optuna.samplers.TPESampler(
-            n_startup_trials=RANDOM, multivariate=True, seed=base.seed + done
-        )
-        out = folder / base.recipe / f"trial-{done}"
-        out.parent.mkdir(exist_ok=True)
-        study.optimize(partial(run, base=replace(base, out=out)), n_trials=1)
-        last = finished(study)[-1]
-        result = "pruned" if last.state == TrialState.PRUNED else f"{last.value:.2%}"
-        chosen = ", ".join(f"{name} {value:.3g}" for name, value in last.params.items())
-        best = f"best {study.best_value:.2%}"
-        print(f"{base.recipe} {done + 1}/{trials}: {result} ({best}): {chosen}", flush=True)
-    return summary(study, base)
+    try:
+        while not interrupted.is_set() and (done := len(finished(study))) < trials:
+            if not done:
+                study.enqueue_trial({name: getattr(resolved, name) for name in space})
+            # A function of the trials before: what is interrupted here is tried again.
+            seed = base.seed + done
+            study.sampler = optuna.samplers.TPESampler(
+                n_startup_trials=RANDOM, multivariate=True, seed=seed
+            )
+            out = folder / base.recipe / f"trial-{done}"
+            out.parent.mkdir(exist_ok=True)
+            study.optimize(partial(run, base=replace(base, out=out), space=space), n_trials=1)
+            print(f"{base.recipe} {done + 1}/{trials}: {words_of(study)}", flush=True)
+    except (Interrupted, KeyboardInterrupt):
+        interrupted.set()  # for the rows that this process has not begun
+    return None if interrupted.is_set() else summary(study, base, resolved.passes)
 
 
-def run(trial: optuna.Trial, base: Options) -> float:
+def run(trial, base, space):
     """Train once; the accuracy on the validation split."""
+    recipe, chosen = resolve(base), {}
+    for name, factors in space.items():
+        values = [getattr(recipe, name) * factor for factor in factors]
+        if name.endswith("_size"):
+            chosen[name] = trial.suggest_categorical(name, list(map(int, values)))
+        else:
+            chosen[name] = trial.suggest_float(name, *values, log=True)
 
-    def report(row: dict) -> None:
+    def report(row):
         if "validation_accuracy" in row:
             trial.report(row["validation_accuracy"], row["pass"])
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-    options = replace(base, **suggest(trial, base))
     torch.compiler.reset()  # it compiles few variants of one function
-    with open(f"{options.out}.log", "a") as log, redirect_stdout(log):
+    with open(f"{base.out}.log", "a") as log, redirect_stdout(log):
         try:
-            return train(options, [report]).summary["validation_accuracy"]
+            return train(replace(base, **chosen), [report]).summary["validation_accuracy"]
         except Diverged:
             return 0.0
 
 
-def space(base: Options) -> dict[str, tuple[float, ...]]:
-    """What a row has to choose: factors of the recipe's values."""
-    recipe = resolve(base)
-    return {name: factors for name, factors in (RANGES | SIZES).items() if getattr(recipe, name)}
-
-
-def suggest(trial: optuna.Trial, base: Options) -> dict[str, float]:
-    """The hyperparameters of a trial."""
-    recipe, chosen = resolve(base), {}
-    for name, factors in space(base).items():
-        scaled = [getattr(recipe, name) * factor for factor in factors]
-        if name in SIZES:
-            chosen[name] = trial.suggest_categorical(name, [int(size) for size in scaled])
-        else:
-            chosen[name] = trial.suggest_float(name, *scaled, log=True)
-    return chosen
-
-
-def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+def finished(study):
     """The trials that ended by themselves or were pruned, in their order."""
     return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
-def summary(study: optuna.Study, base: Options) -> dict:
+def words_of(study):
+    """The last trial and the best value."""
+    last = finished(study)[-1]
+    result = "pruned" if last.state == TrialState.PRUNED else f"{last.value:.2%}"
+    chosen = ", ".join(f"{name} {value:.3g}" for name, value in last.params.items())
+    return f"{result} (best {study.best_value:.2%}): {chosen}"
+
+
+def summary(study, base, passes):
     """The best trial of a row, all trials, and the options that they share."""
-    log = [
+    trials = [
         {"state": t.state.name.lower(), "validation_accuracy": t.value, **t.params}
         for t in finished(study)
     ]
     common = {k: v for k, v in base.as_json().items() if v != getattr(Options, k) and k != "out"}
     best = {"options": study.best_params, "validation_accuracy": study.best_value}
-    return {**best, "passes": resolve(base).passes, "common": common, "trials": log}
+    return {**best, "passes": passes, "common": common, "trials": trials}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +16,8 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-MOST_LINES = {"mnist1d": 70, "cifar10": 160}
+MOST_LINES = {"mnist1d": 70, "tune": 175}
+PROGRAM = {"tune": {"fbopt.train", "fbopt.train.ladder"}}  # of which all names are public
 
 
 def example(name: str) -> ModuleType:
@@ -33,7 +39,9 @@ def threads():
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
 def test_public_names_only(name):
     text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
-    assert "fbopt._" not in text and "fbopt.train" not in text
+    assert "fbopt._" not in text
+    program = set(re.findall(r"^(?:from|import) (fbopt\.train\S*)", text, re.MULTILINE))
+    assert program == PROGRAM.get(name, set())
     assert text.count("\n") <= MOST_LINES.get(name, 160)
 
 
@@ -109,3 +117,44 @@ def test_edge_of_stability(tmp_path):
     assert found["loss"] == sorted(found["loss"], reverse=True)
     assert found["sharpness"][-1] > 2 * found["sharpness"][0]  # on its way to 2/lr
     assert out.stat().st_size > 10_000 and out.with_suffix(".json").exists()
+
+
+def test_tuning_is_equal_resumable_and_never_looks_at_the_test_set(tmp_path):
+    """Two rows, their recipes first; the same command goes on; the ladder takes the result."""
+    pytest.importorskip("optuna")
+    pytest.importorskip("sklearn")
+    from fbopt.train import Options, resolve
+    from fbopt.train.ladder.__main__ import main as ladder
+
+    given = ["--data", "digits", "--samples", "200", "--rows", "sgd", "fb-penalty"]
+    words = [*given, "--share", "0.01", "--out", str(tmp_path)]
+    program = [sys.executable, str(EXAMPLES / "tune.py"), *words, "--trials"]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    for trials in ("1", "3"):
+        subprocess.run([*program, trials], env=environment, check=True)
+    rows = json.loads((tmp_path / "tuned.json").read_text())["rows"]
+    assert [len(row["trials"]) for row in rows.values()] == [3, 3]
+    for name, row in rows.items():
+        first, *others = row["trials"]
+        recipe = resolve(Options(data="digits", recipe=name))
+        for option, value in first.items():
+            if option not in ("state", "validation_accuracy"):
+                assert value == pytest.approx(getattr(recipe, option)), option
+        assert all(trial["lr"] != first["lr"] for trial in others)
+        complete = [trial for trial in row["trials"] if trial["state"] == "complete"]
+        best = max(complete, key=lambda trial: trial["validation_accuracy"])
+        assert row["options"] == {option: best[option] for option in row["options"]}
+        assert row["validation_accuracy"] == best["validation_accuracy"]
+        for trial in range(3):
+            result = tmp_path / name / f"trial-{trial}" / "result.json"
+            if result.exists():  # not of those that were pruned
+                assert "test_accuracy" not in json.loads(result.read_text())
+            metrics = (result.parent / "metrics.jsonl").read_text()
+            assert "validation_accuracy" in metrics and "test_" not in metrics
+    tuned = ["--tuned", str(tmp_path / "tuned.json"), "--out", str(tmp_path / "ladder")]
+    assert ladder([*given, *tuned, "--share", "0.01", "--seeds", "1"]) == 0
+    made = json.loads((tmp_path / "ladder" / "fb-penalty-s0" / "options.json").read_text())
+    assert {k: made[k] for k in rows["fb-penalty"]["options"]} == rows["fb-penalty"]["options"]
+    refused = [*program[:-1], "--test", "always"]
+    done = subprocess.run(refused, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "never on the test set" in done.stderr

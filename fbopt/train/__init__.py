@@ -10,11 +10,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fbopt.train.config.options import Options
+    from fbopt.train.config.options import Options, OptionsError
+    from fbopt.train.config.parser import parse
+    from fbopt.train.config.resolve import resolve
     from fbopt.train.loop import train
+    from fbopt.train.signals import Interrupted
+    from fbopt.train.trainer import Diverged
 
-__all__ = ["Options", "train"]
-_MODULES = {"Options": "fbopt.train.config.options", "train": "fbopt.train.loop"}
+__all__ = ["Diverged", "Interrupted", "Options", "OptionsError", "parse", "resolve", "train"]
+_MODULES = {
+    "Diverged": "fbopt.train.trainer",
+    "Interrupted": "fbopt.train.signals",
+    "Options": "fbopt.train.config.options",
+    "OptionsError": "fbopt.train.config.options",
+    "parse": "fbopt.train.config.parser",
+    "resolve": "fbopt.train.config.resolve",
+    "train": "fbopt.train.loop",
+}
 
 
 def __getattr__(name: str) -> Any:

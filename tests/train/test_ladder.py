@@ -19,7 +19,7 @@ from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.parser import command_line, parse
 from fbopt.train.config.recipes import NAMES
-from fbopt.train.ladder import plan, runner, summary
+from fbopt.train.ladder import figures, paired, plan, runner, summary
 from fbopt.train.ladder.__main__ import main
 from fbopt.train.ladder.plan import Ladder, make_plan
 from fbopt.train.reporting import plots
@@ -64,8 +64,8 @@ def test_what_a_ladder_writes(tiny, done):
         assert row["runs"][0]["step"] == (4 * 1 if name == "sgd" else 20)
     table = (done / "ladder.md").read_text()
     assert "| `fb-penalty-aug` |" in table and "95.36 ± 0.07" in table and " ± " in table
-    assert f"{100 * mean:.2f} ± {100 * deviation:.2f} | 2 |" in table
-    for name in summary.FIGURES:
+    assert f"{100 * mean:.2f} ± {100 * deviation:.2f} | – | 2 |" in table
+    for name in figures.FIGURES:
         assert (done / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -73,8 +73,8 @@ def test_figures_name_the_data_and_the_panels(tiny, done, monkeypatch):
     pages, figure = [], plots.figure
     monkeypatch.setattr(plots, "figure", lambda *size: pages.append(figure(*size)) or pages[-1])
     assert main(["--data", tiny, "--out", str(done), *SMALL, *ROWS]) == 0
-    assert len(pages) == len(summary.FIGURES)
-    for page, panels in zip(pages, summary.FIGURES.values(), strict=True):
+    assert len(pages) == len(figures.FIGURES)
+    for page, panels in zip(pages, figures.FIGURES.values(), strict=True):
         assert page.get_suptitle() == f"{Path(tiny).stem}, mean of 2 seeds"
         assert [axes.get_title() for axes in page.axes] == [title for _, title, _ in panels]
 
@@ -140,7 +140,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tiny, tmp_path, capsys):
     assert main(words) == 1
     out, err = capsys.readouterr()
     assert "fb, seed 0: failed: the loss became infinite or undefined" in err and "logs" in err
-    assert re.search(r"\| `fb` \| – \(1 failed\) \| 0 \| – \|", out)
+    assert re.search(r"\| `fb` \| – \(1 failed\) \| – \| 0 \| – \|", out)
     assert json.loads((tmp_path / "ladder.json").read_text())["rows"][0]["test_accuracy"] is None
 
 
@@ -166,7 +166,7 @@ BAD = {
     "twice": (["--rows", "fb", "fb"], "--rows: name at least one recipe, and each of them once"),
     "option": (["--lr", "-1"], "--lr -1.0: has to be above 0"),
     "data": (["--data", "npz:none.npz"], "--data npz:none.npz: there is no such file"),
-    "steps": (["--share", "1", "--steps", "3"], "--steps is only for a full-batch recipe"),
+    "never": (["--test", "never", "--validation", "0.2"], "--test never: the table is of the test"),
 }
 
 
@@ -222,7 +222,7 @@ def test_the_last_row_first(tiny, tmp_path):
 
 
 def test_every_recipe_has_a_look_of_its_own():
-    assert len({tuple(summary.LOOKS[name].values()) for name in NAMES}) == len(NAMES)
+    assert len({tuple(figures.LOOKS[name].values()) for name in NAMES}) == len(NAMES)
 
 
 def test_lines_are_where_all_seeds_have_a_value():
@@ -235,7 +235,75 @@ def test_words_of_the_table():
     runs = [{"step": step, "gradient_evaluations": 18} for step in (9, 1200)]
     row = {
         "row": "fb", "seeds": 2, "published": None, "test_accuracy": one, "loss": one,
-        "seconds": {"mean": 3725.0}, "runs": runs,
+        "seconds": {"mean": 3725.0}, "runs": runs, "difference": None,
     }  # fmt: skip
     line = summary.table([row]).splitlines()[-1]
-    assert line == "| `fb` | 50.00 | 2 | 0.5000 | 9 – 1,200 | 18 | 1:02:05 | – |"
+    assert line == "| `fb` | 50.00 | – | 2 | 0.5000 | 9 – 1,200 | 18 |  | 1:02:05 | – |"
+    for run in runs:
+        run["sample_passes"] = 1_234_567
+    row["difference"] = {"mean": -0.0123, "low": -0.02, "high": 0.0005}
+    line = summary.table([row]).splitlines()[-1]
+    assert "| −1.23 (−2.00 to +0.05) | 2 |" in line and "| 18 | 1.23 | 1:02:05 |" in line
+    row["difference"] |= {"low": None, "high": None}
+    assert "| −1.23 | 2 |" in summary.table([row])
+
+
+def runs_of(**accuracies: float) -> list[dict[str, float]]:
+    return [{"seed": int(seed[1:]), "test_accuracy": a} for seed, a in accuracies.items()]
+
+
+def test_differences_are_paired_by_seed_with_students_interval():
+    """Against scipy's own paired interval; seeds that only one of the rows has are left out."""
+    stats = pytest.importorskip("scipy.stats")
+    row, sgd = runs_of(s0=0.91, s1=0.93, s2=0.92, s7=0.1), runs_of(s2=0.90, s0=0.92, s1=0.91, s9=1)
+    found = paired.difference(row, sgd, "test_accuracy")
+    differences = [-0.01, 0.02, 0.02]
+    assert list(found["pairs"]) == [0, 1, 2] and found["n"] == 3
+    assert list(found["pairs"].values()) == pytest.approx(differences)
+    expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx(tuple(expected))
+    assert found["mean"] == pytest.approx(0.01)
+
+
+def test_differences_of_few_seeds():
+    one = paired.difference(runs_of(s0=0.9), runs_of(s0=0.8), "test_accuracy")
+    assert (one["mean"], one["low"], one["high"]) == (pytest.approx(0.1), None, None)
+    assert paired.difference(runs_of(s0=0.9), runs_of(s1=0.8), "test_accuracy") is None
+
+
+def test_every_row_has_the_sgd_of_its_table():
+    expected = {"fb-strong": "sgd", "sgd": "sgd", "fb-aug": "sgd-aug", "fb-clip-x10": "sgd-x10"}
+    assert {row: paired.baseline(row) for row in expected} == expected
+
+
+def test_differences_to_sgd_are_in_table_file_and_figure(tiny, tmp_path, monkeypatch):
+    pages, figure = [], plots.figure
+    monkeypatch.setattr(plots, "figure", lambda *size: pages.append(figure(*size)) or pages[-1])
+    monkeypatch.setattr(loop, "draw_curves", lambda folder, options: False)
+    words = ["--rows", "sgd", "fb-clip", "fb-penalty", "--seeds", "2", "--validation", "0.2"]
+    for options in plan_of(tiny, tmp_path, *words).last_row_first:
+        loop.train(options)
+    pages.clear()
+    assert main(["--data", tiny, "--out", str(tmp_path), *SMALL, *words]) == 0
+    rows = {row["row"]: row for row in json.loads((tmp_path / "ladder.json").read_text())["rows"]}
+    assert rows["sgd"]["difference"] is None
+    for name in ("fb-clip", "fb-penalty"):
+        pairs = zip(rows[name]["runs"], rows["sgd"]["runs"], strict=True)
+        differences = [a["test_accuracy"] - b["test_accuracy"] for a, b in pairs]
+        assert rows[name]["difference"]["mean"] == pytest.approx(sum(differences) / 2)
+    assert (tmp_path / "differences.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = pages[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["fb-clip", "fb-penalty"]
+    zero = [line for line in axes.lines if list(line.get_xdata()) == [0, 0]]
+    assert zero and axes.get_title() == "Test accuracy minus sgd's of the same seed"
+    # The test set was looked at once, after the last step, so curves are of held-out samples.
+    assert pages[1].axes[0].get_title() == "Validation accuracy (bands: all seeds)"
+    assert pages[1].axes[0].lines
+
+
+def test_passes_of_each_kind_of_row(tiny, tmp_path):
+    """--epochs for the rows of sgd, --steps for the others, the share where none is given."""
+    runs = plan_of(tiny, tmp_path, *ROWS, "--epochs", "7").runs
+    assert (runs["sgd"][0].epochs, runs["fb-penalty-aug"][0].steps) == (7, 20)
+    runs = plan_of(tiny, tmp_path, *ROWS, "--steps", "9").runs
+    assert (runs["sgd"][0].epochs, runs["fb-penalty-aug"][0].steps) == (4, 9)

@@ -7,6 +7,7 @@ Runs of one seed share their initial weights and crops, so that their difference
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -28,18 +29,28 @@ def difference(
     """The paired difference of a result between two rows' runs; None without a seed in common.
 
     Returns:
-        mean, the 95 % interval from `low` to `high` by Student's t (None for one pair), n, and
-        `pairs`, the difference of each seed.
+        mean, the 95 % interval from `low` to `high` by Student's t (None for one pair, and where
+        SciPy is not installed), n, and `pairs`, the difference of each seed.
     """
     other = {run["seed"]: run[key] for run in base}
     pairs = {run["seed"]: run[key] - other[run["seed"]] for run in runs if run["seed"] in other}
     if not pairs:
         return None
-    mean, half = statistics.mean(pairs.values()), None
-    if len(pairs) > 1:
-        from scipy.stats import t
-
-        quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1))
+    mean, low, high = statistics.mean(pairs.values()), None, None
+    if len(pairs) > 1 and (quantile := _quantile(len(pairs) - 1)) is not None:
         half = quantile * statistics.stdev(pairs.values()) / math.sqrt(len(pairs))
-    low, high = (None, None) if half is None else (mean - half, mean + half)
+        low, high = mean - half, mean + half
     return {"mean": mean, "low": low, "high": high, "n": len(pairs), "pairs": pairs}
+
+
+@functools.cache
+def _quantile(freedom: int) -> float | None:
+    """What Student's t exceeds half as often as the interval misses; None, after a message, where
+    SciPy is not installed.
+    """
+    try:
+        from scipy.stats import t
+    except ImportError:
+        print("no intervals: pip install scipy")
+        return None
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))

@@ -27,8 +27,9 @@ def read(path: Path, rows: Iterable[str]) -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         by, found = content["chosen_by"], content["rows"]
-        parts = {row: (found[row]["options"], found[row]["common"]) for row in rows if row in found}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = [row for row in rows if found.get(row)]
+        parts = {row: (found[row]["options"], found[row]["common"]) for row in known}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OptionsError(f"{where}: cannot be read ({error!r}); {TUNE}") from error
     if by != CHOSEN_BY:
         raise OptionsError(
