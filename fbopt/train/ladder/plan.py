@@ -5,7 +5,9 @@ All files lie in one folder: ROW-sSEED/ (the runs), logs/, ladder.md, ladder.jso
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,6 +41,10 @@ class Ladder:
     """Runs at the same time. Default: as many as cores and memory allow; 1 on CUDA."""
     out: Path | None = None
     """Folder to write. Default: runs/ladder-DATA."""
+    minutes: float | None = None
+    """Time after which no run is started and running ones stop as after Ctrl-C: each finishes the
+    step that it is in, which takes its time beyond these minutes, and saves. Then the table is
+    written, and the exit status is 130; the same command goes on. Default: no limit."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Plan:
     runs: dict[str, list[Options]]  # by row, one for each seed
     jobs: int
     command: str
+    deadline: float = math.inf  # by time.monotonic()
+    grace: float = math.inf  # seconds after it until runs that have not saved stop at once
 
     @property
     def last_row_first(self) -> list[Options]:
@@ -58,6 +66,7 @@ class Plan:
 
 def make_plan(wanted: Ladder, common: Options, command: str = "fbopt ladder") -> Plan:
     """Plan the runs, with `common` for all of them; raises OptionsError for bad options."""
+    deadline = math.inf if wanted.minutes is None else time.monotonic() + 60 * wanted.minutes
     _check(wanted, common)
     folder = wanted.out or Path("runs") / f"ladder-{common.data_name}"
     rows = {row: _row(replace(common, recipe=row), wanted.share) for row in wanted.rows}
@@ -69,7 +78,7 @@ def make_plan(wanted: Ladder, common: Options, command: str = "fbopt ladder") ->
         row: [replace(o, seed=s, out=folder / f"{row}-s{s}") for s in range(wanted.seeds)]
         for row, o in rows.items()
     }
-    return Plan(folder, runs, jobs, command)
+    return Plan(folder, runs, jobs, command, deadline)
 
 
 def _check(wanted: Ladder, common: Options) -> None:
@@ -77,7 +86,8 @@ def _check(wanted: Ladder, common: Options) -> None:
     for name in OWN:
         if getattr(common, name) != getattr(Options, name):
             raise OptionsError(f"{flag(name)} is set by the ladder for every run; leave it out")
-    check_bounds(wanted, {"seeds": AT_LEAST_1, "jobs": AT_LEAST_1, "share": ABOVE_0})
+    bounds = {"seeds": AT_LEAST_1, "jobs": AT_LEAST_1, "share": ABOVE_0, "minutes": ABOVE_0}
+    check_bounds(wanted, bounds)
     if not wanted.rows or len(set(wanted.rows)) < len(wanted.rows):
         raise OptionsError("--rows: name at least one recipe, and each of them once")
 

@@ -17,16 +17,18 @@ from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.diff import check_options, resolve_for
 from fbopt.train.config.options import Options
 from fbopt.train.config.parser import command_line
-from fbopt.train.data.load import load
 from fbopt.train.ladder.plan import Plan
+from fbopt.train.ladder.speed import measure, training_samples
 
 POLL_SECONDS = 0.1
 NEWS_SECONDS = 60.0
+MEASURED_STEPS = 20  # before the speed of a run is told
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_all(plan: Plan) -> int:
-    """Train what is not finished yet; returns 0, 1 (a run failed) or 130 (interrupted).
+    """Train what is not finished yet; returns 0, 1 (a run failed) or 130 (stopped before the end,
+    by a signal or at the plan's deadline).
 
     Raises OptionsError (other options made a run that is there) and DataError, before any start.
     """
@@ -34,19 +36,24 @@ def run_all(plan: Plan) -> int:
         if (made := RunFolder(options.out).read_options()) is not None:
             check_options(f"the run in {options.out}", made, resolve_for(made, options))
     left = [o for o in plan.last_row_first if not RunFolder(o.out).result.exists()]
+    samples = 0
     for one in left[:1]:  # one download, one error for data that cannot be used
-        load(one.data, one.image_size, one.data_dir, one.download, one.samples)
-    return Runner(plan, left).run()
+        samples = training_samples(
+            one.data, one.image_size, one.data_dir, one.download, one.samples
+        )
+    return Runner(plan, left, samples).run()
 
 
 class Runner:
     """The processes that train the runs of a plan."""
 
-    def __init__(self, plan: Plan, left: list[Options]) -> None:
+    def __init__(self, plan: Plan, left: list[Options], samples: int) -> None:
         self.plan, self.left, self.total = plan, left, len(plan.last_row_first)
-        self.done = self.total - len(left)
+        self.done, self.samples = self.total - len(left), samples
         self.running: dict[subprocess.Popen[bytes], Options] = {}
-        self.failed = self.stopping = False
+        # Of runs whose speed is not told yet: when their start was recorded before, and their step.
+        self.untold: dict[subprocess.Popen[bytes], tuple[int, int]] = {}
+        self.failed = self.stopping = self.late = False
 
     def run(self) -> int:
         """Train what is left, several at a time, and print each result; returns as `run_all`."""
@@ -61,19 +68,21 @@ class Runner:
             for process in self.running:  # only after an error in this process
                 process.terminate()
                 process.wait()
-        if self.stopping:
-            print(f"stopped, what was running is saved; go on with\n  {self.plan.command}")
+        if self.stopping and self.done < self.total:
             return 130
         return int(self.failed)
 
     def _train(self) -> None:
         news = time.monotonic() + NEWS_SECONDS
         while self.running or (self.left and not self.stopping):
+            self._stop_in_time()
             while self.left and len(self.running) < self.plan.jobs and not self.stopping:
                 self.start(self.left.pop(0))
             time.sleep(POLL_SECONDS)
             for process in [p for p in self.running if p.poll() is not None]:
+                self.untold.pop(process, None)
                 self._report(self.running.pop(process), process.returncode)
+            self._tell_speeds()
             if self.running and time.monotonic() > news:
                 news += NEWS_SECONDS
                 print(f"  {', '.join(map(_progress, self.running.values()))}", flush=True)
@@ -85,8 +94,20 @@ class Runner:
         words = [sys.executable, "-m", "fbopt.train", *command_line(options)]
         streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         with open(log, "wb") as output:
+            before = _recorded(options), _saved_step(options)
             process = subprocess.Popen(words, stdout=output, start_new_session=True, **streams)
-        self.running[process] = options
+        self.running[process], self.untold[process] = options, before
+
+    def _tell_speeds(self) -> None:
+        """Print the speed of each run once it has taken some steps."""
+        for process, (recorded, step) in list(self.untold.items()):
+            options = self.running[process]
+            if _recorded(options) <= recorded:  # what is there was logged before, maybe elsewhere
+                continue
+            speed = measure(options, self.samples, step)
+            if speed is not None and speed.steps >= MEASURED_STEPS:
+                del self.untold[process]
+                print(f"{options.recipe}, seed {options.seed}: {speed}", flush=True)
 
     def _report(self, options: Options, status: int) -> None:
         """Print how a run ended."""
@@ -108,13 +129,34 @@ class Runner:
     def _log(self, options: Options) -> Path:
         return self.plan.folder / "logs" / f"{options.out.name}.log"
 
-    def _stop(self, number: int, frame: Any) -> None:
+    def _stop_in_time(self) -> None:
+        """Stop at the plan's deadline, and at once where its grace is over, too."""
+        late = time.monotonic() - self.plan.deadline
+        if late > 0 and not self.stopping:
+            self._stop(note="the time is over: ")
+        elif late > self.plan.grace and not self.late:
+            self.late = True
+            self._stop(note="the grace is over: ")
+
+    def _stop(self, number: int = 0, frame: Any = None, *, note: str = "") -> None:
         """Make every run save after its step; the second time, stop at once."""
-        again = "" if self.stopping else " (again to stop at once, without it)"
-        print(f"\nstopping after the step of every run{again}", flush=True)
+        what = "stopping at once, back at the last save"
+        if not self.stopping:
+            what = "stopping after the step of every run (again to stop at once, without it)"
+        print(f"\n{note}{what}", flush=True)
         self.stopping = True
         for process in self.running:
             process.send_signal(signal.SIGINT)
+
+
+def _recorded(options: Options) -> int:
+    """When the last start of a run was recorded, in ns; 0 if it was never."""
+    path = RunFolder(options.out).environment
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _saved_step(options: Options) -> int:
+    return max((step for step, _ in RunFolder(options.out).checkpoints()), default=0)
 
 
 def _progress(options: Options) -> str:

@@ -47,6 +47,7 @@ def write(plan: Plan) -> str:
     }
     rows = [_row(name, plan.runs[name], folders) for name, folders in finished.items()]
     text = table(rows)
+    plan.folder.mkdir(parents=True, exist_ok=True)  # nothing may have been started
     atomic.replace(plan.folder / "ladder.md", f"{text}\n\n    {plan.command}\n".encode())
     content = {"command": plan.command, "data": plan.last_row_first[0].data, "rows": rows}
     atomic.replace_json(plan.folder / "ladder.json", content)
@@ -82,10 +83,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [HEAD]
     for row in rows:
-        runs, failed = row["runs"], row["seeds"] - len(row["runs"])
+        runs, missing = row["runs"], row["seeds"] - len(row["runs"])
         cells = (
             f"`{row['row']}`",
-            _words(row["test_accuracy"], 2, 100) + (f" ({failed} failed)" if failed else ""),
+            _words(row["test_accuracy"], 2, 100)
+            + (f" ({missing} not finished)" if missing else ""),
             str(len(runs)),
             _words(row["loss"], 4),
             *(_range([run[key] for run in runs]) for key in ("step", "gradient_evaluations")),
