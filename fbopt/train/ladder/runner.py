@@ -36,11 +36,8 @@ def run_all(plan: Plan) -> int:
         if (made := RunFolder(options.out).read_options()) is not None:
             check_options(f"the run in {options.out}", made, resolve_for(made, options))
     left = [o for o in plan.last_row_first if not RunFolder(o.out).result.exists()]
-    samples = 0
-    for one in left[:1]:  # one download, one error for data that cannot be used
-        samples = training_samples(
-            one.data, one.image_size, one.data_dir, one.download, one.samples
-        )
+    # One download, one error for data that cannot be used.
+    samples = training_samples(left[0]) if left else 0
     return Runner(plan, left, samples).run()
 
 
@@ -58,7 +55,10 @@ class Runner:
     def run(self) -> int:
         """Train what is left, several at a time, and print each result; returns as `run_all`."""
         finished = f"{self.done} of them finished"
-        print(f"{self.total} runs, {finished}; {self.plan.jobs} at a time", flush=True)
+        print(
+            f"{self.total} run{'s' * (self.total != 1)}, {finished}; {self.plan.jobs} at a time",
+            flush=True,
+        )
         handlers = {number: signal.signal(number, self._stop) for number in SIGNALS}
         try:
             self._train()

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 from datetime import timedelta
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.run_dir import RunFolder
@@ -32,12 +31,15 @@ class Speed(NamedTuple):
         return f"{self.images_per_s:,.0f} images/s with {each} of each, {left} to its end"
 
 
+def training_samples(options: Options) -> int:
+    """The number of training samples of a run; its data are loaded once. Raises DataError."""
+    o = options
+    return _training_samples(o.data, o.image_size, o.data_dir, o.download, o.samples)
+
+
 @functools.lru_cache
-def training_samples(
-    data: str, image_size: int | None, folder: Path | None, download: bool, samples: int | None
-) -> int:
-    """The number of training samples of a data set, which is loaded. Raises DataError."""
-    return len(load(data, image_size, folder, download, samples).train)
+def _training_samples(*named: Any) -> int:
+    return len(load(*named).train)
 
 
 def measure(options: Options, samples: int, since: int = 0) -> Speed | None:
