@@ -1,7 +1,8 @@
 """Benchmarks that check every result against fbopt.reference before they time it.
 
 `python -m benchmarks.ops`, `.step` and `.train_step` print tables and write JSON to
-benchmarks/results; `python -m benchmarks.gpu_check` runs all of them, and the tests, on a GPU.
+benchmarks/results; `python -m benchmarks.gpu_check` runs all of them, and the tests, on a GPU, and
+`python -m benchmarks.gpu_ladder` trains there at the paper's scale.
 
 On a machine with other work or several sockets, choose the cores and the threads:
 `taskset -c 0,1 python -m benchmarks.ops --threads 2`.

@@ -41,7 +41,7 @@ class Packed(NamedTuple):
     def __str__(self) -> str:
         """In words."""
         size = f"{self.total / 1e6:.1f} MB in {self.parts} parts of at most"
-        return f"{self.runs} runs, {size} {self.largest / 1e6:.2f} MB"
+        return f"{self.runs} run{'s' * (self.runs != 1)}, {size} {self.largest / 1e6:.2f} MB"
 
 
 def pack(runs: Path, carried: Path, limit: int = PART_BYTES) -> Packed:

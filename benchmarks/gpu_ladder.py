@@ -6,10 +6,11 @@
 All images of CIFAR-10, resident on the GPU, ResNet-18, bfloat16, channels_last, compiled, in CUDA
 graphs. benchmarks/ladder_scales.py says in which order, and estimates how long it takes.
 `--minutes` is for the whole command: then the step in progress is finished, for at most 30 s, and
-saved, and tables and the carried folder are written, which takes seconds. The same command goes on
-with the same bits, also on another machine that has the carried folder (benchmarks/carry.py) and
-the same images under the same name. The exit status is 0, 1 (a run failed), 2 (bad input, no GPU)
-or 130 (stopped). `--rehearse` shows all of this on the CPU, with two images per class.
+saved, and tables and the carried folder are written, which takes seconds. The same command goes on,
+also on another machine that has the carried folder (benchmarks/carry.py) and the same images under
+the same name: with the same bits, as far as torch's own kernels are deterministic there. The exit
+status is 0, 1 (a run failed), 2 (bad input, no GPU) or 130 (stopped). `--rehearse` shows all of
+this on the CPU, with two images per class.
 """
 
 from __future__ import annotations

@@ -97,6 +97,7 @@ def test_the_rehearsal_stops_carries_and_resumes(tmp_path, monkeypatch, capsys):
     clock = SimpleNamespace(sleep=time.sleep, monotonic=now)
     monkeypatch.setattr(runner, "time", clock)
     monkeypatch.setattr(ladder_rehearsal.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(ladder_scales, "GRACE_SECONDS", math.inf)
     monkeypatch.setattr(ladder_rehearsal, "BUDGETS", (100.0,))
     scales = [Scale("width-4", 4, 0.05, ("fb-penalty-aug",))]
     assert ladder_rehearsal.rehearse(scales=scales) == 0

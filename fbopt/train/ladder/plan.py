@@ -56,7 +56,7 @@ class Plan:
     jobs: int
     command: str
     deadline: float = math.inf  # by time.monotonic()
-    grace: float = math.inf  # seconds after it until runs that have not saved stop at once
+    grace: float = math.inf  # seconds after it until runs that have not saved are ended
 
     @property
     def last_row_first(self) -> list[Options]:

@@ -6,6 +6,7 @@ on once, so that each of them saves after its step.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -50,7 +51,7 @@ class Runner:
         self.running: dict[subprocess.Popen[bytes], Options] = {}
         # Of runs whose speed is not told yet: when their start was recorded before, and their step.
         self.untold: dict[subprocess.Popen[bytes], tuple[int, int]] = {}
-        self.failed = self.stopping = self.late = False
+        self.failed = self.stopping = False
 
     def run(self) -> int:
         """Train what is left, several at a time, and print each result; returns as `run_all`."""
@@ -130,20 +131,21 @@ class Runner:
         return self.plan.folder / "logs" / f"{options.out.name}.log"
 
     def _stop_in_time(self) -> None:
-        """Stop at the plan's deadline, and at once where its grace is over, too."""
+        """Stop at the plan's deadline; once its grace is over, end what has not saved by then."""
         late = time.monotonic() - self.plan.deadline
         if late > 0 and not self.stopping:
-            self._stop(note="the time is over: ")
-        elif late > self.plan.grace and not self.late:
-            self.late = True
-            self._stop(note="the grace is over: ")
+            print("\nthe time is over", end="", flush=True)
+            self._stop()
+        if late > self.plan.grace and self.running:
+            print("ending what is still in a step, back at its last save", flush=True)
+            for process in self.running:
+                os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+                process.wait()
 
-    def _stop(self, number: int = 0, frame: Any = None, *, note: str = "") -> None:
+    def _stop(self, number: int = 0, frame: Any = None) -> None:
         """Make every run save after its step; the second time, stop at once."""
-        what = "stopping at once, back at the last save"
-        if not self.stopping:
-            what = "stopping after the step of every run (again to stop at once, without it)"
-        print(f"\n{note}{what}", flush=True)
+        again = "" if self.stopping else " (again to stop at once, without it)"
+        print(f"\nstopping after the step of every run{again}", flush=True)
         self.stopping = True
         for process in self.running:
             process.send_signal(signal.SIGINT)
