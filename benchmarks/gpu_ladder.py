@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+import fbopt
 from benchmarks import carry
 from benchmarks.ladder_rehearsal import rehearse
 from benchmarks.ladder_scales import STOPPED, Job, climb, write_results
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = (*FAST, *more)
         job = Job(choice.data, choice.out, carried, command, choice.seeds, options, deadline)
         status = climb(job)
-        machine = gpu_facts(torch.device("cuda")) | {"torch": torch.__version__}
+        versions = {"torch": torch.__version__, "fbopt": fbopt.__version__}
+        machine = gpu_facts(torch.device("cuda")) | versions
         stem = choice.results / f"gpu-ladder-{slug(machine['device'])}"
         write_results(job, stem, machine)
         print(f"wrote {stem}.json and .md")

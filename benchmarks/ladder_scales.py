@@ -185,5 +185,6 @@ def _run(options: Options) -> dict[str, Any] | None:
         "devices": list(dict.fromkeys(devices)),
         "images_per_s": measured and measured.images_per_s,
         "gradients_per_image": measured and measured.gradients,
+        "measured_steps": measured and measured.steps,
         **{key: last[key] for key in KEPT if key in last},
     }

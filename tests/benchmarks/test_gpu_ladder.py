@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu_ladder, ladder_rehearsal, ladder_scales
+from benchmarks import carry, gpu_ladder, ladder_rehearsal, ladder_scales
 from benchmarks.ladder_scales import Job, Scale
+from fbopt.train.checkpoint import atomic
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.resolve import resolve
 from fbopt.train.data.load import load
@@ -85,6 +87,26 @@ def test_nothing_is_started_after_the_deadline(job, monkeypatch, capsys):
     object.__setattr__(job, "deadline", time.monotonic() - 1)
     assert ladder_scales.climb(job) == 130
     assert capsys.readouterr().out.endswith("go on with\n  again\n")
+
+
+def test_carried_runs_are_in_the_table_of_their_scale(job, tmp_path, monkeypatch):
+    """They are finished, so that nothing else would write it."""
+    _, options = next(job.in_order())
+    run = job.out / "elsewhere" / options.out.relative_to(job.out)
+    run.mkdir(parents=True)
+    atomic.replace_json(run / "options.json", resolve(options).as_json())
+    found = {"test_accuracy": 0.75, "loss": 0.5, "seconds": 60.0, "step": 11730}
+    atomic.replace_json(run / "result.json", found | {"gradient_evaluations": 30})
+    logged = dict.fromkeys(("gradient_norm", "clip", "mean_squared_chunk_norm"), 1.0)
+    atomic.replace_lines(run / "metrics.jsonl", [found | logged | {"pass": 30}])
+    carry.pack(job.out / "elsewhere", job.carried)
+    shutil.rmtree(job.out / "elsewhere")
+    monkeypatch.setattr(ladder_scales, "run_all", lambda plan: 130)
+    object.__setattr__(job, "deadline", time.monotonic() - 1)
+    assert ladder_scales.climb(job) == 130
+    table = (job.out / "width-16-tenth" / "ladder.md").read_text()
+    assert "| `sgd-aug` | 75.00 (1 not finished) | 1 |" in table
+    assert "| `fb-clip-aug` | – (2 not finished) | 0 |" in table
 
 
 def test_the_rehearsal_stops_carries_and_resumes(tmp_path, monkeypatch, capsys):

@@ -174,22 +174,46 @@ def test_nothing_is_started_when_the_time_is_over(tiny, tmp_path, monkeypatch, c
     assert "| `fb` | – (3 not finished) | 0 |" in capsys.readouterr().out
 
 
-def test_runs_that_do_not_save_in_time_are_ended(tiny, tmp_path, monkeypatch):
-    program = "import time\nprint('ready', flush=True)\nfor _ in range(2):\n    "
-    program += "try: time.sleep(60)\n    except KeyboardInterrupt: print('signal', flush=True)"
-    log = tmp_path / "logs" / "fb-s0.log"
+def run_program(monkeypatch, program: str) -> None:
+    """Let every run be this program, which is ready when it has printed a line."""
+    words = f"import sys, time\nprint('ready', flush=True)\n{program}"
     start = subprocess.Popen
     monkeypatch.setattr(
-        runner.subprocess, "Popen", lambda words, **more: start([words[0], "-c", program], **more)
+        runner.subprocess, "Popen", lambda run, **more: start([run[0], "-c", words], **more)
     )
 
-    def now() -> float:  # the time is over once the run waits, the grace once it had one signal
-        return 100.0 * (log.read_text().count("\n") if log.exists() else 0)
 
-    clock(monkeypatch, now)
+def test_runs_that_do_not_save_in_time_are_ended(tiny, tmp_path, monkeypatch):
+    """The time is over once the run is ready, the grace once it had one signal."""
+    wait = "    try: time.sleep(60)\n    except KeyboardInterrupt: print('signal', flush=True)"
+    run_program(monkeypatch, f"for _ in range(2):\n{wait}")
+    log = tmp_path / "logs" / "fb-s0.log"
+    clock(monkeypatch, lambda: 100.0 * (log.read_text().count("\n") if log.exists() else 0))
     plan = plan_of(tiny, tmp_path, "--rows", "fb", "--seeds", "1")
     assert runner.run_all(replace(plan, deadline=50.0, grace=100.0)) == 130
     assert log.read_text() == "ready\nsignal\n"
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_a_last_run_that_is_finished_when_it_is_stopped(tiny, tmp_path, monkeypatch, by_signal):
+    """Nothing is left then, but whoever sent a signal wants to know that it was heard."""
+    folder = tmp_path / "fb-s0"
+    folder.mkdir()
+    result = f"open({str(folder / 'result.json')!r}, 'w').write('{{}}')"
+    run_program(monkeypatch, f"try: time.sleep(60)\nexcept KeyboardInterrupt: {result}")
+    monkeypatch.setattr(runner.Runner, "_report", lambda self, *a: setattr(self, "done", 1))
+    log, sent = tmp_path / "logs" / "fb-s0.log", []
+
+    def now() -> float:
+        ready = log.exists() and "ready" in log.read_text()
+        if by_signal and ready and not sent:
+            sent.append(signal.raise_signal(signal.SIGINT))
+        return 100.0 * ready * (not by_signal)
+
+    clock(monkeypatch, now)
+    plan = plan_of(tiny, tmp_path, "--rows", "fb", "--seeds", "1")
+    assert runner.run_all(replace(plan, deadline=50.0)) == (130 if by_signal else 0)
+    assert (folder / "result.json").exists()
 
 
 def line(step: int, seconds: float, gradients: int = 2) -> dict:

@@ -6,6 +6,7 @@ on once, so that each of them saves after its step.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -69,7 +70,8 @@ class Runner:
             for process in self.running:  # only after an error in this process
                 process.terminate()
                 process.wait()
-        if self.stopping and self.done < self.total:
+        in_time = time.monotonic() <= self.plan.deadline  # so it was a signal that stopped it
+        if self.stopping and (in_time or self.done < self.total):
             return 130
         return int(self.failed)
 
@@ -139,7 +141,8 @@ class Runner:
         if late > self.plan.grace and self.running:
             print("ending what is still in a step, back at its last save", flush=True)
             for process in self.running:
-                os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # it has just ended
+                    os.killpg(process.pid, signal.SIGKILL)  # with what it has started
                 process.wait()
 
     def _stop(self, number: int = 0, frame: Any = None) -> None:
