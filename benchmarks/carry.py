@@ -40,7 +40,7 @@ class Packed(NamedTuple):
 
     def __str__(self) -> str:
         """In words."""
-        size = f"{self.total / 1e6:.1f} MB in {self.parts} parts of at most"
+        size = f"{self.total / 1e6:.1f} MB in {self.parts} part{'s' * (self.parts != 1)} of at most"
         return f"{self.runs} run{'s' * (self.runs != 1)}, {size} {self.largest / 1e6:.2f} MB"
 
 

@@ -75,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (carry.CarryError, OptionsError, DataError) as error:
         print(f"gpu_ladder: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"gpu_ladder: {error}; check the disk, then go on with\n  {command}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"stopped between two runs; go on with\n  {command}", file=sys.stderr)
         return STOPPED

@@ -109,6 +109,15 @@ def test_carried_runs_are_in_the_table_of_their_scale(job, tmp_path, monkeypatch
     assert "| `fb-clip-aug` | – (2 not finished) | 0 |" in table
 
 
+def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ladder_scales, "run_all", lambda plan: 0)
+    (tmp_path / "file").write_text("in the way")
+    words = ["--data", "cifar10", "--out", str(tmp_path / "file")]
+    assert gpu_ladder.main(words) == 1
+    assert "go on with\n  python -m benchmarks.gpu_ladder --data cifar10" in capsys.readouterr().err
+
+
 def test_the_rehearsal_stops_carries_and_resumes(tmp_path, monkeypatch, capsys):
     """The time is over for the first machine as soon as its run has taken some steps."""
 
