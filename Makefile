@@ -9,7 +9,7 @@ TRAINER_TESTS := tests/integrations tests/train/test_log.py tests/test_docs.py
 PIP_FLAGS := --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet --quiet)
 CXX_FILES = $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: help train test test-integrations lint format docs bench wheel-check gpu-check clean
+.PHONY: help train test test-integrations lint format docs bench wheel-check gpu-check gpu-ladder clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -47,6 +47,9 @@ wheel-check: $(READY)  ## build a wheel, install and try it under several versio
 
 gpu-check: $(READY)  ## test and measure on a GPU; ARGS are stages, such as make gpu-check ARGS="ops"
 	$(VENV)/bin/python -m benchmarks.gpu_check $(ARGS)
+
+gpu-ladder: $(READY)  ## train the paper's rows at its own scale on a GPU; ARGS="--rehearse" without one
+	$(VENV)/bin/python -m benchmarks.gpu_ladder $(ARGS)
 
 clean:  ## remove the virtual environment and what tools left behind
 	rm -rf $(VENV) build docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

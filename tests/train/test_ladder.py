@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +22,7 @@ from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.parser import command_line, parse
 from fbopt.train.config.recipes import NAMES
-from fbopt.train.ladder import figures, paired, plan, runner, summary
+from fbopt.train.ladder import figures, paired, plan, runner, speed, summary
 from fbopt.train.ladder.__main__ import main
 from fbopt.train.ladder.plan import Ladder, make_plan
 from fbopt.train.reporting import plots
@@ -134,13 +137,119 @@ def test_interrupted_and_resumed(tiny, tmp_path, monkeypatch, capsys):
         assert [r["pass"] for r in runs[seed].read_metrics()] == list(range(1, 601))
 
 
+def clock(monkeypatch, now) -> None:
+    """Let the ladder read this clock."""
+    monkeypatch.setattr(runner, "time", SimpleNamespace(sleep=time.sleep, monotonic=now))
+
+
+def test_a_budget_stops_and_the_same_command_goes_on(tiny, tmp_path, monkeypatch, capsys):
+    """The time is over as soon as both runs have taken some steps."""
+    words = ["--data", tiny, "--out", str(tmp_path), "--rows", "fb-clip", "fb-long", "--seeds", "1"]
+    words += ["--width", "4", "--jobs", "2", "--share", "0.3", "--log-every", "1", "--minutes", "9"]
+    runs = [RunFolder(tmp_path / f"{row}-s0") for row in ("fb-clip", "fb-long")]
+    with monkeypatch.context() as patch:
+        clock(patch, lambda: math.inf if all(len(r.read_metrics()) > 25 for r in runs) else 0.0)
+        assert main(words) == 130
+    out = capsys.readouterr().out
+    assert "the time is over\nstopping after the step of every run" in out
+    assert out.endswith(f"go on with\n  fbopt ladder {' '.join(words)}\n")
+    assert "| `fb-clip` | – (1 not finished) | 0 |" in out
+    for row in ("fb-clip", "fb-long"):
+        told = re.search(rf"{row}, seed 0: ([\d,]+) images/s with 1 gradient of each, 0:0", out)
+        assert int(told[1].replace(",", "")) > 0
+    saved = [run.checkpoints()[0][0] for run in runs]
+    assert all(25 < step < 300 for step in saved)
+    assert main(words) == 0
+    assert "(2 of 2 runs)" in capsys.readouterr().out
+    for step, run in zip(saved, runs, strict=True):
+        log = (tmp_path / "logs" / f"{run.path.name}.log").read_text()
+        assert f"resumed at step {step} of 300" in log
+        assert [r["pass"] for r in run.read_metrics()] == list(range(1, 301))
+
+
+def test_nothing_is_started_when_the_time_is_over(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner.Runner, "start", lambda *a: pytest.fail("a run was started"))
+    words = ["--data", tiny, "--out", str(tmp_path / "out"), *SMALL, "--rows", "fb"]
+    assert main([*words, "--minutes", "1e-9"]) == 130
+    assert "| `fb` | – (3 not finished) | 0 |" in capsys.readouterr().out
+
+
+def run_program(monkeypatch, program: str) -> None:
+    """Let every run be this program, which is ready when it has printed a line."""
+    words = f"import sys, time\nprint('ready', flush=True)\n{program}"
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        runner.subprocess, "Popen", lambda run, **more: start([run[0], "-c", words], **more)
+    )
+
+
+def test_runs_that_do_not_save_in_time_are_ended(tiny, tmp_path, monkeypatch):
+    """The time is over once the run is ready, the grace once it had one signal."""
+    wait = "    try: time.sleep(60)\n    except KeyboardInterrupt: print('signal', flush=True)"
+    run_program(monkeypatch, f"for _ in range(2):\n{wait}")
+    log = tmp_path / "logs" / "fb-s0.log"
+    clock(monkeypatch, lambda: 100.0 * (log.read_text().count("\n") if log.exists() else 0))
+    plan = plan_of(tiny, tmp_path, "--rows", "fb", "--seeds", "1")
+    assert runner.run_all(replace(plan, deadline=50.0, grace=100.0)) == 130
+    assert log.read_text() == "ready\nsignal\n"
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_a_last_run_that_is_finished_when_it_is_stopped(tiny, tmp_path, monkeypatch, by_signal):
+    """Nothing is left then, but whoever sent a signal wants to know that it was heard."""
+    folder = tmp_path / "fb-s0"
+    folder.mkdir()
+    result = f"open({str(folder / 'result.json')!r}, 'w').write('{{}}')"
+    run_program(monkeypatch, f"try: time.sleep(60)\nexcept KeyboardInterrupt: {result}")
+    monkeypatch.setattr(runner.Runner, "_report", lambda self, *a: setattr(self, "done", 1))
+    log, sent = tmp_path / "logs" / "fb-s0.log", []
+
+    def now() -> float:
+        ready = log.exists() and "ready" in log.read_text()
+        if by_signal and ready and not sent:
+            sent.append(signal.raise_signal(signal.SIGINT))
+        return 100.0 * ready * (not by_signal)
+
+    clock(monkeypatch, now)
+    plan = plan_of(tiny, tmp_path, "--rows", "fb", "--seeds", "1")
+    assert runner.run_all(replace(plan, deadline=50.0)) == (130 if by_signal else 0)
+    assert (folder / "result.json").exists()
+
+
+def line(step: int, seconds: float, gradients: int = 2) -> dict:
+    evaluations = gradients * step
+    passes = {
+        "pass": step, "gradient_evaluations": evaluations, "sample_passes": 75 * evaluations,
+    }  # fmt: skip
+    return {"step": step, "seconds": seconds} | passes
+
+
+def test_speed_is_that_since_the_last_start(tiny, tmp_path):
+    """40 passes of 75 samples with two gradients in 20 s; before, on another machine, ten times
+    slower; the first step since the start compiled.
+    """
+    options = Options(data=tiny, recipe="fb-penalty", steps=1000, out=tmp_path)
+    before = [line(step, 5.0 * step) for step in range(1, 61)]
+    after = [line(step, 400 + 0.5 * (step - 61)) for step in range(61, 102)]
+    atomic.replace_lines(tmp_path / "metrics.jsonl", before)
+    atomic.replace_lines(tmp_path / "environment.jsonl", [{"step": 0}])
+    assert speed.measure(options).images_per_s == pytest.approx(2 * 75 / 5)
+    assert speed.measure(options, since=60) is None
+    atomic.replace_lines(tmp_path / "metrics.jsonl", before + after)
+    atomic.replace_lines(tmp_path / "environment.jsonl", [{"step": 0}, {"step": 60}])
+    found = speed.measure(options)
+    assert (found.steps, found.images_per_s, found.gradients) == (40, 300.0, 2.0)
+    assert found.seconds_left == (1000 - 101) * 0.5
+    assert str(found) == "300 images/s with 2 gradients of each, 0:07:30 to its end"
+
+
 def test_a_run_that_fails_does_not_stop_the_others(tiny, tmp_path, capsys):
     words = ["--data", tiny, "--out", str(tmp_path), *SMALL, "--rows", "fb", "fb-clip"]
     words += ["--seeds", "1", "--lr", "1e30", "--jobs", "2", "--warmup", "0"]
     assert main(words) == 1
     out, err = capsys.readouterr()
     assert "fb, seed 0: failed: the loss became infinite or undefined" in err and "logs" in err
-    assert re.search(r"\| `fb` \| – \(1 failed\) \| – \| 0 \| – \|", out)
+    assert re.search(r"\| `fb` \| – \(1 not finished\) \| – \| 0 \| – \|", out)
     assert json.loads((tmp_path / "ladder.json").read_text())["rows"][0]["test_accuracy"] is None
 
 
@@ -162,6 +271,7 @@ BAD = {
     "seed": (["--seed", "3"], "--seed is set by the ladder"),
     "seeds": (["--seeds", "0"], "--seeds 0: has to be at least 1"),
     "jobs": (["--jobs", "0"], "--jobs 0: has to be at least 1"),
+    "minutes": (["--minutes", "0"], "--minutes 0.0: has to be above 0"),
     "share": (["--share", "0"], "--share 0.0: has to be above 0"),
     "twice": (["--rows", "fb", "fb"], "--rows: name at least one recipe, and each of them once"),
     "option": (["--lr", "-1"], "--lr -1.0: has to be above 0"),

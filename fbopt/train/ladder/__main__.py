@@ -12,24 +12,28 @@ from fbopt.train.config.parser import fail, parse
 from fbopt.train.ladder.plan import Ladder, make_plan
 from fbopt.train.torchrun import only_rank_zero_prints, rank_and_world_size
 
+INTERRUPTED = 130
 NOTES = "All other options of `fbopt train` hold for every row; `fbopt train --help` lists them."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `fbopt ladder …`; returns 0, 1 (a run failed), 2 (bad input) or 130 (interrupted)."""
+    """Run `fbopt ladder …`; returns 0, 1 (a run failed), 2 (bad input) or 130 (stopped before the
+    end, by a signal or --minutes).
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     with only_rank_zero_prints(errors=True):
         wanted, common = parse("fbopt ladder", words, Ladder, Options, notes=NOTES)
         if rank_and_world_size()[1] > 1:
             cure = "start it without torchrun, or `fbopt train` with it"
             return fail(f"fbopt ladder: starts its own processes; {cure}", 2)
-    from fbopt.train.ladder import runner, summary
-
     try:
         plan = make_plan(wanted, common, shlex.join(["fbopt", "ladder", *words]))
+        from fbopt.train.ladder import runner, summary  # the time of --minutes runs meanwhile
+
         status = runner.run_all(plan)
-        if status < 2:
-            print(summary.write(plan))
+        print(summary.write(plan))
+        if status == INTERRUPTED:
+            print(f"stopped, what was running is saved; go on with\n  {plan.command}")
         return status
     except (OptionsError, DataError) as error:
         return fail(f"fbopt ladder: {error}", 2)

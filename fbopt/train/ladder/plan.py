@@ -5,7 +5,9 @@ All files lie in one folder: ROW-sSEED/ (the runs), logs/, ladder.md, ladder.jso
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,6 +50,10 @@ class Ladder:
     examples/tune.py. Default: the recipes' own."""
     out: Path | None = None
     """Folder to write. Default: runs/ladder-DATA."""
+    minutes: float | None = None
+    """Time after which no run is started and running ones stop as after Ctrl-C: each finishes the
+    step that it is in, which takes its time beyond these minutes, and saves. Then the table is
+    written, and the exit status is 130; the same command goes on. Default: no limit."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class Plan:
     runs: dict[str, list[Options]]  # by row, one for each seed
     jobs: int
     command: str
+    deadline: float = math.inf  # by time.monotonic()
+    grace: float = math.inf  # seconds after it until runs that have not saved are ended
 
     @property
     def last_row_first(self) -> list[Options]:
@@ -67,6 +75,7 @@ class Plan:
 
 def make_plan(wanted: Ladder, common: Options, command: str = "fbopt ladder") -> Plan:
     """Plan the runs, with `common` for all of them; raises OptionsError for bad options."""
+    deadline = math.inf if wanted.minutes is None else time.monotonic() + 60 * wanted.minutes
     _check(wanted, common)
     folder = wanted.out or Path("runs") / f"ladder-{common.data_name}"
     rows = {row: replace(common, recipe=row) for row in wanted.rows}
@@ -82,7 +91,7 @@ def make_plan(wanted: Ladder, common: Options, command: str = "fbopt ladder") ->
         row: [replace(o, seed=s, out=folder / f"{row}-s{s}") for s in range(wanted.seeds)]
         for row, o in rows.items()
     }
-    return Plan(folder, runs, jobs, command)
+    return Plan(folder, runs, jobs, command, deadline)
 
 
 def _check(wanted: Ladder, common: Options) -> None:
@@ -90,7 +99,8 @@ def _check(wanted: Ladder, common: Options) -> None:
     for name in OWN:
         if getattr(common, name) != getattr(Options, name):
             raise OptionsError(f"{flag(name)} is set by the ladder for every run; leave it out")
-    check_bounds(wanted, {"seeds": AT_LEAST_1, "jobs": AT_LEAST_1, "share": ABOVE_0})
+    bounds = {"seeds": AT_LEAST_1, "jobs": AT_LEAST_1, "share": ABOVE_0, "minutes": ABOVE_0}
+    check_bounds(wanted, bounds)
     if common.test == "never":
         raise OptionsError("--test never: the table is of the test set; leave it out")
     if not wanted.rows or len(set(wanted.rows)) < len(wanted.rows):

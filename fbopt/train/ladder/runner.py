@@ -6,6 +6,8 @@ on once, so that each of them saves after its step.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -19,14 +21,17 @@ from fbopt.train.config.options import Options
 from fbopt.train.config.parser import command_line
 from fbopt.train.data.load import load_for
 from fbopt.train.ladder.plan import Plan
+from fbopt.train.ladder.speed import measure
 
 POLL_SECONDS = 0.1
 NEWS_SECONDS = 60.0
+MEASURED_STEPS = 20  # before the speed of a run is told
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_all(plan: Plan) -> int:
-    """Train what is not finished yet; returns 0, 1 (a run failed) or 130 (interrupted).
+    """Train what is not finished yet; returns 0, 1 (a run failed) or 130 (stopped before the end,
+    by a signal or at the plan's deadline).
 
     Raises OptionsError (other options made a run that is there) and DataError, before any start.
     """
@@ -46,12 +51,17 @@ class Runner:
         self.plan, self.left, self.total = plan, left, len(plan.last_row_first)
         self.done = self.total - len(left)
         self.running: dict[subprocess.Popen[bytes], Options] = {}
+        # Of runs whose speed is not told yet: when their start was recorded before, and their step.
+        self.untold: dict[subprocess.Popen[bytes], tuple[int, int]] = {}
         self.failed = self.stopping = False
 
     def run(self) -> int:
         """Train what is left, several at a time, and print each result; returns as `run_all`."""
         finished = f"{self.done} of them finished"
-        print(f"{self.total} runs, {finished}; {self.plan.jobs} at a time", flush=True)
+        print(
+            f"{self.total} run{'s' * (self.total != 1)}, {finished}; {self.plan.jobs} at a time",
+            flush=True,
+        )
         handlers = {number: signal.signal(number, self._stop) for number in SIGNALS}
         try:
             self._train()
@@ -61,19 +71,22 @@ class Runner:
             for process in self.running:  # only after an error in this process
                 process.terminate()
                 process.wait()
-        if self.stopping:
-            print(f"stopped, what was running is saved; go on with\n  {self.plan.command}")
+        in_time = time.monotonic() <= self.plan.deadline  # so it was a signal that stopped it
+        if self.stopping and (in_time or self.done < self.total):
             return 130
         return int(self.failed)
 
     def _train(self) -> None:
         news = time.monotonic() + NEWS_SECONDS
         while self.running or (self.left and not self.stopping):
+            self._stop_in_time()
             while self.left and len(self.running) < self.plan.jobs and not self.stopping:
                 self.start(self.left.pop(0))
             time.sleep(POLL_SECONDS)
             for process in [p for p in self.running if p.poll() is not None]:
+                self.untold.pop(process, None)
                 self._report(self.running.pop(process), process.returncode)
+            self._tell_speeds()
             if self.running and time.monotonic() > news:
                 news += NEWS_SECONDS
                 print(f"  {', '.join(map(_progress, self.running.values()))}", flush=True)
@@ -85,8 +98,20 @@ class Runner:
         words = [sys.executable, "-m", "fbopt.train", *command_line(options)]
         streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         with open(log, "wb") as output:
+            before = _recorded(options), _saved_step(options)
             process = subprocess.Popen(words, stdout=output, start_new_session=True, **streams)
-        self.running[process] = options
+        self.running[process], self.untold[process] = options, before
+
+    def _tell_speeds(self) -> None:
+        """Print the speed of each run once it has taken some steps."""
+        for process, (recorded, step) in list(self.untold.items()):
+            options = self.running[process]
+            if _recorded(options) <= recorded:  # what is there was logged before, maybe elsewhere
+                continue
+            speed = measure(options, step)
+            if speed is not None and speed.steps >= MEASURED_STEPS:
+                del self.untold[process]
+                print(f"{options.recipe}, seed {options.seed}: {speed}", flush=True)
 
     def _report(self, options: Options, status: int) -> None:
         """Print how a run ended."""
@@ -108,13 +133,36 @@ class Runner:
     def _log(self, options: Options) -> Path:
         return self.plan.folder / "logs" / f"{options.out.name}.log"
 
-    def _stop(self, number: int, frame: Any) -> None:
+    def _stop_in_time(self) -> None:
+        """Stop at the plan's deadline; once its grace is over, end what has not saved by then."""
+        late = time.monotonic() - self.plan.deadline
+        if late > 0 and not self.stopping:
+            print("\nthe time is over", end="", flush=True)
+            self._stop()
+        if late > self.plan.grace and self.running:
+            print("ending what is still in a step, back at its last save", flush=True)
+            for process in self.running:
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # it has just ended
+                    os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+                process.wait()
+
+    def _stop(self, number: int = 0, frame: Any = None) -> None:
         """Make every run save after its step; the second time, stop at once."""
         again = "" if self.stopping else " (again to stop at once, without it)"
         print(f"\nstopping after the step of every run{again}", flush=True)
         self.stopping = True
         for process in self.running:
             process.send_signal(signal.SIGINT)
+
+
+def _recorded(options: Options) -> int:
+    """When the last start of a run was recorded, in ns; 0 if it was never."""
+    path = RunFolder(options.out).environment
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _saved_step(options: Options) -> int:
+    return max((step for step, _ in RunFolder(options.out).checkpoints()), default=0)
 
 
 def _progress(options: Options) -> str:

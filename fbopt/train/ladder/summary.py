@@ -36,6 +36,7 @@ def write(plan: Plan) -> str:
         runs = (row["runs"], base["runs"], "test_accuracy") if compared else None
         row["difference"] = runs and difference(*runs)
     text = table(rows)
+    plan.folder.mkdir(parents=True, exist_ok=True)  # nothing may have been started
     atomic.replace(plan.folder / "ladder.md", f"{text}\n\n    {plan.command}\n".encode())
     content = {"command": plan.command, "data": plan.last_row_first[0].data, "rows": rows}
     atomic.replace_json(plan.folder / "ladder.json", content)
@@ -73,10 +74,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [HEAD]
     for row in rows:
-        runs, failed = row["runs"], row["seeds"] - len(row["runs"])
+        runs, missing = row["runs"], row["seeds"] - len(row["runs"])
         cells = (
             f"`{row['row']}`",
-            _words(row["test_accuracy"], 2, 100) + (f" ({failed} failed)" if failed else ""),
+            _words(row["test_accuracy"], 2, 100)
+            + (f" ({missing} not finished)" if missing else ""),
             _difference(row["difference"]),
             str(len(runs)),
             _words(row["loss"], 4),
