@@ -24,7 +24,7 @@ from benchmarks.peers import program as peers
 from benchmarks.report import QUICK_ROUNDS, Report, options
 from benchmarks.task import Task
 from benchmarks.timing import Contender, Plan, Table, measure
-from fbopt.train.precision import autocast_dtype, set_float32_precision
+from fbopt.train.precision import autocast_dtype, set_arithmetic
 
 # Samples, and samples in a chunk: MNIST-1D has 4,000 to train on.
 CNN_SETTINGS = [(4000, 128), (128, 128)]
@@ -86,7 +86,7 @@ def table(
     device = plan.device
     kinds = CALLS[device.type]
     check(size, penalised, kinds, device)
-    set_float32_precision(precision, device)
+    set_arithmetic(precision, device)
     network, chunks = cases.model(size, device), cases.data(size, samples, chunk, device)
     what = f"{'with' if penalised else 'without'} penalty, {TITLES[size]}"
     count = "one chunk" if len(chunks) == 1 else f"{len(chunks)} chunks"

@@ -34,7 +34,7 @@ from fbopt.train.config.resolve import resolve
 from fbopt.train.data.dataset import Data, from_arrays
 from fbopt.train.data.load import MOMENTS
 from fbopt.train.malloc import keep_freed
-from fbopt.train.precision import autocast_dtype, cross_entropy, set_float32_precision
+from fbopt.train.precision import autocast_dtype, cross_entropy, set_arithmetic
 from fbopt.train.trainer import Trainer
 
 ROUNDS = 7
@@ -105,7 +105,7 @@ class Step:
     model: nn.Module | None = None  # None where no gradient is left
 
     def __call__(self) -> None:
-        set_float32_precision(self.job.precision, self.job.device)
+        set_arithmetic(self.job.precision, self.job.device)
         self.run()
 
     @property
@@ -195,7 +195,7 @@ def check(job: Job) -> None:
         if step.model is None:
             continue
         before = [p.detach().clone() for p in step.model.parameters()]
-        set_float32_precision(step.job.precision, job.device)
+        set_arithmetic(step.job.precision, job.device)
         expected = step.job.task(copy.deepcopy(step.model)).expected
         step()
         now = list(step.model.parameters())

@@ -56,7 +56,7 @@ def build_trainer(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     data, digest = loaded or read(options)
-    precision.set_float32_precision(options.precision, device)
+    precision.set_arithmetic(options.precision, device)
     dtype = precision.parameter_dtype(options.precision)
     on_device = data.to(device, options.channels_last, dtype)
     options = replace(options, processes=context.world_size)

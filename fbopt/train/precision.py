@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def set_float32_precision(precision: str, device: torch.device) -> None:
-    """Let CUDA multiply float32 numbers as `--precision` says; the CPU's settings are not changed.
+def set_arithmetic(precision: str, device: torch.device) -> None:
+    """Let CUDA multiply float32 numbers as `--precision` says, and cuDNN add in a fixed order.
 
-    It holds for the whole process.
+    It holds for the whole process. The CPU's settings are not changed: its sums have an order.
     """
     if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
         kind = "ieee" if precision in ("fp32", "fp64") else "tf32"
         torch.backends.cuda.matmul.fp32_precision = kind
         torch.backends.cudnn.conv.fp32_precision = kind

@@ -22,7 +22,7 @@ from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.curvature import training_loss
 from fbopt.train.data.load import load_for
 from fbopt.train.distributed import select_device
-from fbopt.train.precision import parameter_dtype, set_float32_precision
+from fbopt.train.precision import parameter_dtype, set_arithmetic
 from fbopt.train.trainer import Trainer
 
 # The means of gradients in the state of update rules; the others' momenta are of their steps.
@@ -83,7 +83,7 @@ class Subject:
 
     def set_precision(self) -> None:
         """Let CUDA multiply float32 numbers as this run did; the setting is one per process."""
-        set_float32_precision(self.run.options.precision, self.run.device)
+        set_arithmetic(self.run.options.precision, self.run.device)
 
 
 def read(path: Path, options: Analysis) -> Subject:

@@ -51,7 +51,8 @@ def environment(trainer: Trainer, data: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": trainer.context.world_size,
         "precision": f"matmul {matmul.fp32_precision}, convolution {convolution.fp32_precision}",
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled()
+        or (cuda and torch.backends.cudnn.deterministic),
         "kernels": kernels,  # none: torch's own SGD
         "accumulation": None if closure is None else closure.accumulation,
         "chunk_order": "natural" if order is None else list(order),
