@@ -95,7 +95,7 @@ def tune(base, folder, trials):
     """Run the trials of a row that are missing; what it came to, None if interrupted."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     resolved = resolve(base)
-    base = replace(base, eval_every=max(1, resolved.passes // 10), keep=1)
+    base = replace(base, eval_every=max(1, resolved.passes // 5), keep=1)
     space = {name: factors for name, factors in SPACE.items() if getattr(resolved, name)}
     study = optuna.create_study(
         storage=f"sqlite:///{folder}/{base.recipe}.db",
