@@ -150,7 +150,7 @@ def test_imagenet_is_tested_on_the_middle(imagenet):
 def test_imagenet_errors(imagenet, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"expected images as .*none/train/<class>/<image>"):
         load(f"imagenet:{tmp_path / 'none'}")
-    with pytest.raises(DataError, match=r"--samples 25: .*there are only 24 training images"):
+    with pytest.raises(DataError, match=r"--samples 25: .*there are only 24 training samples"):
         load(f"imagenet:{imagenet}", samples=25)
     (imagenet / "val" / "n02" / "0.JPEG").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"n02/0\.JPEG: not a readable image"):

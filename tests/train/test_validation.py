@@ -70,7 +70,7 @@ def test_shares_that_leave_nothing_are_refused(tiny):
     for share in (0.001, 0.999):
         with pytest.raises(DataError, match=f"--validation {share}: .* holds out (0|75) of 75"):
             load(tiny, validation=share)
-    with pytest.raises(DataError, match="has only 60 beside those of --validation"):
+    with pytest.raises(DataError, match="only 60 training samples beside those of --validation"):
         load(tiny, samples=61, validation=0.2)
     for share in (-0.1, 1.0):
         with pytest.raises(OptionsError, match="--validation"):

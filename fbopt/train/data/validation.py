@@ -27,6 +27,6 @@ def hold_out(
     shuffled = np.random.RandomState(SEED).permutation(count)
     held, kept = np.sort(shuffled[:number]), np.sort(shuffled[number:])
     if samples is not None and samples > len(kept):
-        left = f"{len(kept)}" if share == 0 else f"{len(kept)} beside those of --validation"
-        raise DataError(f"--samples {samples}: {name}: x_train has only {left}; give at most that")
+        left = f"{len(kept)} training samples" + " beside those of --validation" * bool(share)
+        raise DataError(f"--samples {samples}: {name}: there are only {left}; give at most that")
     return kept[:samples], held
