@@ -170,7 +170,7 @@ def test_a_part_of_the_training_samples(tmp_path):
     assert data.train.y.tolist() == [0, 1] * 3 and data.classes == 3
     assert data.train.mean.item() == pytest.approx(x[:6].mean(), rel=1e-6)
     assert load(spec, samples=12).sha256() == load(spec).sha256() != data.sha256()
-    with pytest.raises(DataError, match=r"--samples 13: .*there are only 12 training samples; give"):
+    with pytest.raises(DataError, match=r"--samples 13: .*only 12 training samples; give"):
         load(spec, samples=13)
 
 
