@@ -30,16 +30,16 @@ from fbopt.train import Diverged, Interrupted, Options, OptionsError, parse, res
 from fbopt.train.ladder import Ladder, make_plan
 
 SPACE = {  # smallest and largest as factors of the recipe's value; or, of sizes, all of them
-    "lr": (1 / 8, 8),
-    "weight_decay": (1 / 8, 8),
-    "max_norm": (1 / 8, 16),
-    "penalty": (1 / 4, 32),
-    "radius": (1 / 4, 32),
-    "rho": (1 / 8, 8),
+    "lr": (1 / 4, 6),
+    "weight_decay": (1 / 4, 4),
+    "max_norm": (1 / 4, 8),
+    "penalty": (1 / 2, 16),
+    "radius": (1 / 2, 16),
+    "rho": (1 / 4, 4),
     "batch_size": (0.5, 1, 2),
     "chunk_size": (0.5, 1, 2),
 }
-RANDOM = 5  # first trials, the recipe's among them, that do not follow from those before
+RANDOM = 4  # first trials, the recipe's among them, that do not follow from those before
 interrupted = threading.Event()  # in this process
 
 
@@ -101,7 +101,8 @@ def tune(base, folder, trials):
         storage=f"sqlite:///{folder}/{base.recipe}.db",
         study_name=base.recipe,
         direction="maximize",
-        pruner=optuna.pruners.MedianPruner(3, n_warmup_steps=resolved.passes // 5),
+        # Not before a row that takes few, large steps shows what it is worth.
+        pruner=optuna.pruners.MedianPruner(2, n_warmup_steps=int(0.4 * resolved.passes)),
         load_if_exists=True,
     )
     try:
