@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from benchmarks import carry
 from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.run_dir import RunFolder
-from fbopt.train.config.options import Options
+from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.parser import parse
 from fbopt.train.config.resolve import resolve
 from fbopt.train.ladder import speed, summary
@@ -45,8 +45,8 @@ KEPT = (
     "seconds",
 )  # fmt: skip
 OPTIONS = (
-    "steps", "epochs", "chunk_size", "batch_size", "augment", "precision", "channels_last",
-    "compile", "cuda_graph", "accumulation",
+    "model", "width", "steps", "epochs", "chunk_size", "batch_size", "augment", "precision",
+    "channels_last", "compile", "cuda_graph", "accumulation",
 )  # fmt: skip
 
 
@@ -99,7 +99,11 @@ class Job:
     def _plan(self, scale: Scale) -> Plan:
         words = ["--data", self.data, "--out", str(self.out / scale.folder), "--jobs", "1"]
         words += ["--rows", *scale.rows, "--seeds", str(self.seeds), "--share", str(scale.share)]
-        words += ["--model", "resnet18", "--width", str(scale.width), *self.words]
+        words += ["--model", "resnet18", "--width", str(scale.width)]
+        given = {word.partition("=")[0] for word in self.words}
+        if taken := sorted(given.intersection(words)):
+            raise OptionsError(f"{taken[0]} is set for every scale; leave it out")
+        words += self.words
         plan = make_plan(*parse("fbopt ladder", words, Ladder, Options), self.command)
         return replace(plan, deadline=self.deadline, grace=GRACE_SECONDS)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 Tensors = Sequence[Tensor | None]
 TRIALS = 2  # changes of the last bits
-SUMS = 8  # times the root of a sum's length: how many last bits its order may change
+SUMS = 16  # times the root of a sum's length: how many last bits its order may change
 
 
 class Found(NamedTuple):
@@ -45,27 +45,30 @@ class Precision(NamedTuple):
         share: what results may differ by, as a share.
         factor: how many times the effect of other last bits is rounding.
         last_bit: the relative distance of neighbouring numbers.
+        order: what the order of sums may change, as a share of all vectors together.
     """
 
     share: float
     factor: float
     last_bit: float
+    order: float
 
     @classmethod
     def of(cls, dtypes: Iterable[torch.dtype], device: torch.device, terms: int = 1) -> Precision:
         """That of the least exact of some dtypes on a device, in sums of up to so many terms.
 
-        A sum rounds by the root of their number, if not by less, and in another order otherwise;
-        BatchNorm adds up a channel of a chunk one by one.
+        A sum rounds by the root of their number, if not by less, and in another order otherwise:
+        on one thread BatchNorm adds up a channel of a chunk one by one.
         """
         last_bit = max(torch.finfo(dtype).eps for dtype in dtypes)
         exact = device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
-        factor = max(100.0, SUMS * math.sqrt(terms))
+        order = min(max(100.0, SUMS * math.sqrt(terms)) * last_bit, 1e-2)
         if last_bit < 1e-12:
-            return cls(1e-8, factor, last_bit)
+            return cls(1e-8, 100.0, last_bit, order)
         if last_bit < 1e-5 and exact:
-            return cls(1e-3, factor, last_bit)
-        return cls(0.1, 4.0, max(last_bit, 2.0**-10))  # half precision, or float32 by TF32
+            return cls(1e-3, 100.0, last_bit, order)
+        coarse = max(last_bit, 2.0**-10)  # half precision, or float32 by TF32
+        return cls(0.1, 4.0, coarse, min(4.0 * coarse, 1e-2))
 
 
 class Comparison:
@@ -97,10 +100,10 @@ class Comparison:
         return self._apart(found, *self._noise)
 
     def _apart(self, found: Found, noise: float, noises: Sequence[float]) -> str | None:
-        wanted, (share, factor, last_bit) = self.expected, self._precision
+        wanted, (share, factor, _, order) = self.expected, self._precision
         if _distance(found.loss, wanted.loss) > share * _norm([wanted.loss]) + factor * noise:
             return f"its loss is {_shown(found.loss)} rather than {_shown(wanted.loss)}"
-        floor = min(factor * last_bit, 1e-2) * _norm(wanted.vectors)
+        floor = order * _norm(wanted.vectors)
         triples = zip(found.vectors, wanted.vectors, noises, strict=True)
         for i, (v, w, n) in enumerate(triples):
             if v is None or w is None:

@@ -107,7 +107,7 @@ def check_draws(
 
     shifted = [p.clone() for p in points]
     with visit.draws.repeated() as rewind:
-        comparison = Comparison(run, work.sums.params, parameter_names(work), visit.largest)
+        comparison = Comparison(run, work.sums.params, parameter_names(work), visit.longest_sum)
         after = copy.copy(visit.draws)
         after.begin()
         try:

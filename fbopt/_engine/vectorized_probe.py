@@ -34,10 +34,14 @@ class Visit:
         return not isinstance(self.draws, GeneratorSnapshot)
 
     @property
-    def largest(self) -> int:
-        """How many numbers the largest tensor of a chunk has."""
-        leaves = tree_leaves(self.stack.chunk(0))
-        return max((leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)), default=1)
+    def longest_sum(self) -> int:
+        """How many numbers a sum over the samples and places of a chunk has: n, or n·height·width.
+
+        Deeper layers of a network have fewer places.
+        """
+        leaves = [t for t in tree_leaves(self.stack.chunk(0)) if isinstance(t, Tensor)]
+        counts = [t.numel() // (t.shape[1] if t.ndim > 2 else 1) for t in leaves if t.numel()]
+        return max(counts, default=1)
 
     @property
     def kind(self) -> Hashable:
@@ -101,7 +105,7 @@ class Probe:
         self._shown: list[Any] = []
         self._observe: Observe = (lambda *found: self._shown.append(found[0])) if observed else None
         names = parameter_names(work)
-        self._comparison = Comparison(self._run, work.sums.params, names, visit.largest)
+        self._comparison = Comparison(self._run, work.sums.params, names, visit.longest_sum)
 
     def _run(self) -> Found:
         work, (group, draws), k = self._work, (self._visit.group, self._visit.draws), self._place

@@ -159,18 +159,39 @@ def test_half_precision_inside_of_a_loss_allows_for_more():
     assert compare(one, lambda: 2 * one(), [a], dtypes=dtypes) is not None
 
 
+@pytest.mark.parametrize("terms", [1, 128 * 32 * 32, 64 * 224 * 224])
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.1, 1.5, 2.0, -1.0])
+def test_the_length_of_sums_excuses_no_wrong_gradient(factor, terms):
+    """Of a network with BatchNorm, whose gradients change by far more than last bits."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    for _ in range(4):
+        layers += [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 3
+    params = list(model.parameters())
+    names = [name for name, _ in model.named_parameters()]
+
+    def run() -> Found:
+        return found(nn.functional.cross_entropy(model(x), y), params)
+
+    comparison, right = Comparison(run, params, names, terms), run()
+    assert comparison.difference(right) is None
+    wrong = right._replace(grads=[factor * g for g in right.grads])
+    assert comparison.difference(wrong) is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_long_sums_round_by_more_than_last_bits(dtype):
-    """The order of n terms changes about √n last bits; more than that is another gradient."""
-    a, last_bit = parameter(1.0, dtype=dtype), torch.finfo(dtype).eps
-    one = found((1e4 * (a - 1)).square().sum(), [a])  # a gradient of which nothing is left
-    noise = 2e8 * last_bit  # of the gradient, where a differs by a last bit
+    """The order of n terms changes about √n last bits of all that is summed, and no more."""
+    a = [nn.Parameter(torch.ones(n, dtype=dtype)) for n in (1, 100)]
+    run = lambda: found(1e-4 * a[0].sum() + a[1].sum(), a)  # noqa: E731
+    one, bits = run(), torch.finfo(dtype).eps * 10  # last bits of all gradients together
     for changes, terms, same in (
         (50, 1, True), (3000, 1, False), (3000, 1 << 18, True), (3e5, 1 << 18, False),
     ):  # fmt: skip
-        run = lambda: found((1e4 * (a - 1)).square().sum(), [a])  # noqa: E731
-        comparison = Comparison(run, [a], ["a"], terms)
-        other = one._replace(grads=[one.grads[0] + changes * noise])
+        other = one._replace(grads=[one.grads[0] + changes * bits, one.grads[1]])
+        comparison = Comparison(run, a, ["a", "b"], terms)
         assert (comparison.difference(other) is None) == same, (changes, terms)
 
 

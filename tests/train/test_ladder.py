@@ -351,9 +351,12 @@ def test_words_of_the_table():
     assert line == "| `fb` | 50.00 | – | 2 | 0.5000 | 9 – 1,200 | 18 |  | 1:02:05 | – |"
     for run in runs:
         run["sample_passes"] = 1_234_567
-    row["difference"] = {"mean": -0.0123, "low": -0.02, "high": 0.0005}
+    row["difference"] = {"mean": -0.0123, "low": -0.02, "high": 0.0005, "n": 2}
     line = summary.table([row]).splitlines()[-1]
     assert "| −1.23 (−2.00 to +0.05) | 2 |" in line and "| 18 | 1.23 | 1:02:05 |" in line
+    row["difference"]["n"] = 3  # of sgd fewer or more seeds are finished
+    assert "| −1.23 (−2.00 to +0.05), n = 3 | 2 |" in summary.table([row])
+    row["difference"]["n"] = 2
     row["difference"] |= {"low": None, "high": None}
     assert "| −1.23 | 2 |" in summary.table([row])
 

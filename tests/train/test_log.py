@@ -116,10 +116,10 @@ def test_tensorboard_of_a_killed_run(tiny, tmp_path, board, monkeypatch):
     """Steps 5 to 7 were logged after the checkpoint, and nothing was flushed."""
     record = Trainer.record
 
-    def die(trainer, with_test):
+    def die(trainer, evaluated):
         if trainer.step == 8:
             raise MemoryError
-        return record(trainer, with_test)
+        return record(trainer, evaluated)
 
     whole = train(options(tiny, tmp_path / "whole"))
     with monkeypatch.context() as patch, pytest.raises(MemoryError):

@@ -113,10 +113,10 @@ def test_metrics_after_the_checkpoint_are_taken_again(tiny, tmp_path, monkeypatc
     whole = train(options(tiny, tmp_path / "whole"))
     record = Trainer.record
 
-    def die(trainer, with_test):
+    def die(trainer, evaluated):
         if trainer.step == 8:
             raise MemoryError
-        return record(trainer, with_test)
+        return record(trainer, evaluated)
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(saver, "SAVE_SECONDS", 0)

@@ -142,6 +142,10 @@ def test_runs_of_earlier_versions_resume(tiny, tmp_path):
     folder.options.write_text(json.dumps(made))
     state.pop("format")
     folder.path_of(5).write_bytes(format.seal(state))
+    for step in (7, 9):  # interrupted again, twice
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+            tiny_runs.interrupt_after(patch, step)
+            train(tiny_runs.options(tiny, tmp_path, resume="auto"))
     run = train(tiny_runs.options(tiny, tmp_path, resume="auto"))
     assert "test_accuracy" in run.summary
 

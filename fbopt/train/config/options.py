@@ -359,8 +359,8 @@ class Options:
     def evaluated(self, last: bool) -> tuple[str, ...]:
         """The splits that an evaluation looks at; `last`, the one after the last step."""
         own = ("validation",) if self.validation else ()
-        test = self.test in (None, "always") or (last and self.test == "last")
-        return (*own, "test") if test else own
+        when = self.test or ("last" if self.validation else "always")
+        return (*own, "test") if when == "always" or (last and when == "last") else own
 
     @property
     def passes(self) -> int:

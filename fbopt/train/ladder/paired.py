@@ -45,9 +45,7 @@ def difference(
 
 @functools.cache
 def _quantile(freedom: int) -> float | None:
-    """What Student's t exceeds half as often as the interval misses; None, after a message, where
-    SciPy is not installed.
-    """
+    """The 97.5 % quantile of Student's t; None, after a message, where SciPy is not installed."""
     try:
         from scipy.stats import t
     except ImportError:

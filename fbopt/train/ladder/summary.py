@@ -79,7 +79,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"`{row['row']}`",
             _words(row["test_accuracy"], 2, 100)
             + (f" ({missing} not finished)" if missing else ""),
-            _difference(row["difference"]),
+            _difference(row["difference"], len(runs)),
             str(len(runs)),
             _words(row["loss"], 4),
             *(_range([run[key] for run in runs]) for key in ("step", "gradient_evaluations")),
@@ -91,14 +91,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _difference(found: dict[str, Any] | None) -> str:
-    """Mean and interval in percentage points, with their signs."""
+def _difference(found: dict[str, Any] | None, runs: int) -> str:
+    """Mean and interval in percentage points, with their signs; how many pairs, if not all runs."""
     if found is None:
         return "–"
     mean, *ends = (
         None if found[k] is None else f"{100 * found[k]:+.2f}" for k in ("mean", "low", "high")
     )
-    return (f"{mean} ({ends[0]} to {ends[1]})" if ends[0] else mean).replace("-", "−")
+    words = (f"{mean} ({ends[0]} to {ends[1]})" if ends[0] else mean).replace("-", "−")
+    return words if found["n"] == runs else f"{words}, n = {found['n']}"
 
 
 def _words(spread: dict[str, float | None] | None, digits: int, times: float = 1) -> str:
