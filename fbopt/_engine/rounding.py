@@ -17,7 +17,7 @@ from torch import Tensor
 
 Tensors = Sequence[Tensor | None]
 TRIALS = 2  # changes of the last bits
-SUMS = 16  # times the root of a sum's length: how many last bits its order may change
+SUMS = 64  # times the root of a sum's length: how many last bits its order may change
 
 
 class Found(NamedTuple):
