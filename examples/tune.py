@@ -2,12 +2,14 @@
 
     pip install optuna
     python examples/tune.py --data mnist1d --rows sgd fb-clip fb-penalty --trials 16 --share 0.33
-    fbopt ladder --data mnist1d --rows sgd fb-clip fb-penalty --tuned runs/tune-mnist1d/tuned.json
+    fbopt ladder --data mnist1d --rows sgd fb-clip fb-penalty --validation 0.1 --first-seed 1 \
+      --tuned runs/tune-mnist1d/tuned.json
 
 All options of `fbopt train` hold for every trial. A row's first trial is its recipe; the others
 search its learning rate, its weight decay, the size of its chunks or mini-batches, and what it has
 of clipping norm, penalty, radius and rho. The best has the highest accuracy, after the last pass,
-on the samples that --validation holds out of the training set. The test set is never looked at.
+on the samples that --validation holds out of the training set. The test set is never looked at,
+and trials have seed 0 (or --seed), which then is none of the ladder's.
 
 Each row is a study of Optuna in OUT/ROW.db: after an interruption the same command goes on.
 """
@@ -26,7 +28,16 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from fbopt.train import Diverged, Interrupted, Options, OptionsError, parse, resolve, train
+from fbopt.train import (
+    DataError,
+    Diverged,
+    Interrupted,
+    Options,
+    OptionsError,
+    parse,
+    resolve,
+    train,
+)
 from fbopt.train.ladder import Ladder, make_plan
 
 SPACE = {  # smallest and largest as factors of the recipe's value; or, of sizes, all of them
@@ -70,13 +81,15 @@ def main(words=None):
     try:
         if not wanted.validation or common.test is not None:
             raise OptionsError("hyperparameters are chosen on --validation, never on the test set")
+        if common.eval_every or common.keep:
+            raise OptionsError("--eval-every and --keep are set for every trial; leave them out")
         plan = make_plan(ladder, replace(common, validation=wanted.validation))
         folder = wanted.out or Path(f"runs/tune-{common.data_name}")
         folder.mkdir(parents=True, exist_ok=True)
         bases = [replace(base, test="never") for base in plan.last_row_first]
         with ProcessPoolExecutor(plan.jobs, get_context("spawn")) as pool:
             found = list(pool.map(partial(tune, folder=folder, trials=wanted.trials), bases))
-    except OptionsError as error:
+    except (OptionsError, DataError) as error:
         print(f"tune.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # the processes have had it too, and save their runs
@@ -85,9 +98,12 @@ def main(words=None):
         print("interrupted; the same command goes on")
         return 130
     rows = {base.recipe: row for base, row in zip(bases, found, strict=True)}
-    content = {"chosen_by": "validation_accuracy", "rows": {row: rows[row] for row in plan.runs}}
-    (folder / "tuned.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(f"written: {folder}/tuned.json")
+    written = folder / "tuned.json"
+    before = json.loads(written.read_text())["rows"] if written.exists() else {}
+    rows = before | {row: rows[row] for row in plan.runs}
+    content = {"chosen_by": "validation_accuracy", "rows": rows}
+    written.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written: {written}")
     return 0
 
 
@@ -105,9 +121,11 @@ def tune(base, folder, trials):
         pruner=optuna.pruners.MedianPruner(2, n_warmup_steps=int(0.4 * resolved.passes)),
         load_if_exists=True,
     )
+    made_with = {"space": space, "passes": resolved.passes, "common": common_of(base)}
+    check_same(study, made_with, folder)
     try:
         while not interrupted.is_set() and (done := len(finished(study))) < trials:
-            if not done:
+            if not done and not study.get_trials(states=(TrialState.WAITING,)):
                 study.enqueue_trial({name: getattr(resolved, name) for name in space})
             # A function of the trials before: what is interrupted here is tried again.
             seed = base.seed + done
@@ -133,18 +151,43 @@ def run(trial, base, space):
         else:
             chosen[name] = trial.suggest_float(name, *values, log=True)
 
+    reported = set()
+
     def report(row):
-        if "validation_accuracy" in row:
+        if "validation_accuracy" in row and row["pass"] not in reported:
+            reported.add(row["pass"])
             trial.report(row["validation_accuracy"], row["pass"])
             if trial.should_prune():
                 raise optuna.TrialPruned
 
+    metrics = base.out / "metrics.jsonl"  # of an interrupted trial, which is resumed
+    for line in metrics.read_text().splitlines() if metrics.exists() else ():
+        report(json.loads(line))
     torch.compiler.reset()  # it compiles few variants of one function
     with open(f"{base.out}.log", "a") as log, redirect_stdout(log):
         try:
             return train(replace(base, **chosen), [report]).summary["validation_accuracy"]
         except Diverged:
             return 0.0
+
+
+def check_same(study, made_with, folder):
+    """Refuse to mix trials of other options into a study."""
+    made_with = json.loads(json.dumps(made_with))
+    before = study.user_attrs.get("made_with")
+    if before is None and not study.trials:
+        study.set_user_attr("made_with", made_with)
+    elif before != made_with:
+        raise OptionsError(
+            f"{folder} holds trials of other options, passes or ranges than these: {before}; give "
+            "another --out"
+        )
+
+
+def common_of(base):
+    """The options that all trials of a row share."""
+    named = {k: v for k, v in base.as_json().items() if v != getattr(Options, k)}
+    return {k: v for k, v in named.items() if k not in ("out", "threads", "processes")}
 
 
 def finished(study):
@@ -166,9 +209,8 @@ def summary(study, base, passes):
         {"state": t.state.name.lower(), "validation_accuracy": t.value, **t.params}
         for t in finished(study)
     ]
-    common = {k: v for k, v in base.as_json().items() if v != getattr(Options, k) and k != "out"}
     best = {"options": study.best_params, "validation_accuracy": study.best_value}
-    return {**best, "passes": passes, "common": common, "trials": trials}
+    return {**best, "passes": passes, "common": common_of(base), "trials": trials}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-MOST_LINES = {"mnist1d": 70, "tune": 175}
+MOST_LINES = {"mnist1d": 70, "tune": 220}
 PROGRAM = {"tune": {"fbopt.train", "fbopt.train.ladder"}}  # of which all names are public
 
 
@@ -152,9 +152,16 @@ def test_tuning_is_equal_resumable_and_never_looks_at_the_test_set(tmp_path):
             metrics = (result.parent / "metrics.jsonl").read_text()
             assert "validation_accuracy" in metrics and "test_" not in metrics
     tuned = ["--tuned", str(tmp_path / "tuned.json"), "--out", str(tmp_path / "ladder")]
-    assert ladder([*given, *tuned, "--share", "0.01", "--seeds", "1"]) == 0
-    made = json.loads((tmp_path / "ladder" / "fb-penalty-s0" / "options.json").read_text())
+    tuned += ["--validation", "0.1", "--first-seed", "1", "--share", "0.01", "--seeds", "1"]
+    assert ladder([*given, *tuned]) == 0
+    made = json.loads((tmp_path / "ladder" / "fb-penalty-s1" / "options.json").read_text())
     assert {k: made[k] for k in rows["fb-penalty"]["options"]} == rows["fb-penalty"]["options"]
-    refused = [*program[:-1], "--test", "always"]
-    done = subprocess.run(refused, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "never on the test set" in done.stderr
+    refusals = {
+        "--test always": "never on the test set", "--width 8": "holds trials of other options",
+        f"--samples 100000 --out {tmp_path}/new": "--samples 100000",
+        "--keep 3": "--keep are set for every trial",
+    }  # fmt: skip
+    for words, message in refusals.items():
+        command = [*program[:-1], *words.split()]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr, (words, done.stderr)

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fbopt.train.config.dataspec import DataError
     from fbopt.train.config.options import Options, OptionsError
     from fbopt.train.config.parser import parse
     from fbopt.train.config.resolve import resolve
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from fbopt.train.signals import Interrupted
     from fbopt.train.trainer import Diverged
 
-__all__ = ["Diverged", "Interrupted", "Options", "OptionsError", "parse", "resolve", "train"]
 _MODULES = {
+    "DataError": "fbopt.train.config.dataspec",
     "Diverged": "fbopt.train.trainer",
     "Interrupted": "fbopt.train.signals",
     "Options": "fbopt.train.config.options",
@@ -27,6 +28,9 @@ _MODULES = {
     "resolve": "fbopt.train.config.resolve",
     "train": "fbopt.train.loop",
 }
+__all__ = [
+    "DataError", "Diverged", "Interrupted", "Options", "OptionsError", "parse", "resolve", "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -153,7 +153,7 @@ def test_a_budget_stops_and_the_same_command_goes_on(tiny, tmp_path, monkeypatch
     out = capsys.readouterr().out
     assert "the time is over\nstopping after the step of every run" in out
     assert out.endswith(f"go on with\n  fbopt ladder {' '.join(words)}\n")
-    assert "| `fb-clip` | – (1 not finished) | 0 |" in out
+    assert "| `fb-clip` | – (1 not finished) | – | 0 |" in out
     for row in ("fb-clip", "fb-long"):
         told = re.search(rf"{row}, seed 0: ([\d,]+) images/s with 1 gradient of each, 0:0", out)
         assert int(told[1].replace(",", "")) > 0

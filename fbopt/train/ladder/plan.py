@@ -8,12 +8,19 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fbopt._build.compiler import cores
 from fbopt.train.config.options import Options, OptionsError, RecipeName, flag
-from fbopt.train.config.resolve import ABOVE_0, AT_LEAST_1, check_bounds, device_type, resolve
+from fbopt.train.config.resolve import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    check_bounds,
+    device_type,
+    resolve,
+)
 from fbopt.train.ladder import tuned
 
 RUN_BYTES = 1_500_000_000  # of a small run, most of it torch
@@ -28,7 +35,7 @@ OWN = ("recipe", "seed", "processes", "resume", "overwrite", "chunk_norms")
 
 @dataclass(frozen=True)
 class Ladder:
-    """Train every row with seeds 0 … seeds − 1, then write a table and figures.
+    """Train every row with several seeds, then write a table and figures.
 
     Finished runs are not trained again and interrupted ones continue, so that rows and seeds can be
     added later.
@@ -40,6 +47,8 @@ class Ladder:
     """Recipes to train, the rows of the table; `fbopt recipes` lists their hyperparameters."""
     seeds: int = 3
     """Runs per row."""
+    first_seed: int = 0
+    """Seed of the first of them; the others count on from it."""
     share: float = 1.0
     """Fraction of its recipe's epochs or steps that each row takes; its schedule scales with it.
     --epochs sets those of sgd's rows, --steps those of the others."""
@@ -64,6 +73,7 @@ class Plan:
     runs: dict[str, list[Options]]  # by row, one for each seed
     jobs: int
     command: str
+    tuned: dict[str, tuned.Tuned] = field(default_factory=dict)  # by row
     deadline: float = math.inf  # by time.monotonic()
     grace: float = math.inf  # seconds after it until runs that have not saved are ended
 
@@ -79,19 +89,20 @@ def make_plan(wanted: Ladder, common: Options, command: str = "fbopt ladder") ->
     _check(wanted, common)
     folder = wanted.out or Path("runs") / f"ladder-{common.data_name}"
     rows = {row: replace(common, recipe=row) for row in wanted.rows}
-    if wanted.tuned is not None:
-        chosen = tuned.read(wanted.tuned, wanted.rows)
-        rows = {row: tuned.apply(o, chosen[row], wanted.tuned) for row, o in rows.items()}
+    seeds = range(wanted.first_seed, wanted.first_seed + wanted.seeds)
+    chosen = {} if wanted.tuned is None else tuned.read(wanted.tuned, wanted.rows)
+    for row, found in chosen.items():
+        rows[row] = found.apply(rows[row], seeds)
     rows = {row: _row(options, wanted.share) for row, options in rows.items()}
     jobs = wanted.jobs or _jobs(list(rows.values()))
     if jobs > 1:  # alone: torch's own choice, and processes as they pay
         share = max(1, cores() // jobs)
         rows = {row: replace(o, threads=o.threads or share, processes=1) for row, o in rows.items()}
     runs = {
-        row: [replace(o, seed=s, out=folder / f"{row}-s{s}") for s in range(wanted.seeds)]
+        row: [replace(o, seed=s, out=folder / f"{row}-s{s}") for s in seeds]
         for row, o in rows.items()
     }
-    return Plan(folder, runs, jobs, command, deadline)
+    return Plan(folder, runs, jobs, command, chosen, deadline)
 
 
 def _check(wanted: Ladder, common: Options) -> None:
@@ -99,8 +110,8 @@ def _check(wanted: Ladder, common: Options) -> None:
     for name in OWN:
         if getattr(common, name) != getattr(Options, name):
             raise OptionsError(f"{flag(name)} is set by the ladder for every run; leave it out")
-    bounds = {"seeds": AT_LEAST_1, "jobs": AT_LEAST_1, "share": ABOVE_0, "minutes": ABOVE_0}
-    check_bounds(wanted, bounds)
+    check_bounds(wanted, dict.fromkeys(("seeds", "jobs"), AT_LEAST_1))
+    check_bounds(wanted, dict.fromkeys(("share", "minutes"), ABOVE_0) | {"first_seed": AT_LEAST_0})
     if common.test == "never":
         raise OptionsError("--test never: the table is of the test set; leave it out")
     if not wanted.rows or len(set(wanted.rows)) < len(wanted.rows):

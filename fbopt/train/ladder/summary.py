@@ -8,7 +8,7 @@ from typing import Any
 
 from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.run_dir import RunFolder
-from fbopt.train.config.options import Options
+from fbopt.train.config.options import Options, flag
 from fbopt.train.config.recipes import published, summary
 from fbopt.train.config.resolve import resolve
 from fbopt.train.ladder.figures import draw_all
@@ -35,6 +35,8 @@ def write(plan: Plan) -> str:
         compared = base is not None and base is not row
         runs = (row["runs"], base["runs"], "test_accuracy") if compared else None
         row["difference"] = runs and difference(*runs)
+        chosen = plan.tuned.get(name)
+        row["tuned"] = chosen and chosen.as_json(plan.runs[name][0])
     text = table(rows)
     plan.folder.mkdir(parents=True, exist_ok=True)  # nothing may have been started
     atomic.replace(plan.folder / "ladder.md", f"{text}\n\n    {plan.command}\n".encode())
@@ -88,7 +90,16 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["published"] or "–",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines += ["", *(_tuned(row["row"], row["tuned"]) for row in rows if row.get("tuned"))]
+    return "\n".join(lines).rstrip("\n")
+
+
+def _tuned(name: str, found: dict[str, Any]) -> str:
+    """How a row was tuned, as an item of a list."""
+    chosen = ", ".join(f"{flag(k)} {v:.3g}" for k, v in found["options"].items())
+    others = "; ".join(found["differences"])
+    many = f"{found['trials']} trials of {found['passes']} passes"
+    return f"- `{name}`, tuned in {many}: {chosen}" + (f" (with {others})" if others else "")
 
 
 def _difference(found: dict[str, Any] | None, runs: int) -> str:
