@@ -43,8 +43,8 @@ def given(options: Options) -> dict[str, Any]:
 
 
 def resolve_for(made: Mapping[str, Any], options: Options) -> Options:
-    """Resolve the options of a run that has begun: it keeps its kind of sums, and how many chunks
-    go through the model at once, unless they are given.
+    """Resolve the options of a run that has begun: it keeps its kind of sums, how many chunks go
+    through the model at once, and when the test set is looked at, unless they are given.
 
     The defaults were float32 and 1 before. Options that there were not are left open: None is what
     was done then.
@@ -54,7 +54,7 @@ def resolve_for(made: Mapping[str, Any], options: Options) -> Options:
         name
         for name in asdict(options)
         if getattr(options, name) is None
-        and (name in ("accumulation", "vectorize") or name not in made)
+        and (name in ("accumulation", "vectorize", "test") or name not in made)
     ]
     return replace(resolved, **{name: made.get(name) for name in kept})
 

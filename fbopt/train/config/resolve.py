@@ -44,6 +44,7 @@ def resolve(options: Options) -> Options:
     values |= resolve_perturbation(options, values)
     if values["every"] is None:
         values["every"] = values["eval_every"] if options.tracked else 0
+    values["test"] = options.test or ("last" if options.validation else "always")
     if values["augment"] == "fixed":
         values["replicas"] = values["replicas"] or 10
     kind = parse(options.data)[0]
