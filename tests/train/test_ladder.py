@@ -171,7 +171,7 @@ def test_nothing_is_started_when_the_time_is_over(tiny, tmp_path, monkeypatch, c
     monkeypatch.setattr(runner.Runner, "start", lambda *a: pytest.fail("a run was started"))
     words = ["--data", tiny, "--out", str(tmp_path / "out"), *SMALL, "--rows", "fb"]
     assert main([*words, "--minutes", "1e-9"]) == 130
-    assert "| `fb` | – (3 not finished) | 0 |" in capsys.readouterr().out
+    assert "| `fb` | – (3 not finished) | – | 0 |" in capsys.readouterr().out
 
 
 def run_program(monkeypatch, program: str) -> None:

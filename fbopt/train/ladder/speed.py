@@ -38,7 +38,7 @@ def measure(options: Options, since: int = 0) -> Speed | None:
     """
     folder, options = RunFolder(options.out), resolve(options)
     started = max([since, *(line["step"] for line in atomic.read_lines(folder.environment))])
-    # Versions before 0.1 logged no sample passes.
+    # Runs of earlier versions logged no sample passes.
     known = [line for line in folder.read_metrics() if "sample_passes" in line]
     lines = [line for line in known if line["step"] > started]
     if not lines or (seconds := lines[-1]["seconds"] - lines[0]["seconds"]) <= 0:
