@@ -100,7 +100,7 @@ class Job:
         words = ["--data", self.data, "--out", str(self.out / scale.folder), "--jobs", "1"]
         words += ["--rows", *scale.rows, "--seeds", str(self.seeds), "--share", str(scale.share)]
         words += ["--model", "resnet18", "--width", str(scale.width)]
-        given = {word.partition("=")[0] for word in self.words}
+        given = {word.partition("=")[0] for word in self.words if word.startswith("--")}
         if taken := sorted(given.intersection(words)):
             raise OptionsError(f"{taken[0]} is set for every scale; leave it out")
         words += self.words

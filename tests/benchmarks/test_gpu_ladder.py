@@ -15,6 +15,7 @@ from benchmarks import carry, gpu_ladder, ladder_rehearsal, ladder_scales
 from benchmarks.ladder_scales import Job, Scale
 from fbopt.train.checkpoint import atomic
 from fbopt.train.config.dataspec import DataError
+from fbopt.train.config.options import OptionsError
 from fbopt.train.config.resolve import resolve
 from fbopt.train.data.load import load
 from fbopt.train.ladder import runner
@@ -105,7 +106,7 @@ def test_carried_runs_are_in_the_table_of_their_scale(job, tmp_path, monkeypatch
     object.__setattr__(job, "deadline", time.monotonic() - 1)
     assert ladder_scales.climb(job) == 130
     table = (job.out / "width-16-tenth" / "ladder.md").read_text()
-    assert "| `sgd-aug` | 75.00 (1 not finished) | 1 |" in table
+    assert "| `sgd-aug` | 75.00 (1 not finished) | – | 1 |" in table
     assert "| `fb-clip-aug` | – (2 not finished) | 0 |" in table
 
 
@@ -183,3 +184,9 @@ def test_images_are_cut_from_a_data_set(tmp_path):
     assert {bytes(image.numpy()) for image in cut.train.x} <= kept
     with pytest.raises(DataError, match="--data digits: --rehearse cuts coloured"):
         ladder_rehearsal.write_images(tmp_path / "digits", "digits")
+
+
+@pytest.mark.parametrize("words", [("--width", "8"), ("--share=0.5",), ("--rows", "fb")])
+def test_what_the_scales_set_is_not_given(tmp_path, words):
+    with pytest.raises(OptionsError, match="is set for every scale; leave it out"):
+        ladder_scales.Job("digits", tmp_path, tmp_path / "carry", "again", words=words)
