@@ -52,7 +52,7 @@ def _row(name: str, planned: list[Options], finished: list[RunFolder]) -> dict[s
     """A row's options, its finished runs, and their means and deviations."""
     options, seeds = resolve(planned[0]), {o.out: o.seed for o in planned}
     runs = [{"seed": seeds[f.path], "folder": str(f.path)} | f.read_result() for f in finished]
-    means = {k: _spread([run[k] for run in runs]) for k in ("test_accuracy", "loss", "seconds")}
+    means = {k: spread([run[k] for run in runs]) for k in ("test_accuracy", "loss", "seconds")}
     return {
         "row": name,
         "summary": summary(name),
@@ -64,7 +64,7 @@ def _row(name: str, planned: list[Options], finished: list[RunFolder]) -> dict[s
     }
 
 
-def _spread(values: list[float]) -> dict[str, float | None] | None:
+def spread(values: list[float]) -> dict[str, float | None] | None:
     """The mean and the sample standard deviation (None for one value); None for no value."""
     if not values:
         return None
@@ -79,11 +79,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         runs, missing = row["runs"], row["seeds"] - len(row["runs"])
         cells = (
             f"`{row['row']}`",
-            _words(row["test_accuracy"], 2, 100)
-            + (f" ({missing} not finished)" if missing else ""),
-            _difference(row["difference"], len(runs)),
+            words(row["test_accuracy"], 2, 100) + (f" ({missing} not finished)" if missing else ""),
+            difference_words(row["difference"], len(runs)),
             str(len(runs)),
-            _words(row["loss"], 4),
+            words(row["loss"], 4),
             *(_range([run[key] for run in runs]) for key in ("step", "gradient_evaluations")),
             _range([run["sample_passes"] / 1e6 for run in runs if "sample_passes" in run], ",.2f"),
             str(timedelta(seconds=round(row["seconds"]["mean"]))) if runs else "",
@@ -102,20 +101,20 @@ def _tuned(name: str, found: dict[str, Any]) -> str:
     return f"- `{name}`, tuned in {many}: {chosen}" + (f" (with {others})" if others else "")
 
 
-def _difference(found: dict[str, Any] | None, runs: int) -> str:
+def difference_words(found: dict[str, Any] | None, runs: int) -> str:
     """Mean and interval in percentage points, with their signs; how many pairs, if not all runs."""
     if found is None:
         return "–"
     mean, *ends = (
         None if found[k] is None else f"{100 * found[k]:+.2f}" for k in ("mean", "low", "high")
     )
-    words = (f"{mean} ({ends[0]} to {ends[1]})" if ends[0] else mean).replace("-", "−")
-    return words if found["n"] == runs else f"{words}, n = {found['n']}"
+    text = (f"{mean} ({ends[0]} to {ends[1]})" if ends[0] else mean).replace("-", "−")
+    return text if found["n"] == runs else f"{text}, n = {found['n']}"
 
 
-def _words(spread: dict[str, float | None] | None, digits: int, times: float = 1) -> str:
+def words(value: dict[str, float | None] | None, digits: int, times: float = 1) -> str:
     """Mean ± deviation."""
-    found = [spread["mean"], spread["deviation"]] if spread else []
+    found = [value["mean"], value["deviation"]] if value else []
     return " ± ".join(f"{times * v:.{digits}f}" for v in found if v is not None) or "–"
 
 
