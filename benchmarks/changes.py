@@ -3,8 +3,8 @@
     python -m benchmarks.changes BASE/ladder.json CHANGED/ladder.json …
 
 prints, for every row that a changed ladder shares with BASE, the options in which the two differ,
-and the paired difference in test accuracy with its 95 % interval by Student's t. Differences that
-follow from the number of steps (the schedule's) are left out of the first column.
+and the paired difference in test accuracy with its 95 % interval by Student's t. Where the number
+of steps or epochs differs, the schedule that follows from it is not listed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,21 @@ from fbopt.train.ladder.paired import difference
 from fbopt.train.ladder.summary import difference_words, spread, words
 
 HEAD = """\
-| row | changed | test accuracy (%) | minus unchanged (95 % interval) | n | train loss | train accuracy (%) |
-|---|---|---|---|---:|---|---|"""  # noqa: E501
-FOLLOWING = ("--warmup", "--cosine")
+| row | changed | test accuracy (%) | minus unchanged (95 % interval) | n | train loss \
+| train accuracy (%) |
+|---|---|---|---|---:|---|---|"""
+LENGTHS, FOLLOWING = {"--steps", "--epochs"}, {"--warmup", "--cosine"}
 
 
 def main(paths: Sequence[str] | None = None) -> None:
     """Print the table."""
-    base, *others = (_rows(Path(path)) for path in paths or sys.argv[1:])
+    given = list(paths or sys.argv[1:])
+    if len(given) < 2:
+        raise SystemExit("usage: python -m benchmarks.changes BASE/ladder.json CHANGED/ladder.json")
+    base, *others = (_rows(Path(path)) for path in given)
+    for path, other in zip(given[1:], others, strict=True):
+        if not base.keys() & other.keys():
+            raise SystemExit(f"{path}: has none of the rows {', '.join(base)} of {given[0]}")
     print(HEAD)
     for name, row in base.items():
         print(_line(row, "–", None))
@@ -46,8 +53,9 @@ def _rows(path: Path) -> dict[str, dict[str, Any]]:
 
 def _changes(base: dict[str, Any], row: dict[str, Any]) -> str:
     """The options that differ, as they are given."""
-    found = differences(base["options"], row["options"])
-    return ", ".join(f"`{name} {new}`" for name, _, new in found if name not in FOLLOWING)
+    found = {name: new for name, _, new in differences(base["options"], row["options"])}
+    left_out = FOLLOWING if LENGTHS & found.keys() else set()
+    return ", ".join(f"`{name} {new}`" for name, new in found.items() if name not in left_out)
 
 
 def _line(row: dict[str, Any], changed: str, base: dict[str, Any] | None) -> str:

@@ -8,9 +8,9 @@ graphs. benchmarks/ladder_scales.py says in which order, and estimates how long 
 `--minutes` is for the whole command: then the step in progress is finished, for at most 30 s, and
 saved, and tables and the carried folder are written, which takes seconds. The same command goes on,
 also on another machine that has the carried folder (benchmarks/carry.py) and the same images under
-the same name: with the same bits, as cuDNN is told to add in a fixed order. The exit
-status is 0, 1 (a run failed), 2 (bad input, no GPU) or 130 (stopped). `--rehearse` shows all of
-this on the CPU, with two images per class.
+the same name. On the CPU it ends on the same bits; on a GPU it should, as cuDNN is told to add in a
+fixed order. The exit status is 0, 1 (a run failed), 2 (bad input, no GPU) or 130 (stopped).
+`--rehearse` shows all of this on the CPU, with two images per class.
 """
 
 from __future__ import annotations

@@ -26,9 +26,11 @@ def test_changed_rows_are_paired_with_the_unchanged_by_seed(tmp_path, capsys):
     changed = {3: 0.45, 1: 0.53, 2: 0.61}
     longer = ladder(tmp_path / "longer.json", changed, steps=600, warmup=80, threads=1)
     larger = ladder(tmp_path / "larger.json", {1: 0.5}, steps=300, warmup=40, lr=0.2)
-    changes.main([base, longer, larger])
+    slower = ladder(tmp_path / "slower.json", {1: 0.5}, steps=300, warmup=80)
+    changes.main([base, longer, larger, slower])
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert [line.split(" | ")[1] for line in lines] == ["–", "`--steps 600`", "`--lr 0.2`"]
+    told = ["–", "`--steps 600`", "`--lr 0.2`", "`--warmup 80`"]
+    assert [line.split(" | ")[1] for line in lines] == told
     half = t.ppf(0.975, 2) * statistics.stdev([3, 1, 5]) / 3**0.5
     low, high = (f"{3 + s * half:+.2f}".replace("-", "−") for s in (-1, 1))
     assert f"+3.00 ({low} to {high}) | 3 |" in lines[1]
@@ -36,13 +38,15 @@ def test_changed_rows_are_paired_with_the_unchanged_by_seed(tmp_path, capsys):
     assert "50.00 ± 10.00" in lines[0] and "53.00 ± 8.00" in lines[1]
 
 
-def test_rows_that_the_base_lacks_are_left_out(tmp_path, capsys):
+def test_ladders_without_a_row_in_common_are_refused(tmp_path):
     base = ladder(tmp_path / "base.json", {1: 0.5})
     other = json.loads((tmp_path / "base.json").read_text())
     other["rows"][0]["row"] = "sgd"
     (tmp_path / "other.json").write_text(json.dumps(other))
-    changes.main([base, str(tmp_path / "other.json")])
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    with pytest.raises(SystemExit, match=r"other\.json: has none of the rows fb-clip"):
+        changes.main([base, str(tmp_path / "other.json")])
+    with pytest.raises(SystemExit, match="usage"):
+        changes.main([base])
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "not JSON"])
@@ -50,4 +54,4 @@ def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "other.json"
     path.write_text(content)
     with pytest.raises(SystemExit, match="not the ladder"):
-        changes.main([str(path)])
+        changes.main([str(path), str(path)])
