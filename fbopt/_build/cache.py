@@ -2,7 +2,8 @@
 
 A library's file name holds a hash of its inputs and a hash of its own bytes. It is built under a
 lock that the system releases when the process dies, and moved into place as the last step: a build
-killed at any moment leaves nothing that blocks the next one.
+killed at any moment leaves nothing that blocks the next one. A folder or a file that another user
+could have changed is not used: see trust.py.
 """
 
 from __future__ import annotations
@@ -13,10 +14,16 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fbopt._build.compiler import BuildError
+from fbopt._build import trust
+from fbopt._build.compiler import BuildError, limit
+
+POLL_SECONDS = 0.1
+NEWS_SECONDS = 30.0
+_told: set[str] = set()  # what was said of folders that are not used
 
 
 def cache_folder() -> Path:
@@ -29,66 +36,138 @@ def cache_folder() -> Path:
 
 
 def cached(folder: Path, stem: str) -> Path | None:
-    """Return the library if it is in the folder and its bytes match the hash in its name."""
+    """Return the library if it is in the folder, nobody else could have written it, and its bytes
+    match the hash in its name.
+    """
+    try:
+        trust.check_folder(folder)
+    except trust.Untrusted as error:
+        _tell(error)
+        return None
+    except OSError:
+        return None
     for path in folder.glob(f"{stem}.*.so"):
-        # Another process may be replacing it just now.
-        with contextlib.suppress(OSError):
-            if path.name == f"{stem}.{digest(path)}.so":
+        # Another process may be replacing it just now; what is not to be trusted is built anew.
+        with contextlib.suppress(OSError), trust.open_file(path) as file:
+            if path.name == f"{stem}.{_hash(file.read())}.so":
                 return path
     return None
 
 
 def keep(built: Path, folder: Path, stem: str) -> Path:
     """Move a new library to where ``cached`` finds it."""
+    built.chmod(0o755)  # whatever the umask is
     return built.replace(folder / f"{stem}.{digest(built)}.so")
 
 
 def writable(folder: Path) -> Path:
-    """Return the folder, or a private one among the temporary files if it is read-only."""
+    """Return the folder, or a private one among the temporary files if it is read-only, or another
+    user could change what is in it.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        trust.make_private(folder)
+        trust.check_folder(folder)
         tempfile.TemporaryFile(dir=folder).close()
         return folder
+    except trust.Untrusted as error:
+        _tell(error)
     except OSError:
-        return _temporary_cache()
+        pass
+    return _temporary_cache()
+
+
+def _tell(error: trust.Untrusted) -> None:
+    """Say once why a folder is not used, and what to do."""
+    if str(error) not in _told:
+        _told.add(str(error))
+        print(
+            f"fbopt: {cache_folder()} is not used, as others could put code there: {error}; set "
+            "FBOPT_CACHE_DIR to a folder that only you can write to (or, to share one, that only "
+            "root can)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _temporary_cache() -> Path:
     folder = Path(tempfile.gettempdir(), f"fbopt-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    # Never load what another user could have written.
-    if folder.lstat().st_uid != os.getuid():
-        raise BuildError(f"{folder} belongs to another user", "set FBOPT_CACHE_DIR")
+    try:
+        trust.make_private(folder)
+        if folder.is_symlink():
+            raise trust.Untrusted(f"{folder} is a link")
+        trust.check_folder(folder)
+    except trust.Untrusted as error:
+        cure = "set FBOPT_CACHE_DIR to a folder that only you can write to"
+        raise BuildError(str(error), cure) from error
     return folder
 
 
 @contextlib.contextmanager
-def lock(path: Path, what: str) -> Iterator[None]:
+def lock(path: Path, what: str) -> Iterator[Callable[[str], None]]:
     """Hold a system lock on a file, which is released when the process ends, even if killed.
 
-    Should another hold it, say that it is doing `what`, and wait.
+    Should another hold it, say that it is doing `what`, and wait for as long as FBOPT_WAIT_MINUTES
+    says. The file names the process that holds it, which may note there how far it has come, by
+    the function that is yielded: then it is waited for anew.
+
+    Raises:
+        BuildError: it was held for all that time, without a note.
     """
     import fcntl
 
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting = f"fbopt: waiting for another process that is {what}"
-            print(waiting, file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            # A file system without locks: at worst two processes do the same work.
-            pass
-        yield
+    minutes, holder = limit("FBOPT_WAIT_MINUTES"), ""
+    with trust.open_file(path, os.O_RDWR | os.O_CREAT) as file:
+        end, news = time.monotonic() + 60 * minutes, 0.0
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                now = time.monotonic()
+                file.seek(0)
+                before, holder = holder, file.read(200).decode(errors="replace").strip()
+                holder = holder or "another process"
+                if holder != before:
+                    end = now + 60 * minutes
+                if now > end:
+                    raise BuildError(
+                        f"{path} has been locked for {minutes:g} minutes by {holder}, which is "
+                        f"{what}",
+                        "stop that process, or set FBOPT_CACHE_DIR to another folder",
+                    ) from error
+                if now > news:
+                    left = f"for at most {minutes:g} minutes"
+                    waiting = f"fbopt: waiting {left} for {holder}, which is {what}"
+                    print(waiting, file=sys.stderr, flush=True)
+                    news = now + NEWS_SECONDS
+            except OSError:
+                break  # a file system without locks: at worst two processes do the same work
+            time.sleep(POLL_SECONDS)
+
+        def note(progress: str = "") -> None:
+            with contextlib.suppress(OSError):  # a full disk
+                file.seek(0)
+                file.write(f"process {os.getpid()} on {os.uname().nodename}{progress}\n".encode())
+                file.truncate()
+                file.flush()
+
+        note()
+        yield note
 
 
 def remove_leftovers(folder: Path, stem: str) -> None:
     """Remove leftovers of killed builds of this key, and broken libraries; needs the lock."""
     for path in (p for end in ("build-*", "*.so", "log") for p in folder.glob(f"{stem}.{end}")):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def digest(path: Path) -> str:
     """Return a hash of the file's bytes, short enough for a name."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return _hash(path.read_bytes())
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -6,13 +6,17 @@ not imported.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import math
 import os
 import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +42,8 @@ NATIVE = {"aarch64": "-mcpu=native", "arm64": "-mcpu=native"}.get(platform.machi
 if platform.machine() == "x86_64":
     TARGETS = {"avx512": _AVX512, "avx2": _AVX2, "default": "-march=x86-64"}
     NATIVE = "-march=native"
+LIMITS = {"FBOPT_BUILD_MINUTES": 30.0, "FBOPT_WAIT_MINUTES": 60.0}
+NEWS_SECONDS = 30.0  # after which it is told what is waited for
 # Twice the peak memory of one compilation, by g++ or by nvcc.
 BYTES_PER_JOB = 10**9
 
@@ -93,7 +99,7 @@ def toolchain(target: str = "native") -> Toolchain:
     compiler = find_compiler()
     flags = [*FLAGS.split(), *(NATIVE if target == "native" else TARGETS[target]).split()]
     flags += ["-Werror"] if os.environ.get("FBOPT_WERROR", "0") not in ("", "0") else []
-    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    flags += _words("CXXFLAGS")
     probe = run([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
     if probe.returncode != 0:
         said = (probe.stderr or probe.stdout).strip() or f"exit status {probe.returncode}"
@@ -105,13 +111,22 @@ def find_compiler() -> list[str]:
     """Return the compiler's command, its path first."""
     if os.name != "posix":
         raise BuildError("the kernels are built on Linux and macOS only", "on Windows, use WSL")
-    chosen = shlex.split(os.environ.get("CXX", ""))
+    chosen = _words("CXX")
     for command in [chosen] if chosen else [[name] for name in COMPILERS]:
         if path := shutil.which(command[0]):
             return [path, *command[1:]]
     if chosen:
         raise BuildError(f"CXX names {chosen[0]!r}, not found on the PATH", "correct or unset CXX")
     raise BuildError(f"no C++ compiler (tried {', '.join(COMPILERS)})", INSTALL_COMPILER)
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of an environment variable, as a shell would split them."""
+    value = os.environ.get(name, "")
+    try:
+        return shlex.split(value)
+    except ValueError as error:
+        raise BuildError(f"{name} is {value!r}: {error}", f"correct or unset {name}") from error
 
 
 def require(package: str) -> ModuleType:
@@ -140,22 +155,63 @@ def cores() -> int:
 def jobs() -> int:
     """Return how many files to compile at a time: MAX_JOBS or the cores, as memory allows."""
     words = os.environ.get("MAX_JOBS", "").strip()
-    if words and not (words.isdecimal() and int(words) > 0):
+    if words and not (words.isdecimal() and len(words) < 10 and int(words) > 0):
         raise BuildError(f"MAX_JOBS is {words!r}", "set MAX_JOBS to a positive number, or unset it")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(int(words or cores()), memory // BYTES_PER_JOB))
 
 
-def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a tool with no input and messages in English, and capture its output."""
+def limit(name: str) -> float:
+    """Return a limit in minutes: an environment variable, or its default in LIMITS."""
+    words = os.environ.get(name, "").strip()
     try:
-        return subprocess.run(
-            command,
-            env={**os.environ, "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
+        minutes = float(words) if words else LIMITS[name]
+    except ValueError:
+        minutes = math.nan
+    if not minutes > 0:
+        raise BuildError(f"{name} is {words!r}", f"set {name} to a number of minutes, or unset it")
+    return minutes
+
+
+def run(command: Sequence[str], *, is_told: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a tool with no input and messages in English, and capture its output.
+
+    Should it take long, say that it is waited for, unless that `is_told` already.
+
+    Raises:
+        BuildError: it does not start, or does not end within FBOPT_BUILD_MINUTES; then it and all
+            that it has started are killed.
+    """
+    minutes = limit("FBOPT_BUILD_MINUTES")
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    words = {"text": True, "errors": "replace", "env": {**os.environ, "LC_ALL": "C"}}
+    try:
+        # Its own session: what it starts can be killed with it.
+        process = subprocess.Popen(command, start_new_session=True, **streams, **words)
     except OSError as error:
         raise BuildError(f"{command[0]} does not run ({error.strerror})", "reinstall it") from error
+    with process:  # closes its pipes, whatever happens
+        try:
+            out, err = _communicate(process, command[0], 60 * minutes, is_told)
+        except subprocess.TimeoutExpired as error:
+            cure = "find out what it waits for, or allow it more with FBOPT_BUILD_MINUTES"
+            cause = f"{command[0]} has not ended after {minutes:g} minutes"
+            raise BuildError(cause, cure) from error
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _communicate(
+    process: subprocess.Popen[str], name: str, seconds: float, is_told: bool
+) -> tuple[str, str]:
+    news = seconds if is_told else min(NEWS_SECONDS, seconds / 2)
+    try:
+        return process.communicate(timeout=news)
+    except subprocess.TimeoutExpired:
+        if is_told:
+            raise
+    limit = f"for at most {seconds / 60:g} minutes"
+    print(f"fbopt: waiting {limit} for {name}", file=sys.stderr, flush=True)
+    return process.communicate(timeout=seconds - news)

@@ -147,7 +147,7 @@ def _compile(recipe: Recipe, folder: Path, stem: str) -> Path:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix=f"{stem}.build-", dir=folder) as scratch:
         Path(scratch, "build.ninja").write_text(script)
-        result = compiler.run([ninja, "-C", scratch, "-j", jobs])
+        result = compiler.run([ninja, "-C", scratch, "-j", jobs], is_told=True)
         log, failed = folder / f"{stem}.log", result.returncode != 0
         if failed or recipe.toolkit:
             log.write_text(result.stdout + result.stderr)
