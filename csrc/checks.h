@@ -4,6 +4,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "overlap.h"
 #include "scalar.h"
 #include "stable_abi.h"
 

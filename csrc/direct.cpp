@@ -9,7 +9,7 @@ namespace {
 // What is needed of torch; the exchange is null where it has none.
 const dlpack::Exchange* exchange = nullptr;
 PyObject *tensor_type = nullptr, *parameter_type = nullptr, *count_modes = nullptr,
-         *is_neg = nullptr;
+         *is_neg = nullptr, *requires_grad = nullptr, *increment_version = nullptr;
 
 // An element type as torch's ABI numbers it, and as DLPack describes it.
 struct Element {
@@ -118,6 +118,29 @@ bool is_watched() {
   return differs(PyObject_CallNoArgs(count_modes), none);
 }
 
+bool is_recorded(PyObject* const* args, Py_ssize_t count) {
+  if (!aoti_torch_grad_mode_is_enabled()) return false;
+  const auto wants = [](PyObject* x) {
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
+    if (type != tensor_type && type != parameter_type) return false;
+    return differs(PyObject_GetAttr(x, requires_grad), Py_False);
+  };
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (wants(args[i])) return true;
+    for (Py_ssize_t k = 0; PyTuple_Check(args[i]) && k < PyTuple_GET_SIZE(args[i]); ++k)
+      if (wants(PyTuple_GET_ITEM(args[i], k))) return true;
+  }
+  return false;
+}
+
+bool mark_written(PyObject* argument) {
+  PyObject* tensors = PyTuple_Check(argument) ? Py_NewRef(argument) : PyTuple_Pack(1, argument);
+  PyObject* done = tensors == nullptr ? nullptr : PyObject_CallOneArg(increment_version, tensors);
+  Py_XDECREF(tensors);
+  Py_XDECREF(done);
+  return done != nullptr;
+}
+
 PyObject* to_python(const Numbers& numbers) {
   struct Own {
     std::vector<double> values;
@@ -155,8 +178,11 @@ bool add_methods(PyObject* module) {
   parameter_type = attribute("torch.nn", "Parameter");
   count_modes = attribute("torch._C", "_len_torch_dispatch_stack");
   is_neg = attribute("torch", "Tensor", "is_neg");
+  requires_grad = PyUnicode_InternFromString("requires_grad");
+  increment_version = attribute("torch._C", "_increment_version");
   PyObject* capsule = attribute("torch", "Tensor", "__dlpack_c_exchange_api__");
-  if (capsule != nullptr && count_modes != nullptr && is_neg != nullptr && tensor_type != nullptr) {
+  if (capsule != nullptr && count_modes != nullptr && is_neg != nullptr && tensor_type != nullptr &&
+      increment_version != nullptr) {
     void* found = PyCapsule_GetPointer(capsule, dlpack::kExchange);
     PyErr_Clear();
     exchange = static_cast<const dlpack::Exchange*>(found);

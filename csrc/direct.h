@@ -19,6 +19,11 @@ namespace fbopt::direct {
 Meta meta_of(PyObject* tensor, bool may_be_strided);
 // Whether modes of torch want to see every op.
 bool is_watched();
+// Whether autograd would record a call with these arguments.
+bool is_recorded(PyObject* const* args, Py_ssize_t count);
+// Raises the versions of tensors that were written, for backward passes that need them as they
+// were. Returns whether that worked.
+bool mark_written(PyObject* argument);
 PyObject* to_python(const Numbers& numbers);
 
 // The arguments of a call by the types of an op's parameters; null for one that is left out.
@@ -135,12 +140,17 @@ PyObject* run(R (*op)(A...), PyObject* const* args, std::index_sequence<I...>) {
   }
 }
 
+// `written` has a bit for each argument that the op writes.
 template <class R, class... A>
-PyObject* run(R (*op)(A...), PyObject* const* args, Py_ssize_t count) {
+PyObject* run(R (*op)(A...), unsigned written, PyObject* const* args, Py_ssize_t count) {
   constexpr Py_ssize_t most = sizeof...(A);
   if (count > most || is_watched()) throw NeedsHandle{};
   const Held<most> held(args, count);
-  return run(op, held.all, std::index_sequence_for<A...>{});
+  if (is_recorded(held.all, count)) throw NeedsHandle{};
+  PyObject* found = run(op, held.all, std::index_sequence_for<A...>{});
+  for (Py_ssize_t i = 0; written >> i != 0; ++i)
+    if (found != nullptr && (written >> i & 1) != 0 && !mark_written(held.all[i])) Py_CLEAR(found);
+  return found;
 }
 
 // What a call returns to Python, whatever it throws.
@@ -158,9 +168,9 @@ PyObject* guarded(const Call& call, PyObject* if_needs_handle) {
   }
 }
 
-template <auto op>
+template <auto op, unsigned written = 0>
 PyObject* method(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return guarded([=] { return run(op, args, count); }, Py_NotImplemented);
+  return guarded([=] { return run(op, written, args, count); }, Py_NotImplemented);
 }
 
 // The ops of a file, for the Python module; add_methods() adds those of all files to it, and

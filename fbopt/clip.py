@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import types
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -104,9 +105,23 @@ def _clip(
     scaled, bound = clip_operands(norm, max_norm)
     for group in by_device_and_dtype(grads):
         part = [grads[i] for i in group]
-        dispatch.clip_(part, scaled.to(part[0].device), bound)
-        torch.autograd.graph.increment_version(part)
+        for distinct in _rounds(part):
+            dispatch.clip_(distinct, scaled.to(part[0].device), bound)
     return norm
+
+
+def _rounds(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Lists without a repetition: a tensor that is there twice is scaled twice, in turn."""
+    if len(set(map(id, tensors))) == len(tensors):
+        return [tensors]
+    rounds: list[list[Tensor]] = []
+    seen: Counter[int] = Counter()
+    for tensor in tensors:
+        if (count := seen[id(tensor)]) == len(rounds):
+            rounds.append([])
+        rounds[count].append(tensor)
+        seen[id(tensor)] += 1
+    return rounds
 
 
 @torch.library.custom_op("fbopt::clip_grad_norm_", mutates_args={"grads"})

@@ -265,7 +265,6 @@ class FullBatchGD(torch.optim.Optimizer):
             first=batch.first,
             **batch.rule,
         )
-        torch.autograd.graph.increment_version([*params, *buffers])
         if batch.first:
             for p, buffer in zip(batch.params, batch.buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer

@@ -18,6 +18,7 @@ from fbopt._checks import check_number
 from fbopt._direction import Direction
 
 METHODS = ("forward", "central", "exact")
+MOST = 1e30  # of one strength by the other: float32 holds the ratio
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class GradientPenalty:
         check_number("full_strength", self.full_strength, least=0)
         if self.full_strength and self.power == 1:
             raise ValueError("full_strength is for the squared norm: pass power=2")
+        if self.full_strength > MOST * self.strength > 0:
+            raise ValueError(
+                f"full_strength must be at most {MOST:g} times strength, got {self.full_strength} "
+                f"and {self.strength}"
+            )
 
     @property
     def needs_norms(self) -> bool:

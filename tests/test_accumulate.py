@@ -94,6 +94,31 @@ def test_example_of_the_docstring():
 def test_mean_of_nothing():
     with pytest.raises(RuntimeError, match="nothing was added"):
         GradientAccumulator(params(torch.float32)).mean()
+    accumulator = GradientAccumulator(params(torch.float32))
+    accumulator.add([torch.ones_like(p) for p in accumulator.params])
+    accumulator.reset()
+    with pytest.raises(RuntimeError, match="nothing was added"):
+        accumulator.mean()
+
+
+def test_a_weight_that_is_not_given_is_one():
+    (p,) = params(torch.float64)
+    accumulator = GradientAccumulator([p])
+    with accumulator.chunk():
+        p.sum().backward()
+    accumulator.add([torch.full_like(p, 2.0)])
+    accumulator.backward(3 * p.sum())
+    assert accumulator.total_weight == 3
+    (mean,) = accumulator.mean()
+    assert torch.equal(mean, torch.full_like(p, 2.0))
+
+
+@pytest.mark.parametrize("accumulation", ["float32", "exact"])
+def test_passes_in_which_nothing_is_added_end(accumulation):
+    accumulator = GradientAccumulator(params(torch.float32), accumulation)
+    accumulator.add([torch.ones_like(p) for p in accumulator.params])
+    assert list(accumulator.passes()) == [0]
+    assert accumulator.total_weight == 0
 
 
 def test_ten_thousand_chunks_stay_accurate():

@@ -207,3 +207,9 @@ def test_the_rule_may_change_between_calls():
             assert relative(found[-1], gradient(rule, {}, network())[0]) < 1e-12
         assert all(relative(a, b) > 1e-4 for a, b in itertools.pairwise(found))
     assert torch.equal(parameters(model), parameters(network()))
+
+
+def test_the_defaults_are_those_of_the_papers_and_names_are_asked_for():
+    assert SharpnessAware() == SharpnessAware(0.05, False, "chunk", 1.0, method="forward", eta=0.01)
+    with pytest.raises(TypeError, match="positional"):
+        SharpnessAware(0.05, False, "chunk", 1.0, "central")

@@ -210,8 +210,8 @@ def frozen_after_making(w: World) -> None:
     w.optimizer.step(closure)
 
 
-def different_rates(w: World) -> None:
-    with mock.patch.dict(w.group, lr=0.2):
+def different_rates(w: World, place: int) -> None:
+    with mock.patch.dict(w.optimizer.param_groups[place], lr=0.2):
         w.make(penalty=GradientPenalty(strength=0.5))
 
 
@@ -422,6 +422,7 @@ OPTIMIZER = [
     Row("norm_type is zero", lambda w: gd(norm_type=0), ValueError, "norm_type must be greater"),
     Row("norm_type is text", lambda w: gd(norm_type="two"), ValueError, "norm_type .*'two'"),
     Row("norm_type is None", lambda w: gd(norm_type=None), TypeError, "norm_type must be a num"),
+    Row("norm_type is True", lambda w: gd(norm_type=True), TypeError, "norm_type must be a num"),
     Row(
         "max_norm differs between groups",
         lambda w: gd([{"params": [p], "max_norm": i + 1} for i, p in enumerate(w.loose)]),
@@ -663,7 +664,15 @@ CLOSURE = [
         ValueError,
         "pass optimizer=.*coefficient",
     ),
-    Row("strength with two rates", different_rates, ValueError, "different learning.*coefficient"),
+    *(
+        Row(
+            f"strength with another rate in group {place}",
+            partial(different_rates, place=place),
+            ValueError,
+            "different learning.*coefficient",
+        )
+        for place in range(3)
+    ),
     Row("two rates later", different_rates_later, ValueError, "different learning.*coefficient"),
     Row(
         "exact on a compiled model",
@@ -1053,6 +1062,12 @@ ACCUMULATOR = [
     Row("weight infinite", add(list, weight=INF), ValueError, "weight must be finite"),
     Row("weight a bool", add(list, weight=True), TypeError, "weight must be a number, got bool"),
     Row(
+        "weight that exact sums would round",
+        lambda w: GradientAccumulator(w.loose, "exact").add([p.grad for p in w.loose], 0.1),
+        ValueError,
+        "weight is 0.1: .*pass the number of samples",
+    ),
+    Row(
         "mean of nothing",
         lambda w: GradientAccumulator(w.loose).mean(),
         RuntimeError,
@@ -1084,6 +1099,7 @@ CLIP = [
         "norm_type zero", lambda w: clip_grad_norm_(w.loose, 1, 0), ValueError, "norm_type must be"
     ),
     Row("norm_type NaN", lambda w: clip_grad_norm_(w.loose, 1, NAN), ValueError, "norm_type must"),
+    Row("norm_type True", lambda w: clip_grad_norm_(w.loose, 1, True), TypeError, "norm_type must"),
     Row(
         "norm_type -inf", lambda w: clip_grad_norm_(w.loose, 1, -INF), ValueError, "norm_type must"
     ),

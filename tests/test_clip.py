@@ -283,8 +283,10 @@ def test_same_gradient_given_twice_as_in_torch():
     """A parameter that is listed twice counts twice in the norm, as in torch."""
     (p,) = parameters([torch.ones(4)])
     (q,) = parameters([torch.ones(4)])
-    found, expected = clip_grad_norm_([p, p], 100.0), torch_clip([q, q], 100.0)
-    torch.testing.assert_close(found, expected)
+    for bound in (100.0, 0.5):
+        found, expected = clip_grad_norm_([p, p], bound), torch_clip([q, q], bound)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 def test_options_agree_in_every_combination():

@@ -311,6 +311,20 @@ def test_clip_is_traced_whole_and_gives_the_same_bits(dtype, norm_type, bound, c
     assert bits(norms[0], grads(ours)) == bits(norms[1], grads(theirs))
 
 
+@pytest.mark.parametrize("dtype, expected", [(torch.bfloat16, "float32"), (None, "float64")])
+def test_the_tracer_knows_the_dtype_of_the_norm(dtype, expected, compiled):
+    ours = (
+        twins((3,), dtype=dtype or torch.float32)[0] + twins((3,), dtype=dtype or torch.float64)[0]
+    )
+
+    def clipped() -> tuple[Tensor, str]:
+        norm = clip_grad_norm_(ours, 0.3)
+        return norm, str(norm.dtype)
+
+    norm, traced = compiled(clipped, fullgraph=True)()
+    assert traced == str(norm.dtype) == f"torch.{expected}"
+
+
 def test_errors_of_the_clip_are_those_without_tracing(compiled):
     ours, _ = twins()
     ours[0].grad.fill_(math.nan)
@@ -358,8 +372,16 @@ class Training:
     def with_function(self) -> Tensor:
         return self.optimizer.step(self.closure.__call__)
 
+    def after_a_look(self) -> Tensor:
+        loss = self.closure.loss_only()
+        self.optimizer.step(self.closure)
+        return loss
 
-@pytest.mark.parametrize("way", ["plain", "with_closure", "closure_alone", "with_function"])
+
+STEPS = ("plain", "with_closure", "closure_alone", "with_function", "after_a_look")
+
+
+@pytest.mark.parametrize("way", STEPS)
 def test_a_step_in_a_compiled_function_breaks_the_graph_and_is_right(way, compiled):
     a, b = Training(), Training()
     step = compiled(getattr(a, way))

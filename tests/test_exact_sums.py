@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import bits
 from torch import nn
 
-from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty
+from fbopt import FullBatchClosure, FullBatchGD, GradientPenalty, SharpnessAware
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,6 +22,11 @@ PENALTIES = {
     "forward": GradientPenalty(coefficient=0.1),
     "central": GradientPenalty(coefficient=0.1, method="central"),
     "exact": GradientPenalty(coefficient=0.1, method="exact"),
+}
+# Those that look at the gradient of all chunks before.
+WHOLE = {
+    "full": GradientPenalty(coefficient=0.1, full_strength=1.0),
+    "full sam": SharpnessAware(scope="full"),
 }
 
 
@@ -37,7 +42,7 @@ def data(sizes, scale=1.0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+@pytest.mark.parametrize("penalty", (PENALTIES | WHOLE).values(), ids=PENALTIES | WHOLE)
 def test_gradient_and_statistics_in_any_order(penalty, dtype, backend):
     """As with sums in float32, to rounding, and whatever the order of the chunks."""
     found = {}
@@ -153,6 +158,27 @@ def test_saved_units_go_on_to_the_same_bits():
     resumed = stepped(half)
     assert bits(*whole[0].values()) == bits(*resumed[0].values())
     assert whole[2] == resumed[2]
+
+
+@pytest.mark.parametrize("kind", ["none", *WHOLE])
+def test_with_saved_units_no_pass_is_repeated(kind):
+    def made(seed):
+        chunks = Counted(data((8, 8, 5), scale=1e3))  # statistics too large for the first units
+        torch.manual_seed(seed)
+        options = {"penalty": (PENALTIES | WHOLE)[kind], "accumulation": "exact"}
+        return chunks, FullBatchClosure(model(), F.cross_entropy, chunks, **options)
+
+    chunks, closure = made(0)
+    closure()
+    first = chunks.visits
+    closure()
+    again, resumed = made(1)
+    resumed.load_state_dict(closure.state_dict())
+    resumed()
+    assert again.visits == chunks.visits - first == (1 if kind == "none" else 2) < first
+    resumed.model[0].requires_grad_(False)
+    resumed()
+    assert resumed.model[0].weight.grad is None
 
 
 def test_lbfgs_takes_exact_sums():

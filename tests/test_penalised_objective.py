@@ -47,13 +47,22 @@ def by_hand(model, kind):
     )
 
 
+def test_where_the_coefficient_is_zero_the_objective_is_the_loss():
+    rule = GradientPenalty(coefficient=0)
+    closure = FullBatchClosure(
+        network(), F.cross_entropy, data(), penalty=rule, returns="objective"
+    )
+    assert closure() == closure.loss == closure.objective
+
+
 @pytest.mark.parametrize("ways", WAYS, ids=str)
 @pytest.mark.parametrize("kind", PENALTIES)
 def test_objective_is_the_loss_and_the_penalty(kind, ways):
     model = network()
     closure = make(model, kind, **ways)
-    assert closure.objective is None
+    assert closure.objective is None and closure.loss is None
     loss = closure()
+    assert closure.loss is loss
     expected = by_hand(model, kind)
     assert closure.objective.dtype == torch.float64 and closure.objective.shape == ()
     torch.testing.assert_close(closure.objective, expected, rtol=1e-12, atol=0)

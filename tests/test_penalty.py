@@ -102,9 +102,12 @@ def test_equal_rates_of_several_groups_are_one_rate():
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
 
 
-def test_coefficient_may_be_a_function_of_the_step():
+@pytest.mark.parametrize(
+    "unit", [0.1, torch.tensor(0.1, dtype=torch.float64)], ids=["number", "tensor"]
+)
+def test_coefficient_may_be_a_function_of_the_step(unit):
     model, chunks = problem()
-    penalty = GradientPenalty(coefficient=lambda step: 0.1 * step)
+    penalty = GradientPenalty(coefficient=lambda step: unit * step)
     closure = FullBatchClosure(model, F.cross_entropy, chunks, penalty=penalty)
     for step in range(3):
         closure()
@@ -213,3 +216,13 @@ def test_float32_penalty_is_close_to_float64():
     penalty = GradientPenalty(coefficient=0.1)
     got, wanted = flat_gradient(model, chunks, penalty), flat_gradient(wide, wide_chunks, penalty)
     assert (got - wanted).norm() < 1e-4 * wanted.norm()
+
+
+def test_the_defaults_are_the_published_ones():
+    assert GradientPenalty() == GradientPenalty(0.5, 1e-2, "forward", None, 2, 0.0)
+
+
+def test_a_share_of_the_whole_gradient_that_float32_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="full_strength must be at most 1e\\+30 times strength"):
+        GradientPenalty(0.5, full_strength=1e300)
+    GradientPenalty(0.0, full_strength=1e300)  # alone: no ratio

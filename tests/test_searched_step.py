@@ -131,7 +131,9 @@ def test_without_its_momentum_the_step_is_its_own_first(norm_type):
     torch.testing.assert_close(p, other, rtol=1e-14, atol=0)
     assert optimizer.last_length == 1 and unused.equal(start)
     line = optimizer._searched._line
-    assert line.value(0.0) == pytest.approx(0.05 * p.detach().square().sum().item(), rel=1e-12)
+    with torch.no_grad():
+        value = line.value(0.0)
+    assert value == pytest.approx(0.05 * p.detach().square().sum().item(), rel=1e-12)
 
 
 def test_no_descent_without_momentum_either():
@@ -381,6 +383,21 @@ def test_resumed_steps_have_the_same_bits(search):
             optimizer.step(closure)
             other.step(plain)
     assert bits(twin, other) == bits(net, optimizer)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_copies_go_on_to_the_same_bits(search):
+    net, optimizer, closure = training(search, lr=30.0, momentum=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for _ in range(4):
+            optimizer.step(closure)
+        twin, other, plain = copy.deepcopy((net, optimizer, closure))
+        for _ in range(4):
+            optimizer.step(closure)
+            other.step(plain)
+    assert bits(twin, other) == bits(net, optimizer)
+    assert other.last_length == optimizer.last_length
 
 
 def test_arguments_are_checked():

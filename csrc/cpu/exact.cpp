@@ -98,6 +98,8 @@ struct Sums {
 
 void accumulate_exact_op(const TensorList& sums, const TensorList& carries, const Argument& maxima,
                          const TensorList& grads, const Argument& weight, const Argument& scales) {
+  check_apart({{"sums", sums}, {"carries", carries}, {"maxima", maxima}},
+              {{"grads", grads}, {"weight", weight}, {"scales", scales}});
   const ScalarType dtype = dtype_of(grads);
   const Chunks chunks = chunks_of(weight);
   Sums target(sums, carries, maxima, scales);
@@ -121,6 +123,14 @@ void accumulate_exact_penalty_op(const TensorList& sums, const TensorList& carri
                                  const Argument& weight, const Argument& scales,
                                  const Argument& coefficient, const Argument& squared_norm,
                                  double radius) {
+  check_apart({{"sums", sums}, {"carries", carries}, {"maxima", maxima}},
+              {{"grads", grads},
+               {"plus", plus},
+               {"minus", minus},
+               {"weight", weight},
+               {"scales", scales},
+               {"coefficient", coefficient},
+               {"squared_norm", squared_norm}});
   const Chunks chunks = chunks_of(weight);
   Sums target(sums, carries, maxima, scales);
   const Passes passes(grads, plus, minus, target.layout, chunks, coefficient, squared_norm, radius);
@@ -142,6 +152,11 @@ void accumulate_exact_penalty_op(const TensorList& sums, const TensorList& carri
 
 void exact_mean_op(const TensorList& means, const TensorList& sums, const TensorList& carries,
                    const Argument& maxima, const Argument& scales, const Argument& divisor) {
+  check_apart({{"means", means}}, {{"sums", sums},
+                                   {"carries", carries},
+                                   {"maxima", maxima},
+                                   {"scales", scales},
+                                   {"divisor", divisor}});
   const ScalarType dtype = dtype_of(means);
   Sums source(sums, carries, maxima, scales);
   Operand out("means", means, source.layout, dtype);
@@ -178,7 +193,8 @@ STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, CPU, m) {
 }
 
 static const fbopt::direct::Ops direct_ops{
-    {"accumulate_exact_", fbopt::direct::method<&fbopt::cpu::accumulate_exact_op>},
-    {"accumulate_exact_penalty_", fbopt::direct::method<&fbopt::cpu::accumulate_exact_penalty_op>},
-    {"exact_mean_", fbopt::direct::method<&fbopt::cpu::exact_mean_op>},
+    {"accumulate_exact_", fbopt::direct::method<&fbopt::cpu::accumulate_exact_op, 0b111>},
+    {"accumulate_exact_penalty_",
+     fbopt::direct::method<&fbopt::cpu::accumulate_exact_penalty_op, 0b111>},
+    {"exact_mean_", fbopt::direct::method<&fbopt::cpu::exact_mean_op, 0b1>},
 };

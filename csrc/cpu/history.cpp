@@ -125,6 +125,7 @@ void combine(T* out, const Rows& rows, const double* coefficients) {
 
 void row_products_op(const Argument& out, const Argument& rows, const Argument& a,
                      const Argument& b) {
+  check_apart({{"out", out}}, {{"rows", rows}, {"a", a}, {"b", b}});
   const Rows matrix(rows);
   double* to = matrix.numbers("out", out, 2 * matrix.count);
   dispatch_wide(matrix.dtype, [&](auto t) {
@@ -134,6 +135,7 @@ void row_products_op(const Argument& out, const Argument& rows, const Argument& 
 }
 
 void combine_rows_op(const Argument& out, const Argument& rows, const Argument& coefficients) {
+  check_apart({{"out", out}}, {{"rows", rows}, {"coefficients", coefficients}});
   const Rows matrix(rows);
   const double* c = matrix.numbers("coefficients", coefficients, matrix.count);
   dispatch_wide(matrix.dtype, [&](auto t) {
@@ -151,6 +153,6 @@ STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, CPU, m) {
 }
 
 static const fbopt::direct::Ops direct_ops{
-    {"row_products_", fbopt::direct::method<&fbopt::cpu::row_products_op>},
-    {"combine_rows_", fbopt::direct::method<&fbopt::cpu::combine_rows_op>},
+    {"row_products_", fbopt::direct::method<&fbopt::cpu::row_products_op, 0b1>},
+    {"combine_rows_", fbopt::direct::method<&fbopt::cpu::combine_rows_op, 0b1>},
 };

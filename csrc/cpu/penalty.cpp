@@ -8,6 +8,7 @@ namespace {
 
 // Packing saves a fixed cost per tensor in later calls.
 void pack_op(const Argument& out, const TensorList& tensors) {
+  check_apart({{"out", out}}, {{"tensors", tensors}});
   FBOPT_CHECK(is_contiguous(out), "out must be contiguous");
   int64_t total = 0;
   for (int64_t i = 0; i < tensors.size(); ++i) {
@@ -53,6 +54,7 @@ Numbers squared_norm_op(const TensorList& tensors, bool stacks) {
 }
 
 void accumulate_op(const TensorList& sums, const TensorList& grads, const Argument& weight) {
+  check_apart({{"sums", sums}}, {{"grads", grads}, {"weight", weight}});
   const ScalarType dtype = dtype_of(grads);
   const Chunks chunks = chunks_of(weight);
   const Layout layout(sums);
@@ -83,6 +85,12 @@ void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, cons
                            const TensorList& minus, const Argument& weight,
                            const Argument& coefficient, const Argument& squared_norm,
                            double radius) {
+  check_apart({{"sums", sums}}, {{"grads", grads},
+                                 {"plus", plus},
+                                 {"minus", minus},
+                                 {"weight", weight},
+                                 {"coefficient", coefficient},
+                                 {"squared_norm", squared_norm}});
   const ScalarType dtype = dtype_of(grads);
   const Chunks chunks = chunks_of(weight);
   const Layout layout(sums);
@@ -124,8 +132,8 @@ STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, CPU, m) {
 }
 
 static const fbopt::direct::Ops direct_ops{
-    {"pack_", fbopt::direct::method<&fbopt::cpu::pack_op>},
+    {"pack_", fbopt::direct::method<&fbopt::cpu::pack_op, 0b1>},
     {"squared_norm", fbopt::direct::method<&fbopt::cpu::squared_norm_op>},
-    {"accumulate_", fbopt::direct::method<&fbopt::cpu::accumulate_op>},
-    {"accumulate_penalty_", fbopt::direct::method<&fbopt::cpu::accumulate_penalty_op>},
+    {"accumulate_", fbopt::direct::method<&fbopt::cpu::accumulate_op, 0b1>},
+    {"accumulate_penalty_", fbopt::direct::method<&fbopt::cpu::accumulate_penalty_op, 0b1>},
 };

@@ -136,6 +136,7 @@ struct Points {
 
 Numbers perturb_op(const Argument& out, const TensorList& params, const TensorList& grads,
                    double radius, std::optional<Argument> squared) {
+  check_apart({{"out", out}}, {{"params", params}, {"grads", grads}, {"squared_norm", squared}});
   const Points points(out, params, grads, squared);
   std::vector<double> squares;
   if (squared) squares = points.given(*squared);
@@ -150,6 +151,7 @@ Numbers perturb_op(const Argument& out, const TensorList& params, const TensorLi
 
 void perturb_adaptive_op(const Argument& out, const TensorList& params, const TensorList& grads,
                          double radius, double eta, const Argument& squared) {
+  check_apart({{"out", out}}, {{"params", params}, {"grads", grads}, {"squared_norm", squared}});
   const Points points(out, params, grads, squared);
   const std::vector<double> squares = points.given(squared);
   dispatch(points.dtype, [&](auto t) {
@@ -171,7 +173,7 @@ STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, CPU, m) {
 }
 
 static const fbopt::direct::Ops direct_ops{
-    {"perturb_", fbopt::direct::method<&fbopt::cpu::perturb_op>},
+    {"perturb_", fbopt::direct::method<&fbopt::cpu::perturb_op, 0b1>},
     {"adaptive_norms", fbopt::direct::method<&fbopt::cpu::adaptive_norms_op>},
-    {"perturb_adaptive_", fbopt::direct::method<&fbopt::cpu::perturb_adaptive_op>},
+    {"perturb_adaptive_", fbopt::direct::method<&fbopt::cpu::perturb_adaptive_op, 0b1>},
 };

@@ -8,6 +8,7 @@ namespace fbopt::cpu {
 namespace {
 
 void clip_op(const TensorList& grads, const Argument& total_norm, double max_norm) {
+  check_apart({{"grads", grads}}, {{"total_norm", total_norm}});
   const ScalarType dtype = dtype_of(grads);
   const Layout layout(grads);
   Operand g("grads", grads, layout, dtype);
@@ -63,6 +64,8 @@ void sgd_step_op(const TensorList& params, const TensorList& grads,
                  std::optional<Argument> divisor, std::optional<Argument> total_norm,
                  std::optional<double> max_norm, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, bool first) {
+  check_apart({{"params", params}, {"grads", grads}, {"momentum_buffers", momentum_buffers}},
+              {{"lr", lr}, {"divisor", divisor}, {"total_norm", total_norm}});
   const ScalarType dtype = dtype_of(params), grad_dtype = dtype_of(grads, dtype);
   check_step(params, grads, momentum_buffers, momentum, total_norm, max_norm);
   const Layout layout(params);
@@ -98,7 +101,14 @@ STABLE_TORCH_LIBRARY_IMPL(FBOPT_LIBRARY, CPU, m) {
   m.impl("sgd_step_", TORCH_BOX(&fbopt::cpu::sgd_step_op));
 }
 
+// Gradients are written only where they are sums, with a divisor.
+static PyObject* sgd_step_method(PyObject* module, PyObject* const* args, Py_ssize_t count) {
+  using fbopt::cpu::sgd_step_op, fbopt::direct::method;
+  const bool divides = count > 4 && args[4] != Py_None;
+  return (divides ? method<&sgd_step_op, 0b111> : method<&sgd_step_op, 0b101>)(module, args, count);
+}
+
 static const fbopt::direct::Ops direct_ops{
-    {"clip_", fbopt::direct::method<&fbopt::cpu::clip_op>},
-    {"sgd_step_", fbopt::direct::method<&fbopt::cpu::sgd_step_op>},
+    {"clip_", fbopt::direct::method<&fbopt::cpu::clip_op, 0b1>},
+    {"sgd_step_", sgd_step_method},
 };

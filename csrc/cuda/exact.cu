@@ -179,6 +179,8 @@ struct Sums {
 
 void accumulate_exact_op(const TensorList& sums, const TensorList& carries, const Tensor& maxima,
                          const TensorList& grads, const Tensor& weight, const Tensor& scales) {
+  check_apart({{"sums", sums}, {"carries", carries}, {"maxima", maxima}},
+              {{"grads", grads}, {"weight", weight}, {"scales", scales}});
   Sums target(sums, carries, maxima, scales, weight);
   const ScalarType dtype = dtype_of(grads);
   const Chunks chunks = chunks_of(weight);
@@ -199,6 +201,14 @@ void accumulate_exact_penalty_op(const TensorList& sums, const TensorList& carri
                                  const Tensor& weight, const Tensor& scales,
                                  const Tensor& coefficient, const Tensor& squared_norm,
                                  double radius) {
+  check_apart({{"sums", sums}, {"carries", carries}, {"maxima", maxima}},
+              {{"grads", grads},
+               {"plus", plus},
+               {"minus", minus},
+               {"weight", weight},
+               {"scales", scales},
+               {"coefficient", coefficient},
+               {"squared_norm", squared_norm}});
   Sums target(sums, carries, maxima, scales, weight);
   const ScalarType dtype = dtype_of(grads);
   const Chunks chunks = chunks_of(weight);
@@ -246,6 +256,11 @@ struct Mean {
 
 void exact_mean_op(const TensorList& means, const TensorList& sums, const TensorList& carries,
                    const Tensor& maxima, const Tensor& scales, const Tensor& divisor) {
+  check_apart({{"means", means}}, {{"sums", sums},
+                                   {"carries", carries},
+                                   {"maxima", maxima},
+                                   {"scales", scales},
+                                   {"divisor", divisor}});
   Sums source(sums, carries, maxima, scales, divisor);
   const ScalarType dtype = dtype_of(means);
   Operand out("means", means, source.layout, dtype);

@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 void row_products_op(const Tensor& out, const Tensor& rows, const Tensor& a, const Tensor& b) {
+  check_apart({{"out", out}}, {{"rows", rows}, {"a", a}, {"b", b}});
   const Call call(rows);
   const Rows matrix(rows);
   double* to = matrix.numbers("out", out, 2 * matrix.count);
@@ -108,6 +109,7 @@ void combine(const Call& call, T* out, const Rows& rows, const double* coefficie
 }
 
 void combine_rows_op(const Tensor& out, const Tensor& rows, const Tensor& coefficients) {
+  check_apart({{"out", out}}, {{"rows", rows}, {"coefficients", coefficients}});
   const Call call(rows);
   const Rows matrix(rows);
   const double* c = matrix.numbers("coefficients", coefficients, matrix.count);

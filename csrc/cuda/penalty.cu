@@ -25,6 +25,7 @@ struct Copy {
 };
 
 void pack_op(const Tensor& out, const TensorList& tensors) {
+  check_apart({{"out", out}}, {{"tensors", tensors}});
   const Call call(out);
   const Meta target(out.get());
   FBOPT_CHECK(out.is_contiguous(), "out must be contiguous");
@@ -75,6 +76,7 @@ struct Accumulate {
 };
 
 void accumulate_op(const TensorList& sums, const TensorList& grads, const Tensor& weight) {
+  check_apart({{"sums", sums}}, {{"grads", grads}, {"weight", weight}});
   const Call call(sums.empty() ? Meta(weight) : sums[0]);
   const ScalarType dtype = dtype_of(grads);
   const Chunks chunks = chunks_of(weight);
@@ -120,6 +122,12 @@ struct AccumulatePenalty {
 void accumulate_penalty_op(const TensorList& sums, const TensorList& grads, const TensorList& plus,
                            const TensorList& minus, const Tensor& weight, const Tensor& coefficient,
                            const Tensor& squared_norm, double radius) {
+  check_apart({{"sums", sums}}, {{"grads", grads},
+                                 {"plus", plus},
+                                 {"minus", minus},
+                                 {"weight", weight},
+                                 {"coefficient", coefficient},
+                                 {"squared_norm", squared_norm}});
   const Call call(sums.empty() ? Meta(weight) : sums[0]);
   const ScalarType dtype = dtype_of(grads);
   const bool central = !minus.empty();

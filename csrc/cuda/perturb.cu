@@ -164,6 +164,7 @@ struct Points {
 
 Tensor perturb_op(const Tensor& out, const TensorList& params, const TensorList& grads,
                   double radius, std::optional<Tensor> squared) {
+  check_apart({{"out", out}}, {{"params", params}, {"grads", grads}, {"squared_norm", squared}});
   const Points points(out, params, grads, squared);
   const auto& [call, dtype, chunks, layout, p, g, flat, data] = points;
   if (squared) call.scalar("squared_norm", *squared, chunks);
@@ -179,6 +180,7 @@ Tensor perturb_op(const Tensor& out, const TensorList& params, const TensorList&
 
 void perturb_adaptive_op(const Tensor& out, const TensorList& params, const TensorList& grads,
                          double radius, double eta, const Tensor& squared) {
+  check_apart({{"out", out}}, {{"params", params}, {"grads", grads}, {"squared_norm", squared}});
   const Points points(out, params, grads, squared);
   const Scalar source = points.call.scalar("squared_norm", squared, points.chunks);
   dispatch(points.dtype, [&](auto t) {

@@ -27,6 +27,7 @@ struct Clip {
 };
 
 void clip_op(const TensorList& grads, const Tensor& total_norm, double max_norm) {
+  check_apart({{"grads", grads}}, {{"total_norm", total_norm}});
   const Call call(grads.empty() ? Meta(total_norm) : grads[0]);
   const ScalarType dtype = dtype_of(grads);
   const Layout layout(grads);
@@ -71,6 +72,8 @@ void sgd_step_op(const TensorList& params, const TensorList& grads,
                  std::optional<Tensor> divisor, std::optional<Tensor> total_norm,
                  std::optional<double> max_norm, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, bool first) {
+  check_apart({{"params", params}, {"grads", grads}, {"momentum_buffers", momentum_buffers}},
+              {{"lr", lr}, {"divisor", divisor}, {"total_norm", total_norm}});
   const Call call(params.empty() ? Meta(lr) : params[0]);
   const ScalarType dtype = dtype_of(params), grad_dtype = dtype_of(grads, dtype);
   check_step(params, grads, momentum_buffers, momentum, total_norm, max_norm);

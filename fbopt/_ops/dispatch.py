@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any, ParamSpec, TypeVar
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fbopt._build import load
-from fbopt._ops import reference
+from fbopt._ops import reference, registration
 from fbopt._ops.flat import by_device_and_dtype
 
 P, R = ParamSpec("P"), TypeVar("R")
@@ -34,6 +35,7 @@ NAMES = (
     "row_products_",
     "combine_rows_",
 )
+_registering = threading.Lock()
 LIBRARIES = {"cpu": load.kernels, "cuda": load.cuda_kernels}
 
 
@@ -43,11 +45,18 @@ def table(device_type: str) -> SimpleNamespace | ModuleType:
     library = LIBRARIES[device_type]() if device_type in LIBRARIES else None
     if library is None:
         return reference
-    _register_fakes()
-    ops = {name: getattr(torch.ops.fbopt, name).default for name in NAMES}
+    with _registering:
+        _register()
+    found = {name: getattr(torch.ops.fbopt, name).default for name in NAMES}
+    ops = {name: registration.past_autograd(op) for name, op in found.items()}
     if device_type == "cpu":
         ops = {name: _direct(getattr(library, name), op) for name, op in ops.items()}
     return SimpleNamespace(**ops)
+
+
+@functools.cache
+def _register() -> None:
+    registration.register("fbopt", NAMES)
 
 
 def _direct(kernel: Callable[..., Any], op: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,43 +67,6 @@ def _direct(kernel: Callable[..., Any], op: Callable[..., Any]) -> Callable[...,
         return op(*args) if found is NotImplemented else found
 
     return run
-
-
-@functools.cache
-def _register_fakes() -> None:
-    """Tell torch.compile and fake tensors what the ops return; the schema says the rest."""
-    fakes = {
-        "squared_norm": _fake_squared_norm,
-        "perturb_": _fake_perturb,
-        "adaptive_norms": _fake_adaptive_norms,
-    }
-    for name in NAMES:
-        torch.library.register_fake(f"fbopt::{name}", fakes.get(name, _fake_none))
-
-
-def _fake_squared_norm(tensors: list[Tensor], stacked: bool = False) -> Tensor:
-    shape = tensors[0].shape[:1] if stacked else ()
-    return tensors[0].new_empty(shape, dtype=torch.float64)
-
-
-def _fake_perturb(
-    out: Tensor, params: list[Tensor], grads: list[Tensor], *args: object, **rest: object
-) -> Tensor:
-    return out.new_empty(_chunks_of(params, grads), dtype=torch.float64)
-
-
-def _fake_adaptive_norms(params: list[Tensor], grads: list[Tensor], eta: float) -> Tensor:
-    return params[0].new_empty((2, *_chunks_of(params, grads)), dtype=torch.float64)
-
-
-def _chunks_of(params: list[Tensor], grads: list[Tensor]) -> tuple[int, ...]:
-    """The shape of a number for each chunk."""
-    stacked = bool(params) and grads[0].dim() > params[0].dim()
-    return tuple(grads[0].shape[:1]) if stacked else ()
-
-
-def _fake_none(*args: object) -> None:
-    return None
 
 
 def _on_device_of(position: int, op: Callable[P, R]) -> Callable[P, R]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fbopt._ops.arguments import checked
 from fbopt._ops.flat import flat_views, stacks_like
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -35,12 +36,14 @@ def _chunks(numbers: Tensor, *lists: list[Tensor]) -> Iterator[tuple[Tensor, lis
         yield number, [[s[k] for s in tensors] for tensors in slices]
 
 
+@checked(writes=1)
 def pack_(out: Tensor, tensors: list[Tensor]) -> None:
     """Set the 1-D `out` to the tensors one after the other, each in row-major order."""
     if tensors:
         out.copy_(torch.cat([t.reshape(-1) for t in tensors]))
 
 
+@checked(writes=0)
 def squared_norm(tensors: list[Tensor], stacked: bool = False) -> Tensor:
     """Return sum_i ||x_i||^2 as a 0-dim float64 tensor; of stacks (K,), one for each chunk."""
     squares = [t.double().square() for t in tensors]
@@ -49,6 +52,7 @@ def squared_norm(tensors: list[Tensor], stacked: bool = False) -> Tensor:
     return torch.stack([s.sum() for s in squares]).sum()
 
 
+@checked(writes=1)
 def perturb_(
     out: Tensor,
     params: list[Tensor],
@@ -77,6 +81,7 @@ def perturb_(
 _squared_norm = squared_norm
 
 
+@checked(writes=0)
 def adaptive_norms(params: list[Tensor], grads: list[Tensor], eta: float) -> Tensor:
     """Return ||g||^2 and ||T g||^2, T = abs(p) + eta for each element: (2,), float64.
 
@@ -88,6 +93,7 @@ def adaptive_norms(params: list[Tensor], grads: list[Tensor], eta: float) -> Ten
     return torch.stack([squared_norm(x, stacked) for x in (grads, scaled)])
 
 
+@checked(writes=1)
 def perturb_adaptive_(
     out: Tensor,
     params: list[Tensor],
@@ -125,6 +131,7 @@ def _points(
             yield view, _wide(p), _wide(g), s.clamp(-most, most).to(_wide(p).dtype)
 
 
+@checked(writes=1)
 def accumulate_(sums: list[Tensor], grads: list[Tensor], weight: Tensor) -> None:
     """Add a <- a + w g, with a in float32 (float64 for float64 grads).
 
@@ -136,6 +143,7 @@ def accumulate_(sums: list[Tensor], grads: list[Tensor], weight: Tensor) -> None
             a.add_(w.to(a.dtype) * g.to(a.dtype))
 
 
+@checked(writes=1)
 def accumulate_penalty_(
     sums: list[Tensor],
     grads: list[Tensor],
@@ -173,6 +181,7 @@ def _penalised(
         yield _wide(g) + k * (_wide(up) - _wide(down))
 
 
+@checked(writes=3)
 def accumulate_exact_(
     sums: list[Tensor],
     carries: list[Tensor],
@@ -194,6 +203,7 @@ def accumulate_exact_(
             _add_exact(sums[i], carries[i], maxima[i], _wide(g).double(), w, scales[i])
 
 
+@checked(writes=3)
 def accumulate_exact_penalty_(
     sums: list[Tensor],
     carries: list[Tensor],
@@ -233,6 +243,7 @@ def _add_exact(
     carries.add_((high.to(torch.int64) + wraps).to(torch.int32))
 
 
+@checked(writes=1)
 def exact_mean_(
     means: list[Tensor],
     sums: list[Tensor],
@@ -255,6 +266,7 @@ def clip_coefficient(max_norm: float, total_norm: Tensor) -> Tensor:
     return (max_norm / (total_norm.double() + CLIP_EPS)).clamp(max=1.0)
 
 
+@checked(writes=1)
 def clip_(grads: list[Tensor], total_norm: Tensor, max_norm: float) -> None:
     """Scale g <- min(1, max_norm / (total_norm + 1e-6)) g."""
     coefficient = clip_coefficient(max_norm, total_norm)
@@ -262,6 +274,7 @@ def clip_(grads: list[Tensor], total_norm: Tensor, max_norm: float) -> None:
         g.copy_(_wide(g) * coefficient.to(_wide(g).dtype))
 
 
+@checked(writes=3)
 def sgd_step_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -300,6 +313,7 @@ def sgd_step_(
         p.copy_(wide - lr.to(wide.dtype) * d)
 
 
+@checked(writes=1)
 def row_products_(out: Tensor, rows: Tensor, a: Tensor, b: Tensor) -> None:
     """Set out (2, R), float64, to the inner products of R rows (R, n) with two vectors (n,).
 
@@ -310,6 +324,7 @@ def row_products_(out: Tensor, rows: Tensor, a: Tensor, b: Tensor) -> None:
             out[k, i] = (row.double() * vector.double()).sum()
 
 
+@checked(writes=1)
 def combine_rows_(out: Tensor, rows: Tensor, coefficients: Tensor) -> None:
     """Set out (n,) <- c_1 x_1 + ... + c_R x_R for rows x_i and R coefficients, float64.
 
