@@ -3,23 +3,19 @@ result compared with fbopt.reference in float64.
 
     compute-sanitizer --tool memcheck python -m benchmarks.sanitized
 
-On the CPU, by the compiler's own:
-
-    FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize=vptr"
-    LIBRARIES="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)"
-    CXXFLAGS=$FLAGS LD_PRELOAD=$LIBRARIES ASAN_OPTIONS=detect_leaks=0 FBOPT_BACKEND=kernels \
-        python -m benchmarks.sanitized --device cpu
-
-`--plant` writes past the end of an allocation instead, which memcheck has to find.
+`--plant` makes a fault instead, which the tool has to find. On the CPU `make sanitize` runs this
+under the compilers' own sanitizers: see benchmarks.sanitizers.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +24,7 @@ from torch import Tensor
 from benchmarks.cases import Operands, require_close
 from benchmarks.kernels import RULE, KernelArguments, Place, Tensors, cloned
 from fbopt import reference
+from fbopt._build import load
 from fbopt._ops import dispatch
 from fbopt._ops.flat import DTYPES, accumulator_dtype, flat_size, flat_views, stacks_like
 
@@ -38,6 +35,9 @@ STACKED += ("accumulate_penalty_", "accumulate_exact_", "accumulate_exact_penalt
 # More tensors than the arguments of one launch hold.
 MANY = [torch.Size([1 + i % 23]) for i in range(2500)]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+# What planted.cpp is called with.
+FAULTS = {"overflow": 8, "undefined": 2**63 - 1, "race": 10_000}
+PLANTED = ("planted", [Path(__file__).with_name("planted.cpp")], "planted faults")
 AGREED = "calls agree with the reference"
 Form = Callable[[KernelArguments, object], dict[str, Callable[[], object]]]
 
@@ -164,8 +164,17 @@ def agree(who: str, form: Form, found: KernelArguments, right: KernelArguments) 
     return len(names)
 
 
-def plant(device: torch.device) -> None:
-    """Write 4 bytes past an allocation of 4,096, by a kernel of torch's."""
+def plant(fault: str, device: torch.device) -> None:
+    """Make a fault: on a GPU by a kernel of torch's, on the CPU by planted.cpp."""
+    if fault == "device":
+        plant_on_device(device)
+    else:
+        library = ctypes.CDLL(str(load.build(*PLANTED)))
+        getattr(library, fault)(ctypes.c_int64(FAULTS[fault]))
+
+
+def plant_on_device(device: torch.device) -> None:
+    """Write 4 bytes past an allocation of 4,096."""
     t = torch.zeros(1024, device=device)
     storage = torch._C._construct_storage_from_data_pointer(t.data_ptr(), t.device, 4 * 1025)
     torch.empty(0, device=device).set_(storage, 0, (1025,), (1,)).fill_(1.0)
@@ -176,12 +185,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run all kernels and print how many calls agreed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default="cuda")
-    parser.add_argument("--plant", action="store_true", help="write out of bounds instead")
+    parser.add_argument(
+        "--plant",
+        nargs="?",
+        const="device",
+        choices=("device", *FAULTS),
+        help="make a fault instead; by default write out of bounds on the device",
+    )
     choice = parser.parse_args(argv)
     # An allocation for each tensor: in torch's own blocks, what lies behind one is another's.
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     if choice.plant:
-        plant(choice.device)
+        plant(choice.plant, choice.device)
         return 0
     calls = sum(compare(*case, choice.device) for case in cases())
     print(f"{calls} {AGREED}")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_runs
 import torch
 
 from benchmarks import carry
@@ -26,7 +27,7 @@ def run(path: Path, steps: tuple[int, ...], finished: bool = False, lr: float = 
         atomic.replace_lines(path / name, [{"step": step} for step in steps])
     for step in steps:
         weights = torch.full((20_000,), float(step))
-        content = format.seal({"step": step, "options": options, "x": weights})
+        content = format.seal(tiny_runs.checkpoint(step, options=options, x=weights))
         atomic.replace(path / f"checkpoint-{step}.pt", content)
     if finished:
         atomic.replace_json(path / "result.json", {"test_accuracy": 0.5})

@@ -97,7 +97,8 @@ def test_carried_runs_are_in_the_table_of_their_scale(job, tmp_path, monkeypatch
     run.mkdir(parents=True)
     atomic.replace_json(run / "options.json", resolve(options).as_json())
     found = {"test_accuracy": 0.75, "loss": 0.5, "seconds": 60.0, "step": 11730}
-    atomic.replace_json(run / "result.json", found | {"gradient_evaluations": 30})
+    rest = {"pass": 30, "test_loss": 1.0, "train_accuracy": 0.9, "gradient_evaluations": 30}
+    atomic.replace_json(run / "result.json", found | rest)
     logged = dict.fromkeys(("gradient_norm", "clip", "mean_squared_chunk_norm"), 1.0)
     atomic.replace_lines(run / "metrics.jsonl", [found | logged | {"pass": 30}])
     carry.pack(job.out / "elsewhere", job.carried)
