@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,11 +22,31 @@ class PeerError(RuntimeError):
     Attributes:
         rank: the process that failed; None where only the connection is known to be lost.
         kind: the name of its exception's type.
+        seconds: for how long the others were waited for.
     """
 
-    def __init__(self, message: str, rank: int | None = None, kind: str = "") -> None:
+    def __init__(
+        self, message: str, rank: int | None = None, kind: str = "", seconds: float = 0.0
+    ) -> None:
         super().__init__(message)
-        self.rank, self.kind = rank, kind
+        self.rank, self.kind, self.seconds = rank, kind, seconds
+
+
+class Meetings:
+    """How often this process has met the others: the number of collectives that it came to.
+
+    Attributes:
+        count: of collectives, the same on all processes as long as none waits for another.
+        since: by time.monotonic(), when this process came to the one that it is in; None between
+            two of them.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.since: float | None = None
+
+
+meetings = Meetings()
 
 
 class Failure(NamedTuple):
@@ -280,14 +301,19 @@ class Collectives:
     @contextlib.contextmanager
     def _sending(self, what: str) -> Iterator[None]:
         """Turn a broken connection into a PeerError that says what could not be done."""
+        begin = meetings.since = time.monotonic()
+        meetings.count += 1
         try:
             yield
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             raise PeerError(
                 f"process {self.rank} of {self.world_size} could not {what} with the others, one "
-                f"of which has probably died; see its own message, then start all again ({reason})"
+                f"of which has probably died; see its own message, then start all again ({reason})",
+                seconds=time.monotonic() - begin,
             ) from error
+        finally:
+            meetings.since = None
 
 
 def checksum(tensors: Sequence[Tensor]) -> list[int]:

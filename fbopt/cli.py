@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from fbopt import __version__
-from fbopt.train.config.parser import nearest, until_closed
+from fbopt.train.config.parser import nearest
+from fbopt.train.output import until_closed
 
 # name: (module with a main, what it does)
 COMMANDS = {
@@ -20,12 +21,15 @@ COMMANDS = {
     "check": ("fbopt.check_script", "look for mistakes in the closure of a script of your own"),
     "doctor": ("fbopt.doctor", "show what fbopt finds and uses on this machine"),
 }
+IN_FILES = ("train", "ladder", "analyze")  # those whose results are in files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `fbopt COMMAND …`; returns the exit status, 141 if stdout is closed before the end."""
+    """Run `fbopt COMMAND …`; returns the exit status, 141 if stdout is closed before the end, 1
+    where all that a command does is print, and that fails.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    return until_closed(lambda: _run(words))
+    return until_closed(lambda: _run(words), needed=words[:1] not in ([n] for n in IN_FILES))
 
 
 def _run(words: list[str]) -> int:

@@ -1,5 +1,5 @@
 """Where the ops run in tests: the CPU's kernels, directly and through torch's dispatcher, CUDA's
-compiled for the CPU, CUDA's on a GPU.
+compiled for the CPU, CUDA's on a GPU, and plain torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from op_cases import clone, fences_hold
 
 from fbopt._build import load
-from fbopt._ops import dispatch
+from fbopt._ops import dispatch, reference
 
 EMULATED = Path(__file__).parent / "emulated"
 KERNELS = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu*"))
@@ -72,6 +72,8 @@ def target(name: str) -> Target:
     if name == "dispatched":
         dispatch.table("cpu")
         return Target(name, "cpu", lambda op: getattr(torch.ops.fbopt, op).default)
+    if name == "reference":
+        return Target(name, "cpu", lambda op: getattr(reference, op))
     if name == "cuda":
         assert load.cuda_kernels() is not None  # not plain torch in their place
     return Target(name, name, lambda op: getattr(dispatch.table(name), op))

@@ -17,8 +17,9 @@ import fbopt
 from fbopt.cli import COMMANDS, main
 from fbopt.train import config
 from fbopt.train.config.options import Options, flag
-from fbopt.train.config.parser import CLOSED_PIPE, command_line, parse
+from fbopt.train.config.parser import command_line, parse
 from fbopt.train.config.recipes import NAMES
+from fbopt.train.output import CLOSED_PIPE
 
 
 def status(*arguments: str) -> int:

@@ -53,6 +53,16 @@ def trainer_of(tiny: str, recipe: str = "fb-penalty", **changes: Any) -> Trainer
     return Trainer(chosen, load(tiny), torch.device("cpu"))
 
 
+def checkpoint(step: int, **entries: Any) -> dict[str, Any]:
+    """The least that a checkpoint has to hold, and `entries`."""
+    nothing, zero = {"state": {}, "param_groups": []}, torch.zeros(())
+    return {
+        "step": step, "options": {}, "parameters": [], "seconds": 0.0, "fitted": 0, "model": {},
+        "optimizer": nothing, "scheduler": {}, "rng": torch.get_rng_state(), "correct": zero,
+        "loss": zero, "chunk_sqnorm": zero, "data": "", "environment": {},
+    } | entries  # fmt: skip
+
+
 def command_line(options: Options) -> list[str]:
     """The arguments of `fbopt train` that give these options."""
     words = []

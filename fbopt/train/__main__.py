@@ -6,13 +6,17 @@ import sys
 from collections.abc import Sequence
 
 from fbopt.train.config.options import Options
-from fbopt.train.config.parser import fail, parse, until_closed
+from fbopt.train.config.parser import fail, parse
 from fbopt.train.config.recipes import overview
+from fbopt.train.output import CLOSED_PIPE, guarded, until_closed
 from fbopt.train.torchrun import exit_with, is_rank_zero, only_rank_zero_prints
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the command line says; return 0, 1 (diverged, disk full), 2 (bad input) or 130."""
+    """Train as the command line says; return 0, 1 (diverged, disk full), 2 (bad input), 130 or 141.
+
+    The last two are for runs that were saved and stopped: by a signal, by a closed pipe.
+    """
     with only_rank_zero_prints(errors=True):
         (options,) = parse("fbopt train", arguments, Options, notes=overview())
     return exit_with(lambda: run(options))
@@ -24,13 +28,17 @@ def run(options: Options) -> int:
     from fbopt.train.launch import start
     from fbopt.train.malloc import keep_freed
     from fbopt.train.outcome import status_of
+    from fbopt.train.parent import end_with_ladder
 
     keep_freed()
     try:
+        end_with_ladder()
         requested_backend()
-    except ValueError as error:  # a mistyped FBOPT_BACKEND
+    except ValueError as error:  # a mistyped variable
         return fail(f"fbopt train: {error}" if is_rank_zero() else "", 2)
-    return status_of(lambda: start(options))
+    with guarded() as output:
+        status = status_of(lambda: start(options))
+    return CLOSED_PIPE if output.pipe_is_closed else status
 
 
 if __name__ == "__main__":

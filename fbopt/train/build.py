@@ -15,27 +15,49 @@ from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.data.augment import augmented
 from fbopt.train.data.dataset import Chunks, Data, Split
 from fbopt.train.grad_transforms import GradientTransform
+from fbopt.train.memory import check_fits
 from fbopt.train.optimizers import rules
 from fbopt.train.precision import autocast_dtype, parameter_dtype
 
 
 def build_model(options: Options, data: Data, device: torch.device) -> nn.Module:
     """The network, with the initial weights that the seed gives. Raises OptionsError."""
+    _check_memory(options, data, device)
     torch.manual_seed(options.seed)
-    given = {name: getattr(options, name) for name in LAYERS}
-    layers = {name: value for name, value in given.items() if value is not None}
-    try:
-        model = models.build(
-            options.model, data.shape, data.classes, options.width, options.dropout, **layers
-        )
-    except ValueError as error:
-        raise OptionsError(str(error)) from error
+    model = _network(options, data)
     if options.residual_init == "one":
         models.start_branches_at_one(model)
     model = model.to(device, parameter_dtype(options.precision)).train()
     if len(data.shape) == 3 and options.channels_last:
         model.to(memory_format=torch.channels_last)
     return model
+
+
+def _network(options: Options, data: Data) -> nn.Module:
+    given = {name: getattr(options, name) for name in LAYERS}
+    layers = {name: value for name, value in given.items() if value is not None}
+    try:
+        return models.build(
+            options.model, data.shape, data.classes, options.width, options.dropout, **layers
+        )
+    except ValueError as error:
+        raise OptionsError(str(error)) from error
+
+
+def _check_memory(options: Options, data: Data, device: torch.device) -> None:
+    """Refuse a model or chunks that cannot fit. Raises OptionsError."""
+    try:
+        with torch.device("meta"):
+            model = _network(options, data)
+    except RuntimeError as error:  # more numbers than can be counted
+        raise OptionsError(
+            f"--model {options.model}, --width {options.width}: has too many parameters; give a "
+            "smaller --width"
+        ) from error
+    together = 1 if options.stochastic else options.vectorize or 1
+    size = options.batch_size if options.stochastic else options.chunk_size
+    samples = min(size * together, len(data.train) * (options.replicas or 1)) * options.max_up
+    check_fits(options, model, data.shape, samples, device)
 
 
 def build_chunks(options: Options, split: Split, *, stochastic: bool, **context: Any) -> Chunks:
@@ -142,7 +164,7 @@ def build_closure(
         optimizer=optimizer,
         accumulation=options.accumulation or "float32",
         autocast=autocast_dtype(options.precision),
-        cuda_graph=options.cuda_graph and next(model.parameters()).is_cuda,
+        cuda_graph=bool(options.cuda_graph) and next(model.parameters()).is_cuda,
         chunk_max_norm=options.chunk_max_norm,
         chunk_norms=options.chunk_norms,
         vectorize=options.vectorize or 1,

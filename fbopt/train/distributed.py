@@ -6,7 +6,9 @@ import contextlib
 import datetime
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
@@ -15,15 +17,33 @@ import torch.distributed as dist
 from fbopt._distributed import Collectives, Failure, PeerError
 from fbopt.train.config.options import OptionsError
 from fbopt.train.config.resolve import device_type
+from fbopt.train.heartbeat import Heartbeat, telling
 from fbopt.train.torchrun import is_rank_zero, only_rank_zero_prints, rank_and_world_size
 
 T = TypeVar("T")
-# Rank 0's evaluation and --track may take long; a process that dies is noticed anyway.
-TIMEOUT = datetime.timedelta(days=2)
+MINUTES = 30.0
+
+
+class Unanswered(PeerError):
+    """Processes that did not answer in time; the message names them.
+
+    Attributes:
+        tells: whether this is the process that prints it.
+    """
+
+    def __init__(self, message: str, tells: bool) -> None:
+        super().__init__(f"{message}, and start all again (to wait longer: --timeout)")
+        self.tells = tells
 
 
 class DistributedContext(Collectives):
-    """The processes of a run. All of them have to call a method, in the same order."""
+    """The processes of a run. All of them have to call a method, in the same order.
+
+    Attributes:
+        heartbeat: what is heard of the others; None in a job of one process.
+    """
+
+    heartbeat: Heartbeat | None = None
 
     @property
     def is_rank_zero(self) -> bool:
@@ -55,9 +75,15 @@ class DistributedContext(Collectives):
             if failure is not None:
                 raise failure.as_error(rank) if rank != self.rank else error
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
-        return self.agree([flag], [], torch.device("cpu")).flags[0]
+    def why(self, error: PeerError) -> tuple[str, bool] | None:
+        """Which processes did not answer, where that is known; see Heartbeat.why."""
+        if error.rank is not None or self.heartbeat is None:
+            return None
+        return self.heartbeat.why(error.seconds)
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag whether it is set on any rank."""
+        return self.agree(flags, [], torch.device("cpu")).flags
 
 
 def select_device(name: str, world_size: int = 1) -> torch.device:
@@ -93,46 +119,78 @@ def _own_gpu(device: torch.device, world_size: int) -> torch.device:
 
 
 @contextlib.contextmanager
-def distributed_context(device: str = "auto") -> Iterator[DistributedContext]:
+def distributed_context(
+    device: str = "auto", minutes: float | None = None
+) -> Iterator[DistributedContext]:
     """Join the process group of torchrun's job, if any; only rank 0 prints meanwhile.
 
-    `device` is what `--device` asks for.
+    `device` is what `--device` asks for. Another process is waited for so many `minutes`, by
+    default MINUTES, and named in the PeerError that is raised then.
     """
+    minutes = minutes or MINUTES
     if rank_and_world_size()[1] == 1:
         yield DistributedContext()
         return
-    own = not dist.is_initialized()
-    if own:
-        _init_process_group(device)
+    own, context = not dist.is_initialized(), None
     try:
-        with only_rank_zero_prints():
-            yield DistributedContext(dist.group.WORLD)
+        with ExitStack() as living:
+            store = _init_process_group(device, minutes) if own else None
+            context = DistributedContext(dist.group.WORLD)
+            if store is not None:
+                beating = Heartbeat(store, *rank_and_world_size(), minutes)
+                context.heartbeat = living.enter_context(beating)
+            living.enter_context(only_rank_zero_prints())
+            yield context
     except PeerError as error:
         own &= error.rank is not None  # destroying could wait for a process that was lost
+        if context is not None and (why := context.why(error)):
+            raise Unanswered(*why) from error
         raise
     finally:
-        if own:
+        if own and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _init_process_group(device: str) -> None:
+def _init_process_group(device: str, minutes: float) -> dist.Store:
+    """Join the job; returns a store of its processes for heartbeats. Raises Unanswered."""
     nccl = device != "cpu" and torch.cuda.is_available() and dist.is_nccl_available()
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # After a restart torchrun's store still has the addresses of processes that are gone, which
-        # the new ones may read and then wait for. Machines count restarts each for itself.
-        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if nccl else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=TIMEOUT,
-    )
+    timeout, begin = datetime.timedelta(minutes=minutes), time.monotonic()
+    rank, world_size = rank_and_world_size()
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    who = f"fbopt train: process {rank} of {world_size}"
+    waits = f"{who} waits for the others at {place}, at most {minutes:g} minutes"
+    try:
+        with telling(waits, minutes):
+            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # After a restart torchrun's store still has the addresses of processes that are
+                # gone, which the new ones may read and then wait for. Machines count restarts each
+                # for itself.
+                restart = f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+                store = dist.PrefixStore(restart, store)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if nccl else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+            )
+    except ValueError as error:  # a variable that is missing or no number
+        reason = f"the environment is not torchrun's: {error}"
+        raise OptionsError(f"{reason}; start the job with torchrun") from error
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise Unanswered(
+            f"process {rank} of {world_size} has not met the others at {place} within "
+            f"{time.monotonic() - begin:.0f} s ({reason}): see that all run and the network lets "
+            "them reach each other",
+            tells=True,
+        ) from error
+    return dist.PrefixStore("heartbeats", store)
 
 
 def peer_error_status(error: PeerError) -> int:
     """The exit status for another rank's failure, which that rank prints itself, unless lost."""
-    if error.rank is None and is_rank_zero():
+    if error.tells if isinstance(error, Unanswered) else error.rank is None and is_rank_zero():
         print(f"fbopt train: {error}", file=sys.stderr, flush=True)
     return 2 if error.kind in ("OptionsError", "DataError") else 1

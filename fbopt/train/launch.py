@@ -8,7 +8,6 @@ single request to stop must not count as two. When this process dies, the system
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -32,10 +31,12 @@ from fbopt.train.checkpoint.resume import Start
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.cores import usable_cores
 from fbopt.train.config.options import Options
-from fbopt.train.config.parser import fail, until_closed
+from fbopt.train.config.parser import fail
 from fbopt.train.distributed import DistributedContext, distributed_context, select_device
 from fbopt.train.loop import train, train_from
 from fbopt.train.outcome import AT_ONCE, status_of
+from fbopt.train.output import CLOSED_PIPE, guarded, nobody_reads
+from fbopt.train.parent import end_with
 from fbopt.train.processes import may_start_some, settle
 from fbopt.train.signals import STOP
 from fbopt.train.torchrun import is_rank_zero, rank_and_world_size
@@ -43,7 +44,6 @@ from fbopt.train.torchrun import is_rank_zero, rank_and_world_size
 PASSED_ON = signal.SIGUSR1
 UNKNOWN = -1
 STOPPED = 130  # the exit status of a process that SIGINT has ended, for a shell
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NOTICED_SECONDS = 20.0  # within which the launcher sees that a process is gone, and says so
 
 
@@ -162,14 +162,17 @@ class Launcher:
         signal.signal(PASSED_ON, _stop_at_once)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        _end_with(self.pid)
+        end_with(self.pid)
         if self.stops.value:
             _stop_at_once()
         logging.disable(logging.NOTSET)
         torch.set_num_threads(max(1, usable_cores() // self.begin.options.processes))
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         try:
-            status = until_closed(lambda: status_of(self._train))
+            with guarded():
+                status = status_of(self._train)
+                sys.stdout.flush()
+                status = CLOSED_PIPE if nobody_reads() else status
         except BaseException:
             self._report(traceback.format_exc())
             status = 1
@@ -183,7 +186,8 @@ class Launcher:
     def _train(self) -> int:
         with ExitStack() as group, ExitStack() as lock:
             with _silent_stdout():  # gloo says that it is connected (torch 2.10)
-                context = group.enter_context(distributed_context("cpu"))
+                joined = distributed_context("cpu", self.begin.options.timeout)
+                context = group.enter_context(joined)
             # The launcher sends it as soon as one process has ended, which it then names; the
             # others end by themselves, and rank 0 may have to say why.
             noticed = threading.Event()
@@ -194,7 +198,7 @@ class Launcher:
                 context.from_rank_zero(lambda: folder.lock_existing(lock))
                 train_from(begin, context, lock, loaded=self.loaded, stop_by=[PASSED_ON])
             except PeerError as error:
-                if error.rank is not None:
+                if error.rank is not None or context.why(error):
                     raise
                 noticed.wait(NOTICED_SECONDS)
                 os._exit(1)
@@ -226,10 +230,3 @@ def _silent_stdout() -> Iterator[None]:
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nowhere)
-
-
-def _end_with(parent: int) -> None:
-    """Let the system end this process as soon as its parent has ended."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended already
-        os._exit(1)

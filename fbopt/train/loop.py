@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fbopt.train import models
+from fbopt.train.agreement import check_environment, check_options, check_state
 from fbopt.train.begin import Loaded, broadcast_model, build_trainer, find
 from fbopt.train.checkpoint.provenance import environment
 from fbopt.train.checkpoint.resume import Start, restore
@@ -23,6 +24,7 @@ from fbopt.train.checkpoint.saver import Saver
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.curvature import CurvatureTracker
 from fbopt.train.distributed import DistributedContext, distributed_context
+from fbopt.train.output import nobody_reads
 from fbopt.train.reporting.describe import describe
 from fbopt.train.reporting.plots import draw_curves
 from fbopt.train.reporting.progress import Progress
@@ -59,9 +61,11 @@ def train(options: Options, callbacks: Sequence[Callback] = ()) -> Result:
         OptionsError, DataError: something cannot work; nothing was created.
         Interrupted: a signal came; the run is saved.
         Diverged: the loss is not finite.
+        ProcessesDiffer: another process has other parameters than rank 0.
         WriteError: a full disk and the like; earlier checkpoints are whole.
     """
-    with distributed_context(options.device) as context, ExitStack() as lock:
+    with distributed_context(options.device, options.timeout) as context, ExitStack() as lock:
+        check_options(context, options)
         start = context.from_rank_zero(lambda: find(options, lock))
         return train_from(start, context, lock, callbacks)
 
@@ -84,6 +88,7 @@ def train_from(
         facts = environment(trainer, digest)
         if start.state is not None:
             restore(trainer, start, facts)
+    check_environment(context, facts)
     if start.state is None:
         broadcast_model(trainer, digest)
     summary = context.from_rank_zero(lambda: _summary_if_finished(trainer, start.folder))
@@ -136,6 +141,8 @@ def _summary_if_finished(trainer: Trainer, folder: RunFolder) -> dict[str, Any] 
     if trainer.step < trainer.total_steps or not folder.result.exists():
         return None
     summary = folder.read_result()
+    if not folder.curves.exists():  # killed between the two
+        draw_curves(folder, trainer.options)
     print(f"{folder.path}/ is finished: {accuracies(summary)}", flush=True)
     return summary
 
@@ -158,7 +165,12 @@ def _fit(
                 _log(trainer, write, progress, tracker)
                 trainer.scheduler.step()
             last = trainer.step == trainer.total_steps
-            stop = trainer.context.any(signals.requested) and not last
+            requested = signals.requested or nobody_reads()
+            due = saver is not None and saver.is_due()
+            stop, due = trainer.context.any(requested, due)
+            stop &= not last
+            if due or stop or last:
+                check_state(trainer)
             if saver is not None:
                 saver.after_step(at_once=stop or last)
             if stop:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from fbopt._build.compiler import BuildError
 from fbopt._distributed import PeerError
+from fbopt.train.agreement import ProcessesDiffer
 from fbopt.train.checkpoint.atomic import WriteError
 from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import OptionsError
@@ -25,7 +26,7 @@ def status_of(work: Callable[[], int]) -> int:
         return work()
     except (OptionsError, DataError, BuildError) as error:
         return fail(f"fbopt train: {error}", 2)
-    except (Diverged, WriteError) as error:
+    except (Diverged, WriteError, ProcessesDiffer) as error:
         return fail(f"fbopt train: {error}" if prints else "", 1)
     except PeerError as error:
         return peer_error_status(error)

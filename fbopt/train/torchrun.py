@@ -11,12 +11,25 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
+from fbopt.train.config.options import OptionsError
+
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) without torchrun."""
+    """This process's rank and the number of processes; (0, 1) without torchrun.
+
+    Raises OptionsError for what torchrun never sets.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    given = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    if not all(word.isdecimal() and len(word) < 10 for word in given) or int(given[0]) >= int(
+        given[1]
+    ):
+        raise OptionsError(
+            f"RANK is {given[0]!r} and WORLD_SIZE {given[1]!r}, but TORCHELASTIC_RUN_ID is set, as "
+            "torchrun sets it; unset it, or start the job with torchrun"
+        )
+    return int(given[0]), int(given[1])
 
 
 def is_rank_zero() -> bool:

@@ -124,11 +124,15 @@ class Trainer:
     @property
     def position(self) -> tuple[int, int]:
         """The number of passes completed, and of mini-batches in the current epoch."""
+        return self.position_after(self.step)
+
+    def position_after(self, step: int) -> tuple[int, int]:
+        """The position after so many steps."""
         if self.epochs:
-            epoch, index = divmod(self.step, len(self.batches))
+            epoch, index = divmod(step, len(self.batches))
             if epoch < self.epochs:
                 return epoch, index
-        return self.epochs + self.step - self._steps(self.epochs), 0
+        return self.epochs + step - self._steps(self.epochs), 0
 
     @property
     def current_chunks(self) -> Chunks:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_runs
 import torch
 from conftest import bits
 
@@ -26,13 +27,14 @@ def state(step: int, seed: int = 0, **changes) -> dict:
     generator = torch.Generator().manual_seed(1000 * seed + step)
     model = {f"{i}.weight": torch.randn(7 + i, 5, generator=generator) for i in range(4)}
     momenta = {i: {"momentum_buffer": -t} for i, t in enumerate(model.values())}
-    return {
-        "step": step,
+    parts = {
         "model": model,
+        "parameters": list(model),
         "optimizer": {"state": momenta, "param_groups": [{"lr": 0.1, "params": [0, 1]}]},
         "options": OPTIONS | {"seed": seed},
         "rng": generator.get_state(),
-    } | changes  # fmt: skip
+    }
+    return tiny_runs.checkpoint(step, **parts) | changes
 
 
 def folder_with(path: Path, *steps: int, keep: int = 2, seed: int = 0) -> RunFolder:

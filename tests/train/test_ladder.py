@@ -137,6 +137,30 @@ def test_interrupted_and_resumed(tiny, tmp_path, monkeypatch, capsys):
         assert [r["pass"] for r in runs[seed].read_metrics()] == list(range(1, 601))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the runs go on")
+def test_a_killed_ladder_takes_its_runs_along(tiny, tmp_path):
+    """They save first; the same command goes on."""
+    words = ["--data", tiny, "--out", "out", "--rows", "fb-clip", "--seeds", "1", "--width", "4"]
+    command = [sys.executable, "-m", "fbopt.train.ladder", *words, "--share", "60", "--log-every=1"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    run = RunFolder(tmp_path / "out" / "fb-clip-s0")
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **silent) as process:
+        end = time.monotonic() + 60
+        while len(atomic.read_lines(run.metrics)) < 5:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+        process.kill()
+    while not run.checkpoints():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    log = (tmp_path / "out" / "logs" / "fb-clip-s0.log").read_text
+    while "go on with" not in log():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert not run.result.exists()
+
+
 def clock(monkeypatch, now) -> None:
     """Let the ladder read this clock."""
     monkeypatch.setattr(runner, "time", SimpleNamespace(sleep=time.sleep, monotonic=now))
@@ -194,6 +218,39 @@ def test_runs_that_do_not_save_in_time_are_ended(tiny, tmp_path, monkeypatch):
     assert log.read_text() == "ready\nsignal\n"
 
 
+def test_a_run_that_computes_nothing_is_ended(tiny, tmp_path, monkeypatch, capsys):
+    """One that computes is left alone."""
+    plan = plan_of(tiny, tmp_path, "--rows", "fb", "--seeds", "1", "--timeout", "0.02")
+    with monkeypatch.context() as patch:
+        run_program(patch, "time.sleep(60)")
+        assert runner.run_all(plan) == 1
+    said = capsys.readouterr().err
+    name = r"fb, seed 0 \(process \d+\) has computed nothing for \d s"
+    assert re.search(rf"{name}; it is waited for at most 0\.02 minutes\n", said)
+    assert "fb, seed 0: ended, as it had computed nothing for 0.02 minutes; the same" in said
+    run_program(monkeypatch, "end = time.monotonic() + 3\nwhile time.monotonic() < end: pass")
+    assert runner.run_all(plan) == 1
+    assert "computed nothing" not in capsys.readouterr().err
+
+
+def test_a_second_signal_ends_runs_that_do_not_stop(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "KILL_SECONDS", 0.2)
+    ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    run_program(monkeypatch, f"{ignore}; print('deaf', flush=True); time.sleep(60)")
+    log, sent = tmp_path / "logs" / "fb-s0.log", []
+
+    def now() -> float:
+        if log.exists() and "deaf" in log.read_text() and len(sent) < 2:
+            sent.append(True)
+            signal.raise_signal(signal.SIGINT)
+        return time.monotonic()
+
+    clock(monkeypatch, now)
+    plan = plan_of(tiny, tmp_path, "--rows", "fb", "--seeds", "1")
+    assert runner.run_all(plan) == 130
+    assert "ending what has not stopped, back at its last save" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("by_signal", [True, False])
 def test_a_last_run_that_is_finished_when_it_is_stopped(tiny, tmp_path, monkeypatch, by_signal):
     """Nothing is left then, but whoever sent a signal wants to know that it was heard."""
@@ -221,7 +278,7 @@ def line(step: int, seconds: float, gradients: int = 2) -> dict:
     passes = {
         "pass": step, "gradient_evaluations": evaluations, "sample_passes": 75 * evaluations,
     }  # fmt: skip
-    return {"step": step, "seconds": seconds} | passes
+    return {"step": step, "seconds": seconds, "loss": 1.0} | passes
 
 
 def test_speed_is_that_since_the_last_start(tiny, tmp_path):

@@ -29,9 +29,19 @@ from fbopt.train.schedules import lr_factor
 def test_nothing_is_left_open(data, recipe):
     o = resolve(Options(data=data, recipe=recipe))
     open_names = {f.name for f in fields(o) if getattr(o, f.name) is None}
-    allowed = {"width", "threads", "out", "resume", "max_norm", *perturbation.ALL, *SWITCHES}
+    allowed = {"width", "threads", "timeout", "out", "resume", "max_norm"}
+    allowed |= {*perturbation.ALL, *SWITCHES}
     allowed |= {"save_every", "data_dir", "replicas", "chunk_max_norm", "samples", "log"}
-    allowed |= {"vectorize", "agc", "clip_history", "gamma", "milestones", "ghost_size", "widening"}
+    allowed |= {
+        "vectorize",
+        "agc",
+        "clip_history",
+        "gamma",
+        "milestones",
+        "ghost_size",
+        "widening",
+        "timeout",
+    }
     allowed |= {"line_search", *OF_LBFGS}
     allowed |= set(rules.OWN) - {"momentum", "nesterov"}
     allowed |= {"padding"} if o.augment == "none" else set()
@@ -85,7 +95,16 @@ def test_a_run_keeps_how_many_chunks_go_through_the_model_at_once():
 def test_a_run_that_does_not_know_an_option_goes_on():
     """None, or the default, is what was done before there was the option."""
     wanted = Options(data="cifar10", augment="random")
-    new = {"padding", "augment_policy", "stem", "norm", "ghost_size", "shortcut", "widening"}
+    new = {
+        "padding",
+        "augment_policy",
+        "stem",
+        "norm",
+        "ghost_size",
+        "shortcut",
+        "widening",
+        "timeout",
+    }
     new |= {"loss", "max_up", "schedule", "floor", "gamma", "milestones"}
     older = {k: v for k, v in resolve(wanted).as_json().items() if k not in new}
     assert not differences(older, resolve_for(older, wanted).as_json())
@@ -200,6 +219,7 @@ BAD = {
     "steps for sgd": ({"recipe": "sgd", "steps": 3}, "--steps is only for .*use --epochs"),
     "chunks for sgd": ({"recipe": "sgd", "chunk_size": 3}, "--chunk-size.*use --batch-size"),
     "whole penalty for sgd": ({"recipe": "sgd", "full_penalty": 0.5}, "--full-penalty is only for"),
+    "whole penalty too large": ({"full_penalty": 1e300}, "--full-penalty 1e.300: has to be at"),
     "augment": ({"augment": "flip"}, "--augment flip: choose none, random, fixed"),
     "chunks": ({"chunks": "sorted"}, "--chunks sorted: choose fixed, shuffled, replacement"),
     "decay": ({"decay": "none"}, "--decay none: choose all, weights"),

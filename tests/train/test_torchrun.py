@@ -115,9 +115,32 @@ def scenario(case: str, rank: int, tiny: str, other: str, patch: pytest.MonkeyPa
     if kind == "data":  # rank 1's differ in one sample
         shutil.copy((other if rank == 1 else tiny).removeprefix("npz:"), "own.npz")
         return attempt(options("npz:own.npz", "data"))
+    if kind == "apart":  # rank 1 is told something else
+        return attempt(options(tiny, "apart", lr=0.3 if rank == 1 else 0.2))
+    if kind == "version":  # rank 1 has another torch
+        if rank == 1:
+            facts = loop.environment
+            patch.setattr(loop, "environment", lambda *given: facts(*given) | {"torch": "1.0"})
+        return attempt(options(tiny, "version"))
+    if kind == "drift":  # a bit of rank 2's memory flips
+        if rank == 2:
+            flip_after(patch, 4)
+        return attempt(options(tiny, "drift", fingerprint_every=3))
     if kind == "sgd":
         return command(tiny_runs.options(tiny, Path("sgd"), "sgd"))
     return command(Options(data=tiny, **({"lr": -1.0} if kind == "option" else {"processes": 3})))
+
+
+def flip_after(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Change the last bit of a parameter in the given step."""
+    take_step = Trainer.take_step
+
+    def flipping(trainer: Trainer) -> None:
+        take_step(trainer)
+        if trainer.step == step:
+            trainer.model.state_dict()["linear.bias"].view(torch.int32)[0] ^= 1
+
+    patch.setattr(Trainer, "take_step", flipping)
 
 
 # Cases and numbers of processes, in this order: the stopped run is resumed.
@@ -128,6 +151,9 @@ CASES = [
     ("fail", 3),
     ("diverge", 2),
     ("data", 3),
+    ("apart", 3),
+    ("version", 2),
+    ("drift", 3),
     ("sgd", 2),
     ("option", 3),
     ("number", 2),
@@ -282,6 +308,30 @@ def test_other_data_are_refused(found, home):
     assert "process 1 has other samples or labels than process 0" in results[1]["error"][1]
     assert {results[rank]["error"][0] for rank in (0, 2)} == {"PeerError"}
     assert not (home / "lead/data").exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "world", "words"),
+    [
+        ("apart", 3, "the processes differ: lr is 0.2 on process 0 and 0.3 on process 1"),
+        ("version", 2, "the processes differ: torch is 2"),
+    ],
+)
+def test_processes_that_would_compute_something_else_are_refused(found, home, case, world, words):
+    results = of(found, case, world)
+    assert {r["error"][0] for r in results} == {"OptionsError"}
+    assert all(r["error"][1].startswith(words) and not r["visited"] for r in results)
+    assert not (home / "lead" / case).exists()
+
+
+def test_a_parameter_that_is_not_the_others_ends_the_run(found, home):
+    """It is seen with the next fingerprint, after step 6, and told with rank, step and tensor."""
+    results = of(found, "drift", 3)
+    words = "at step 6 the parameter linear.bias of process 2 is not that of process 0"
+    assert {r["error"][0] for r in results} == {"ProcessesDiffer"}
+    assert all(r["error"][1].startswith(words) for r in results)
+    folder = RunFolder(home / "lead/drift")
+    assert [line["step"] for line in atomic.read_lines(folder.fingerprints)] == [0, 3]
 
 
 # --- the lock -------------------------------------------------------------------------------------

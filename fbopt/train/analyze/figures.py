@@ -47,7 +47,7 @@ def draw(name: str, measures: Mapping[str, Any], path: Path) -> None:
         figure, note = DRAWINGS[name](measures)
         lines = textwrap.fill(note, int(figure.get_size_inches()[0] * 17))
         figure.supxlabel(lines, fontsize=7, color=GREY)
-        figure.savefig(path, dpi=300)
+        plots.save(figure, path, dpi=300)
 
 
 def line(measures: Mapping[str, Any]) -> tuple[Any, str]:

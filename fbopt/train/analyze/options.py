@@ -77,6 +77,11 @@ _LEAST = {
     "seed": 0, "eigenvalues": 1, "max_products": 1, "samples": 2, "directions": 2, "points": 3,
     "grid": 3, "train_steps": 1,
 }  # fmt: skip
+# Of what is allocated at once; those of the square of a grid, too.
+_MOST = {
+    "seed": 2**63 - 1, "eigenvalues": 10**5, "max_products": 10**9, "samples": 10**6,
+    "directions": 10**6, "points": 10**6, "grid": 10**3, "train_steps": 10**6,
+}  # fmt: skip
 _ABOVE_ZERO = ("radius", "tolerance", "threshold", "span")
 
 
@@ -93,6 +98,9 @@ def check(options: Analysis) -> None:
     for name, least in _LEAST.items():
         if getattr(options, name) < least:
             raise OptionsError(f"{flag(name)} {getattr(options, name)}: has to be at least {least}")
+    for name, most in _MOST.items():
+        if getattr(options, name) > most:
+            raise OptionsError(f"{flag(name)} {getattr(options, name)}: has to be at most {most:,}")
     for name in _ABOVE_ZERO:
         if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
             raise OptionsError(f"{flag(name)} {value}: has to be above 0 and finite")

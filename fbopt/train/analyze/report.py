@@ -16,7 +16,6 @@ from fbopt.train.analyze.options import Analysis, as_json
 from fbopt.train.analyze.runs import Subject
 from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.provenance import environment
-from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import OptionsError
 from fbopt.train.reporting import progress
 
@@ -99,15 +98,24 @@ class Report:
         for name in (measure, *(["plane"] if measure == "flatness" and "plane" in found else [])):
             if name in figures.DRAWINGS:
                 try:
-                    figures.draw(name, found, self.folder / f"{name}.png")
+                    with self._writing():
+                        figures.draw(name, found, self.folder / f"{name}.png")
                     self.written[f"{name}.png"] = None
                 except ImportError:
                     print(f"no {name}.png: pip install matplotlib", flush=True)
 
     def _write(self) -> None:
-        try:
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             atomic.replace_json(self.folder / "results.json", self.results)
-        except OSError as error:
-            raise RunFolder(self.folder).not_writable(error) from error
         self.written["results.json"] = None
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OptionsError(
+                f"--out {self.folder}: cannot be written ({error.strerror or error}); "
+                f"{atomic.cure(error)}, or give another --out"
+            ) from error

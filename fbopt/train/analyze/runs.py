@@ -16,9 +16,9 @@ from fbopt.analysis import Objective
 from fbopt.train.analyze.options import Analysis
 from fbopt.train.checkpoint import format
 from fbopt.train.checkpoint.format import CheckpointError
-from fbopt.train.checkpoint.resume import check_data, check_model
+from fbopt.train.checkpoint.resume import check_data, check_model, load, made_with
 from fbopt.train.checkpoint.run_dir import RunFolder
-from fbopt.train.config.options import Options, OptionsError
+from fbopt.train.config.options import OptionsError
 from fbopt.train.curvature import training_loss
 from fbopt.train.data.load import load_for
 from fbopt.train.distributed import select_device
@@ -93,12 +93,7 @@ def read(path: Path, options: Analysis) -> Subject:
         OptionsError: no run, no readable checkpoint, or other data or another model than the run's.
     """
     folder, state = _state(path)
-    try:
-        trained = Options.from_json(state["options"])
-    except TypeError as error:
-        made = state.get("environment", {}).get("fbopt", "another version")
-        text = f"{path} was made by fbopt {made}, which has other options ({error})"
-        raise OptionsError(f"{text}; measure it with that version") from error
+    trained = made_with(str(path), state)
     if trained.threads is not None:
         torch.set_num_threads(trained.threads)
     data = load_for(replace(trained, download=False))
@@ -111,7 +106,7 @@ def read(path: Path, options: Analysis) -> Subject:
     conditions = {name: getattr(options, name) for name in ("batchnorm", "dropout", "seed")}
     name = f"{folder.resolve().name}, step {state['step']:,}"
     subject = Subject(name, folder, run, training_loss(run, **conditions), state)
-    subject.load()
+    load(str(path), run, copy.deepcopy(state))
     return subject
 
 

@@ -9,6 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fbopt.train.config.options import OptionsError
+from fbopt.train.config.reading import read_bytes, reading
+
 PARTIAL = ".partial"  # the suffix of a file that is being written, until it is renamed
 CURES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
@@ -32,6 +35,8 @@ def replace(path: Path, content: bytes, temporary: str | None = None) -> None:
     """
     partial = path.with_name(temporary or f".{path.name}{PARTIAL}")
     try:
+        if partial.is_fifo():  # a reader would be waited for
+            partial.unlink()
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
@@ -69,12 +74,21 @@ def replace_lines(path: Path, records: list[dict[str, Any]]) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records in a file of JSON lines, none where there is no file.
 
-    Lines that are not records are skipped, such as a last one that a crash cut short.
+    Lines that are not records are skipped, such as a last one that a crash cut short. Raises
+    OptionsError where there is something that cannot be read.
     """
-    if not path.exists():
-        return []
+    with reading(f"{path}", OptionsError, "put it back, or remove it"):
+        try:
+            content = read_bytes(path)
+        except FileNotFoundError:
+            return []
     records = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        with contextlib.suppress(ValueError):
+    for line in content.split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError, RecursionError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and "step" in record]
+    return [record for record in records if isinstance(record, dict) and _is_step(record)]
+
+
+def _is_step(record: dict[str, Any]) -> bool:
+    step = record.get("step")
+    return isinstance(step, int) and not isinstance(step, bool)

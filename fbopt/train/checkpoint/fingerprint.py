@@ -19,7 +19,9 @@ from fbopt.train.checkpoint.provenance import WHY, changed
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.diff import differences
 from fbopt.train.config.options import OptionsError
+from fbopt.train.config.paths import path_of
 
+ABOUT = "A run's SHA-256 at every kept step; where two runs first differ."
 SHOWN = 5  # tensors listed by name
 
 
@@ -44,9 +46,9 @@ class RunRecord(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `fbopt fingerprint …`; return 0 (the same), 1 (different) or 2 (an error)."""
-    parser = argparse.ArgumentParser("fbopt fingerprint", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("run", type=Path, help="folder of a run, finished or not")
-    parser.add_argument("run2", type=Path, nargs="?", help="another, to compare it with")
+    parser = argparse.ArgumentParser("fbopt fingerprint", description=ABOUT)
+    parser.add_argument("run", type=path_of, help="folder of a run, finished or not")
+    parser.add_argument("run2", type=path_of, nargs="?", help="another, to compare it with")
     parser.add_argument("--full", action="store_true", help="print all 64 digits")
     wanted = parser.parse_args(arguments)
     try:
@@ -73,13 +75,24 @@ def read(path: Path) -> RunRecord:
             f"{path}: is no run's folder, as it has no readable options.json; give one that "
             "`fbopt train` made"
         )
-    fingerprints = {record["step"]: record for record in atomic.read_lines(folder.fingerprints)}
+    records = atomic.read_lines(folder.fingerprints)
+    fingerprints = {record["step"]: record for record in records if _is_whole(record)}
     if not fingerprints:
         raise OptionsError(
             f"{path}: no step is kept yet; wait for a checkpoint, or train with "
             "--fingerprint-every 1"
         )
     return RunRecord(folder, fingerprints, options, atomic.read_lines(folder.environment))
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    """Whether a record has what is compared: digests of all groups and of their tensors."""
+    tensors = record.get("tensors")
+    return all(isinstance(record.get(group), str) for group in GROUPS) and (
+        isinstance(tensors, dict)
+        and all(isinstance(tensors.get(group), dict) for group in GROUPS)
+        and all(isinstance(d, str) for group in GROUPS for d in tensors[group].values())
+    )
 
 
 def table(run: RunRecord, digits: int) -> str:

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from fbopt.train.checkpoint.schema import fault_of_checkpoint
+from fbopt.train.config.reading import read_bytes
+
 FORMAT = 3  # increased when the content changes so that other versions cannot read it
 _TAG = b"fbopt sha256 "
 _DIGITS = 64
@@ -47,14 +50,18 @@ def unseal(content: bytes) -> dict[str, Any]:
     except Exception as error:
         text = str(error).partition("\n")[0]
         raise CheckpointError(f"torch {torch.__version__} cannot read it ({text})") from error
-    if (found := state["format"]) != FORMAT:
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
         raise CheckpointError(f"it has format {found}, and this version of fbopt reads {FORMAT}")
     return state
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The state in the file at `path`. Raises CheckpointError."""
+    """The state of a run in the file at `path`. Raises CheckpointError."""
     try:
-        return unseal(path.read_bytes())
+        state = unseal(read_bytes(path))
     except OSError as error:
-        raise CheckpointError(f"it cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"it cannot be read ({error.strerror or error})") from error
+    if wrong := fault_of_checkpoint(state):
+        raise CheckpointError(f"its SHA-256 is right, but {wrong}")
+    return state

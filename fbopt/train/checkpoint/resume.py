@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fbopt.train.checkpoint.provenance import WHY, changed
 from fbopt.train.checkpoint.run_dir import RunFolder
+from fbopt.train.checkpoint.schema import fault_of_parts
 from fbopt.train.config import diff
 from fbopt.train.config.options import Options, OptionsError
+from fbopt.train.config.reading import options_of, reading
 from fbopt.train.config.resolve import resolve
 from fbopt.train.trainer import Trainer
 
@@ -64,14 +66,7 @@ def _resume_folder(options: Options, path: Path, lock: ExitStack) -> Start:
     folder = RunFolder(path)
     folder.lock_existing(lock)
     state = folder.load()
-    try:
-        saved = Options.from_json(state["options"])
-    except TypeError as error:
-        version = state["environment"]["fbopt"]
-        raise OptionsError(
-            f"--resume {path}: the run was made by fbopt {version}, which has other "
-            f"options ({error}); go on with that version, or start a new run with --out"
-        ) from error
+    saved = made_with(f"--resume {path}", state)
     if folder.result.exists():
         raise OptionsError(f"--resume {path}: the run is finished; start a new one with --out")
     own = {"out": path, "resume": path, **diff.given(options)}
@@ -83,9 +78,33 @@ def restore(trainer: Trainer, start: Start, environment: dict[str, Any]) -> None
     where, state = f"--resume {start.folder.path}", start.state
     check_data(where, state["data"], environment["data"], start.options.data)
     check_model(where, state["model"], trainer.model.state_dict())
-    trainer.load_state_dict(state)
+    load(where, trainer, state)
     for name, old, new in changed(state["environment"], environment):
         print(f"note: {name} {old} before, {new} now: {WHY.get(name, 'bits may differ')}")
+
+
+def load(where: str, trainer: Trainer, state: dict[str, Any]) -> None:
+    """Load a checkpoint whose model fits. Raises OptionsError, before anything is changed where it
+    can be told, for parts that are none of this trainer.
+    """
+    cure = "the checkpoint is altered: remove it to go on from the one before"
+    with reading(where, OptionsError, cure):
+        passes, _ = trainer.position_after(state["step"])
+        if wrong := fault_of_parts(state, trainer.state_dict(), passes):
+            raise ValueError(wrong)
+        trainer.load_state_dict(state)
+
+
+def made_with(where: str, state: Mapping[str, Any]) -> Options:
+    """The options of the run in a checkpoint. Raises OptionsError where there are others."""
+    try:
+        return options_of(state["options"], where)
+    except TypeError as error:
+        version = state["environment"].get("fbopt", "another version")
+        raise OptionsError(
+            f"{where}: the run was made by fbopt {version}, which has other options ({error}); use "
+            "that version, or start a new run with --out"
+        ) from error
 
 
 def check_data(where: str, made: str, now: str, spec: str) -> None:

@@ -19,8 +19,10 @@ from filelock import FileLock, Timeout
 
 from fbopt.train.checkpoint import atomic, format
 from fbopt.train.checkpoint.format import CheckpointError
+from fbopt.train.checkpoint.schema import fault_of_metrics, fault_of_result
 from fbopt.train.config.diff import differences
 from fbopt.train.config.options import OptionsError
+from fbopt.train.config.reading import open_regular, read_bytes, reading
 
 FILES = (
     "options.json", "metrics.jsonl", "environment.jsonl", "fingerprints.jsonl", "curves.png",
@@ -102,7 +104,16 @@ class RunFolder:
         stack.callback(self._lock.release)
 
     def lock_existing(self, stack: contextlib.ExitStack) -> None:
-        """Lock the folder if it holds a run."""
+        """Lock the folder if it holds a run.
+
+        Raises OptionsError where something else than a file has the name of one of a run's.
+        """
+        for path in self.path.iterdir() if self.path.is_dir() else ():
+            own = path.name == LOCK or (path.name[0] != "." and _of_a_run(path))
+            if own and not path.is_file():
+                raise OptionsError(
+                    f"{path} is no regular file, as all files of a run are; remove it"
+                )
         if self.options.exists():
             with self.writing(self.path):
                 self.lock(stack)
@@ -170,8 +181,8 @@ class RunFolder:
     def read_options(self) -> dict[str, Any] | None:
         """The content of options.json; None where it cannot be read."""
         try:
-            options = json.loads(self.options.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            options = json.loads(read_bytes(self.options))
+        except (OSError, ValueError, RecursionError):
             return None
         return options if isinstance(options, dict) else None
 
@@ -190,16 +201,21 @@ class RunFolder:
 
     def append(self, path: Path, record: dict[str, Any]) -> None:
         """Add one line to metrics, fingerprints or environment."""
-        with self.writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with self.writing(path), open_regular(path, append=True) as file:
+            file.write(f"{json.dumps(record)}\n".encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The records of all passes that were logged."""
-        return atomic.read_lines(self.metrics)
+        """The records of all passes that were logged; what is no such record is left out."""
+        return [r for r in atomic.read_lines(self.metrics) if fault_of_metrics(r) is None]
 
     def read_result(self) -> dict[str, Any]:
-        """The summary of a finished run."""
-        return json.loads(self.result.read_text(encoding="utf-8"))
+        """The summary of a finished run. Raises OptionsError where it cannot be read."""
+        cure = "put it back, or remove it and train the last step again with --resume"
+        with reading(f"{self.result}", OptionsError, cure):
+            result = json.loads(read_bytes(self.result))
+            if wrong := fault_of_result(result):
+                raise ValueError(wrong)
+            return result
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write the summary, which marks the run as finished."""
@@ -213,10 +229,12 @@ class RunFolder:
             yield
         except OSError as error:
             kept = self.checkpoints()
-            then = f"then go on from step {kept[0][0]} with\n  {self.resume_command}"
+            then = "then start again: nothing was saved before, and all steps are lost"
+            if kept:
+                then = f"then go on from step {kept[0][0]} with\n  {self.resume_command}"
             raise atomic.WriteError(
                 f"{path} cannot be written ({error.strerror or error}): {atomic.cure(error)}, "
-                f"{then if kept else 'then start again'}"
+                f"{then}"
             ) from error
 
 

@@ -29,14 +29,25 @@ class Saver:
         if self.every and trainer.step == 0:
             self._write_fingerprint(trainer.state_dict())
 
+    def is_due(self) -> bool:
+        """Whether a checkpoint or a fingerprint is to be written after this step."""
+        return self._checkpoint_is_due() or self._fingerprint_is_due()
+
     def after_step(self, at_once: bool) -> None:
         """Save what is due after a step; with `at_once`, a checkpoint in any case."""
-        every = self.trainer.options.save_every
-        by_time = every is None and time.monotonic() - self.time > SAVE_SECONDS
-        if at_once or by_time or (every and self.trainer.step % every == 0):
+        if at_once or self._checkpoint_is_due():
             self.save()
-        elif self.every and self.trainer.step % self.every == 0:
+        elif self._fingerprint_is_due():
             self._write_fingerprint(self.trainer.state_dict())
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.trainer.options.save_every
+        if every is None:
+            return time.monotonic() - self.time > SAVE_SECONDS
+        return self.trainer.step % every == 0
+
+    def _fingerprint_is_due(self) -> bool:
+        return bool(self.every) and self.trainer.step % self.every == 0
 
     def save(self) -> None:
         """Write a checkpoint and its fingerprint, unless this step has one. Raises Diverged."""

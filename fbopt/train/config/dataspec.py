@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from pathlib import Path
 from types import ModuleType
+
+from fbopt.train.config.paths import path_of
 
 NAMED = ("mnist1d", "digits", "cifar10", "cifar100")
 FOLDERS = ("imagefolder", "tinyimagenet", "imagenet")
@@ -31,7 +34,10 @@ def parse(spec: str) -> tuple[str, Path | None]:
     if kind in ("npz", *FOLDERS):
         if not path:
             raise DataError(f"--data {spec}: a path has to follow, as in {kind}:path/to/data")
-        return kind, Path(path).expanduser()
+        try:
+            return kind, path_of(path)
+        except argparse.ArgumentTypeError as error:
+            raise DataError(f"--data {kind}: {error}") from error
     raise DataError(f"--data {spec}: unknown data set; choose {KINDS}")
 
 

@@ -13,7 +13,7 @@ from fbopt.train.config.resolve import resolve
 # that may be given with --resume RUN, then the others.
 RESUMABLE = (
     "data_dir", "download", "device", "threads", "processes", "save_every", "keep",
-    "fingerprint_every", "cuda_graph", "log",
+    "fingerprint_every", "cuda_graph", "log", "timeout",
 )  # fmt: skip
 FREE = (*RESUMABLE, "out", "resume", "overwrite", "chunk_norms", "track", "every")
 

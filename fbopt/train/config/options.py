@@ -301,6 +301,9 @@ class Options:
     """Processes that share the chunks of every step (not for sgd), started on the CPU of this
     machine. With exact sums the result has the same bits for any number. auto: as many as there are
     cores for, where one thread is the default; else 1."""
+    timeout: float | None = None
+    """Minutes for which a process waits for the others, before the run ends, and a ladder for a run
+    that computes nothing. Default: 30."""
     out: Path | None = None
     """Folder to write. Default: runs/DATA-RECIPE-sSEED."""
     overwrite: bool = False

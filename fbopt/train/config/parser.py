@@ -11,7 +11,6 @@ import ast
 import difflib
 import inspect
 import itertools
-import os
 import re
 import shutil
 import sys
@@ -23,9 +22,9 @@ from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from fbopt.train.config.options import flag, literals
+from fbopt.train.config.paths import path_of
 
 METAVARS = {int: "INT", float: "FLOAT", Path: "PATH"}
-CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports a program that the signal ended
 LONGEST = 40  # characters; longer lists of choices stand in the text instead of the metavar
 
 
@@ -62,6 +61,10 @@ def parse(
         kind = "unknown option" if word.startswith("-") else "unexpected argument"
         parser.error(f"{kind} {word}{nearest(word, map(flag, known))}")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()}
+    many = {f.name for cls in classes for f in fields(cls) if _is_many(get_type_hints(cls)[f.name])}
+    for name, value in given.items():
+        if value == () and name not in many:  # argparse drops the word -- also behind --name=
+            parser.error(f"{flag(name)}: invalid value --")
     return [
         cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given}) for cls in classes
     ]
@@ -94,19 +97,6 @@ def wrapped(text: str) -> str:
         part if part.startswith(" ") else textwrap.fill(" ".join(part.split()), width)
         for part in text.split("\n\n")
     )
-
-
-def until_closed(work: Callable[[], int]) -> int:
-    """Return the exit status of `work`, or 141 as soon as stdout turns out to be a closed pipe."""
-    try:
-        try:
-            return work()
-        finally:  # also when the help exits
-            print(end="", flush=True)
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED_PIPE
 
 
 def fail(message: str, status: int) -> int:
@@ -151,7 +141,7 @@ def _add_options(parser: _Parser, cls: type, known: set[str]) -> None:
 
 def _add_option(group: Any, field: Field, hint: Any, text: str) -> None:
     """Add one field; it is left out of the help without a text."""
-    many = get_origin(hint) is tuple
+    many = _is_many(hint)
     hint = get_args(hint)[0] if many else hint
     types = [t for t in get_args(hint) or (hint,) if isinstance(t, type) and t is not NoneType]
     choices = {str(v): v for v in ((True, False) if bool in types else literals(hint))}
@@ -174,6 +164,10 @@ def _add_option(group: Any, field: Field, hint: Any, text: str) -> None:
         group.add_argument(flag(f"no_{field.name}"), **off)
 
 
+def _is_many(hint: Any) -> bool:
+    return get_origin(hint) is tuple
+
+
 def _with_default(text: str, default: Any) -> str:
     """The help text of an option, whose default None means the recipe's unless the text says so."""
     if "Default:" not in text and default not in (MISSING, "") and default is not False:
@@ -186,7 +180,9 @@ def _with_default(text: str, default: Any) -> str:
 def _converter(choices: dict[str, Any], kind: type | None) -> Callable[[str], Any]:
     def convert(word: str) -> Any:
         if word in choices or kind:
-            return choices[word] if word in choices else kind(word)
+            if word in choices:
+                return choices[word]
+            return path_of(word) if kind is Path else kind(word)
         hint = nearest(word, choices) or f"; choose {', '.join(choices)}"
         raise argparse.ArgumentTypeError(f"unknown value {word}{hint}")
 

@@ -9,6 +9,7 @@ from typing import Any
 from fbopt.train.config.options import Options, OptionsError, flag
 from fbopt.train.config.recipes import RHO
 
+MOST = 1e30  # of the strength of one penalty by the other, in float32
 STRENGTH = 0.5  # of a penalty that has to come from somewhere: the published one
 PENALTIES, SHARPNESS = ("penalty", "gnp"), ("sam", "asam")
 OF_PENALTIES = ("penalty", "full_penalty", "radius")
@@ -29,6 +30,11 @@ def resolve_perturbation(given: Options, values: dict[str, Any]) -> dict[str, An
         found["full_penalty"] = values["full_penalty"] or None
         if values["penalty"] is None:
             found["penalty"] = 0.0 if found["full_penalty"] else STRENGTH
+        if (found["full_penalty"] or 0.0) > MOST * found["penalty"] > 0:
+            raise OptionsError(
+                f"--full-penalty {found['full_penalty']:g}: has to be at most {MOST:g} times "
+                f"--penalty {found['penalty']:g}"
+            )
     elif kind in SHARPNESS:
         found["method"] = values["method"]
         found["rho"] = values["rho"] or RHO[kind]

@@ -126,18 +126,24 @@ vectorize eval_every log_every save_every keep clip_history ghost_size widening 
 history iterations"""
 _NOT_NEGATIVE = """seed padding warmup penalty full_penalty weight_decay fingerprint_every
 stop_fitted switch_at additive_noise multiplicative_noise norm_bias norm_bias_target every eps"""
-# Lower bound, whether the bound itself is allowed, upper bound (never allowed).
-AT_LEAST_1, AT_LEAST_0, ABOVE_0 = (1, True, math.inf), (0, True, math.inf), (0, False, math.inf)
+# Lower bound, whether the bound itself is allowed, upper bound (never allowed). Counts of what is
+# done one after the other need none for memory's sake, but have to fit into 64 bits.
+AT_LEAST_1, AT_LEAST_0, ABOVE_0 = (1, True, 10**15), (0, True, math.inf), (0, False, math.inf)
+_MOST = {  # of what is allocated, or started, at once
+    "threads": 10**4, "padding": 10**4, "image_size": 10**5, "clip_history": 10**7, "max_up": 10**6,
+    "replicas": 10**9, "history": 10**9,
+}  # fmt: skip
 _BOUNDS = {
     **dict.fromkeys(_COUNTS.split(), AT_LEAST_1),
     **dict.fromkeys(_NOT_NEGATIVE.split(), AT_LEAST_0),
-    **dict.fromkeys(("lr", "radius", "rho", "sam_share", "agc", "trust"), ABOVE_0),
+    **dict.fromkeys(("timeout", "lr", "radius", "rho", "sam_share", "agc", "trust"), ABOVE_0),
     **dict.fromkeys(
         ("validation", "momentum", "dropout", "label_smoothing", "ema", "floor"),
         (0, True, 1),
     ),
     **dict.fromkeys(("beta1", "beta2", "alpha"), (0, True, 1)),
     "gamma": (0, False, 1),
+    **{name: (int(name != "padding"), True, most) for name, most in _MOST.items()},
 }
 
 
@@ -175,7 +181,7 @@ def check_bounds(options: Any, bounds: Mapping[str, tuple[float, bool, float]]) 
         if value is None or ((low <= value if closed else low < value) and value < high):
             continue
         words = f"{'at least' if closed else 'above'} {low}"
-        words += " and finite" if math.isinf(high) else f" and below {high}"
+        words += " and finite" if math.isinf(high) else f" and below {high:,}"
         raise OptionsError(f"{flag(name)} {value}: has to be {words}")
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from fbopt.train.data.augment import Augmented
 
 
+MOST_CLASSES = 1_000_000
+
+
 @dataclass(frozen=True)
 class Split:
     """Samples `x` (N, channels, *space), uint8, float32 or float64, and labels `y` (N,), int64.
@@ -279,6 +282,11 @@ def _check(x, y, x_name: str, y_name: str) -> tuple[Tensor, Tensor]:
         )
     if y.min() < 0:
         raise DataError(f"{y_name} has the label {y.min()}; labels count from 0")
+    if y.max() >= MOST_CLASSES:
+        raise DataError(
+            f"{y_name} has the label {y.max()}; labels count from 0 to the number of classes less "
+            f"one, and there can be {MOST_CLASSES:,} classes"
+        )
     x = torch.from_numpy(np.ascontiguousarray(x if x.dtype == np.uint8 else x.astype(np.float32)))
     if not torch.isfinite(x).all():
         raise DataError(f"{x_name} has infinite or undefined values; remove or replace them")

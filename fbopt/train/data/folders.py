@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fbopt.train.config.dataspec import DataError, require
+from fbopt.train.config.reading import read_bytes
 from fbopt.train.data.dataset import Data, Split, channel_moments
 from fbopt.train.data.decode import mapped_pixels, pixels
 from fbopt.train.data.validation import hold_out
@@ -54,7 +55,7 @@ def tinyimagenet(path: Path, size: int) -> Arrays:
     listed = path / "val" / "val_annotations.txt"
     labels = {name: label for label, name in enumerate(classes)}
     try:
-        rows = [line.split("\t")[:2] for line in listed.read_text().splitlines()]
+        rows = [line.split("\t")[:2] for line in read_bytes(listed).decode().splitlines()]
         test = [(str(path / "val" / "images" / file), labels[name]) for file, name in rows]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from fbopt.train.config.dataspec import DataError, default_size, parse, require
 from fbopt.train.config.options import Options
+from fbopt.train.config.reading import open_regular, reading
 from fbopt.train.data import folders
 from fbopt.train.data.dataset import Data, from_arrays
 from fbopt.train.data.folders import Arrays, fixed_order
@@ -89,19 +90,17 @@ def _digits() -> Arrays:
 
 
 def _npz(path: Path) -> Arrays:
-    if not path.is_file():
-        raise DataError(f"--data npz:{path}: there is no such file")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
+    where = f"--data npz:{path}"
+    cure = "save it with numpy.savez (pickled objects are never read)"
+    if not path.exists():
+        raise DataError(f"{where}: there is no such file")
+    with reading(f"{where}: not an .npz file of plain arrays", DataError, cure):
+        file = open_regular(path)
+        with file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in NAMES if name in archive}
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"--data npz:{path}: not an .npz file of plain arrays (pickled objects are "
-            f"never read): {error}"
-        ) from error
     if missing := [name for name in NAMES if name not in arrays]:
         raise DataError(
-            f"--data npz:{path}: no array {', '.join(missing)}; save it with "
+            f"{where}: no array {', '.join(missing)}; save it with "
             f"numpy.savez(path, {', '.join(f'{n}={n}' for n in NAMES)})"
         )
     return tuple(arrays.values())
@@ -111,7 +110,10 @@ def _cifar(kind: str, folder: Path, download: bool) -> Arrays:
     """CIFAR-10 or CIFAR-100 as torchvision reads and checks it, from files below `folder`."""
     datasets = require(f"--data {kind}", "torchvision", "torchvision.datasets")
     source = getattr(datasets, kind.upper())
-    folder = folder.expanduser()
+    folder = Path(os.path.expanduser(folder))
+    for path in (folder / source.filename, *(folder / source.base_folder).glob("*")):
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise DataError(f"--data {kind}: {path} is no regular file; remove it")
     try:
         train, test = (source(folder, train, download=download) for train in (True, False))
     except (RuntimeError, OSError, EOFError) as error:

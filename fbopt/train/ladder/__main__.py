@@ -10,6 +10,7 @@ from fbopt.train.config.dataspec import DataError
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.parser import fail, parse
 from fbopt.train.ladder.plan import Ladder, make_plan
+from fbopt.train.output import CLOSED_PIPE, guarded
 from fbopt.train.torchrun import only_rank_zero_prints, rank_and_world_size
 
 INTERRUPTED = 130
@@ -26,8 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank_and_world_size()[1] > 1:
             cure = "start it without torchrun, or `fbopt train` with it"
             return fail(f"fbopt ladder: starts its own processes; {cure}", 2)
+    command = shlex.join(["fbopt", "ladder", *words])
+    with guarded() as output:
+        status = _run(wanted, common, command)
+    return CLOSED_PIPE if output.pipe_is_closed else status
+
+
+def _run(wanted: Ladder, common: Options, command: str) -> int:
     try:
-        plan = make_plan(wanted, common, shlex.join(["fbopt", "ladder", *words]))
+        plan = make_plan(wanted, common, command)
         from fbopt.train.ladder import runner, summary  # the time of --minutes runs meanwhile
 
         status = runner.run_all(plan)
@@ -37,8 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except (OptionsError, DataError) as error:
         return fail(f"fbopt ladder: {error}", 2)
-    except BrokenPipeError:
-        raise
     except OSError as error:
         return fail(f"fbopt ladder: {error}; check the disk, then give the same command again", 1)
 

@@ -47,7 +47,7 @@ def draw_all(
     if differences and (page := _draw_differences(differences)) is not None:
         names.append(DIFFERENCES)
         page.suptitle(first.data_name)
-        page.savefig(plan.folder / f"{DIFFERENCES}.png")
+        plots.save(page, plan.folder / f"{DIFFERENCES}.png")
     for name, panels in FIGURES.items():
         if not any(rows.values()) or (page := plots.figure(7.5, 2 + 2.5 * len(panels))) is None:
             return []
@@ -62,7 +62,7 @@ def draw_all(
         plots.log_steps(all_axes[-1], X_LABELS[x])
         all_axes[0].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
         page.suptitle(heading)
-        page.savefig(plan.folder / f"{name}.png")
+        plots.save(page, plan.folder / f"{name}.png")
         names.append(name)
     return [f"{name}.png" for name in names]
 

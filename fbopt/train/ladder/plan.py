@@ -23,6 +23,7 @@ from fbopt.train.config.resolve import (
 )
 from fbopt.train.ladder import tuned
 
+MOST_SEEDS = 100_001
 RUN_BYTES = 1_500_000_000  # of a small run, most of it torch
 # Options that only the rows of one kind have, left out for those of the other.
 OF_CHUNKS = (
@@ -110,7 +111,7 @@ def _check(wanted: Ladder, common: Options) -> None:
     for name in OWN:
         if getattr(common, name) != getattr(Options, name):
             raise OptionsError(f"{flag(name)} is set by the ladder for every run; leave it out")
-    check_bounds(wanted, dict.fromkeys(("seeds", "jobs"), AT_LEAST_1))
+    check_bounds(wanted, {"seeds": (1, True, MOST_SEEDS), "jobs": AT_LEAST_1})
     check_bounds(wanted, dict.fromkeys(("share", "minutes"), ABOVE_0) | {"first_seed": AT_LEAST_0})
     if common.test == "never":
         raise OptionsError("--test never: the table is of the test set; leave it out")

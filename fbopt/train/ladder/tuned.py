@@ -17,6 +17,7 @@ from typing import Any
 
 from fbopt.train.config.dataspec import parse
 from fbopt.train.config.options import Options, OptionsError, flag
+from fbopt.train.config.reading import read_bytes
 
 CHOSEN_BY = "validation_accuracy"
 TUNE = "tune the rows again with examples/tune.py"
@@ -100,7 +101,7 @@ def read(path: Path, rows: Iterable[str]) -> dict[str, Tuned]:
     """What was chosen for each of `rows`. Raises OptionsError."""
     where = f"--tuned {path}"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(path))
         by, found = content["chosen_by"], content["rows"]
         tuned = {row: _tuned(path, found[row]) for row in rows if found.get(row)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

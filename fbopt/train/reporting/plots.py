@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from fbopt.train.checkpoint import atomic
 from fbopt.train.checkpoint.run_dir import RunFolder, accuracies
 from fbopt.train.config.options import Options
+from fbopt.train.config.reading import reason
 from fbopt.train.config.rules import has_threshold, is_preconditioned
 
 # Okabe and Ito's palette, told apart with any colour vision; its yellow is too light for a line.
@@ -27,13 +31,23 @@ Records = list[dict[str, Any]]
 
 
 def figure(width: float, height: float) -> Any:
-    """An empty figure, in inches; None, after a message, where matplotlib is not installed."""
+    """An empty figure, in inches; None, after a message, where matplotlib cannot be imported."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no pictures: pip install matplotlib")
         return None
+    except Exception as error:  # of its own settings, such as MPLBACKEND
+        print(f"no pictures: matplotlib does not start: {reason(error)}")
+        return None
     return Figure(figsize=(width, height), layout="constrained", dpi=120)
+
+
+def save(page: Any, path: Path, **look: Any) -> None:
+    """Write a figure to a file, as a whole."""
+    content = io.BytesIO()
+    page.savefig(content, format="png", **look)
+    atomic.replace(path, content.getvalue())
 
 
 def tidy(axes: Any) -> None:
@@ -75,7 +89,9 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
     rows = (len(panels) + 1) // 2
     if (page := figure(9, 3 * rows)) is None:
         return False
-    records = folder.read_metrics()
+    if not (records := folder.read_metrics()):
+        print(f"no curves: {folder.metrics} has no line that can be read")
+        return False
     grid = list(page.subplots(rows, 2, sharex=True).flat)
     for axes, (title, unit, lines) in zip(grid, panels, strict=False):
         for (key, label), color in zip(lines.items(), (BLUE, ORANGE, GREEN), strict=False):
@@ -95,7 +111,8 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
         axes.set_xlabel("epochs" if options.stochastic else "full-batch steps")
     if reached := accuracies(records[-1]):
         page.suptitle(f"{options.data_name}, {options.recipe}, seed {options.seed}: {reached}")
-    page.savefig(folder.curves)
+    with folder.writing(folder.curves):
+        save(page, folder.curves)
     return True
 
 
