@@ -5,11 +5,13 @@ VENV ?= .venv
 READY := $(VENV)/.ready
 TRAINERS := $(VENV)/.trainers
 TRAINER_TESTS := tests/integrations tests/train/test_log.py tests/test_docs.py
+FBOPT_FUZZ ?= 2
+FBOPT_FUZZ_SEED ?= $(shell date +%s)
 # A terminal sees pip's progress; a log does not need it.
 PIP_FLAGS := --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet --quiet)
 CXX_FILES = $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: help train test test-integrations lint format docs bench wheel-check gpu-check gpu-ladder clean
+.PHONY: help train test test-integrations fuzz robustness sanitize mutants lint format docs bench wheel-check gpu-check gpu-ladder clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -23,6 +25,15 @@ test: $(READY)  ## run the tests; ARGS go to pytest, such as make test ARGS="-k 
 
 test-integrations: $(TRAINERS)  ## test with Lightning, Accelerate and Transformers, which it installs
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(TRAINER_TESTS) $(ARGS)
+
+sanitize: $(READY)  ## run kernels and tests of ops under ASan, UBSan and TSan; ARGS="thread" one of them
+	$(VENV)/bin/python -m benchmarks.sanitizers $(ARGS)
+
+fuzz: $(READY)  ## attack files, runs, commands and ops for a minute; longer: make fuzz FBOPT_FUZZ=100
+	FBOPT_FUZZ=$(FBOPT_FUZZ) FBOPT_FUZZ_SEED=$(FBOPT_FUZZ_SEED) $(VENV)/bin/python -m pytest tests/fuzz/attacks.py $(ARGS)
+
+robustness: $(READY)  ## the table of docs/robustness.md, in an hour or more; ARGS="npz" for one class
+	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.table $(ARGS)
 
 lint: $(READY)  ## check style, formatting and types
 	$(VENV)/bin/ruff check .
@@ -51,8 +62,12 @@ gpu-check: $(READY)  ## test and measure on a GPU; ARGS are stages, such as make
 gpu-ladder: $(READY)  ## train the paper's rows at its own scale on a GPU; ARGS="--rehearse" without one
 	$(VENV)/bin/python -m benchmarks.gpu_ladder $(ARGS)
 
+mutants: $(READY)  ## put faults into the public modules, one by one: which do the tests miss? (hours)
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) 'mutmut==3.8.1'
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/mutants.py $(ARGS)
+
 clean:  ## remove the virtual environment and what tools left behind
-	rm -rf $(VENV) build docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build mutants docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml setup.py build_backend.py

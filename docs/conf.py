@@ -21,7 +21,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "robustness"]  # robustness.md includes those
 
 # Optional, and the same pages with and without them.
 autodoc_mock_imports = ["lightning", "torchmetrics", "accelerate", "transformers"]
