@@ -67,13 +67,14 @@ def after_a_run(folder: Path, name: str, *words: str) -> Program:
     return Program(folder, *(words or (*TRAIN, "--resume", "run")))
 
 
+REFUSED = "no regular file, as all files of a run are; remove it"
 RESUMED = (
-    ("checkpoint-10.pt", "checkpoint-10.pt is passed over: .*regular file", 0),
-    ("options.json", "", 0),
-    ("metrics.jsonl", "metrics.jsonl.*no regular file", 1),
-    ("fingerprints.jsonl", "fingerprints.jsonl.*no regular file", 1),
-    (".checkpoint.pt.partial", "", 0),
-    (".lock", "", 0),
+    ("checkpoint-10.pt", REFUSED, 2),
+    ("options.json", REFUSED, 2),
+    ("metrics.jsonl", REFUSED, 2),
+    ("fingerprints.jsonl", REFUSED, 2),
+    (".checkpoint.pt.partial", "", 0),  # fbopt's own, replaced
+    (".lock", REFUSED, 2),
 )
 
 

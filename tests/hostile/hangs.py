@@ -45,7 +45,8 @@ def run(one: Trial, folder: Path) -> Row:
     own = said.partition("torch/distributed/elastic/multiprocessing/api.py")[0]  # torchrun has one
     statuses = (one.status,) if isinstance(one.status, int) else one.status
     holds = status in statuses and all(found) and "Traceback" not in own
-    said = said.replace(f"{folder}/", "").replace(f"{sys.prefix}/bin/", "")
+    for where in (f"{folder}/", f"{sys.prefix}/bin/", "/__w/pytorch/pytorch/"):  # torch's build
+        said = said.replace(where, "")
     meanwhile, end = (_line(said, re.search(p, said)) for p in (one.meanwhile, one.end))
     ended = "HANGS" if status is None else f"status {status}"
     if not holds:
