@@ -6,7 +6,6 @@ import functools
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -291,9 +290,9 @@ def test_a_lock_is_waited_for_as_long_as_its_holder_gets_on(tmp_path, monkeypatc
             assert not holder.is_alive() or time.monotonic() - begin > 1.2
     else:
         who = rf"{path} has been locked for 0\.02 minutes by process {os.getpid()} on"
-        with pytest.raises(BuildError, match=f"{who}.* is waiting; stop that process"):
-            with cache.lock(path, "waiting"):
-                pass
+        told = f"{who}.* is waiting; stop that process"
+        with pytest.raises(BuildError, match=told), cache.lock(path, "waiting"):
+            pytest.fail("locked it twice")
     holder.join()
     assert "fbopt: waiting for at most 0.02 minutes for process" in capfd.readouterr().err
 

@@ -1,4 +1,4 @@
-"""What another user could have put into the cache is not loaded, whoever owns what with which mode."""
+"""What another user could have put into the cache is not loaded, whatever owners and modes are."""
 
 from __future__ import annotations
 
@@ -145,7 +145,11 @@ def _run_open(program: str, site: Path) -> str:
         temporary.chmod(0o1777)
         done = subprocess.run(
             [sys.executable, "-c", program, str(moved)],
-            env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={
+                **os.environ,
+                "TMPDIR": str(temporary),
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+            },
             capture_output=True,
             text=True,
             check=True,
@@ -163,7 +167,7 @@ def test_the_temporary_cache_is_private_or_an_error(tmp_path, monkeypatch):
     folder.chmod(0o777)  # by a program with another idea of it
     assert stat.S_IMODE(cache._temporary_cache().stat().st_mode) == 0o755
     give(folder, monkeypatch)
-    with pytest.raises(BuildError, match="belongs to .*; set FBOPT_CACHE_DIR"):
+    with pytest.raises(BuildError, match=r"belongs to .*; set FBOPT_CACHE_DIR"):
         cache._temporary_cache()
 
 
@@ -181,14 +185,15 @@ def test_links_pipes_and_folders_are_no_files(tmp_path):
     assert target.read_text() == "precious"
 
 
-def test_a_lock_names_its_holder_and_gives_up(tmp_path, capsys):
+def test_a_lock_names_its_holder_and_gives_up(tmp_path, monkeypatch, capsys):
     import fcntl
 
+    monkeypatch.setenv("FBOPT_WAIT_MINUTES", "0.005")
     path = tmp_path / "a.lock"
     with cache.lock(path, "compiling"):
         assert path.read_text().startswith(f"process {os.getpid()} on ")
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        with pytest.raises(BuildError) as raised, cache.lock(path, "compiling", minutes=0.005):
+        with pytest.raises(BuildError) as raised, cache.lock(path, "compiling"):
             pytest.fail("locked it twice")
     holder = f"process {os.getpid()} on {os.uname().nodename}"
     assert f"has been locked for 0.005 minutes by {holder}, which is compiling" in str(raised.value)
