@@ -344,3 +344,13 @@ def test_mini_batches_and_chunks_are_compiled_in_turn(tiny, tmp_path, monkeypatc
         train(options(tiny, tmp_path / "part", **changes))
     resumed = train(Options(resume=tmp_path / "part"))
     assert digest(resumed.model) == digest(whole.model)
+
+
+@pytest.mark.parametrize(("lr", "steps"), [(1e12, 1), (1e6, 1), (1e6, 2)])
+def test_a_run_whose_last_losses_are_not_finite_or_huge_ends_with_them(tiny, tmp_path, lr, steps):
+    wild = options(tiny, tmp_path / "run", "fb", lr=lr, steps=steps, warmup=0, width=2)
+    loss = train(wild).summary["test_loss"]
+    assert not loss < 1e15
+    (tmp_path / "run" / "curves.png").unlink(missing_ok=True)
+    again = train(replace(wild, resume="auto")).summary["test_loss"]
+    assert again == loss or (again != again and loss != loss)

@@ -40,7 +40,8 @@ def fault(values: Any, schema: Mapping[str, Any]) -> str | None:
         value = values.get(name)
         if name in values and (not isinstance(value, kind) or isinstance(value, bool)):
             return f"its {name} is of type {type(value).__name__}"
-        if isinstance(value, NUMBER) and not abs(value) < LARGEST:
+        # Losses may be anything, also of a run that went wrong.
+        if not name.endswith("loss") and isinstance(value, NUMBER) and not abs(value) < LARGEST:
             return f"its {name} is no number that could be right"
     return None
 
@@ -62,7 +63,7 @@ def fault_of_result(values: Any) -> str | None:
 def fault_of_metrics(record: Any) -> str | None:
     """What is wrong with a line of metrics.jsonl, all of whose values are numbers."""
     found = fault(record, METRICS)
-    if found is None and not all(_is_number(value) for value in record.values()):
+    if found is None and not all(map(_is_number, record.values())):
         found = "it holds something else than numbers"
     if found is None and (record.get(SQUARE) or 0) < 0:
         found = f"its {SQUARE} is negative"
@@ -70,10 +71,10 @@ def fault_of_metrics(record: Any) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is None or a number that a figure can show."""
+    """Whether a value is None or a number that Python's floats can hold."""
     if isinstance(value, bool):
         return False
-    return value is None or (isinstance(value, NUMBER) and abs(value) < 1e300)
+    return value is None or isinstance(value, float) or (type(value) is int and abs(value) < 1e300)
 
 
 def fault_of_checkpoint(state: Any) -> str | None:

@@ -28,6 +28,7 @@ CONVERSIONS = {  # from a metric to what is drawn
     "mean_squared_chunk_norm": math.sqrt,
 }
 Records = list[dict[str, Any]]
+LARGEST = 1e300  # of what a figure can show
 
 
 def figure(width: float, height: float) -> Any:
@@ -159,6 +160,6 @@ def shared_points(runs: Sequence[Records], key: str, x: str) -> dict[float, list
     """The values of a metric, as it is drawn, by pass or step, where every run has one."""
     found: dict[float, list[float]] = {}
     for record in itertools.chain(*runs):
-        if record.get(key) is not None:
+        if (value := record.get(key)) is not None and abs(value) < LARGEST:
             found.setdefault(record[x], []).append(CONVERSIONS.get(key, float)(record[key]))
     return {place: found[place] for place in sorted(found) if len(found[place]) == len(runs)}
