@@ -1,7 +1,7 @@
 """Whether a model and one group of chunks fit into memory, asked before any of it is allocated.
 
-Lower bounds, on torch's "meta" device, which computes shapes alone: parameters with their sums,
-momentum and shifted copies, and the outputs of all layers, which the backward pass needs.
+Lower bounds, on torch's "meta" device, which computes shapes alone: parameters, their gradients,
+sums and momentum, as far as there are any, and what the backward pass needs of the layers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.precision import autocast_dtype, parameter_dtype
-
-COPIES = 4  # of the parameters: themselves, their gradients, sums, momentum
 
 
 def available(device: torch.device) -> int:
@@ -56,7 +53,8 @@ def check_fits(
         device: where the run will be.
     """
     width = parameter_dtype(options.precision).itemsize
-    copies = COPIES + 2 * (options.history or 0)  # L-BFGS's pairs of steps and changes
+    # Themselves and their gradients; sums; momentum; L-BFGS's pairs of steps and changes.
+    copies = 2 + (not options.stochastic) + bool(options.momentum) + 2 * (options.history or 0)
     own = copies * width * sum(p.numel() for p in model.parameters())
     room = available(device)
     if own > room:
@@ -76,7 +74,7 @@ def check_fits(
                 f"with their borders, and {device.type} has {_size(room)} left; give a smaller one"
             )
     dtype = autocast_dtype(options.precision) or parameter_dtype(options.precision)
-    outputs = _outputs(model, (samples, *shape)) * dtype.itemsize
+    outputs = _kept(model, (samples, *shape)) * dtype.itemsize
     if own + outputs > room:
         size = "batch-size" if options.stochastic else "chunk-size"
         raise OptionsError(
@@ -86,28 +84,24 @@ def check_fits(
         )
 
 
-def _outputs(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """How many numbers all layers together put out for an input of a shape."""
-    total = 0
+def _kept(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """How many numbers autograd keeps of a forward pass for an input of a shape.
 
-    def count(module: nn.Module, inputs: object, output: object) -> None:
-        nonlocal total
-        total += output.numel() if isinstance(output, Tensor) else 0
+    What shares memory counts once, parameters not at all.
+    """
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, tuple[Tensor, int]] = {}  # tensors, too: memory that is freed has a new owner
 
-    with _hooks(model, count), torch.no_grad():
-        model(torch.empty(shape, device="meta"))
-    return total
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = tensor, storage.nbytes() // tensor.element_size()
+        return tensor
 
-
-@contextlib.contextmanager
-def _hooks(model: nn.Module, hook: object) -> Iterator[None]:
-    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
-    handles = [leaf.register_forward_hook(hook) for leaf in leaves]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        output = model(torch.empty(shape, device="meta"))  # which holds what is kept
+        del output
+    return sum(count for _, count in kept.values())
 
 
 def _size(count: int) -> str:
