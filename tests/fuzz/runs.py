@@ -34,7 +34,7 @@ from fbopt.train.checkpoint import fingerprint
 from fbopt.train.checkpoint.run_dir import RunFolder
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate")
-MOST_EVENTS = 90  # a whole run has about as many
+MOST_EVENTS = 50  # a whole run has about as many
 LATEST = 0.6  # seconds
 
 
@@ -62,12 +62,12 @@ def kill_at(kill: Kill, folder: Path) -> None:
         nonlocal seen
         if name not in EVENTS or not str(arguments[0]).startswith(where):
             return
-        if seen == kill.event:
-            if name == "open" and arguments[1] == "a":
+        number, seen = seen, seen + 1  # before the hook opens a file itself
+        if number == kill.event:
+            if name == "open" and arguments[2] & os.O_APPEND:
                 descriptor = os.open(arguments[0], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
                 os.write(descriptor, b'{"step": 3, "pass": 3'[: kill.torn])
             os.kill(os.getpid(), signal.SIGKILL)
-        seen += 1
 
     if kill.event is None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

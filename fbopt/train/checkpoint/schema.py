@@ -117,7 +117,8 @@ def fault_of_parts(state: Mapping[str, Any], own: Mapping[str, Any], passes: int
     steps. What an update rule keeps of a parameter has its shape or is a number; L-BFGS's pairs,
     and what there is not before the first step, are left to the optimizer.
     """
-    free = ("options", "environment", "data", "format", "model", "optimizer", "cuda_rng", "closure")
+    free = ("options", "environment", "data", "format", "model", "optimizer", "cuda_rng", "closure",
+            "scheduler")  # fmt: skip
     closure, fresh = state.get("closure"), own.get("closure")
     if isinstance(closure, dict) and "whole" in closure and isinstance(fresh, dict):
         # Of the visit for the gradient of all chunks, made in the first step.
@@ -130,8 +131,13 @@ def fault_of_parts(state: Mapping[str, Any], own: Mapping[str, Any], passes: int
         if name not in free and (wrong := _other(state.get(name), mine, name)):
             return wrong
     schedule, mine = state["scheduler"], own["scheduler"]
-    if schedule["last_epoch"] != passes or schedule["base_lrs"] != mine["base_lrs"]:
+    rates = schedule.get("base_lrs"), schedule.get("last_epoch")
+    if rates != (mine["base_lrs"], passes):
         return f"its learning rate is not that of these options after {passes} passes"
+    common = [key for key in mine if key in schedule]  # others depend on torch's version
+    both = ({key: values[key] for key in common} for values in (schedule, mine))
+    if wrong := _other(*both, "scheduler"):
+        return wrong
     groups, mine = (s["optimizer"]["param_groups"] for s in (state, own))
     if wrong := _other_groups(groups, mine):
         return wrong
