@@ -125,6 +125,18 @@ void dispatch_sums(const TensorList& sums, ScalarType grads, F&& f) {
   });
 }
 
+// Gradients that are sums are written, too; others may each be the parameter itself.
+inline void check_step_apart(const TensorList& params, const TensorList& grads,
+                             const TensorList& momentum_buffers, bool are_sums, const Named& lr,
+                             const Named& divisor, const Named& total_norm) {
+  const Named p("params", params), g("grads", grads), m("momentum_buffers", momentum_buffers);
+  if (are_sums) {
+    check_apart({p, g, m}, {lr, divisor, total_norm});
+  } else {
+    check_apart({p, m}, {g, lr, divisor, total_norm}, "grads");
+  }
+}
+
 inline void check_step(const TensorList& params, const TensorList& grads,
                        const TensorList& momentum_buffers, double momentum,
                        const std::optional<Meta>& total_norm,

@@ -390,3 +390,20 @@ def test_a_step_in_a_compiled_function_breaks_the_graph_and_is_right(way, compil
     assert bits(a.model, a.optimizer, a.optimizer.last_grad_norm) == bits(
         b.model, b.optimizer, b.optimizer.last_grad_norm
     )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("whose", ["its own parameter", "one for all"])
+def test_gradients_that_share_memory_are_taken(momentum, whose):
+    found = {}
+    for kind in (FullBatchGD, torch.optim.SGD):
+        params = [torch.nn.Parameter(torch.linspace(-1, k, 100)) for k in (1, 2)]
+        optimizer = kind(params, lr=0.1, momentum=momentum, weight_decay=0.01)
+        shared = torch.linspace(0, 1, 100)
+        for _ in range(3):
+            for p in params:
+                p.grad = shared if whose == "one for all" else p.detach()
+            optimizer.step()
+        found[kind] = params
+    for mine, theirs in zip(*found.values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)

@@ -46,7 +46,9 @@ void step(const Layout& layout, const Operand& p, const Operand& g, const Operan
       Buffer<G, A> bd;
       A unused[kTile] = {};
       A* __restrict x = widen<A>(param + k, bx, n);
-      A* __restrict d = widen<A>(grad + k, bd, n);
+      A copied[kTile], *found = widen<A>(grad + k, bd, n);
+      if (found == x) found = std::copy(found, found + n, copied) - n;  // p.grad is p itself
+      A* __restrict d = found;
       A* __restrict m = velocity ? widen<A>(velocity + k, bm, n) : unused;
       if (divides) {
         for (int64_t j = 0; j < n; ++j) d[j] = rules::mean(d[j], rule);
@@ -64,8 +66,8 @@ void sgd_step_op(const TensorList& params, const TensorList& grads,
                  std::optional<Argument> divisor, std::optional<Argument> total_norm,
                  std::optional<double> max_norm, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, bool first) {
-  check_apart({{"params", params}, {"grads", grads}, {"momentum_buffers", momentum_buffers}},
-              {{"lr", lr}, {"divisor", divisor}, {"total_norm", total_norm}});
+  check_step_apart(params, grads, momentum_buffers, divisor.has_value(), {"lr", lr},
+                   {"divisor", divisor}, {"total_norm", total_norm});
   const ScalarType dtype = dtype_of(params), grad_dtype = dtype_of(grads, dtype);
   check_step(params, grads, momentum_buffers, momentum, total_norm, max_norm);
   const Layout layout(params);

@@ -72,8 +72,8 @@ void sgd_step_op(const TensorList& params, const TensorList& grads,
                  std::optional<Tensor> divisor, std::optional<Tensor> total_norm,
                  std::optional<double> max_norm, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, bool first) {
-  check_apart({{"params", params}, {"grads", grads}, {"momentum_buffers", momentum_buffers}},
-              {{"lr", lr}, {"divisor", divisor}, {"total_norm", total_norm}});
+  check_step_apart(params, grads, momentum_buffers, divisor.has_value(), {"lr", lr},
+                   {"divisor", divisor}, {"total_norm", total_norm});
   const Call call(params.empty() ? Meta(lr) : params[0]);
   const ScalarType dtype = dtype_of(params), grad_dtype = dtype_of(grads, dtype);
   check_step(params, grads, momentum_buffers, momentum, total_norm, max_norm);

@@ -40,7 +40,7 @@ def cached(folder: Path, stem: str) -> Path | None:
     match the hash in its name.
     """
     try:
-        trust.check_folder(folder)
+        folder = trust.checked_folder(folder)
     except trust.Untrusted as error:
         _tell(error)
         return None
@@ -61,14 +61,14 @@ def keep(built: Path, folder: Path, stem: str) -> Path:
 
 
 def writable(folder: Path) -> Path:
-    """Return the folder, or a private one among the temporary files if it is read-only, or another
-    user could change what is in it.
+    """Return the folder, without links in its path, or a private one among the temporary files if
+    it is read-only, or another user could change what is in it.
     """
     try:
-        trust.make_private(folder)
-        trust.check_folder(folder)
-        tempfile.TemporaryFile(dir=folder).close()
-        return folder
+        trust.make(folder)
+        real = trust.checked_folder(folder)
+        tempfile.TemporaryFile(dir=real).close()
+        return real
     except trust.Untrusted as error:
         _tell(error)
     except OSError:
@@ -92,14 +92,14 @@ def _tell(error: trust.Untrusted) -> None:
 def _temporary_cache() -> Path:
     folder = Path(tempfile.gettempdir(), f"fbopt-{os.getuid()}")
     try:
-        trust.make_private(folder)
+        trust.make(folder)
         if folder.is_symlink():
             raise trust.Untrusted(f"{folder} is a link")
-        trust.check_folder(folder)
+        trust.close(folder)
+        return trust.checked_folder(folder)
     except trust.Untrusted as error:
         cure = "set FBOPT_CACHE_DIR to a folder that only you can write to"
         raise BuildError(str(error), cure) from error
-    return folder
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ NATIVE = {"aarch64": "-mcpu=native", "arm64": "-mcpu=native"}.get(platform.machi
 if platform.machine() == "x86_64":
     TARGETS = {"avx512": _AVX512, "avx2": _AVX2, "default": "-march=x86-64"}
     NATIVE = "-march=native"
+MOST_MINUTES = 60 * 24 * 365  # a year
 LIMITS = {"FBOPT_BUILD_MINUTES": 30.0, "FBOPT_WAIT_MINUTES": 60.0}
 NEWS_SECONDS = 30.0  # after which it is told what is waited for
 # Twice the peak memory of one compilation, by g++ or by nvcc.
@@ -168,7 +169,7 @@ def limit(name: str) -> float:
         minutes = float(words) if words else LIMITS[name]
     except ValueError:
         minutes = math.nan
-    if not minutes > 0:
+    if not 0 < minutes < MOST_MINUTES:
         raise BuildError(f"{name} is {words!r}", f"set {name} to a number of minutes, or unset it")
     return minutes
 

@@ -159,7 +159,7 @@ def _compile(recipe: Recipe, folder: Path, stem: str) -> Path:
             raise BuildError(f"{recipe.compilers} failed:\n  {summary}\n ", f"read {log}")
         library = cache.keep(Path(scratch, "library.so"), folder, stem)
     seconds, wished = time.perf_counter() - start, cache.cache_folder()
-    note = "" if folder == wished else f" ({wished} is not writable)"
+    note = "" if wished.exists() and folder.samefile(wished) else f" ({wished} is not used)"
     print(f"done in {seconds:.1f} s, cached in {folder}{note}", file=sys.stderr)
     return library
 

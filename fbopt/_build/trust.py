@@ -2,7 +2,7 @@
 
 A library that is loaded runs as this user, so it must lie where no other user could put it: it, its
 folder and every folder above have to belong to this user or to root, and nobody else may write to
-them (to folders above, in sticky ones such as /tmp, everybody may). Links are not followed.
+them (to folders above, in sticky ones such as /tmp, everybody may). Links are resolved first.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ class Untrusted(OSError):
     """A file or folder that another user could have changed; the message says why."""
 
 
-def check_folder(folder: Path) -> None:
-    """Raise Untrusted unless nobody but this user and root can change what is in a folder.
+def checked_folder(folder: Path) -> Path:
+    """Return a folder by a path without links, once nobody but this user and root can change it.
 
-    Of links in its path, both where they lie and where they lead to is looked at. Raises OSError
-    where it cannot be looked at.
+    A link that somebody turns elsewhere afterwards is then of no account. Raises Untrusted where
+    others could change something, OSError where it cannot be looked at.
     """
-    ways = {folder.absolute(), folder.resolve()}
-    for above in sorted({parent for way in ways for parent in way.parents}):
-        _check(above, above.stat(), sticky=True)
-    found = folder.stat()
+    real = folder.resolve(strict=True)
+    for above in reversed(real.parents):
+        _check(above, above.lstat(), sticky=True)
+    found = real.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(f"{folder} is no folder")
-    _check(folder, found)
+    _check(real, found)
+    return real
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
-    """Open a regular file in a folder that was checked; raise Untrusted as `check_folder` does.
+    """Open a regular file in a folder that was checked; raise Untrusted as `checked_folder` does.
 
     A link, a pipe or a device is refused, and nothing is truncated. With os.O_CREAT a new file is
     for this user alone.
@@ -54,12 +55,15 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
     return os.fdopen(descriptor, "rb" if flags & os.O_ACCMODE == os.O_RDONLY else "r+b")
 
 
-def make_private(folder: Path) -> None:
-    """Make a folder for this user alone; from one that is this user's take what others may write.
+def make(folder: Path) -> None:
+    """Make a folder, and those above that are missing, for this user alone. Raises OSError."""
+    for missing in reversed([folder, *folder.parents]):
+        # What is there is left as it is: it may be a folder that others use, such as /tmp.
+        missing.mkdir(mode=0o700, exist_ok=True)
 
-    Raises OSError.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+def close(folder: Path) -> None:
+    """Take from a folder that is this user's, and fbopt's own, what others may write."""
     found = folder.lstat()
     open_to = found.st_mode & (GROUP | OTHERS)
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and open_to:

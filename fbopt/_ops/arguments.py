@@ -15,8 +15,12 @@ from fbopt._ops.overlap import check_apart
 P, R = ParamSpec("P"), TypeVar("R")
 
 
-def checked(writes: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Check the arguments of an op in plain torch, of which the first so many are written."""
+def checked(writes: int, steps: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Check the arguments of an op in plain torch, of which the first so many are written.
+
+    With `steps` it is the optimizer's: gradients are written only where they are sums, with a
+    divisor; else each may be the parameter itself, as each element is read before it is written.
+    """
 
     def decorate(op: Callable[P, R]) -> Callable[P, R]:
         names = tuple(inspect.signature(op).parameters)
@@ -25,9 +29,12 @@ def checked(writes: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
         def run(*args: P.args, **rest: P.kwargs) -> R:
             given = [*zip(names, args, strict=False), *rest.items()]
             refuse_derivatives(op.__name__, given)
-            outputs = [pair for pair in given if pair[0] in names[:writes]]
-            if outputs:
-                check_apart(outputs, [pair for pair in given if pair[0] not in names[:writes]])
+            if writes and not torch.compiler.is_compiling():
+                reads_grads = steps and dict(given)["divisor"] is None
+                written = [n for n in names[:writes] if n != "grads" or not reads_grads]
+                outputs = [pair for pair in given if pair[0] in written]
+                inputs = [pair for pair in given if pair[0] not in written]
+                check_apart(outputs, inputs, ("params", "grads") if reads_grads else None)
             return op(*args, **rest)
 
         return run

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _begin = attrgetter("begin")
 
@@ -21,17 +22,32 @@ class Span(NamedTuple):
     end: int
     tensor: Tensor
     name: str
+    index: int
     is_output: bool
     is_dense: bool
 
+    def is_same(self, other: Span, names: tuple[str, str] | None) -> bool:
+        """Whether both are one tensor, at one place of the two lists of these names."""
+        if names is None or {self.name, other.name} != set(names) or self.index != other.index:
+            return False
+        facts = [
+            (s.begin, s.tensor.shape, s.tensor.stride(), s.tensor.dtype) for s in (self, other)
+        ]
+        return facts[0] == facts[1]
 
-def check_apart(outputs: Iterable[tuple[str, Any]], inputs: Iterable[tuple[str, Any]]) -> None:
+
+def check_apart(
+    outputs: Iterable[tuple[str, Any]],
+    inputs: Iterable[tuple[str, Any]],
+    same: tuple[str, str] | None = None,
+) -> None:
     """Check that the elements of all outputs lie apart from each other, and from the inputs'.
 
     Args:
         outputs: the name and the value of each argument that is written: a tensor or a list of
             tensors. Values of other kinds, and tensors without addresses, are passed over.
         inputs: the same of those that are read.
+        same: a list of outputs and one of inputs, whose tensors may be the same, each as a whole.
 
     Raises:
         RuntimeError: two share memory, or an element of an output is written more than once.
@@ -48,7 +64,7 @@ def check_apart(outputs: Iterable[tuple[str, Any]], inputs: Iterable[tuple[str, 
         if a.is_output and b.is_output and _share_memory(a, b):
             raise RuntimeError(f"{a.name} and {b.name} share memory, and both are written to")
     for a, b in touching:
-        if a.is_output != b.is_output and _share_memory(a, b):
+        if a.is_output != b.is_output and not a.is_same(b, same) and _share_memory(a, b):
             written, read = (a, b) if a.is_output else (b, a)
             raise RuntimeError(
                 f"{written.name} is written to and shares memory with {read.name}, which is read: "
@@ -58,20 +74,22 @@ def check_apart(outputs: Iterable[tuple[str, Any]], inputs: Iterable[tuple[str, 
 
 def _spans(arguments: Iterable[tuple[str, Any]], is_output: bool) -> Iterator[Span]:
     for name, value in arguments:
-        for t in value if isinstance(value, list | tuple) else (value,):
+        for index, t in enumerate(value if isinstance(value, list | tuple) else (value,)):
             # Elsewhere data_ptr() is a handle, or 0.
             if not isinstance(t, Tensor) or not (t.is_cpu or t.is_cuda or t.is_xpu):
+                continue
+            if isinstance(t, FakeTensor) or torch._is_functional_tensor(t):  # without memory
                 continue
             try:
                 begin = t.data_ptr()
             except RuntimeError:  # of a tensor without memory: a fake one, a batched one
                 continue
             if t.is_contiguous():
-                yield Span(begin, begin + t.nbytes, t, name, is_output, True)
+                yield Span(begin, begin + t.nbytes, t, name, index, is_output, True)
             else:
                 pairs = zip(t.shape, t.stride(), strict=True)
                 size = (1 + sum((n - 1) * stride for n, stride in pairs)) * t.element_size()
-                yield Span(begin, begin + size, t, name, is_output, _is_dense(t))
+                yield Span(begin, begin + size, t, name, index, is_output, _is_dense(t))
 
 
 def _touching(spans: Sequence[Span]) -> Iterator[tuple[Span, Span]]:

@@ -274,7 +274,7 @@ def clip_(grads: list[Tensor], total_norm: Tensor, max_norm: float) -> None:
         g.copy_(_wide(g) * coefficient.to(_wide(g).dtype))
 
 
-@checked(writes=3)
+@checked(writes=3, steps=True)
 def sgd_step_(
     params: list[Tensor],
     grads: list[Tensor],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fbopt.train.checkpoint.digest import GROUPS, fingerprint
@@ -45,17 +45,23 @@ def check_state(trainer: Trainer) -> None:
     if all(theirs == everyone[0] for theirs in everyone):
         return
     details = context.all_gather_object(own["tensors"])
+    rank, what = _first_difference(details)
+    raise ProcessesDiffer(
+        f"at step {trainer.step} the {what} of process {rank} is not that of process 0: what was "
+        "computed since the last save cannot be trusted. Look for a fault of that machine's memory "
+        "or processor, then go on from the last save"
+    )
+
+
+def _first_difference(details: Sequence[Mapping[str, Mapping[str, str]]]) -> tuple[int, str]:
+    """The rank and the tensor, or the group of them, that is not as on rank 0."""
+    first = details[0]
     for rank, theirs in enumerate(details):
         for group in GROUPS:
-            for name, digest in theirs[group].items():
-                if details[0][group].get(name) != digest:
-                    what = group.removesuffix("s")
-                    raise ProcessesDiffer(
-                        f"at step {trainer.step} the {what} {name} of process {rank} is not that "
-                        "of process 0: what was computed since the last save cannot be trusted. "
-                        "Look for a fault of that machine's memory or processor, then go on from "
-                        "the last save"
-                    )
+            for name in {**first[group], **theirs[group]}:
+                if first[group].get(name) != theirs[group].get(name):
+                    return rank, f"{group.removesuffix('s')} {name}"
+    return 1, "state"
 
 
 def _check_same(context: DistributedContext, facts: Mapping[str, Any], cure: str) -> None:

@@ -103,7 +103,12 @@ def select_device(name: str, world_size: int = 1) -> torch.device:
 
 
 def _own_gpu(device: torch.device, world_size: int) -> torch.device:
-    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    try:
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    except (KeyError, ValueError) as error:
+        raise OptionsError(
+            f"the environment is not torchrun's: LOCAL_RANK ({error}); start the job with torchrun"
+        ) from error
     if device.index is not None:
         raise OptionsError(
             f"--device {device} is one GPU for {world_size} processes; give --device cuda, then "
@@ -175,7 +180,7 @@ def _init_process_group(device: str, minutes: float) -> dist.Store:
                 world_size=world_size,
                 timeout=timeout,
             )
-    except ValueError as error:  # a variable that is missing or no number
+    except (KeyError, ValueError) as error:  # a variable that is missing or no number
         reason = f"the environment is not torchrun's: {error}"
         raise OptionsError(f"{reason}; start the job with torchrun") from error
     except RuntimeError as error:

@@ -68,7 +68,9 @@ class Heartbeat:
     def silent(self) -> list[int]:
         """The processes that have not been heard of for a while."""
         now = time.monotonic()
-        return [r for r, heard in self._heard.items() if now - heard.since > self.silent_seconds]
+        return [
+            r for r, heard in list(self._heard.items()) if now - heard.since > self.silent_seconds
+        ]
 
     @property
     def behind(self) -> list[int]:
@@ -76,7 +78,7 @@ class Heartbeat:
         silent = self.silent
         return [
             rank
-            for rank, heard in self._heard.items()
+            for rank, heard in list(self._heard.items())  # another thread adds to them
             if heard.meetings < meetings.count and rank not in silent
         ]
 
@@ -149,7 +151,10 @@ class Heartbeat:
         """
         silent, behind = self.silent, self.behind
         if silent:
-            what = f"did not answer for {self._minutes:g} minutes: look after it"
+            waited = f"{self._minutes:g} minutes"
+            if seconds < 0.9 * 60 * self._minutes:
+                waited = f"{self.silent_seconds:.0f} s and more"
+            what = f"did not answer for {waited}: look after it"
             return f"{self._names(silent)} {what}", self._tells(silent)
         if behind and seconds > 0.9 * 60 * self._minutes:
             what = f"did not come to where the others wait for {self._minutes:g} minutes: it runs, "

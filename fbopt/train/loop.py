@@ -166,13 +166,13 @@ def _fit(
                 trainer.scheduler.step()
             last = trainer.step == trainer.total_steps
             requested = signals.requested or nobody_reads()
-            due = saver is not None and saver.is_due()
-            stop, due = trainer.context.any(requested, due)
+            due = "" if saver is None else saver.due()
+            stop, compare = trainer.context.any(requested, bool(due))
             stop &= not last
-            if due or stop or last:
+            if compare or stop or last:
                 check_state(trainer)
             if saver is not None:
-                saver.after_step(at_once=stop or last)
+                saver.write("checkpoint" if stop or last else due)
             if stop:
                 what = f"saved at step {trainer.step} of {trainer.total_steps}"
                 raise Interrupted(what, signals.folder)

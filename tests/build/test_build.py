@@ -216,7 +216,7 @@ def test_a_read_only_cache_gives_way_to_a_private_temporary_one(
     library = load.build("tiny", [source])
     assert library.parent == tmp_path / f"fbopt-{os.getuid()}"
     assert library.parent.stat().st_mode & 0o777 == 0o700
-    assert f"({tmp_path}/file/cache is not writable)" in capfd.readouterr().err
+    assert f"({tmp_path}/file/cache is not used)" in capfd.readouterr().err
 
 
 def test_jobs_follow_the_cores_the_memory_and_max_jobs(monkeypatch):

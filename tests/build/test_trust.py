@@ -77,21 +77,48 @@ def test_folders_above_count_too(tmp_path, monkeypatch):
         assert (cache.cached(planted.parent, "tiny-0") == planted) == safe, oct(mode)
     link = tmp_path / "link"
     link.symlink_to(above)
-    assert cache.cached(link / "cache", "tiny-0") == link / "cache" / planted.name
+    assert cache.cached(link / "cache", "tiny-0") == planted  # by the path without the link
     above.chmod(0o777)
     assert cache.cached(link / "cache", "tiny-0") is None
 
 
-def test_a_folder_of_ones_own_is_closed_and_what_is_in_it_still_looked_at(tmp_path, monkeypatch):
-    monkeypatch.setattr(trust, "_is_own_group", lambda found: False)
+def test_a_link_that_others_can_turn_is_of_no_account(tmp_path, monkeypatch):
+    """In the middle of the path, in a folder that is open to all: what is found stays found."""
+    planted, other = library(tmp_path / "good"), library(tmp_path / "evil", b"evil")
+    (open_to_all := tmp_path / "open").mkdir()
+    open_to_all.chmod(0o777)
+    (turned := open_to_all / "link").symlink_to(tmp_path)
+    found = cache.cached(turned / "good", "tiny-0")
+    assert found == planted
+    turned.unlink()
+    turned.symlink_to(other.parent)
+    assert found.read_bytes() == b"planted"
     monkeypatch.setattr(cache, "_told", set())
-    folder = tmp_path / "cache"
-    planted = library(folder)
-    folder.chmod(0o1777)
-    give(planted, monkeypatch)
-    assert cache.writable(folder) == folder
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
-    assert cache.cached(folder, "tiny-0") is None
+    give(other.parent, monkeypatch)
+    assert cache.cached(turned, "tiny-0") is None
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o777])
+def test_a_folder_that_is_open_to_all_is_left_as_it_is(tmp_path, monkeypatch, capsys, mode):
+    """It may be /tmp, which others need: it is refused, and its mode not changed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(cache, "_told", set())
+    library(folder := tmp_path / "cache")
+    folder.chmod(mode)
+    assert cache.writable(folder) == tmp_path / f"fbopt-{os.getuid()}"
+    assert stat.S_IMODE(folder.stat().st_mode) == mode
+    assert "everybody can write to" in capsys.readouterr().err
+
+
+def test_folders_that_are_made_are_private_whatever_the_umask(tmp_path):
+    before = os.umask(0)
+    try:
+        folder = cache.writable(tmp_path / "a" / "b" / "cache")
+    finally:
+        os.umask(before)
+    assert folder == tmp_path / "a" / "b" / "cache"
+    for made in (folder, folder.parent, folder.parent.parent):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
 
 
 def test_the_group_that_a_user_has_alone_is_no_other(tmp_path, monkeypatch):

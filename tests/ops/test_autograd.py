@@ -8,6 +8,7 @@ import pytest
 import torch
 from op_cases import FORMS, cases, clone, make, scalar
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fbopt._build import load
 from fbopt._ops import dispatch, reference, registration
@@ -136,3 +137,17 @@ def test_compiled_functions_refuse_derivatives():
     torch.testing.assert_close(sums, before, rtol=0, atol=0)
     update(sums, [g.detach() for g in grads], scalar(2.0))
     assert all(t._version > 0 for t in sums)
+
+
+def test_plain_torch_takes_tensors_without_memory():
+    """Fake ones, and those of functionalization and torch.compile, which trace it."""
+
+    def add(sums, grads):
+        reference.accumulate_([sums], [grads], torch.ones((), dtype=torch.float64))
+        return sums
+
+    with FakeTensorMode():
+        assert add(torch.ones(4), torch.ones(4)).shape == (4,)
+    compiled = torch.compile(add, fullgraph=True, backend="eager")
+    for function in (torch.func.functionalize(add), compiled):
+        assert function(torch.ones(4), torch.ones(4)).tolist() == [2.0] * 4

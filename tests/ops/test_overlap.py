@@ -83,8 +83,23 @@ def cases() -> dict[str, tuple[str, tuple]]:
         ),
         "clip_ its norm": ("clip_", ([wide], wide[1], 0.1)),
         "clip_ twice": ("clip_", ([x, x], one(), 0.1)),
-        "sgd_step_, gradients": (
-            "sgd_step_", ([x], [x], [momentum], lr, None, None, None, *rule),
+        "accumulate_ one of several, by a grad with gaps": (
+            "accumulate_",
+            ([y[:2], y[20:22]], [y.as_strided((2,), (50,)), memory(2)], one()),
+        ),
+        "clip_ columns that meet": ("clip_", ([rows[:, :5], rows[:, 4:9]], one(), 0.1)),
+        "sgd_step_, gradients that are sums": (
+            "sgd_step_", ([x], [x], [momentum], lr, one(), None, None, *rule),
+        ),
+        "sgd_step_, sums that are one": (
+            "sgd_step_", ([x, z], [y[:N]] * 2, [momentum, y[N:]], lr, one(), None, None, *rule),
+        ),
+        "sgd_step_, another's gradient": (
+            "sgd_step_",
+            ([x, z], [z, y[:N]], [momentum, y[N:]], lr, None, None, None, *rule),
+        ),
+        "sgd_step_, a gradient that is shifted": (
+            "sgd_step_", ([y[:N]], [y[1 : 1 + N]], [momentum], lr, None, None, None, *rule),
         ),
         "sgd_step_, momentum": ("sgd_step_", ([x], [z], [z], lr, None, None, None, *rule)),
         "sgd_step_, its rate": ("sgd_step_", ([x], [z], [momentum], x[0], None, None, None, *rule)),
@@ -161,3 +176,31 @@ def test_lists_in_any_order(target):
     grads[7] = y[40 : 40 + 16]
     with pytest.raises(RuntimeError, match="sums is written to and shares memory with grads"):
         target.op("accumulate_")(sums, grads, one())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_gradient_may_be_the_parameter_or_anothers_gradient(target, momentum):
+    """As for torch.optim.SGD: without a divisor gradients are only read."""
+    shared = memory(3 * N)
+    for grads_of in (lambda p: list(p), lambda p: [shared, shared]):
+        params = [memory(3 * N), memory(3 * N) / 2]
+        expected = [p.clone() for p in params]
+        buffers = [torch.empty_like(p) for p in params if momentum]
+        rule = (torch.tensor(0.1), None, None, None, momentum, 0.0, 0.01, False, False, True)
+        for p, g in zip(expected, [g.clone() for g in grads_of(params)], strict=True):
+            own = [torch.empty_like(p)] if momentum else []
+            reference.sgd_step_([p], [g], own, *rule)
+        target.op("sgd_step_")(params, grads_of(params), buffers, *rule)
+        for found, wanted in zip(params, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
+
+def test_columns_of_one_matrix_are_told_apart_at_once(target):
+    """By their strides: a list of the places of so many elements would not end."""
+    matrix = torch.ones(100_000, 2, 8)
+    parts = [matrix[:, 0, :5], matrix[:, 0, 5:], matrix[:, 1, 1:4], *matrix[:, 1, 4:].unbind(1)]
+    target.op("clip_")(parts, 4 * one(), 1.0)
+    assert matrix[:, 1, 0].eq(1).all()
+    assert matrix[:, :, 5:].max() < 0.5
+    with pytest.raises(RuntimeError, match="grads and grads share memory"):
+        target.op("clip_")([*parts, matrix[:, 1, 3:5]], 4 * one(), 1.0)

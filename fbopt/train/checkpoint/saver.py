@@ -29,15 +29,17 @@ class Saver:
         if self.every and trainer.step == 0:
             self._write_fingerprint(trainer.state_dict())
 
-    def is_due(self) -> bool:
-        """Whether a checkpoint or a fingerprint is to be written after this step."""
-        return self._checkpoint_is_due() or self._fingerprint_is_due()
+    def due(self) -> str:
+        """What is to be written after this step: "checkpoint", "fingerprint" or ""."""
+        if self._checkpoint_is_due():
+            return "checkpoint"
+        return "fingerprint" if self._fingerprint_is_due() else ""
 
-    def after_step(self, at_once: bool) -> None:
-        """Save what is due after a step; with `at_once`, a checkpoint in any case."""
-        if at_once or self._checkpoint_is_due():
+    def write(self, what: str) -> None:
+        """Write what is due: a checkpoint, which has a fingerprint, or this alone."""
+        if what == "checkpoint":
             self.save()
-        elif self._fingerprint_is_due():
+        elif what:
             self._write_fingerprint(self.trainer.state_dict())
 
     def _checkpoint_is_due(self) -> bool:
