@@ -11,6 +11,8 @@ from fbopt.train.config.recipes import overview
 from fbopt.train.output import CLOSED_PIPE, guarded, until_closed
 from fbopt.train.torchrun import exit_with, is_rank_zero, only_rank_zero_prints
 
+INTERRUPTED = 130
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; return 0, 1 (diverged, disk full), 2 (bad input), 130 or 141.
@@ -38,7 +40,7 @@ def run(options: Options) -> int:
         return fail(f"fbopt train: {error}" if is_rank_zero() else "", 2)
     with guarded() as output:
         status = status_of(lambda: start(options))
-    return CLOSED_PIPE if output.pipe_is_closed else status
+    return CLOSED_PIPE if output.pipe_is_closed and status == INTERRUPTED else status
 
 
 if __name__ == "__main__":

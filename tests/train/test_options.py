@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
@@ -40,7 +41,6 @@ def test_nothing_is_left_open(data, recipe):
         "milestones",
         "ghost_size",
         "widening",
-        "timeout",
     }
     allowed |= {"line_search", *OF_LBFGS}
     allowed |= set(rules.OWN) - {"momentum", "nesterov"}
@@ -351,3 +351,13 @@ def test_unknown_backend_is_one_line(tmp_path, monkeypatch, capsys) -> None:
         "fbopt train: FBOPT_BACKEND is 'kernel'; set it to kernels or reference, or unset it\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["out", "resume", "data_dir"])
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b"])
+def test_paths_that_nobody_could_follow_are_refused_from_python_too(name, path):
+    from fbopt.train.checkpoint.resume import find_start
+
+    data = {"data": "cifar10"} if name == "data_dir" else {}
+    with pytest.raises(OptionsError, match=f"--{name.replace('_', '-')}: .*give another path"):
+        find_start(Options(**data, **{name: Path(path)}), ExitStack())

@@ -16,7 +16,7 @@ from fbopt.train.checkpoint.schema import fault_of_parts
 from fbopt.train.config import diff
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.reading import options_of, reading
-from fbopt.train.config.resolve import resolve
+from fbopt.train.config.resolve import check_paths, resolve
 from fbopt.train.trainer import Trainer
 
 
@@ -34,6 +34,7 @@ def find_start(options: Options, lock: ExitStack) -> Start:
 
     Raises OptionsError; nothing is changed.
     """
+    check_paths(options)
     if options.resume is None:
         options = resolve(options)
         folder = RunFolder(options.folder)

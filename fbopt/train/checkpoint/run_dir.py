@@ -58,11 +58,14 @@ class RunFolder:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """The steps and files of all checkpoints, sound or not, the newest first."""
-        if not self.path.is_dir():
-            return []
-        matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in self.path.iterdir())
+        matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in self._entries())
         found = [(int(m[1]), path) for m, path in matches if m and m[2] is None]
         return sorted(found, reverse=True)
+
+    def _entries(self) -> list[Path]:
+        """What is in the folder; nothing if there is none. Raises OptionsError."""
+        with reading(f"{self.path}", OptionsError, "allow yourself to list it, or give another"):
+            return list(self.path.iterdir()) if self.path.is_dir() else []
 
     def event_files(self) -> list[Path]:
         """The files that TensorBoard reads."""
@@ -84,7 +87,7 @@ class RunFolder:
                 f"{self.path} holds an interrupted run; go on with "
                 f"`{self.resume_command}`, or --overwrite to replace it"
             )
-        if stray := [path.name for path in self.path.iterdir() if not _of_a_run(path)]:
+        if stray := [path.name for path in self._entries() if not _of_a_run(path)]:
             raise OptionsError(
                 f"--out {self.path}: holds {stray[0]}, which is not a run's; give another --out"
             )
@@ -108,7 +111,7 @@ class RunFolder:
 
         Raises OptionsError where something else than a file has the name of one of a run's.
         """
-        for path in self.path.iterdir() if self.path.is_dir() else ():
+        for path in self._entries():
             own = path.name == LOCK or (path.name[0] != "." and _of_a_run(path))
             if own and not path.is_file():
                 raise OptionsError(

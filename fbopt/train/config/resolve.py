@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, get_type_hints
@@ -12,6 +13,7 @@ from fbopt.train.config.dataspec import default_size, parse, scale_of
 from fbopt.train.config.line_search import resolve_search
 from fbopt.train.config.networks import layers
 from fbopt.train.config.options import TRACKED, Options, OptionsError, flag, literals
+from fbopt.train.config.paths import path_of
 from fbopt.train.config.perturbation import resolve_perturbation
 from fbopt.train.config.recipes import RECIPES, Recipe, chunks_at_once
 from fbopt.train.config.rules import check_clipping, check_rule, own_values
@@ -172,6 +174,16 @@ def check(options: Options) -> None:
     check_rule(options)
     _check_tracked(options)
     _check_data(options)
+
+
+def check_paths(options: Options) -> None:
+    """Raise OptionsError for paths that the system could never follow."""
+    for name in ("data_dir", "out", "resume"):
+        if (value := getattr(options, name)) not in (None, "auto"):
+            try:
+                path_of(str(value))
+            except ArgumentTypeError as error:
+                raise OptionsError(f"{flag(name)}: {error}") from error
 
 
 def check_bounds(options: Any, bounds: Mapping[str, tuple[float, bool, float]]) -> None:

@@ -99,7 +99,7 @@ def _class_folders(spec: str, path: Path, test_part: str) -> tuple[Listing, List
     for part in ("train", test_part):
         try:
             folders.append(datasets.ImageFolder(str(path / part)))
-        except FileNotFoundError as error:
+        except OSError as error:
             raise DataError(
                 f"--data {spec}: expected images as {path / part}/<class>/<image>: {error}"
             ) from error

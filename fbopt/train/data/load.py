@@ -111,7 +111,9 @@ def _cifar(kind: str, folder: Path, download: bool) -> Arrays:
     datasets = require(f"--data {kind}", "torchvision", "torchvision.datasets")
     source = getattr(datasets, kind.upper())
     folder = Path(os.path.expanduser(folder))
-    for path in (folder / source.filename, *(folder / source.base_folder).glob("*")):
+    lists = (*source.train_list, *source.test_list, (source.meta["filename"], ""))
+    read = [folder / source.base_folder / name for name, _ in lists]
+    for path in (folder / source.filename, *read):
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise DataError(f"--data {kind}: {path} is no regular file; remove it")
     try:

@@ -18,7 +18,7 @@ from typing import Any
 
 from fbopt.train.checkpoint.run_dir import RunFolder, accuracies
 from fbopt.train.config.diff import check_options, resolve_for
-from fbopt.train.config.options import Options
+from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.parser import command_line
 from fbopt.train.data.load import load_for
 from fbopt.train.distributed import MINUTES
@@ -137,7 +137,12 @@ class Runner:
         name, folder = f"{options.recipe}, seed {options.seed}", RunFolder(options.out)
         if folder.result.exists():
             self.done += 1
-            result = folder.read_result()
+            try:
+                result = folder.read_result()
+            except OptionsError as error:  # of this run alone: the others go on
+                self.failed = True
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+                return
             words = f"{accuracies(result)}, {result['seconds']:.0f} s"
             print(f"{name}: {words} ({self.done} of {self.total} runs)", flush=True)
         elif not self.stopping:

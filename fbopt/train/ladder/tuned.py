@@ -17,7 +17,7 @@ from typing import Any
 
 from fbopt.train.config.dataspec import parse
 from fbopt.train.config.options import Options, OptionsError, flag
-from fbopt.train.config.reading import read_bytes
+from fbopt.train.config.reading import read_bytes, reading
 
 CHOSEN_BY = "validation_accuracy"
 TUNE = "tune the rows again with examples/tune.py"
@@ -100,12 +100,10 @@ class Tuned:
 def read(path: Path, rows: Iterable[str]) -> dict[str, Tuned]:
     """What was chosen for each of `rows`. Raises OptionsError."""
     where = f"--tuned {path}"
-    try:
+    with reading(f"{where}: cannot be read", OptionsError, TUNE):
         content = json.loads(read_bytes(path))
         by, found = content["chosen_by"], content["rows"]
         tuned = {row: _tuned(path, found[row]) for row in rows if found.get(row)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OptionsError(f"{where}: cannot be read ({error!r}); {TUNE}") from error
     if by != CHOSEN_BY:
         raise OptionsError(
             f"{where}: its rows were chosen by {by}, and only {CHOSEN_BY}, on held-out training "
