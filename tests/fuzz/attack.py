@@ -1,7 +1,7 @@
 """An attack: hostile cases, and what holds for each of them. How they are tried, and counted.
 
-FBOPT_FUZZ=N tries N times as many cases, drawn from a seed that is printed (FBOPT_FUZZ_SEED sets
-it); without it they are the same every time. Hypothesis shrinks what fails, and keeps it in
+FBOPT_FUZZ=N tries N times as many cases, drawn from a seed that `make fuzz` prints (FBOPT_FUZZ_SEED
+sets it); without it they are the same every time. Hypothesis shrinks what fails, and keeps it in
 .hypothesis, where the next run begins.
 """
 
