@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where all that a command does is print, and that fails.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    return until_closed(lambda: _run(words), needed=words[:1] not in ([n] for n in IN_FILES))
+    in_files = words[:1] in ([name] for name in IN_FILES) and not {"-h", "--help"} & set(words)
+    return until_closed(lambda: _run(words), needed=not in_files)
 
 
 def _run(words: list[str]) -> int:

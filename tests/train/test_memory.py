@@ -11,6 +11,7 @@ from fbopt.train import memory
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.resolve import resolve
 from fbopt.train.memory import available, check_fits
+from fbopt.train.outcome import status_of
 
 CPU = torch.device("cpu")
 
@@ -78,3 +79,23 @@ def test_the_estimate_is_what_autograd_keeps(name: str) -> None:
     assert found > 0
     estimate = memory._kept(model.to("meta"), (3, *shape))
     assert 0.9 * found < estimate <= found
+
+
+def test_memory_that_runs_out_is_told(capsys) -> None:
+    def allocate() -> int:
+        return torch.empty(2**60, dtype=torch.uint8).numel()
+
+    def on_a_gpu() -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    def otherwise() -> int:
+        raise RuntimeError("a fault of fbopt's own")
+
+    for work in (allocate, on_a_gpu):
+        assert status_of(work) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("fbopt train: out of memory (")
+        assert said.count("\n") == 1
+        assert "give a smaller --chunk-size" in said
+    with pytest.raises(RuntimeError, match="of fbopt's own"):
+        status_of(otherwise)
