@@ -99,7 +99,7 @@ def test_data_that_are_pipes_are_refused(tmp_path):
 
 
 def test_tuned_values_in_a_pipe_are_refused(tmp_path):
-    with pytest.raises(OptionsError, match=r"cannot be read .*no regular file"):
+    with pytest.raises(OptionsError, match=r"cannot be read: .*no regular file"):
         tuned.read(pipe(tmp_path / "tuned.json"), ["fb"])
 
 
