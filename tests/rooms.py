@@ -27,7 +27,7 @@ FLOORS = (
     ("analysis", "integrations"),
     ("train.config",),
     ("train.data", "train.models"),
-    ("train",),
+    ("train", "train.ensemble"),
     ("train.ladder", "train.analyze"),
     ("doctor", "check_script", "cli"),
 )

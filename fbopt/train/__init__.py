@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fbopt.train.config.options import Options, OptionsError
     from fbopt.train.config.parser import parse
     from fbopt.train.config.resolve import resolve
+    from fbopt.train.ensemble.start import train_many
     from fbopt.train.loop import train
     from fbopt.train.signals import Interrupted
     from fbopt.train.trainer import Diverged
@@ -27,9 +28,11 @@ _MODULES = {
     "parse": "fbopt.train.config.parser",
     "resolve": "fbopt.train.config.resolve",
     "train": "fbopt.train.loop",
+    "train_many": "fbopt.train.ensemble.start",
 }
 __all__ = [
     "DataError", "Diverged", "Interrupted", "Options", "OptionsError", "parse", "resolve", "train",
+    "train_many",
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fbopt.train.config.options import Options
 from fbopt.train.config.parser import fail, parse
 from fbopt.train.config.recipes import overview
+from fbopt.train.config.sweep import NOTES, Sweep
 from fbopt.train.output import CLOSED_PIPE, guarded, until_closed
 from fbopt.train.torchrun import exit_with, is_rank_zero, only_rank_zero_prints
 
@@ -20,13 +21,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     The last two are for runs that were saved and stopped: by a signal, by a closed pipe.
     """
     with only_rank_zero_prints(errors=True):
-        (options,) = parse("fbopt train", arguments, Options, notes=overview())
-    return exit_with(lambda: run(options))
+        notes = f"{overview()}\n\n{NOTES}"
+        options, sweep = parse("fbopt train", arguments, Options, Sweep, notes=notes)
+    return exit_with(lambda: run(options, sweep))
 
 
-def run(options: Options) -> int:
+def run(options: Options, sweep: Sweep | None = None) -> int:
     """Train, print what went wrong, if anything, and return the exit status."""
     from fbopt._build.load import requested_backend
+    from fbopt.train.ensemble.start import start_many
     from fbopt.train.launch import start
     from fbopt.train.malloc import keep_freed
     from fbopt.train.outcome import status_of
@@ -39,7 +42,10 @@ def run(options: Options) -> int:
     except ValueError as error:  # a mistyped variable
         return fail(f"fbopt train: {error}" if is_rank_zero() else "", 2)
     with guarded() as output:
-        status = status_of(lambda: start(options))
+        if sweep is not None and sweep.is_given:
+            status = status_of(lambda: start_many(sweep.expand(options)))
+        else:
+            status = status_of(lambda: start(options))
     return CLOSED_PIPE if output.pipe_is_closed and status == INTERRUPTED else status
 
 

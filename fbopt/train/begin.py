@@ -52,15 +52,22 @@ def build_trainer(
             f"{what} in one process, not in {context.world_size}, which would change its "
             "mini-batches; start it without torchrun, or choose a full-batch recipe"
         )
-    device = select_device(options.device, context.world_size)
+    data, digest, device = place(options, context.world_size, loaded)
+    options = replace(options, processes=context.world_size)
+    return Trainer(options, data, device, context), digest
+
+
+def place(
+    options: Options, world_size: int = 1, loaded: Loaded | None = None
+) -> tuple[Data, str, torch.device]:
+    """Set up the device as the options say; return the data on it, their SHA-256, and it."""
+    device = select_device(options.device, world_size)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     data, digest = loaded or read(options)
     precision.set_arithmetic(options.precision, device)
     dtype = precision.parameter_dtype(options.precision)
-    on_device = data.to(device, options.channels_last, dtype)
-    options = replace(options, processes=context.world_size)
-    return Trainer(options, on_device, device, context), digest
+    return data.to(device, options.channels_last, dtype), digest, device
 
 
 def broadcast_model(trainer: Trainer, digest: str) -> None:

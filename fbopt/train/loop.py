@@ -91,23 +91,25 @@ def train_from(
     check_environment(context, facts)
     if start.state is None:
         broadcast_model(trainer, digest)
-    summary = context.from_rank_zero(lambda: _summary_if_finished(trainer, start.folder))
+    summary = context.from_rank_zero(lambda: summary_if_finished(trainer, start.folder))
     if summary is None:
-        context.from_rank_zero(lambda: _open_folder(trainer, start, facts, lock))
+        context.from_rank_zero(lambda: _announce(trainer, start, facts, lock))
         saver = write = None
         with SignalHandler(start.folder, stop_by) as signals, ExitStack() as logs:
             if context.is_rank_zero:
                 saved = None if start.state is None else trainer.step
                 extra = {"data": digest, "environment": facts}
                 saver = Saver(trainer, start.folder, extra, saved)
-                write = logs.enter_context(_logging(trainer.options, start.folder, callbacks))
+                write = logs.enter_context(metrics_writer(trainer.options, start.folder, callbacks))
             _fit(trainer, saver, signals, write)
         summary = context.from_rank_zero(lambda: _write_summary(trainer, start.folder))
     return Result(trainer.options, start.folder, summary, trainer.model)
 
 
 @contextmanager
-def _logging(options: Options, folder: RunFolder, callbacks: Sequence[Callback]) -> Iterator[Write]:
+def metrics_writer(
+    options: Options, folder: RunFolder, callbacks: Sequence[Callback]
+) -> Iterator[Write]:
     """A function that writes a row of metrics to all who want it."""
     board = TensorBoard(folder) if options.log else None
     receivers = [*([board] if board else []), *callbacks]
@@ -121,8 +123,14 @@ def _logging(options: Options, folder: RunFolder, callbacks: Sequence[Callback])
         yield write
 
 
-def _open_folder(trainer: Trainer, start: Start, facts: dict[str, Any], lock: ExitStack) -> None:
+def _announce(trainer: Trainer, start: Start, facts: dict[str, Any], lock: ExitStack) -> None:
     """Prepare the folder for the steps to come, and print what they are."""
+    where = open_folder(trainer, start, facts, lock)
+    print(f"{describe(trainer)}\n{where}", flush=True)
+
+
+def open_folder(trainer: Trainer, start: Start, facts: dict[str, Any], lock: ExitStack) -> str:
+    """Prepare the folder for the steps to come; return where they begin, in words."""
     folder = start.folder
     where = f"run folder: {folder.path}/"
     if start.state is None:
@@ -133,10 +141,10 @@ def _open_folder(trainer: Trainer, start: Start, facts: dict[str, Any], lock: Ex
         path = folder.path_of(trainer.step)
         where = f"resumed at step {trainer.step} of {trainer.total_steps}: {path}"
     folder.append(folder.environment, {"step": trainer.step} | facts)
-    print(f"{describe(trainer)}\n{where}", flush=True)
+    return where
 
 
-def _summary_if_finished(trainer: Trainer, folder: RunFolder) -> dict[str, Any] | None:
+def summary_if_finished(trainer: Trainer, folder: RunFolder) -> dict[str, Any] | None:
     """The summary of a run that needs no further step; None of any other."""
     if trainer.step < trainer.total_steps or not folder.result.exists():
         return None
@@ -183,22 +191,49 @@ def _fit(
 def _log(
     trainer: Trainer, write: Write | None, progress: Progress, tracker: CurvatureTracker
 ) -> None:
-    """Evaluate, measure and write one line of metrics after a pass, where they are due."""
-    options, done = trainer.options, trainer.position[0]
-    last = trainer.step == trainer.total_steps
-    due = last or done % options.eval_every == 0
-    track = tracker.is_due(done)
-    if due or track or done == 1 or done % options.log_every == 0:
-        record = trainer.record(options.evaluated(last) if due else ())
-        if track and write is not None:
-            record |= tracker.measure()
+    """Write one line of metrics after a pass, where it is due, and show it."""
+    record = record_if_due(trainer, tracker, measures=write is not None)
+    if record is not None:
         progress.report(record)
         if write is not None:
             write(record)
 
 
+def record_if_due(
+    trainer: Trainer, tracker: CurvatureTracker, measures: bool = True
+) -> dict[str, Any] | None:
+    """The metrics after a pass, with evaluations and, if asked for, measures where these are due;
+    None where nothing is. Raises Diverged.
+    """
+    options, done = trainer.options, trainer.position[0]
+    last = trainer.step == trainer.total_steps
+    due = last or done % options.eval_every == 0
+    track = tracker.is_due(done)
+    if not (due or track or done == 1 or done % options.log_every == 0):
+        return None
+    record = trainer.record(options.evaluated(last) if due else ())
+    if track and measures:
+        record |= tracker.measure()
+    return record
+
+
 def _write_summary(trainer: Trainer, folder: RunFolder) -> dict[str, Any]:
     """Write and print the summary of the run that has just ended, and draw its curves."""
+    summary, drawn = write_summary(trainer, folder)
+    print(
+        f"{accuracies(summary, losses=True)}, train {summary['train_accuracy']:.2%} "
+        f"(loss {summary['loss']:.4f}) after {trainer.step} steps, {summary['seconds']:.0f} s\n"
+        f"written: {folder.path}/ (options.json, metrics.jsonl, "
+        f"{'curves.png, ' if drawn else ''}checkpoint-{trainer.step}.pt, result.json)",
+        flush=True,
+    )
+    return summary
+
+
+def write_summary(trainer: Trainer, folder: RunFolder) -> tuple[dict[str, Any], bool]:
+    """Write the summary of a run that has ended and draw its curves; return it, and whether there
+    are curves.
+    """
     last = [record for record in folder.read_metrics() if record["step"] == trainer.step]
     if not last:
         raise OptionsError(
@@ -212,12 +247,4 @@ def _write_summary(trainer: Trainer, folder: RunFolder) -> dict[str, Any]:
         "torch": torch.__version__,
     }
     folder.write_result(summary)
-    drawn = draw_curves(folder, trainer.options)
-    print(
-        f"{accuracies(summary, losses=True)}, train {summary['train_accuracy']:.2%} "
-        f"(loss {summary['loss']:.4f}) after {trainer.step} steps, {summary['seconds']:.0f} s\n"
-        f"written: {folder.path}/ (options.json, metrics.jsonl, "
-        f"{'curves.png, ' if drawn else ''}checkpoint-{trainer.step}.pt, result.json)",
-        flush=True,
-    )
-    return summary
+    return summary, draw_curves(folder, trainer.options)

@@ -23,6 +23,25 @@ def test_cnn_is_the_mnist1d_baseline():
     assert model(torch.zeros(2, 1, 40)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("shape", [(1, 40), (1, 8, 8), (7,)])
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
+def test_mlp_is_its_equation(shape, activation):
+    torch.manual_seed(0)
+    model = models.build("mlp", shape, 4, width=5, depth=3, activation=activation).double()
+    x = torch.randn(6, *shape, dtype=torch.float64)
+    h, layers = x.flatten(1), [m for m in model if isinstance(m, nn.Linear)]
+    for layer in layers[:-1]:
+        h = getattr(torch.nn.functional, activation)(h @ layer.weight.T + layer.bias)
+    torch.testing.assert_close(model(x), h @ layers[-1].weight.T + layers[-1].bias)
+    assert [layer.out_features for layer in layers] == [5, 5, 5, 4]
+    assert models.count_parameters(models.build("mlp", (1, 8, 8), 10, width=32)) == 3466
+
+
+def test_mlp_drops_inputs_of_the_last_layer():
+    model = models.build("mlp", (1, 4), 2, dropout=0.5)
+    assert isinstance(model[-2], nn.Dropout) and model[-2].p == 0.5
+
+
 @pytest.mark.parametrize("shape", [(1, 3), (2, 41), (1, 8, 8), (3, 32, 32), (1, 5, 9)])
 def test_cnn_takes_signals_and_images(shape):
     assert models.build("cnn", shape, 4, width=3)(torch.zeros(2, *shape)).shape == (2, 4)
@@ -157,7 +176,7 @@ def build(name: str, *arguments, **more) -> nn.Module:
 
 
 def test_every_network_is_counted():
-    assert set(COUNTS) == set(models.NAMES) - {"cnn"}
+    assert set(COUNTS) == set(models.NAMES) - {"cnn", "mlp"}
 
 
 @pytest.mark.parametrize("classes", [10, 100])

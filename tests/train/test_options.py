@@ -41,6 +41,8 @@ def test_nothing_is_left_open(data, recipe):
         "milestones",
         "ghost_size",
         "widening",
+        "depth",
+        "activation",
     }
     allowed |= {"line_search", *OF_LBFGS}
     allowed |= set(rules.OWN) - {"momentum", "nesterov"}
@@ -103,6 +105,8 @@ def test_a_run_that_does_not_know_an_option_goes_on():
         "ghost_size",
         "shortcut",
         "widening",
+        "depth",
+        "activation",
         "timeout",
     }
     new |= {"loss", "max_up", "schedule", "floor", "gamma", "milestones"}
@@ -133,18 +137,19 @@ def test_what_follows_from_the_data():
 
 def test_layers_of_networks():
     """Each network has the options of its layers, with its own as defaults."""
-    names = ("stem", "norm", "ghost_size", "shortcut", "widening")
+    names = ("stem", "norm", "ghost_size", "shortcut", "widening", "depth", "activation")
     found = {}
-    for model in ("cnn", "resnet18", "resnet20", "vgg11", "densenet161", "pyramidnet110"):
+    for model in ("cnn", "mlp", "resnet18", "resnet20", "vgg11", "densenet161", "pyramidnet110"):
         o = resolve(Options(data="cifar10", model=model))
         found[model] = tuple(getattr(o, name) for name in names)
     assert found == {
-        "cnn": (None,) * 5,
-        "resnet18": ("cifar", "batch", None, "pool", None),
-        "resnet20": (None, "batch", None, "A", None),
-        "vgg11": (None,) * 5,
-        "densenet161": ("cifar", None, None, None, None),
-        "pyramidnet110": (None, None, None, None, 84),
+        "cnn": (None,) * 7,
+        "mlp": (None, None, None, None, None, 2, "relu"),
+        "resnet18": ("cifar", "batch", None, "pool", None, None, None),
+        "resnet20": (None, "batch", None, "A", None, None, None),
+        "vgg11": (None,) * 7,
+        "densenet161": ("cifar", None, None, None, None, None, None),
+        "pyramidnet110": (None, None, None, None, 84, None, None),
     }
     ghost = resolve(Options(data="cifar10", norm="ghost", shortcut="C", stem="imagenet"))
     assert (ghost.ghost_size, ghost.shortcut, ghost.stem) == (32, "C", "imagenet")
@@ -184,7 +189,7 @@ BAD = {
     "unknown data": ({"data": "cifar"}, "--data cifar: unknown data set; choose mnist1d"),
     "path missing": ({"data": "npz:"}, "--data npz:: a path has to follow"),
     "unknown recipe": ({"recipe": "fb-best"}, "--recipe fb-best: choose sgd, fb"),
-    "unknown model": ({"model": "vgg"}, "--model vgg: choose cnn, resnet18"),
+    "unknown model": ({"model": "vgg"}, "--model vgg: choose cnn, mlp, resnet18"),
     "unknown scale": ({"scale": "huge"}, "--scale huge: choose images, small"),
     "unknown method": ({"method": "fast"}, "--method fast: choose forward, central, exact"),
     "chunk 0": ({"chunk_size": 0}, "--chunk-size 0: has to be at least 1"),
@@ -266,6 +271,9 @@ BAD = {
     "shortcut, vgg": ({"model": "vgg11", "shortcut": "A"}, "--shortcut is for ResNets, not"),
     "stem, resnet20": ({"model": "resnet20", "stem": "cifar"}, "--stem is for resnet18 to resn"),
     "widening": ({"model": "resnet18", "widening": 48}, "--widening is for PyramidNets, not"),
+    "depth": ({"model": "cnn", "depth": 3}, "--depth is for mlp, not for --model cnn"),
+    "depth 0": ({"model": "mlp", "depth": 0}, "--depth 0: has to be at least 1"),
+    "activation": ({"model": "cnn", "activation": "tanh"}, "--activation is for mlp, not"),
     "method, no penalty": ({"penalty": 0.0, "method": "exact"}, "--method has no effect without"),
 }
 

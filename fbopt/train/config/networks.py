@@ -7,7 +7,7 @@ from typing import Any
 from fbopt.train.config.dataspec import parse
 from fbopt.train.config.options import Options, OptionsError, flag
 
-LAYERS = ("stem", "norm", "ghost_size", "shortcut", "widening")
+LAYERS = ("stem", "norm", "ghost_size", "shortcut", "widening", "depth", "activation")
 _RESNETS = tuple(f"resnet{depth}" for depth in (18, 34, 50, 101, 152))
 _CIFAR_RESNETS = tuple(f"resnet{depth}" for depth in (20, 32, 56, 110))
 _WIDENING = {"pyramidnet110": 84, "pyramidnet272": 200}
@@ -17,6 +17,8 @@ _WHOSE = {
     "ghost_size": "ResNets with --norm ghost",
     "shortcut": "ResNets",
     "widening": "PyramidNets",
+    "depth": "mlp",
+    "activation": "mlp",
 }
 
 
@@ -39,6 +41,8 @@ def layers(options: Options, model: str) -> dict[str, Any]:
 
 
 def _defaults(model: str, data: str, norm: str | None) -> dict[str, Any]:
+    if model == "mlp":
+        return {"depth": 2, "activation": "relu"}
     if model in _WIDENING:
         return {"widening": _WIDENING[model]}
     stem = {"stem": "imagenet" if data == "imagenet" else "cifar"}

@@ -18,7 +18,7 @@ RecipeName = Literal[
     "fb-gradreg-x40", "fb-sam-x40", "fb-asam-x40",
 ]  # fmt: skip
 ModelName = Literal[
-    "cnn", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "cnn", "mlp", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
     "resnet20", "resnet32", "resnet56", "resnet110", "vgg11", "vgg13", "vgg16", "vgg19",
     "densenet121", "densenet161", "densenet169", "densenet201", "pyramidnet110", "pyramidnet272",
     "nfnet-f0",
@@ -91,10 +91,12 @@ class Options:
     """Test-time augmentation: flip averages the probabilities of a test image and its mirror
     image."""
     model: ModelName | None = None
-    """Network: a small CNN without BatchNorm; or, for images, the paper's ResNets (18 to 152), He
-    et al.'s for CIFAR (20 to 110), VGGs with BatchNorm, DenseNets, PyramidNets, NFNet-F0."""
+    """Network: a small CNN or a multilayer perceptron, without BatchNorm; or, for images, the
+    paper's ResNets (18 to 152), He et al.'s for CIFAR (20 to 110), VGGs with BatchNorm, DenseNets,
+    PyramidNets, NFNet-F0."""
     width: int | None = None
-    """Channels of the first layer; the widths of all others follow. Default: 25 for cnn, 16 for
+    """Channels of the first layer; the widths of all others follow; of mlp the outputs of every
+    hidden layer. Default: 25 for cnn, 16 for
     resnet20 to resnet110 and PyramidNets, 96 for densenet161, 128 for nfnet-f0, else 64."""
     dropout: float = 0.0
     """Probability of dropping an input of the last layer."""
@@ -115,6 +117,10 @@ class Options:
     widening: int | None = None
     """Channels that a PyramidNet adds from its first to its last block, at --width 16. Default: 84
     for pyramidnet110, 200 for pyramidnet272."""
+    depth: int | None = None
+    """Hidden layers of mlp. Default: 2."""
+    activation: Literal["relu", "tanh", "gelu"] | None = None
+    """Activation of mlp. Default: relu."""
     recipe: RecipeName = "fb-penalty"
     """Row of the paper's ladder to follow; `fbopt recipes` lists their hyperparameters."""
     scale: Literal["images", "small"] | None = None

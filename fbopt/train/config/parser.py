@@ -84,6 +84,15 @@ def command_line(options: Any) -> list[str]:
     return words
 
 
+def value_of(cls: type, name: str, word: str) -> Any:
+    """The value that a word gives an option of a dataclass.
+
+    Raises ArgumentTypeError or ValueError where it is none.
+    """
+    _, choices, kind = _kinds(get_type_hints(cls)[name])
+    return _converter(choices, kind)(word)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The words "; did you mean …?" for the most similar known one; "" if none is similar."""
     found = difflib.get_close_matches(word.partition("=")[0], list(known), 1)
@@ -143,9 +152,7 @@ def _add_option(group: Any, field: Field, hint: Any, text: str) -> None:
     """Add one field; it is left out of the help without a text."""
     many = _is_many(hint)
     hint = get_args(hint)[0] if many else hint
-    types = [t for t in get_args(hint) or (hint,) if isinstance(t, type) and t is not NoneType]
-    choices = {str(v): v for v in ((True, False) if bool in types else literals(hint))}
-    kind = next((t for t in types if t is not bool), None)
+    types, choices, kind = _kinds(hint)
     metavar = "|".join([*choices, *([METAVARS.get(kind, field.name.upper())] if kind else [])])
     if text and len(metavar) > LONGEST:
         metavar, text = "NAME", f"{text} One of {', '.join(choices)}."
@@ -162,6 +169,13 @@ def _add_option(group: Any, field: Field, hint: Any, text: str) -> None:
         group.add_argument(flag(field.name), **(once if hint is bool else maybe))
         off = {"action": "store_false", "dest": field.name, "help": argparse.SUPPRESS}
         group.add_argument(flag(f"no_{field.name}"), **off)
+
+
+def _kinds(hint: Any) -> tuple[list[type], dict[str, Any], type | None]:
+    """The types in a hint, the choices by their words, and the type of all other words."""
+    types = [t for t in get_args(hint) or (hint,) if isinstance(t, type) and t is not NoneType]
+    choices = {str(v): v for v in ((True, False) if bool in types else literals(hint))}
+    return types, choices, next((t for t in types if t is not bool), None)
 
 
 def _is_many(hint: Any) -> bool:

@@ -55,7 +55,7 @@ def resolve(options: Options) -> Options:
         values["padding"] = 8 if kind == "tinyimagenet" else 4
     if options.momentum == 0 and values["nesterov"] is not None:
         values["nesterov"] = bool(options.nesterov)
-    if (scale, values["model"]) == ("small", "cnn"):
+    if scale == "small" and values["model"] in ("cnn", "mlp"):
         values["threads"] = values["threads"] or 1
     if options.stochastic:
         values["cuda_graph"] = False
@@ -124,7 +124,7 @@ _INSTEAD = {
     "vectorize": "it is for chunks, of which sgd has none, so leave it out",
 }
 _COUNTS = """width image_size samples replicas threads steps epochs cosine chunk_size batch_size
-vectorize eval_every log_every save_every keep clip_history ghost_size widening max_up
+vectorize eval_every log_every save_every keep clip_history ghost_size widening depth max_up
 history iterations"""
 _NOT_NEGATIVE = """seed padding warmup penalty full_penalty weight_decay fingerprint_every
 stop_fitted switch_at additive_noise multiplicative_noise norm_bias norm_bias_target every eps"""
@@ -133,7 +133,7 @@ stop_fitted switch_at additive_noise multiplicative_noise norm_bias norm_bias_ta
 AT_LEAST_1, AT_LEAST_0, ABOVE_0 = (1, True, 10**15), (0, True, math.inf), (0, False, math.inf)
 _MOST = {  # of what is allocated, or started, at once
     "threads": 10**4, "padding": 10**4, "image_size": 10**5, "clip_history": 10**7, "max_up": 10**6,
-    "replicas": 10**9, "history": 10**9,
+    "replicas": 10**9, "history": 10**9, "depth": 10**4,
 }  # fmt: skip
 _BOUNDS = {
     **dict.fromkeys(_COUNTS.split(), AT_LEAST_1),

@@ -1,8 +1,8 @@
 """The networks by name: `build("resnet18", (3, 32, 32), classes=10)`.
 
-A small CNN without BatchNorm, the paper's ResNets, He et al.'s ResNets for CIFAR, VGGs, DenseNets,
-PyramidNets and NFNet-F0. All but the CNN are for images, of about 32×32 unless the stem is
-ImageNet's.
+A small CNN and a multilayer perceptron without BatchNorm, the paper's ResNets, He et al.'s ResNets
+for CIFAR, VGGs, DenseNets, PyramidNets and NFNet-F0. All but the first two are for images, of about
+32×32 unless the stem is ImageNet's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from fbopt.train.models.convnets import cnn, densenet, vgg
+from fbopt.train.models.mlp import mlp
 from fbopt.train.models.nfnet import nfnet
 from fbopt.train.models.pyramidnet import pyramidnet
 from fbopt.train.models.resnet import cifar_resnet, resnet, start_branches_at_one
@@ -30,7 +31,7 @@ _IMAGES = {
     "nfnet-f0": (nfnet, 128),
 }
 __all__ = ["NAMES", "WIDTHS", "build", "count_parameters", "decay_groups", "start_branches_at_one"]
-WIDTHS = {"cnn": 25, **{name: width for name, (_, width) in _IMAGES.items()}}
+WIDTHS = {"cnn": 25, "mlp": 64, **{name: width for name, (_, width) in _IMAGES.items()}}
 NAMES = tuple(WIDTHS)
 _SMALLEST = {"vgg": 32, "densenet": 8}  # the side of which pooling leaves one pixel
 
@@ -47,16 +48,19 @@ def build(
 
     It maps float32 (n, *shape) to logits (n, classes). `width` is the number of output channels of
     its first layer, `dropout` the probability of dropping an input of the last layer; `layers` are
-    those of stem, norm, ghost_size, shortcut and widening that the network has and that are not to
-    be its own. Raises ValueError for a shape or width that the network cannot take.
+    those of stem, norm, ghost_size, shortcut, widening, depth and activation that the network has
+    and that are not to be its own. Raises ValueError for a shape or width that it cannot take.
     """
     channels, space = shape[0], tuple(shape[1:])
     width = WIDTHS[name] if width is None else width
     if name == "cnn":
         return cnn(channels, space, classes, width, dropout)
+    if name == "mlp":
+        return mlp(tuple(shape), classes, width, dropout, **layers)
     if len(space) != 2:
         raise ValueError(
-            f"--model {name} takes images, not samples of shape {tuple(shape)}; use --model cnn"
+            f"--model {name} takes images, not samples of shape {tuple(shape)}; use --model cnn or "
+            "mlp"
         )
     smallest = _SMALLEST.get(name.rstrip("0123456789"), 1)
     smallest *= 4 if layers.get("stem") == "imagenet" else 1
