@@ -48,9 +48,7 @@ class SpectralDensity:
     def density(self, x: ArrayLike, width: float) -> Array:
         """The density at x, of integral 1: each node a Gaussian of standard deviation `width`."""
         check_number("width", width, above=0)
-        apart = (np.asarray(x, dtype=np.float64)[..., None] - self.nodes) / width
-        bells = np.exp(-(apart**2) / 2) / (width * math.sqrt(2 * math.pi))
-        return np.asarray(bells @ self.weights)
+        return smoothed(self.nodes, self.weights, x, width)
 
     @property
     def trace(self) -> Trace:
@@ -61,6 +59,13 @@ class SpectralDensity:
     def squared_trace(self) -> Trace:
         """tr(A^2), the squared Frobenius norm, with the standard error."""
         return Trace.of((self.size * self.squares).tolist())
+
+
+def smoothed(nodes: Array, weights: Array, x: ArrayLike, width: float) -> Array:
+    """The sum over the nodes of Gaussians of standard deviation `width`, at x."""
+    apart = (np.asarray(x, dtype=np.float64)[..., None] - nodes) / width
+    bells = np.exp(-(apart**2) / 2) / (width * math.sqrt(2 * math.pi))
+    return np.asarray(bells @ weights)
 
 
 def spectral_density(

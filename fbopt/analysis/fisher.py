@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fbopt._engine.inputs import loss_options
 from fbopt._engine.weights import mean_of
 from fbopt._random import mix
+from fbopt.analysis.derivatives import products
 from fbopt.analysis.objective import Objective
 from fbopt.analysis.outputs import OutputOperator, Outputs
 
@@ -37,7 +37,8 @@ class Fisher(OutputOperator):
     Args:
         objective: the loss, made with a `loss_fn` that is the mean over the rows of the outputs:
             no class weights, no ignored targets.
-        labels: whose labels. ``"model"`` needs ``cross_entropy`` and outputs (n, classes).
+        labels: whose labels. ``"model"`` needs outputs (n, classes), and a loss that is their
+            cross-entropy, with label smoothing or without.
         draws: with ``"model"``: draw so many labels for each sample in place of the expectation,
             the same in every product.
         seed: of the draws.
@@ -48,7 +49,7 @@ class Fisher(OutputOperator):
 
     Raises:
         TypeError, ValueError: an invalid argument; an objective made with `evaluate`; a loss that
-            is not the mean over rows (at the first product).
+            is not the mean over rows, or no cross-entropy (at the first product).
         RuntimeError: as for :class:`GaussNewton`.
     """
 
@@ -68,7 +69,7 @@ class Fisher(OutputOperator):
 
     def _multiply(self, index: int, outputs: Outputs, vector: Tensor) -> Tensor:
         if not self._is_checked:
-            check_rows(index, outputs)
+            check_samples(index, outputs, self.labels)
         root = root_of(outputs, self.labels, self.draws, mix(self.seed, outputs.place))
         return root.square(vector) / len(vector)
 
@@ -135,11 +136,6 @@ def root_of(outputs: Outputs, labels: str, draws: int | None, seed: int) -> Colu
         if loss.requires_grad:
             (rows,) = torch.autograd.grad(loss, leaf)
         return Columns((rows.to(dtype) * len(rows)).flatten(1).unsqueeze(2))
-    if values.dim() != 2:
-        raise ValueError(
-            f"labels='model' needs outputs of shape (samples, classes), got {tuple(values.shape)}: "
-            "let the model return one row for each label"
-        )
     p = values.to(dtype).softmax(1)
     if draws is None:
         return Softmax(p)
@@ -160,21 +156,44 @@ def check_labels(objective: Objective, labels: str, draws: int | None) -> None:
             )
         if labels == "data":
             raise ValueError("draws is for labels='model': the data's labels are not drawn")
-    kind = loss_options(objective.loss_fn)[0]
-    known = (nn.CrossEntropyLoss, F.cross_entropy)
-    if labels == "model" and not any(kind is loss for loss in known):
-        raise ValueError(
-            "labels='model' draws labels from the softmax of the outputs, so loss_fn has to be "
-            "torch's cross_entropy or CrossEntropyLoss: use GaussNewton for other losses (for the "
-            "squared error it is the Fisher matrix up to a factor), or labels='data'"
-        )
     mean = mean_of(objective.loss_fn)
     if mean is not None and mean.class_weights is not None:
         raise ValueError("loss_fn has class weights, so it is not the mean over the samples")
 
 
+def check_samples(index: int, outputs: Outputs, labels: str) -> None:
+    """Refuse a chunk whose loss is not the mean over rows of what the labels ask for."""
+    _check_rows(index, outputs)
+    if labels == "model":
+        _check_softmax(index, outputs)
+
+
+def _check_softmax(index: int, outputs: Outputs) -> None:
+    """Refuse a loss that is no cross-entropy of the outputs' softmax: its Hessian by a row of
+    outputs has to be ``diag(p) - p p^T`` over the number of rows.
+    """
+    values = outputs.values.detach().requires_grad_()
+    if values.dim() != 2:
+        raise ValueError(
+            f"labels='model' needs outputs of shape (samples, classes), got {tuple(values.shape)}: "
+            "let the model return one row for each label"
+        )
+    along = torch.linspace(-1, 1, values.numel(), device=values.device).view_as(values).cos()
+    loss, wide = outputs.loss_of(values), outputs.objective.dtype
+    (found,) = products(loss, [values], [along.to(values.dtype)])
+    expected = Softmax(values.detach().to(wide).softmax(1)).square(along) / len(values)
+    found = torch.zeros_like(expected) if found is None else found.to(expected)
+    tolerance = min(1e3 * torch.finfo(values.dtype).eps, 0.05)
+    if not (found - expected).norm() <= tolerance * expected.norm() + tolerance**2:
+        raise ValueError(
+            f"labels='model' draws labels from the softmax of the outputs, but the loss of chunk "
+            f"{index} is not their cross-entropy: use GaussNewton, which for the squared error is "
+            "the Fisher matrix up to a factor, or labels='data'"
+        )
+
+
 @torch.no_grad()
-def check_rows(index: int, outputs: Outputs) -> None:
+def _check_rows(index: int, outputs: Outputs) -> None:
     """Refuse a chunk whose loss is not the mean of the losses of its rows, each alone."""
     values, target = outputs.values.detach(), outputs.target
     if not isinstance(target, Tensor) or len(target) != len(values):

@@ -14,7 +14,7 @@ from fbopt._engine.inputs import refuse_compiled
 from fbopt._ops import dispatch
 from fbopt._random import mix
 from fbopt.analysis.checks import check
-from fbopt.analysis.fisher import Columns, Softmax, check_labels, check_rows, root_of
+from fbopt.analysis.fisher import Columns, Softmax, check_labels, check_samples, root_of
 from fbopt.analysis.hessian import Trace
 from fbopt.analysis.objective import Objective
 from fbopt.analysis.outputs import Outputs, refuse_evaluate
@@ -64,7 +64,7 @@ def fisher_trace(
     with objective.evaluating("Fisher traces"), torch.enable_grad():
         for index, chunk, weight in objective.visit():
             outputs = Outputs(objective, index, chunk)
-            check_rows(index, outputs)
+            check_samples(index, outputs, labels)
             root = root_of(outputs, labels, draws, mix(seed, outputs.place))
             squares = [
                 dispatch.squared_norm([g for g in outputs.pull(vector) if g is not None])

@@ -158,13 +158,13 @@ def refuse_evaluate(objective: Objective, name: str) -> None:
 
 @contextlib.contextmanager
 def _naming_jacobians() -> Iterator[None]:
-    """Say of errors about second derivatives what is differentiated here, and another cure."""
+    """Say in errors about second derivatives what is differentiated here, and another cure."""
     try:
         yield
     except RuntimeError as error:
         text = "method='exact' differentiates twice"
         if text not in str(error):
             raise
-        words = str(error).replace(text, "J v is the derivative of a backward pass")
+        words = str(error).replace(text, "a product J^T A J v differentiates backward passes")
         cure = "replace it, or use Hessian with method='central'"
         raise RuntimeError(words.replace(CURE, cure)) from error

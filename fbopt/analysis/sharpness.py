@@ -15,9 +15,12 @@ from fbopt.analysis.checks import check
 from fbopt.analysis.directions import check_direction
 from fbopt.analysis.hessian import Hessian
 from fbopt.analysis.objective import Objective
+from fbopt.analysis.operator import Operator
 
 
-def directional_sharpness(objective: Objective, direction: Tensor | None = None) -> float:
+def directional_sharpness(
+    objective: Objective, direction: Tensor | None = None, *, hessian: Operator | None = None
+) -> float:
     """The curvature of L along a direction, ``d.H d / |d|^2``.
 
     Along the gradient, a step of gradient descent with learning rate lr lowers the quadratic model
@@ -27,13 +30,14 @@ def directional_sharpness(objective: Objective, direction: Tensor | None = None)
     Args:
         objective: the loss; under autocast H is that of the autocast forward pass.
         direction: d, a vector (see :class:`Objective`) of any length. Default: the gradient.
+        hessian: an operator of the objective in place of the exact :class:`Hessian`.
 
     Raises:
         ValueError: the direction is zero (at a stationary point: give one), not finite or of
             another length.
         RuntimeError: as for :class:`Hessian`.
     """
-    hessian = Hessian(objective)
+    hessian = Hessian(objective) if hessian is None else hessian
     if direction is None:
         direction = objective.gradient()
     direction = as_vector(objective, direction)

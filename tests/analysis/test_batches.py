@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fbopt.analysis import (
+    Hessian,
     Objective,
     batch_sharpness,
     critical_sharpness,
@@ -40,6 +41,8 @@ def test_directional_sharpness_is_the_rayleigh_quotient(case):
     scaled = directional_sharpness(objective, -30 * direction)
     assert scaled == pytest.approx(found, rel=1e-12)
     assert objective.cost.second_backwards == 3
+    central = directional_sharpness(objective, direction, hessian=Hessian(objective, "central"))
+    assert central == pytest.approx(found, rel=1e-4) and central != found
 
 
 def test_critical_sharpness_of_a_quadratic_is_the_directional_one():

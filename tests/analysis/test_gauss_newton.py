@@ -135,6 +135,13 @@ def test_drawn_labels_average_to_the_models():
     assert exact.value == pytest.approx(float(one.trace()), rel=1e-10)
 
 
+def test_label_smoothing_leaves_the_models_fisher():
+    case = small(nn.CrossEntropyLoss(label_smoothing=0.2))
+    found = matrix(Fisher(case.objective(), "model"))
+    case.loss_fn = nn.functional.cross_entropy
+    torch.testing.assert_close(found, dense_fisher(case, "model"), **CLOSE)
+
+
 def test_samples_of_a_chunk_with_batchnorm():
     """g_i is the derivative of sample i's loss as it is in its chunk."""
     case = analysis_cases.convolutional()
@@ -264,10 +271,10 @@ class WithLost(nn.Module):
 def test_lost_derivatives_are_refused():
     case = small()
     case.model = WithLost()
-    with pytest.raises(RuntimeError, match=r"J v is the derivative.*Lost.*method='central'"):
+    with pytest.raises(RuntimeError, match=r"J v differentiates.*Lost.*method='central'"):
         GaussNewton(case.objective())(torch.ones(18, dtype=torch.float64))
     case = small(lambda z, y: Lost.apply(z - y).mean())
-    with pytest.raises(RuntimeError, match=r"derivative.*Lost"):
+    with pytest.raises(RuntimeError, match=r"J v differentiates.*Lost"):
         GaussNewton(case.objective())(torch.ones(75, dtype=torch.float64))
 
 
@@ -287,6 +294,10 @@ def regularised(case):
     return lambda z, y: nn.functional.cross_entropy(z, y) + weight.square().sum()
 
 
+def squares(z, y):
+    return nn.functional.mse_loss(z, nn.functional.one_hot(y, 3).double())
+
+
 def evaluate(model, chunk):
     return nn.functional.cross_entropy(model(chunk[0]), chunk[1])
 
@@ -299,7 +310,20 @@ REFUSALS = {
     "samples": (lambda c, o: fisher_trace(o, samples=1), "samples must be at least 2"),
     "evaluate": (lambda c, o: GaussNewton(with_(c, None, evaluate=evaluate)), "loss_fn and chunks"),
     "traced": (lambda c, o: fisher_trace(with_(c, None, evaluate=evaluate)), "loss_fn and chunks"),
-    "other loss": (lambda c, o: Fisher(with_(c, lambda z, y: z.mean()), "model"), "cross_entropy"),
+    "linear": (
+        lambda c, o: fisher_trace(with_(c, lambda z, y: z.mean()), "model"),
+        "cross-entropy",
+    ),
+    "hinge": (
+        lambda c, o: multiply(Fisher(with_(c, nn.functional.multi_margin_loss), "model")),
+        "cross-entropy",
+    ),
+    "sum": (
+        lambda c, o: multiply(
+            Fisher(with_(c, lambda z, y: 2 * nn.functional.cross_entropy(z, y)), "model")
+        ),
+        "cross-entropy",
+    ),
     "weights": (lambda c, o: Fisher(with_(c, WEIGHTED)), "class weights"),
     "ignored": (lambda c, o: multiply(Fisher(with_(c, chunks=ignoring(c)))), "mean over the rows"),
     "batch": (
