@@ -122,13 +122,15 @@ def spectrum(measures: Mapping[str, Any]) -> tuple[Any, str]:
     nodes = np.concatenate([values["nodes"] for values in runs.values()])
     width = max((nodes.max() - nodes.min()) / 200, 1e-12)
     x = np.linspace(nodes.min() - 5 * width, nodes.max() + 5 * width, 2001)
+    highest = 0.0
     for name, values, color, style in zip(short(runs), runs.values(), COLORS, STYLES, strict=False):
         curve = smoothed(np.array(values["nodes"]), np.array(values["weights"]), x, width)
         axes.plot(x, curve, style, color=color, label=name)
+        highest = max(highest, float(curve.max()))
     size = max(values["size"] for values in runs.values())
     one = 1 / (size * width * np.sqrt(2 * np.pi))  # the peak of a single eigenvalue
     axes.set(xlabel="eigenvalue of the Hessian (nats)", ylabel="density", yscale="log")
-    axes.set_ylim(bottom=one / 5)
+    axes.set_ylim(one / 5, 2 * highest)
     _finish(figure, axes, len(runs))
     first = next(iter(runs.values()))
     return figure, (
