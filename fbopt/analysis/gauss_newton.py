@@ -50,12 +50,12 @@ class GaussNewton(OutputOperator):
     name = "GaussNewton"
 
     def _multiply(self, index: int, outputs: Outputs, vector: Tensor) -> Tensor:
-        values = outputs.values.detach().requires_grad_()
+        values = outputs.wide()
         loss = outputs.loss_of(values)
         if not loss.requires_grad:
             return torch.zeros_like(vector)
         second = None if self._is_checked else SecondBackward(loss)
-        (image,) = products(loss, [values], [vector])
+        (image,) = products(loss, [values], [vector.to(values.dtype)])
         if second is not None:
             moved = (values.detach() * 1.01 + 0.01).requires_grad_()
             second.check([values], lambda: contextlib.nullcontext(_at(outputs, values, moved)))

@@ -51,7 +51,12 @@ class Outputs:
 
     def pull(self, vector: Tensor) -> list[Tensor | None]:
         """J^T u, for u of the outputs' shape: a tensor for each parameter, None for zeros."""
-        return list(self._pull(vector.to(self.values.dtype)))
+        if self.values.dtype != torch.float16:
+            return list(self._pull(vector.to(self.values.dtype)))
+        # As training's loss scale does: small derivatives would be lost in half precision.
+        _, exponent = torch.frexp(vector.abs().amax())
+        grads = self._pull(torch.ldexp(vector, -exponent).to(torch.float16))
+        return [None if g is None else torch.ldexp(g, exponent) for g in grads]
 
     def push(self, parts: list[Tensor], check: bool = False) -> Tensor:
         """J v, for a tensor per parameter, in the outputs' shape.
@@ -90,6 +95,11 @@ class Outputs:
             )
         refuse_unreached(self.values, grads)
         return grads
+
+    def wide(self) -> Tensor:
+        """The outputs as a leaf in the dtype of the objective's vectors, to take derivatives by."""
+        leaf: Tensor = self.values.detach().to(self.objective.dtype)
+        return leaf.requires_grad_()
 
     def loss_of(self, values: Tensor, target: Tensor | None = None) -> Tensor:
         """L_c as a function of the outputs, which it has to depend on alone; of some rows, too."""

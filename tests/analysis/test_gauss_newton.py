@@ -128,9 +128,9 @@ def test_fisher_is_the_dense_matrix(labels):
 def test_drawn_labels_average_to_the_models():
     case = small()
     objective, expected = case.objective(), dense_fisher(case, "model")
-    one, same, many = (matrix(Fisher(objective, "model", draws=n, seed=3)) for n in (2, 2, 4_000))
+    one, same, many = (matrix(Fisher(objective, "model", draws=n, seed=3)) for n in (2, 2, 1_000))
     assert torch.equal(one, same) and (one - expected).norm() > 0.1 * expected.norm()
-    assert (many - expected).norm() < 0.06 * expected.norm()
+    assert (many - expected).norm() < 0.12 * expected.norm()
     exact = fisher_trace(objective, "model", draws=2, samples=None, seed=3)
     assert exact.value == pytest.approx(float(one.trace()), rel=1e-10)
 
@@ -234,16 +234,41 @@ def test_scipy_is_imported_by_as_scipy_alone(monkeypatch):
         GaussNewton(small().objective()).as_scipy()
 
 
-def test_products_are_those_of_autocast():
+@pytest.fixture(scope="module")
+def fitted() -> analysis_cases.Case:
+    """Losses of about 1e-3: derivatives of single samples are below half precision's range."""
     case = analysis_cases.mlp(torch.float32)
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1, momentum=0.9)
+    x, y = whole(case)
+    for _ in range(300):
+        optimizer.zero_grad()
+        case.loss_fn(case.model(x), y).backward()
+        optimizer.step()
+    return case
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, 0.05), (torch.float16, 0.008)])
+def test_products_are_those_of_autocast(fitted, dtype, off):
+    vector = torch.randn(1654, generator=torch.Generator().manual_seed(0))
+    for kind, labels in ((GaussNewton, ()), (Fisher, ("data",)), (Fisher, ("model",))):
+        low, full = (kind(fitted.objective(autocast=t), *labels)(vector) for t in (dtype, None))
+        assert 1e-4 * full.norm() < (low - full).norm() < off * full.norm()
+    low, full = (
+        fisher_trace(fitted.objective(autocast=t), samples=None).value for t in (dtype, None)
+    )
+    assert 0 < abs(low - full) < off * full
+
+
+def test_products_of_a_model_in_bfloat16():
+    """Close to those of the same weights in float64."""
+    case, wide = analysis_cases.mlp(torch.bfloat16), analysis_cases.mlp(torch.bfloat16)
+    wide.model.double()
+    wide.chunks = [(x.double(), y) for x, y in wide.chunks]
     vector = torch.randn(1654, generator=torch.Generator().manual_seed(0))
     for kind in (GaussNewton, Fisher):
-        low, full = (kind(case.objective(autocast=t))(vector) for t in (torch.bfloat16, None))
-        assert 1e-4 * full.norm() < (low - full).norm() < 0.03 * full.norm()
-    low, full = (
-        fisher_trace(case.objective(autocast=t), samples=None).value for t in (torch.bfloat16, None)
-    )
-    assert 0 < abs(low - full) < 0.03 * full
+        low, full = kind(case.objective())(vector), kind(wide.objective())(vector.double())
+        assert low.dtype == torch.float32
+        assert (low - full).norm() < 0.08 * full.norm()
 
 
 class Lost(torch.autograd.Function):
@@ -310,14 +335,8 @@ REFUSALS = {
     "samples": (lambda c, o: fisher_trace(o, samples=1), "samples must be at least 2"),
     "evaluate": (lambda c, o: GaussNewton(with_(c, None, evaluate=evaluate)), "loss_fn and chunks"),
     "traced": (lambda c, o: fisher_trace(with_(c, None, evaluate=evaluate)), "loss_fn and chunks"),
-    "linear": (
-        lambda c, o: fisher_trace(with_(c, lambda z, y: z.mean()), "model"),
-        "cross-entropy",
-    ),
-    "hinge": (
-        lambda c, o: multiply(Fisher(with_(c, nn.functional.multi_margin_loss), "model")),
-        "cross-entropy",
-    ),
+    "linear": (lambda c, o: fisher_trace(with_(c, lambda z, y: -z.mean()), "model"), "entropy"),
+    "squares": (lambda c, o: multiply(Fisher(with_(c, squares), "model")), "cross-entropy"),
     "sum": (
         lambda c, o: multiply(
             Fisher(with_(c, lambda z, y: 2 * nn.functional.cross_entropy(z, y)), "model")
