@@ -44,10 +44,10 @@ def area(density: SpectralDensity, values: np.ndarray) -> float:
 
 def test_the_density_is_that_of_the_exact_spectrum(dense):
     case, values = dense
-    found = spectral_density(Hessian(case.objective()), 3, 40, seed=1)
+    found = spectral_density(Hessian(case.objective()), 3, 30, seed=1)
     assert area(found, values) < 0.02
     assert found.weights.sum() == pytest.approx(1, rel=1e-12)
-    assert (np.diff(found.nodes) >= 0).all() and found.products <= 120
+    assert (np.diff(found.nodes) >= 0).all() and found.products <= 90
     assert found.nodes[-1] == pytest.approx(values[-1], rel=1e-6)
     for exact, estimate in ((values, found.trace), (values**2, found.squared_trace)):
         assert abs(estimate.value - exact.sum()) < 5 * estimate.error + 0.1 * exact.sum()
@@ -55,14 +55,14 @@ def test_the_density_is_that_of_the_exact_spectrum(dense):
 
 def test_the_density_integrates_to_the_distribution(dense):
     case, values = dense
-    found = spectral_density(Hessian(case.objective()), 2, 20)
+    found = spectral_density(Hessian(case.objective()), 2, 10)
     width = 0.02 * (values[-1] - values[0])
     x = np.linspace(values[0] - 8 * width, values[-1] + 8 * width, 4001)
     curve = found.density(x, width)
     assert np.trapezoid(curve, x) == pytest.approx(1, rel=1e-6)
     assert (curve >= 0).all() and found.density(float(found.nodes[0]), width).shape == ()
     assert found.cdf(x[0]) == 0 and found.cdf(x[-1]) == pytest.approx(1)
-    same = spectral_density(Hessian(case.objective()), 2, 20)
+    same = spectral_density(Hessian(case.objective()), 2, 10)
     assert np.array_equal(same.nodes, found.nodes) and np.array_equal(same.weights, found.weights)
 
 
@@ -79,10 +79,10 @@ def test_an_exhausted_krylov_space_is_exact():
 
 def test_ranks_of_a_known_spectrum():
     values = torch.tensor([3.0, 3.0, 2.0, 1.0, 0.0, 0.0], dtype=torch.float64)
-    density = spectral_density(Hessian(analysis_cases.diagonal(values)), 300, 6)
+    density = spectral_density(Hessian(analysis_cases.diagonal(values)), 150, 6)
     found = spectral_rank(density)
-    assert found.stable == pytest.approx(23 / 9, rel=0.08)
-    assert found.participation == pytest.approx(81 / 23, rel=0.08)
+    assert found.stable == pytest.approx(23 / 9, rel=0.1)
+    assert found.participation == pytest.approx(81 / 23, rel=0.1)
     exact = SpectralDensity(
         values.numpy(), np.ones(6) / 6, np.full(2, 1.5), np.full(2, 23 / 6), 6, 9
     )
@@ -104,11 +104,11 @@ def decaying(power: float) -> tuple[Hessian, float]:
 
 
 def test_hutchpp_is_closer_than_hutchinson_at_equal_products():
-    """Root mean square errors over 12 seeds, eigenvalues i^-2 for i from 1 to 300."""
+    """Root mean square errors over 8 seeds, eigenvalues i^-2 for i from 1 to 300."""
     hessian, exact = decaying(2.0)
     errors = {}
     for name, estimate in (("hutch++", hutchpp_trace), ("hutchinson", hessian_trace)):
-        values = [estimate(hessian, 30, seed=seed).value for seed in range(12)]
+        values = [estimate(hessian, 30, seed=seed).value for seed in range(8)]
         errors[name] = math.sqrt(np.mean([(v - exact) ** 2 for v in values]))
     assert errors["hutch++"] < 0.2 * errors["hutchinson"]
 
@@ -116,11 +116,11 @@ def test_hutchpp_is_closer_than_hutchinson_at_equal_products():
 def test_hutchpp_has_an_honest_error_bar(dense):
     case, values = dense
     hessian = Hessian(case.objective())
-    found = [hutchpp_trace(hessian, 24, seed=seed) for seed in range(6)]
+    found = [hutchpp_trace(hessian, 18, seed=seed) for seed in range(4)]
     off = [abs(t.value - values.sum()) / t.error for t in found]
     assert max(off) < 4 and 0.2 < np.mean(off) < 2
-    assert found[0] == hutchpp_trace(hessian, 24) and found[0].samples == 8
-    assert hessian.products == 7 * 24
+    assert found[0] == hutchpp_trace(hessian, 18) and found[0].samples == 6
+    assert hessian.products == 5 * 18
 
 
 def test_hutchpp_of_few_eigenvalues_is_exact():
