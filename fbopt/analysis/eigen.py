@@ -45,7 +45,7 @@ def eigenpairs(
     vectors per product.
 
     Args:
-        hessian: the operator, exact or by finite differences.
+        hessian: the operator, exact or by finite differences; or another :class:`Operator`.
         count: the number of eigenvalues at each end.
         which: ``"largest"``, ``"smallest"`` or ``"both"``.
         start: what an earlier call returned; or vectors near the wanted eigenvectors, (m, P) with

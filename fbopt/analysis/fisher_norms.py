@@ -31,9 +31,10 @@ def fisher_trace(
     """Estimate or compute the trace of the Fisher matrix.
 
     Novack, Kaur, Marwah, Garg, Lipton, "Disentangling the Mechanisms Behind Implicit Regularization
-    in SGD" (ICLR 2023, arXiv 2211.15853), section 2: with labels drawn from the model it is what
-    their Fisher penalty adds, with the data's labels the mean squared gradient norm of batches of
-    one. Half a learning rate times the latter over the batch size is close to what SGD adds.
+    in SGD" (ICLR 2023, arXiv 2211.15853), who penalise the squared gradient norms of micro-batches,
+    with the data's labels, and their Fisher trace, with the model's. These are the two for
+    micro-batches of one sample; for those of a chunk's size :func:`gradient_statistics` has the
+    first.
 
     With B_i a root of ``E_y r_i r_i^T`` (see :class:`Fisher`), the squared norm of ``sum_i J_i^T
     B_i s_i`` for random signs s_i is an unbiased sample of the trace. It takes one backward pass,

@@ -137,7 +137,7 @@ def hessian_trace(hessian: Operator, samples: int = 32, seed: int = 0) -> Trace:
     independent entries (Hutchinson 1990; Avron and Toledo, JACM 2011).
 
     Args:
-        hessian: the operator.
+        hessian: the operator, a :class:`Hessian` or another :class:`Operator`.
         samples: the number of random vectors, with one product each; at least 2.
         seed: of the vectors; sample i is the same however many there are.
 

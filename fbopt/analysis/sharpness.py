@@ -73,9 +73,9 @@ def critical_sharpness(
 ) -> CriticalSharpness:
     """Find the largest step along an update that does not raise the loss; return 2/step.
 
-    Kalra, Gagnon-Audet, Gromov et al., "A Scalable Measure of Loss Landscape Curvature for
-    Analyzing the Training Dynamics of LLMs" (arXiv 2601.16979). With eta_c the step at which the
-    loss is at its value before the update, from below::
+    Kalra, Gagnon-Audet, Gromov, Mediratta, Niu, Miller, Shvartsman, "A Scalable Measure of Loss
+    Landscape Curvature for Analyzing the Training Dynamics of LLMs" (arXiv 2601.16979). With eta_c
+    the step at which the loss first is at its value before the update again::
 
         L(theta + eta_c d) = L(theta)          critical sharpness = 2/eta_c
 
