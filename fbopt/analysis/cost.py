@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 @dataclass
 class Cost:
-    """Numbers of passes over all chunks: losses alone, gradients, and second backward passes.
+    """Numbers of passes over all chunks: losses alone, gradients, and second backward passes (all
+    that follow the first one through the same graph).
 
     An exact Hessian-vector product counts as one of `gradients` and one of `second_backwards`; one
-    by central differences as two of `gradients`.
+    by central differences as two of `gradients`; one with :class:`GaussNewton` or :class:`Fisher`
+    as one of `gradients` and two of `second_backwards`.
     """
 
     losses: int = 0

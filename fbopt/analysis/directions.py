@@ -54,6 +54,12 @@ def random_direction(
     return direction
 
 
+def random_signs(objective: Objective, generator: torch.Generator) -> Tensor:
+    """A Rademacher vector: each entry of the parameter space is 1 or -1 with equal chances."""
+    signs = torch.randint(2, (objective.size,), generator=generator, dtype=torch.int8)
+    return (2 * signs - 1).to(objective.device, objective.dtype)
+
+
 def _scaled_draw(param: Tensor, generator: torch.Generator, vectors: str) -> Tensor:
     """One parameter's part of the direction, in float64 on the CPU."""
     draw = torch.randn(param.shape, dtype=torch.float64, generator=generator)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from fbopt._checks import check_number
-from fbopt.analysis.hessian import Hessian
 from fbopt.analysis.lanczos import eigenpairs_from_random
+from fbopt.analysis.operator import Operator
 from fbopt.analysis.ritz import eigenpairs_from
 from fbopt.analysis.spectrum import ENDS, Eigenpairs, Wanted
 
 
 def eigenpairs(
-    hessian: Hessian,
+    hessian: Operator,
     count: int = 5,
     which: str = "largest",
     *,
@@ -45,7 +45,7 @@ def eigenpairs(
     vectors per product.
 
     Args:
-        hessian: the operator, exact or by finite differences.
+        hessian: the operator, exact or by finite differences; or another :class:`Operator`.
         count: the number of eigenvalues at each end.
         which: ``"largest"``, ``"smallest"`` or ``"both"``.
         start: what an earlier call returned; or vectors near the wanted eigenvectors, (m, P) with
@@ -79,7 +79,7 @@ def eigenpairs(
     return _verified(found, hessian, wanted) if verify else found
 
 
-def _verified(found: Eigenpairs, hessian: Hessian, wanted: Wanted) -> Eigenpairs:
+def _verified(found: Eigenpairs, hessian: Operator, wanted: Wanted) -> Eigenpairs:
     """The same pairs with residuals by one more product each."""
     pairs = zip(found.values, found.vectors, strict=True)
     residuals = np.array([float((hessian(v) - float(x) * v).double().norm()) for x, v in pairs])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 
 from fbopt._checks import check_number
 from fbopt._engine.inputs import refuse_compiled
-from fbopt.analysis.checks import check
-from fbopt.analysis.conditions import Conditions
+from fbopt.analysis.directions import random_signs
 from fbopt.analysis.objective import Objective
+from fbopt.analysis.operator import Operator
 
 METHODS = ("exact", "central", "forward")
 
 
-class Hessian:
+class Hessian(Operator):
     """The Hessian of L at the model's parameters, as a linear operator: ``hessian(v)`` is H v.
 
     - ``exact``: a second backward pass per chunk. Functions whose second derivative would be lost
@@ -58,6 +59,8 @@ class Hessian:
             after the model has changed.
     """
 
+    name, variable = "Hessian", "hessian"
+
     def __init__(
         self, objective: Objective, method: str = "exact", radius: float | None = None
     ) -> None:
@@ -67,15 +70,14 @@ class Hessian:
             check_number("radius", radius, above=0)
         if method == "exact":
             refuse_compiled(objective.model)
-        self.objective, self.method = objective, method
-        self._given_radius = radius
-        self.products = 0
+        super().__init__(objective)
+        self.method, self._given_radius = method, radius
         self.refresh()
 
     def refresh(self) -> None:
         """Move the operator to the model's current parameters."""
+        super().refresh()
         objective, method = self.objective, self.method
-        check(objective)
         if method != "exact" and objective.epsilon > 1e-4:
             warnings.warn(
                 f"method={method!r} differences gradients that are rounded to "
@@ -88,15 +90,10 @@ class Hessian:
         length = max(1.0, float(objective.theta().double().norm()))
         default = objective.epsilon**order * length / 4
         self.radius = default if self._given_radius is None else self._given_radius
-        self._conditions = Conditions(objective)
         self._is_differentiable = False  # twice; looked for in the first product
         self._gradient = objective.gradient() if method == "forward" else None
 
-    def __call__(self, vector: Tensor) -> Tensor:
-        """Return H v for a vector of the parameter space (see :class:`Objective`)."""
-        with self.objective.shares.preparing():
-            self._refuse_stale()
-        self.products += 1
+    def _product(self, vector: Tensor) -> Tensor:
         if self.method == "exact":
             product = self.objective.product(vector, check=not self._is_differentiable)
             self._is_differentiable = True
@@ -109,24 +106,6 @@ class Hessian:
         if self._gradient is not None:  # forward
             return (up - self._gradient) * (norm / self.radius)
         return (up - self.objective.gradient(-shift)) * (norm / (2 * self.radius))
-
-    def _refuse_stale(self) -> None:
-        changed = self._conditions.changed(self.objective)
-        if changed is not None:
-            raise RuntimeError(
-                f"{changed} has changed since this Hessian was made: call hessian.refresh() for "
-                "the Hessian at the current parameters, or make a new one"
-            )
-
-    def finite(self, vector: Tensor) -> Tensor:
-        """Return H v, or raise ValueError where it is not finite."""
-        image = self(vector)
-        if not torch.isfinite(image).all():
-            raise ValueError(
-                f"product {self.products} with the operator is infinite or undefined: with finite "
-                "differences try a smaller radius"
-            )
-        return image
 
 
 @dataclass(frozen=True)
@@ -144,15 +123,21 @@ class Trace:
     error: float
     samples: int
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Trace:
+        """The mean of independent samples, at least two, and its standard error."""
+        found = torch.tensor(values, dtype=torch.float64)
+        return cls(float(found.mean()), float(found.std()) / math.sqrt(len(found)), len(found))
 
-def hessian_trace(hessian: Hessian, samples: int = 32, seed: int = 0) -> Trace:
-    """Estimate the trace of the full-batch Hessian.
+
+def hessian_trace(hessian: Operator, samples: int = 32, seed: int = 0) -> Trace:
+    """Estimate the trace of the full-batch Hessian, or of another operator.
 
     With Rademacher vectors the variance of one sample is ``2 sum_{i != j} H_ij^2``, the least among
     independent entries (Hutchinson 1990; Avron and Toledo, JACM 2011).
 
     Args:
-        hessian: the operator.
+        hessian: the operator, a :class:`Hessian` or another :class:`Operator`.
         samples: the number of random vectors, with one product each; at least 2.
         seed: of the vectors; sample i is the same however many there are.
 
@@ -164,8 +149,6 @@ def hessian_trace(hessian: Hessian, samples: int = 32, seed: int = 0) -> Trace:
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(samples):
-        signs = torch.randint(2, (objective.size,), generator=generator, dtype=torch.int8)
-        vector = (2 * signs - 1).to(objective.device, objective.dtype)
+        vector = random_signs(objective, generator)
         values.append(float(vector.double() @ hessian(vector).double()))
-    found = torch.tensor(values, dtype=torch.float64)
-    return Trace(float(found.mean()), float(found.std()) / math.sqrt(samples), samples)
+    return Trace.of(values)

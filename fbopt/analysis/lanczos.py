@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fbopt.analysis.basis import Array, Basis
-from fbopt.analysis.hessian import Hessian
+from fbopt.analysis.operator import Operator
 from fbopt.analysis.spectrum import Eigenpairs, Wanted
 
 
 def eigenpairs_from_random(
-    like: Tensor, hessian: Hessian, wanted: Wanted, max_products: int, seed: int
+    like: Tensor, hessian: Operator, wanted: Wanted, max_products: int, seed: int
 ) -> Eigenpairs:
     """Wanted eigenpairs of the operator on vectors such as `like`."""
     basis, matrix = Basis(like, seed), _Tridiagonal(wanted)
@@ -22,7 +22,7 @@ def eigenpairs_from_random(
     return matrix.result(basis, products)
 
 
-def _iterate(hessian: Hessian, basis: Basis, matrix: _Tridiagonal, max_products: int) -> int:
+def _iterate(hessian: Operator, basis: Basis, matrix: _Tridiagonal, max_products: int) -> int:
     """Extend basis and matrix until the wanted pairs have converged; return the products made."""
     vector, size = basis.random(), len(basis.like)
     for product in range(1, min(max_products, size) + 1):

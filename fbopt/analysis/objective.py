@@ -236,12 +236,28 @@ class Objective(ParameterSpace):
 
     def chunk_loss(self, index: int, chunk: Any) -> Tensor:
         """The mean loss of a chunk; with gradients enabled, checked to have an autograd graph."""
-        if self.dropout == "seeded":  # as one process, where the shares are chunks[rank::world]
-            ranks = self._collectives
-            seed_generators(self.devices, self.seed, index * ranks.world_size + ranks.rank)
+        return self.chunk_forward(index, chunk)[0]
+
+    def chunk_forward(self, index: int, chunk: Any) -> tuple[Tensor, Any, Any]:
+        """The mean loss of a chunk, the model's output and the target (with ``evaluate`` what it
+        returned beside the loss, and the chunk).
+        """
+        if self.dropout == "seeded":
+            seed_generators(self.devices, self.seed, self.place(index))
         forward = ChunkLoss(self.model, self.loss_fn, self.evaluate, self.autocast, self.device)
         compute = forward.differentiable if torch.is_grad_enabled() else forward
-        return compute(index, chunk)[0]
+        return compute(index, chunk)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether one process has all chunks."""
+        return self._collectives.is_single
+
+    def place(self, index: int) -> int:
+        """A chunk's index among those of all processes, where the shares are chunks[rank::world]:
+        what random draws for a chunk are seeded by.
+        """
+        return index * self._collectives.world_size + self._collectives.rank
 
     @contextlib.contextmanager
     def evaluating(
@@ -259,7 +275,7 @@ class Objective(ParameterSpace):
                 stack.callback(self.restore_buffers)
                 if shift is not None:
                     stack.enter_context(self._shifted(shift))
-            summed = what in ("gradients", "products")
+            summed = what.endswith(("gradients", "products"))
             self.shares.begin(what, summed, [] if vector is None else [vector])
             stack.enter_context(self.shares.visiting())
             yield

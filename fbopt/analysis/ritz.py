@@ -14,7 +14,7 @@ from torch import Tensor
 from fbopt._distributed import checksum
 from fbopt._random import mix
 from fbopt.analysis.basis import Array, Basis
-from fbopt.analysis.hessian import Hessian
+from fbopt.analysis.operator import Operator
 from fbopt.analysis.spectrum import Eigenpairs, Wanted
 
 MIXED = 0.03, 0.1  # least and largest length of the random vector added to each start vector
@@ -24,7 +24,7 @@ RENEWED, SEARCH = 20, 10  # calls between two searches from a random vector, and
 class RitzSpace:
     """A basis B, the products H B, and the Ritz pairs of the wanted eigenvalues."""
 
-    def __init__(self, hessian: Hessian, wanted: Wanted, like: Tensor, seed: int) -> None:
+    def __init__(self, hessian: Operator, wanted: Wanted, like: Tensor, seed: int) -> None:
         self.hessian, self.wanted = hessian, wanted
         self.basis, self.images = Basis(like, seed), Basis(like, seed)
         self.matrix = np.zeros((0, 0))
@@ -63,7 +63,7 @@ class RitzSpace:
 
 
 def eigenpairs_from(
-    start: Tensor, hessian: Hessian, wanted: Wanted, max_products: int, seed: int, age: int = 0
+    start: Tensor, hessian: Operator, wanted: Wanted, max_products: int, seed: int, age: int = 0
 ) -> Eigenpairs:
     """Wanted eigenpairs of the operator; `start` has at least one row, `age` as in Eigenpairs."""
     space = RitzSpace(hessian, wanted, start[0], mix(seed, abs(checksum([start])[0])))

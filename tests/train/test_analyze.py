@@ -15,7 +15,20 @@ import tiny_runs
 import torch
 
 from fbopt import cli
-from fbopt.analysis import Hessian, Objective, eigenpairs, gradient_statistics
+from fbopt.analysis import (
+    Hessian,
+    Objective,
+    batch_sharpness,
+    critical_sharpness,
+    directional_sharpness,
+    eigenpairs,
+    fisher_trace,
+    gradient_rank,
+    gradient_statistics,
+    loss_gap,
+    spectral_density,
+    subspace_share,
+)
 from fbopt.train import loop
 from fbopt.train.analyze import measures, runs
 from fbopt.train.analyze.options import MEASURES, Analysis
@@ -25,7 +38,8 @@ from fbopt.train.loop import train
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = [
     *("--points", "5", "--grid", "3", "--samples", "2", "--directions", "2"),
-    *("--eigenvalues", "2", "--train-steps", "1"),
+    *("--eigenvalues", "2", "--train-steps", "1", "--probes", "2", "--steps", "4"),
+    *("--batch-sizes", "6", "45", "1000"),
 ]
 
 
@@ -85,7 +99,7 @@ def test_three_runs_side_by_side(folder, tmp_path, capsys):
     for label in labels:
         middle = found["measures"]["plane"][label]["losses"][1][1]
         assert middle == pytest.approx(gradient[label]["loss"], rel=1e-6)
-    for name in ("sharpness", "flatness", "line", "plane", "between"):
+    for name in ("sharpness", "flatness", "line", "plane", "spectrum", "between"):
         assert min(size(out / f"{name}.png")) > 600
     printed = capsys.readouterr().out
     assert "passes of training" in printed and "written:" in printed
@@ -112,6 +126,49 @@ def test_the_numbers_are_the_librarys(folder, tmp_path):
     clip = sharpness["rule"]["clip"]
     assert clip == pytest.approx(min(1, 0.25 / (gradient.gradient_norm + 1e-6)), rel=1e-4)
     assert sharpness["threshold"] == pytest.approx((3.8 / 2.8 / lr - 5e-4) / clip)
+
+
+def test_the_other_numbers_are_the_librarys(folder, tmp_path, capsys):
+    out, names = tmp_path / "out", ["spectrum", "fisher", "rank", "direction", "batches"]
+    assert analyze(folder / "first", "--out", out, "--measures", *names, *QUICK) == 0
+    found = {name: results(out)["measures"][name]["first, step 12"] for name in names}
+    subject = runs.read(folder / "first", Analysis(runs=(folder / "first",)))
+    objective = subject.objective
+    density = spectral_density(Hessian(objective), 2, 4)
+    np.testing.assert_allclose(found["spectrum"]["nodes"], density.nodes, rtol=1e-5, atol=1e-6)
+    assert found["spectrum"]["trace"]["value"] == pytest.approx(density.trace.value, rel=1e-5)
+    for labels in ("data", "model"):
+        expected = fisher_trace(objective, labels, samples=2)
+        assert found["fisher"][labels]["value"] == pytest.approx(expected.value, rel=1e-5)
+    assert found["rank"]["noise"]["stable"] == pytest.approx(
+        gradient_rank(objective, centered=True).stable, rel=1e-5
+    )
+    pairs, along = eigenpairs(Hessian(objective), 2, tolerance=1e-3), found["direction"]
+    assert along["directional_sharpness"] == pytest.approx(
+        directional_sharpness(objective), rel=1e-5
+    )
+    assert along["critical_step"] == pytest.approx(critical_sharpness(objective).step, rel=1e-3)
+    momentum = objective.flatten(subject.momentum)
+    for name, vector in (("gradient", objective.gradient()), ("momentum", momentum)):
+        share = subspace_share(vector, pairs)
+        assert along["shares"][name] == pytest.approx(share, rel=1e-2, abs=1e-5)
+    (sharp,), (gap,) = (f(objective, [6], 2) for f in (batch_sharpness, loss_gap))
+    batches = found["batches"]
+    assert batches["sharpness"][0]["value"] == pytest.approx(sharp.value, rel=1e-4)
+    assert batches["gap"][0]["distance_mean"] == pytest.approx(gap.distance_mean, rel=1e-4)
+    assert batches["left_out"] == [1000]
+    assert "1000 samples: left out" in capsys.readouterr().out
+
+
+def test_the_models_labels_need_a_cross_entropy(tiny, tmp_path, capsys):
+    options = tiny_runs.options(tiny, tmp_path / "run", steps=2, loss="misclassified")
+    train(options)
+    assert analyze(tmp_path / "run", "--measures", "fisher", "direction", *QUICK) == 0
+    assert list(results(tmp_path / "run" / "analysis")["measures"]["fisher"]["run, step 2"]) == [
+        "data",
+        "cost",
+    ]
+    assert "the model has no labels" in capsys.readouterr().out
 
 
 def test_a_checkpoint_file_is_measured_and_the_run_untouched(folder, tmp_path):
@@ -219,6 +276,9 @@ REFUSED = {
     "device": (["first", "--device", "nothing"], 2, "--device nothing"),
     "span": (["first", "--span", "0"], 2, "--span 0.0: has to be above 0"),
     "grid": (["first", "--grid", "2"], 2, "--grid 2: has to be at least 3"),
+    "probes": (["first", "--probes", "1"], 2, "--probes 1: has to be at least 2"),
+    "batch sizes": (["first", "--batch-sizes", "8", "0"], 2, "--batch-sizes 0: has to be at least"),
+    "no batch sizes": (["first", "--batch-sizes"], 2, "--batch-sizes is empty"),
 }
 
 
@@ -226,7 +286,8 @@ REFUSED = {
 def test_bad_input_is_named(folder, tmp_path, monkeypatch, capsys, name):
     arguments, status, message = REFUSED[name]
     monkeypatch.chdir(folder)
-    quick = [*QUICK, "--measures"] if "--grid" not in arguments else ["--measures", "gradient"]
+    clash = {"--grid", "--probes", "--batch-sizes"} & set(arguments)
+    quick = [*QUICK, "--measures"] if not clash else ["--measures", "gradient"]
     quick = [*quick, "gradient"] if quick[-1] == "--measures" else quick
     assert analyze(*arguments, "--out", tmp_path / "out", *quick) == status
     assert message in capsys.readouterr().err

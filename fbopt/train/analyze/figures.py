@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fbopt.analysis.density import smoothed
 from fbopt.train.reporting import plots
 from fbopt.train.reporting.plots import BLUE, GREEN, GREY, ORANGE
 
@@ -114,6 +115,31 @@ def sharpness(measures: Mapping[str, Any]) -> tuple[Any, str]:
     return figure, f"Lines: full-batch steps are stable below {words}."
 
 
+def spectrum(measures: Mapping[str, Any]) -> tuple[Any, str]:
+    """The density of all eigenvalues on a logarithmic axis."""
+    runs: Mapping[str, Values] = measures["spectrum"]
+    figure, (axes,) = _panels(4.6, 3.2)
+    nodes = np.concatenate([values["nodes"] for values in runs.values()])
+    width = max((nodes.max() - nodes.min()) / 200, 1e-12)
+    x = np.linspace(nodes.min() - 5 * width, nodes.max() + 5 * width, 2001)
+    highest = 0.0
+    for name, values, color, style in zip(short(runs), runs.values(), COLORS, STYLES, strict=False):
+        curve = smoothed(np.array(values["nodes"]), np.array(values["weights"]), x, width)
+        axes.plot(x, curve, style, color=color, label=name)
+        highest = max(highest, float(curve.max()))
+    size = max(values["size"] for values in runs.values())
+    one = 1 / (size * width * np.sqrt(2 * np.pi))  # the peak of a single eigenvalue
+    axes.set(xlabel="eigenvalue of the Hessian (nats)", ylabel="density", yscale="log")
+    axes.set_ylim(one / 5, 2 * highest)
+    _finish(figure, axes, len(runs))
+    first = next(iter(runs.values()))
+    return figure, (
+        f"Stochastic Lanczos quadrature, {first['probes']} random vectors, at most "
+        f"{first['steps']} products each; Gaussians of width {width:.2g}; a single eigenvalue of "
+        f"{size:,} has a peak of {one:.2g}."
+    )
+
+
 def between(measures: Mapping[str, Any]) -> tuple[Any, str]:
     """The loss on the line through two runs, or in the plane through three."""
     values: Values = measures["between"]
@@ -138,7 +164,7 @@ def between(measures: Mapping[str, Any]) -> tuple[Any, str]:
     return figure, BATCHNORM[values["batchnorm"]]
 
 
-DRAWINGS = {f.__name__: f for f in (sharpness, flatness, line, plane, between)}
+DRAWINGS = {f.__name__: f for f in (sharpness, flatness, line, plane, spectrum, between)}
 
 
 def short(names: Iterable[str]) -> list[str]:

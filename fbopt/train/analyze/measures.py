@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbopt.analysis import (
     Eigenpairs,
-    Hessian,
     PreconditionedHessian,
     Threshold,
     difference,
-    eigenpairs,
     gradient_statistics,
     hessian_trace,
     loss_landscape,
@@ -27,14 +24,15 @@ from fbopt.analysis import (
     stability_threshold,
 )
 from fbopt.reference import clip_coefficient
+from fbopt.train.analyze.operators import Values, eigenpairs_of, hessian_of
 from fbopt.train.analyze.options import Analysis
 from fbopt.train.analyze.runs import Subject
+from fbopt.train.analyze.spectra import fisher, rank, spectrum
+from fbopt.train.analyze.steps import batches, direction
 from fbopt.train.checkpoint.resume import check_model
 from fbopt.train.config.options import OptionsError
 from fbopt.train.config.rules import has_threshold, is_preconditioned
 from fbopt.train.curvature import update_rule
-
-Values = dict[str, Any]
 
 
 def gradient(subject: Subject, options: Analysis) -> tuple[Values, str]:
@@ -52,7 +50,7 @@ def gradient(subject: Subject, options: Analysis) -> tuple[Values, str]:
 
 def sharpness(subject: Subject, options: Analysis) -> tuple[Values, str]:
     """Extreme eigenvalues of the Hessian, and the threshold of stability."""
-    found = _eigenpairs(_hessian(subject, options), options)
+    found = eigenpairs_of(hessian_of(subject, options), options)
     values = _values(found) | {"ends": options.ends, "method": options.products}
     worst = float((found.residuals / np.abs(found.values)).max())
     eigenvalues = ", ".join(f"{value:.4g}" for value in found.values)
@@ -86,7 +84,7 @@ def _preconditioned(subject: Subject, options: Analysis, clip: float) -> tuple[V
         method=options.products,
         radius=options.radius,
     )
-    found = _eigenpairs(seen, replace(options, eigenvalues=1, ends="largest"))
+    found = eigenpairs_of(seen, replace(options, eigenvalues=1, ends="largest"))
     values = _values(found) | _threshold(seen.threshold) | {"clip": clip}
     text = (
         f"preconditioned as by {subject.run.options.optimizer} {found.values[0]:.4g}"
@@ -95,17 +93,6 @@ def _preconditioned(subject: Subject, options: Analysis, clip: float) -> tuple[V
     )
     # On the Hessian's own eigenvalues there is no threshold.
     return {"threshold": None, "threshold_formula": None, "preconditioned": values}, text
-
-
-def _eigenpairs(hessian: Hessian, options: Analysis) -> Eigenpairs:
-    return eigenpairs(
-        hessian,
-        options.eigenvalues,
-        options.ends,
-        tolerance=options.tolerance,
-        max_products=options.max_products,
-        seed=options.seed,
-    )
 
 
 def _values(found: Eigenpairs) -> Values:
@@ -124,7 +111,7 @@ def _threshold(threshold: Threshold) -> Values:
 
 def trace(subject: Subject, options: Analysis) -> tuple[Values, str]:
     """The trace of the Hessian."""
-    found = hessian_trace(_hessian(subject, options), options.samples, options.seed)
+    found = hessian_trace(hessian_of(subject, options), options.samples, options.seed)
     return vars(found).copy(), f"{found.value:.4g} ± {found.error:.2g} (n = {found.samples})"
 
 
@@ -156,6 +143,7 @@ def landscape(subject: Subject, options: Analysis, dimensions: int) -> tuple[Val
 MEASURES = {f.__name__: f for f in (gradient, sharpness, trace, flatness)} | {
     "line": partial(landscape, dimensions=1),
     "plane": partial(landscape, dimensions=2),
+    **{f.__name__: f for f in (spectrum, fisher, rank, direction, batches)},
 }
 
 
@@ -183,14 +171,10 @@ def count_passes(name: str, subject: Subject, options: Analysis) -> int | None:
     """The number of passes over the chunks that a measure takes, None if unknown beforehand."""
     line, plane, samples = options.points, options.grid**2, options.samples
     trace = {"exact": samples, "central": 2 * samples, "forward": samples + 1}[options.products]
-    known = {"gradient": 1, "trace": trace, "line": line, "plane": plane}
+    known = {"gradient": 1, "trace": trace, "line": line, "plane": plane, "fisher": 2, "rank": 2}
     known["between"] = line if len(options.runs) == 2 else plane
     checks = 0 if subject.objective.is_deterministic else 3
     return known[name] + checks if name in known else None
-
-
-def _hessian(subject: Subject, options: Analysis) -> Hessian:
-    return Hessian(subject.objective, options.products, options.radius)
 
 
 def _clip(subject: Subject) -> float:

@@ -9,7 +9,10 @@ from typing import Any, Literal, get_args
 
 from fbopt.train.config.options import OptionsError, flag
 
-Measure = Literal["gradient", "sharpness", "trace", "flatness", "line", "plane"]
+Measure = Literal[
+    "gradient", "sharpness", "trace", "flatness", "line", "plane",
+    "spectrum", "fisher", "rank", "direction", "batches",
+]  # fmt: skip
 MEASURES = get_args(Measure)
 
 
@@ -27,7 +30,10 @@ class Analysis:
     """Run folders or checkpoint files, one to three."""
     measures: tuple[Measure, ...] = ("gradient", "sharpness", "trace", "flatness", "line")
     """What to measure. gradient: norms, noise scale, angle to the momentum. sharpness: the largest
-    eigenvalues of the Hessian. flatness, line, plane: along random filter-normalised directions."""
+    eigenvalues of the Hessian. flatness, line, plane: along random filter-normalised directions.
+    spectrum: the density of all eigenvalues. fisher: traces of Fisher matrices. rank: effective
+    rank of the chunks' gradients. direction: curvature along the gradient, critical sharpness,
+    shares in the top eigenspace. batches: sharpness, losses and gradients of mini-batches."""
     between: bool = False
     """Also measure the loss on the line through two runs of one model, or in the plane of three."""
     out: Path | None = None
@@ -56,7 +62,13 @@ class Analysis:
     max_products: int = 200
     """Largest number of Hessian-vector products for the eigenvalues."""
     samples: int = 32
-    """Number of random vectors for the trace."""
+    """Number of random vectors for traces, and of mini-batches of each size."""
+    probes: int = 5
+    """Number of random vectors for the spectrum."""
+    steps: int = 80
+    """Largest number of Hessian-vector products for each of them."""
+    batch_sizes: tuple[int, ...] = (8, 32, 128)
+    """Mini-batch sizes; those above the size of the training set are left out."""
     threshold: float = 0.1
     """Flatness is the distance at which the loss has risen by so much (nats)."""
     directions: int = 10
@@ -75,12 +87,13 @@ class Analysis:
 
 _LEAST = {
     "seed": 0, "eigenvalues": 1, "max_products": 1, "samples": 2, "directions": 2, "points": 3,
-    "grid": 3, "train_steps": 1,
+    "grid": 3, "train_steps": 1, "probes": 2, "steps": 2,
 }  # fmt: skip
 # Of what is allocated at once; those of the square of a grid, too.
 _MOST = {
     "seed": 2**63 - 1, "eigenvalues": 10**5, "max_products": 10**9, "samples": 10**6,
     "directions": 10**6, "points": 10**6, "grid": 10**3, "train_steps": 10**6,
+    "probes": 10**6, "steps": 10**6,
 }  # fmt: skip
 _ABOVE_ZERO = ("radius", "tolerance", "threshold", "span")
 
@@ -101,6 +114,10 @@ def check(options: Analysis) -> None:
     for name, most in _MOST.items():
         if getattr(options, name) > most:
             raise OptionsError(f"{flag(name)} {getattr(options, name)}: has to be at most {most:,}")
+    if not options.batch_sizes:
+        raise OptionsError("--batch-sizes is empty; give numbers of samples")
+    if min(options.batch_sizes) < 1:
+        raise OptionsError(f"--batch-sizes {min(options.batch_sizes)}: has to be at least 1")
     for name in _ABOVE_ZERO:
         if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
             raise OptionsError(f"{flag(name)} {value}: has to be above 0 and finite")

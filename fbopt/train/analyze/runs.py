@@ -62,6 +62,11 @@ class Subject:
         buffers = [next((s[n] for n in names if n in s), None) for s in found]
         return None if all(b is None for b in buffers) else buffers
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether the run's loss is a cross-entropy, so that the model has labels of its own."""
+        return self.run.options.loss == "cross-entropy"
+
     def pass_seconds(self, steps: int) -> float:
         """The median time of a pass of training; restores the run afterwards."""
         self.set_precision()
