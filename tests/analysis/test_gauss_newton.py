@@ -374,6 +374,16 @@ def test_what_cannot_be_measured_is_refused(name):
         work(case, case.objective())
 
 
+def test_a_compiled_model_and_a_short_vector_are_refused():
+    case = small()
+    with pytest.raises(ValueError, match=r"vector has shape \(3,\).*\(43,\)"):
+        GaussNewton(case.objective())(torch.ones(3, dtype=torch.float64))
+    case.model = torch.compile(case.model, backend="eager")
+    for work in (GaussNewton, Fisher, fisher_trace):
+        with pytest.raises(RuntimeError, match=r"compiled model.*the model before torch\.compile"):
+            work(case.objective())
+
+
 def test_an_output_of_several_tensors_is_refused():
     case = small()
 
