@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from fbopt._checks import check_number
-from fbopt._engine.inputs import refuse_compiled
 from fbopt._ops import dispatch
 from fbopt._random import mix
 from fbopt.analysis.checks import check
 from fbopt.analysis.fisher import Columns, Softmax, check_labels, check_samples, root_of
 from fbopt.analysis.hessian import Trace
 from fbopt.analysis.objective import Objective
-from fbopt.analysis.outputs import Outputs, refuse_evaluate
+from fbopt.analysis.outputs import Outputs, check_model
 
 
 def fisher_trace(
@@ -56,8 +55,7 @@ def fisher_trace(
     """
     if samples is not None:
         check_number("samples", samples, least=2)
-    refuse_evaluate(objective, "fisher_trace")
-    refuse_compiled(objective.model)
+    check_model(objective, "fisher_trace")
     check_labels(objective, labels, draws)
     check(objective)
     rows: list[Tensor] = []

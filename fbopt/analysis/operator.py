@@ -45,6 +45,11 @@ class Operator:
     def __call__(self, vector: Tensor) -> Tensor:
         """Return A v for a vector of the parameter space (see :class:`Objective`)."""
         with self.objective.shares.preparing():
+            if vector.shape != (self.objective.size,):
+                raise ValueError(
+                    f"vector has shape {tuple(vector.shape)}, but vectors of this objective have "
+                    f"({self.objective.size},): objective.flatten(tensors) makes one"
+                )
             self._refuse_stale()
         self.products += 1
         return self._product(vector)

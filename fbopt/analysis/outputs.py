@@ -124,8 +124,7 @@ class OutputOperator(Operator):
     """
 
     def __init__(self, objective: Objective) -> None:
-        refuse_evaluate(objective, self.name)
-        refuse_compiled(objective.model)
+        check_model(objective, self.name)
         super().__init__(objective)
         self.refresh()
 
@@ -157,13 +156,15 @@ class OutputOperator(Operator):
         raise NotImplementedError
 
 
-def refuse_evaluate(objective: Objective, name: str) -> None:
-    """Raise ValueError for an objective whose loss is not a function of the model's output."""
+def check_model(objective: Objective, name: str) -> None:
+    """Refuse a loss that is not a function of the model's output, and a compiled model."""
     if objective.loss_fn is None:
         raise ValueError(
             f"{name} needs the model's output and the loss apart: make the Objective with loss_fn "
             "and chunks of (input, target), not with evaluate"
         )
+    with _naming_jacobians():
+        refuse_compiled(objective.model)
 
 
 @contextlib.contextmanager

@@ -112,6 +112,7 @@ SMALL = (
 FEW = (
     ("--max-products", "3"), ("--eigenvalues", "1"), ("--samples", "2"), ("--directions", "2"),
     ("--points", "3"), ("--grid", "3"), ("--train-steps", "1"), ("--measures", "sharpness"),
+    ("--probes", "2"), ("--steps", "3"), ("--batch-sizes", "2"),
 )  # fmt: skip
 
 
