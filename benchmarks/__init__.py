@@ -20,6 +20,7 @@ PINNING = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 # threads that launch kernels on a GPU.
 _UNPINNED = ("benchmarks.gpu_check", "benchmarks.gpu_stages", "benchmarks.sanitized")
 _UNPINNED += ("benchmarks.sanitizers", "benchmarks.train_step", "benchmarks.gpu_ladder", "cuda")
+_UNPINNED += ("benchmarks.ensemble",)
 if "torch" not in sys.modules and not any(word.endswith(_UNPINNED) for word in sys.orig_argv):
     for _name, _value in PINNING.items():
         os.environ.setdefault(_name, _value)

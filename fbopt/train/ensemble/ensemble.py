@@ -6,7 +6,7 @@ g_k = Σ_c (n_c/N) g_kc,  clipped to max_norm_k, then torch.optim.SGD's update i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from fbopt.reference import clip_coefficient
 from fbopt.train.ensemble.gradient import Pass, Stack, StackedGradient
 from fbopt.train.ensemble.member import COUNTS, Member
 from fbopt.train.ensemble.penalty import Perturbation, perturbation
+
+# Of all networks, in a pass over chunks whose borders have no effect: larger ones are no faster.
+SAMPLES = 8192
 
 
 class Ensemble:
@@ -44,6 +47,7 @@ class Ensemble:
         groups = [m.optimizer.param_groups for m in members]
         options = [m.options for m in members]
         self._factor = self._column([group[0]["momentum"] for group in groups])
+        self._has_momentum = any(group[0]["momentum"] for group in groups)
         self._nesterov = self._column([group[0]["nesterov"] for group in groups], torch.bool)
         bounds = [math.inf if o.max_norm is None else o.max_norm for o in options]
         self._max_norm = torch.tensor(bounds, dtype=torch.float64, device=self.parameters.device)
@@ -101,7 +105,8 @@ class Ensemble:
         """Visit all chunks, count, and return the mean gradients (K, P)."""
         total, weight = torch.zeros_like(self.parameters), 0
         loss = torch.zeros(len(self.members), dtype=torch.float64, device=total.device)
-        for chunks in self._stacks():
+        joined = second is None and not any(self._logs)
+        for chunks in self._joined() if joined else self._stacks():
             first = self.gradient(self.parameters, chunks)
             grads = self._with_second(first, chunks, second)
             total.add_(grads.sum(1) if grads.shape[1] > 1 else grads[:, 0], alpha=chunks.size)
@@ -129,18 +134,33 @@ class Ensemble:
 
     def _stacks(self) -> Iterator[Stack]:
         """All chunks of the current pass, those of equal size together as the options say."""
-        one = self.members[0]
-        at_once, chunks = one.options.vectorize or 1, one.chunks
-        shared = chunks.sampling == "fixed"
-        sources = [chunks] if shared else [m.chunks for m in self.members]
+        chunks = self.members[0].chunks
+        at_once = self.members[0].options.vectorize or 1
         whole = chunks.samples // chunks.size  # a last chunk may be smaller
-        starts = [*range(0, whole, at_once), *range(whole, len(chunks))]
-        for start in starts:
-            stop = min(start + at_once, whole) if start < whole else start + 1
-            rows = [[source[i] for i in range(start, stop)] for source in sources]
-            parts = [[torch.stack(t) for t in zip(*row, strict=True)] for row in rows]
-            input, target = (torch.stack(t) for t in zip(*parts, strict=True))
-            yield Stack(input[0], target[0], True) if shared else Stack(input, target, False)
+        for start in range(0, whole, at_once):
+            yield self._stack(range(start, min(start + at_once, whole)), torch.stack)
+        for last in range(whole, len(chunks)):
+            yield self._stack(range(last, last + 1), torch.stack)
+
+    def _joined(self) -> Iterator[Stack]:
+        """The same samples in larger chunks: the mean loss of all does not depend on the chunks."""
+        chunks = self.members[0].chunks
+        count = max(1, SAMPLES // (len(self.members) * chunks.size))
+        for start in range(0, len(chunks), count):
+            indices = range(start, min(start + count, len(chunks)))
+            yield self._stack(indices, lambda parts: torch.cat(parts).unsqueeze(0))
+
+    def _stack(self, indices: range, together: Callable[[list[Tensor]], Tensor]) -> Stack:
+        """Some of the chunks of the current pass, of every network where it has its own."""
+        shared = self.members[0].chunks.sampling == "fixed"
+        found = []
+        for member in self.members[: 1 if shared else None]:
+            inputs, targets = zip(*(member.chunks[i] for i in indices), strict=True)
+            found.append((together(list(inputs)), together(list(targets))))
+        if shared:
+            return Stack(*found[0], shared=True)
+        input, target = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return Stack(input, target, shared=False)
 
     def _update(self, gradient: Tensor, norms: Tensor, lrs: Sequence[float]) -> None:
         """Clip, decay, follow the momentum, and move, in torch.optim.SGD's order."""
@@ -148,7 +168,7 @@ class Ensemble:
             clip = clip_coefficient(self._max_norm, norms)
             gradient *= clip.to(gradient.dtype).unsqueeze(1)
         gradient.addcmul_(self._decay, self.parameters)
-        if self._factor.any():
+        if self._has_momentum:
             if self.momentum is None:
                 self.momentum = gradient.clone()
                 self._link_momentum()

@@ -4,16 +4,19 @@ in all but seeds and numbers. Everything else is refused before anything is writ
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options, OptionsError, flag
 from fbopt.train.config.sweep import differing
+from fbopt.train.memory import check_fits
 from fbopt.train.torchrun import rank_and_world_size
 
 ALONE = "train it alone, without --seeds and --grid"
@@ -105,8 +108,20 @@ def check_together(all_options: Sequence[Options]) -> None:
         raise OptionsError(f"--out {folder}: {count} runs would write it; give each its own")
 
 
-def check_model(model: nn.Module, name: str) -> None:
-    """Refuse networks whose chunks depend on more than parameters. Raises OptionsError."""
+def check_model(
+    model: nn.Module, shape: tuple[int, ...], count: int, options: Options, device: torch.device
+) -> None:
+    """Refuse networks whose chunks depend on more than parameters, and so many of them that a pass
+    does not fit into memory. Raises OptionsError.
+
+    Args:
+        model: one of them.
+        shape: of a sample.
+        count: the number of networks.
+        options: resolved, of one of them.
+        device: where they are.
+    """
+    name = options.model
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise OptionsError(
@@ -117,3 +132,5 @@ def check_model(model: nn.Module, name: str) -> None:
         raise OptionsError(
             f"--model {name}: has buffers, which are of one network; choose cnn or mlp, or {ALONE}"
         )
+    samples = count * options.chunk_size * (options.vectorize or 1)
+    check_fits(options, copy.deepcopy(model).to("meta"), shape, samples, device)

@@ -82,7 +82,8 @@ def _runs(starts: Sequence[Start], lock: ExitStack) -> list[Run]:
     runs = []
     for start in starts:
         member = Member(start.options, data, device)
-        kind.check_model(member.model, start.options.model)
+        if not runs:
+            kind.check_model(member.model, data.shape, len(starts), start.options, device)
         facts = environment(member, digest) | {"kernels": "stacked"}
         if start.state is not None:
             restore(member, start, facts)
