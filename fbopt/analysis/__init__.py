@@ -12,9 +12,12 @@ from fbopt.analysis.objective import Objective
 from fbopt.analysis.preconditioned import PreconditionedHessian
 from fbopt.analysis.spectrum import Eigenpairs
 from fbopt.analysis.stability import Threshold, adam_threshold, stability_threshold
+from fbopt.analysis.tracker import EigenTracker
+from fbopt.analysis.tracker_pairs import TrackedEigenpairs
 
 __all__ = [
     "Cost",
+    "EigenTracker",
     "Eigenpairs",
     "Flatness",
     "GradientStatistics",
@@ -24,6 +27,7 @@ __all__ = [
     "PreconditionedHessian",
     "Threshold",
     "Trace",
+    "TrackedEigenpairs",
     "adam_threshold",
     "difference",
     "eigenpairs",
