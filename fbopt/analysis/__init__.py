@@ -22,12 +22,15 @@ from fbopt.analysis.ranks import EffectiveRank, gradient_rank, spectral_rank, su
 from fbopt.analysis.sharpness import CriticalSharpness, critical_sharpness, directional_sharpness
 from fbopt.analysis.spectrum import Eigenpairs
 from fbopt.analysis.stability import Threshold, adam_threshold, stability_threshold
+from fbopt.analysis.tracker import EigenTracker
+from fbopt.analysis.tracker_pairs import TrackedEigenpairs
 
 __all__ = [
     "BatchSharpness",
     "Cost",
     "CriticalSharpness",
     "EffectiveRank",
+    "EigenTracker",
     "Eigenpairs",
     "Fisher",
     "Flatness",
@@ -42,6 +45,7 @@ __all__ = [
     "SpectralDensity",
     "Threshold",
     "Trace",
+    "TrackedEigenpairs",
     "adam_threshold",
     "batch_sharpness",
     "critical_sharpness",

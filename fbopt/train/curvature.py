@@ -1,20 +1,23 @@
-"""`fbopt train --track sharpness,noise --every K`: fbopt.analysis during training."""
+"""`fbopt train --track sharpness:3,noise --every K`: fbopt.analysis during training."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from fbopt.analysis.eigen import eigenpairs
 from fbopt.analysis.gradient_noise import gradient_statistics
-from fbopt.analysis.hessian import Hessian
 from fbopt.analysis.objective import Objective
 from fbopt.analysis.preconditioned import PreconditionedHessian
 from fbopt.analysis.stability import stability_threshold
+from fbopt.analysis.tracker import EigenTracker
 from fbopt.train.config.rules import has_threshold, is_preconditioned
 from fbopt.train.data.dataset import Chunks
 from fbopt.train.losses import build_loss
 from fbopt.train.precision import autocast_dtype
 from fbopt.train.trainer import Trainer
+
+TOLERANCE = 1e-3  # of an eigenvalue
+PRODUCTS = 20  # a measurement and eigenvalue in the mean, where steps lie far apart
 
 
 def training_loss(trainer: Trainer, **options: Any) -> Objective:
@@ -44,13 +47,23 @@ class CurvatureTracker:
     """Measures a run after every K-th pass, and leaves it as it was.
 
     The loss is the mean over the training set, without augmentation, in chunks of the run's size,
-    BatchNorm by chunk, dropout off.
+    BatchNorm by chunk, dropout off. Eigenvalues are followed from one measurement to the next;
+    `known` is what a checkpoint keeps of them.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, known: Mapping[str, Any] | None = None) -> None:
         self.trainer = trainer
         self.names = trainer.options.tracked
         self.objective: Objective | None = None
+        self._eigen: EigenTracker | None = None
+        # Another --track may be given with --resume auto.
+        same = bool(known) and known["tracked"] == trainer.options.eigenvalues
+        self._known = dict(known) if known and same and "sharpness" in self.names else {}
+
+    def saved(self) -> dict[str, Any]:
+        """The entry of a checkpoint that the next measurement depends on, if there is any."""
+        known = self._known if self._eigen is None else self._eigen.state_dict()
+        return {"curvature": known} if known else {}
 
     def is_due(self, passes: int) -> bool:
         """Whether there is something to measure after so many passes."""
@@ -71,19 +84,43 @@ class CurvatureTracker:
         return found
 
     def _sharpness(self) -> dict[str, Any]:
-        """The largest eigenvalue that the steps see, and the threshold where one is known."""
-        trainer, objective = self.trainer, self.objective
-        seed, clip = trainer.options.seed, trainer.gradient_share
-        if is_preconditioned(trainer.options):
-            seen = PreconditionedHessian(objective, trainer.optimizer, clip=clip)
-            found = float(eigenpairs(seen, 1, seed=seed, verify=False).values[0])
-            return {
-                "preconditioned_sharpness": found,
-                "sharpness_threshold": seen.threshold.value,
-            }
-        pairs = eigenpairs(Hessian(objective), 1, seed=seed, verify=False)
-        measured = {"sharpness": float(pairs.values[0])}
-        if has_threshold(trainer.options):
+        """The largest eigenvalues that the steps see, with their residuals, and the threshold where
+        one is known.
+        """
+        trainer = self.trainer
+        clip, preconditioned = trainer.gradient_share, is_preconditioned(trainer.options)
+        if self._eigen is None:
+            self._eigen = self._tracker()
+        seen = self._eigen.hessian
+        if isinstance(seen, PreconditionedHessian):
+            seen.clip = clip
+        pairs = self._eigen.update()
+        measured = {}
+        for i, (value, rest) in enumerate(zip(pairs.values, pairs.residuals, strict=True), 1):
+            name = "preconditioned_" * preconditioned + "sharpness" + f"_{i}" * (i > 1)
+            measured |= {name: float(value), f"{name}_residual": float(rest)}
+        if isinstance(seen, PreconditionedHessian):
+            measured["sharpness_threshold"] = seen.threshold.value
+        elif has_threshold(trainer.options):
             threshold = stability_threshold(**update_rule(trainer), clip=clip)
             measured["sharpness_threshold"] = threshold.value
         return measured
+
+    def _tracker(self) -> EigenTracker:
+        """The tracker of these eigenvalues, as far as it has come."""
+        trainer, options = self.trainer, self.trainer.options
+        assert self.objective is not None  # made by measure
+        seen = None
+        if is_preconditioned(options):
+            clip = trainer.gradient_share
+            seen = PreconditionedHessian(self.objective, trainer.optimizer, clip=clip)
+        found = EigenTracker(
+            self.objective,
+            options.eigenvalues,
+            preconditioner=seen,
+            tolerance=TOLERANCE,
+            products=PRODUCTS,
+            seed=options.seed,
+        )
+        found.load_state_dict(self._known)
+        return found

@@ -95,13 +95,14 @@ def train_from(
     if summary is None:
         context.from_rank_zero(lambda: _announce(trainer, start, facts, lock))
         saver = write = None
+        tracker = CurvatureTracker(trainer, (start.state or {}).get("curvature"))
         with SignalHandler(start.folder, stop_by) as signals, ExitStack() as logs:
             if context.is_rank_zero:
                 saved = None if start.state is None else trainer.step
                 extra = {"data": digest, "environment": facts}
-                saver = Saver(trainer, start.folder, extra, saved)
+                saver = Saver(trainer, start.folder, lambda: extra | tracker.saved(), saved)
                 write = logs.enter_context(metrics_writer(trainer.options, start.folder, callbacks))
-            _fit(trainer, saver, signals, write)
+            _fit(trainer, saver, signals, write, tracker)
         summary = context.from_rank_zero(lambda: _write_summary(trainer, start.folder))
     return Result(trainer.options, start.folder, summary, trainer.model)
 
@@ -156,14 +157,18 @@ def summary_if_finished(trainer: Trainer, folder: RunFolder) -> dict[str, Any] |
 
 
 def _fit(
-    trainer: Trainer, saver: Saver | None, signals: SignalHandler, write: Write | None
+    trainer: Trainer,
+    saver: Saver | None,
+    signals: SignalHandler,
+    write: Write | None,
+    tracker: CurvatureTracker,
 ) -> None:
     """Take the remaining steps; log, save now and then, and stop after a signal.
 
     Rank 0 has `saver` and `write`.
     """
     progress = Progress(trainer.options.passes, trainer.position[0], trainer.current_chunks.samples)
-    trainer.on_samples, tracker = progress.advance, CurvatureTracker(trainer)
+    trainer.on_samples = progress.advance
     begin, before = time.monotonic(), trainer.seconds
     try:
         while trainer.step < trainer.total_steps:

@@ -68,7 +68,7 @@ def test_what_is_due_is_decided_once(monkeypatch, tmp_path):
     class Trainer:
         options, step = Options, 1
 
-    one = Saver(Trainer(), None, {}, None)
+    one = Saver(Trainer(), None, dict, None)
     saved = []
     monkeypatch.setattr(one, "save", lambda: saved.append(now[0]))
     due = one.due()

@@ -341,10 +341,10 @@ def test_sharpness_is_logged_with_a_threshold_where_one_is_known(tiny, tmp_path,
     assert (note in capsys.readouterr().out) == (rule == "lars")
     found = {name for name in row if "sharpness" in name}
     if rule == "lars":
-        assert found == {"sharpness"}
+        assert found == {"sharpness", "sharpness_residual"}
         return
     seen = "sharpness" if rule == "sgd" else "preconditioned_sharpness"
-    assert found == {seen, "sharpness_threshold"}
+    assert found == {seen, f"{seen}_residual", "sharpness_threshold"}
     reach = {"sgd": 3.8 / 2.8, "adam": 38, "rmsprop": 2}[rule]
     decay = 5e-4 if rule == "sgd" else 0
     assert row["sharpness_threshold"] == pytest.approx(reach / row["lr"] - decay)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from fbopt.train.checkpoint.digest import fingerprint
@@ -15,12 +16,16 @@ SAVE_SECONDS = 300.0
 class Saver:
     """Writes a run's checkpoints and fingerprints as its options say.
 
-    `extra` is added to the trainer's state in every checkpoint. `saved` is the step of the last
-    checkpoint, None before the first.
+    `extra` returns what is added to the trainer's state in every checkpoint. `saved` is the step of
+    the last checkpoint, None before the first.
     """
 
     def __init__(
-        self, trainer: Trainer, folder: RunFolder, extra: dict[str, Any], saved: int | None
+        self,
+        trainer: Trainer,
+        folder: RunFolder,
+        extra: Callable[[], dict[str, Any]],
+        saved: int | None,
     ) -> None:
         self.trainer, self.folder, self.extra = trainer, folder, extra
         self.saved = saved
@@ -56,7 +61,7 @@ class Saver:
         if self.saved == self.trainer.step:
             return
         self.trainer.check_finite()
-        state = self.trainer.state_dict() | self.extra
+        state = self.trainer.state_dict() | self.extra()
         # The fingerprint first: resuming drops extra lines but cannot restore a missing one.
         self._write_fingerprint(state)
         self.folder.save(state, self.trainer.options.keep)

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from fbopt.analysis.tracker_state import fault_of_tracker
+from fbopt.train.config.options import EIGENVALUES
 
 NUMBER = (int, float)
 RESULT = {
@@ -100,6 +104,25 @@ def fault_of_checkpoint(state: Any) -> str | None:
         known = index == HISTORY or (type(index) is int and 0 <= index < len(names))
         if not known or not isinstance(values, dict):
             return f"its optimizer has a state of {index!r}, of {len(names)} parameters"
+    return _fault_of_curvature(state)
+
+
+def _fault_of_curvature(state: Mapping[str, Any]) -> str | None:
+    """What is wrong with the tracked eigenvectors, of which there may be none."""
+    if "curvature" not in state:
+        return None
+    known = state["curvature"]
+    if wrong := fault_of_tracker(known, EIGENVALUES):
+        return f"of its curvature {wrong}"
+    if not known:
+        return "its curvature is empty"
+    params = [state["model"].get(name) for name in state["parameters"]]
+    size = sum(p.numel() for p in params if p is not None)
+    if any(p is None for p in params) or known["ahead"].numel() != size:
+        return f"its curvature is of {known['ahead'].numel()} parameters, not of {size}"
+    wide = any(p.dtype == torch.float64 for p in params)
+    if known["ahead"].dtype != (torch.float64 if wide else torch.float32):
+        return f"its curvature is of {known['ahead'].dtype}, not of the parameters' precision"
     return None
 
 

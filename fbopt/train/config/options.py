@@ -27,6 +27,7 @@ OptimizerName = Literal[
     "sgd", "adam", "adamw", "rmsprop", "sign", "normalized", "muon", "lars", "lbfgs",
 ]  # fmt: skip
 TRACKED = ("sharpness", "noise")
+EIGENVALUES = 20  # that can be tracked
 
 
 class OptionsError(ValueError):
@@ -329,8 +330,8 @@ class Options:
     """Log the mean squared gradient norm of chunks or mini-batches even without a penalty."""
     track: str = ""
     """Measures to add to the metrics and curves, such as sharpness,noise: the largest eigenvalue of
-    the full-batch Hessian (for adam, adamw and rmsprop, preconditioned) beside the threshold of
-    stability, where it is known, and the gradient noise scale."""
+    the full-batch Hessian (for adam, adamw and rmsprop, preconditioned; sharpness:3 for the largest
+    three) beside the threshold of stability, where it is known, and the gradient noise scale."""
     every: int | None = None
     """Passes between two measurements of --track. Default: as --eval-every."""
     save_every: int | None = None
@@ -343,7 +344,28 @@ class Options:
     @property
     def tracked(self) -> tuple[str, ...]:
         """The measures that `track` names."""
-        return tuple(name.strip() for name in self.track.split(",") if name.strip())
+        return tuple(name for name, _ in self._measures)
+
+    @property
+    def eigenvalues(self) -> int:
+        """How many of the Hessian's eigenvalues `track` asks for; raises OptionsError."""
+        counts = [1]
+        for name, count in self._measures:
+            whole = count.isdecimal() and count.isascii() and len(count) < 4
+            if count and not (name == "sharpness" and whole and 1 <= int(count) <= EIGENVALUES):
+                raise OptionsError(
+                    f"--track {name}:{count}: a count is for sharpness alone, from 1 to "
+                    f"{EIGENVALUES}, as in sharpness:3"
+                )
+            counts += [int(count)] if count else []
+        return max(counts)
+
+    @property
+    def _measures(self) -> list[tuple[str, str]]:
+        """Names and counts in `track`, NAME[:COUNT] with commas between; "" for no count."""
+        words = [word.partition(":") for word in self.track.split(",") if word.strip()]
+        # A colon without a count is kept, and refused.
+        return [(name.strip(), count.strip() or colon) for name, colon, count in words]
 
     @property
     def milestone_shares(self) -> tuple[float, ...]:

@@ -230,6 +230,7 @@ def _check_tracked(options: Options) -> None:
         raise OptionsError(
             f"--track {unknown[0]}: choose {', '.join(TRACKED)}, with commas between"
         )
+    _ = options.eigenvalues  # raises OptionsError
     if options.every and not options.tracked:
         raise OptionsError("--every goes with --track; add --track sharpness,noise")
     if options.every == 0 and options.tracked:

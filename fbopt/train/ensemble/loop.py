@@ -52,7 +52,7 @@ class Run:
         self.summary: Record | None = None
         self.error: Diverged | None = None
         self._start, self._facts, self._lock = start, facts, lock
-        self._tracker = CurvatureTracker(member)
+        self._tracker = CurvatureTracker(member, (start.state or {}).get("curvature"))
         self._write: Write | None = None
         self._saver: Saver | None = None
 
@@ -62,7 +62,7 @@ class Run:
         where = open_folder(member, start, self._facts, self._lock)
         extra = {"data": self._facts["data"], "environment": self._facts}
         saved = None if start.state is None else member.step
-        self._saver = Saver(member, self.folder, extra, saved)
+        self._saver = Saver(member, self.folder, lambda: extra | self._tracker.saved(), saved)
         self._write = logs.enter_context(metrics_writer(member.options, self.folder, ()))
         return where
 

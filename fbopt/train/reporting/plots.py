@@ -127,6 +127,8 @@ def _panels(options: Options) -> list[tuple[str, str, dict[str, str]]]:
     title, unit = seen.replace("_", " ").capitalize(), " (nats)" * (seen == "sharpness")
     norm = "Euclidean norm" if options.norm_type == 2 else f"{options.norm_type}-norm"
     sharpness = {seen: "largest eigenvalue"}
+    for number in range(2, options.eigenvalues + 1):
+        sharpness[f"{seen}_{number}"] = f"eigenvalue {number}"
     if has_threshold(options):
         sharpness["sharpness_threshold"] = "threshold of stability"
     tracked = {
