@@ -25,10 +25,6 @@ VECTORS = {
     "zero": "biases and BatchNorm parameters stay",
     "scaled": "biases and BatchNorm parameters change too",
 }
-PAGE = {
-    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8,
-    "axes.spines.top": False, "axes.spines.right": False,
-}  # fmt: skip
 
 
 def draw(name: str, measures: Mapping[str, Any], path: Path) -> None:
@@ -44,7 +40,7 @@ def draw(name: str, measures: Mapping[str, Any], path: Path) -> None:
     """
     import matplotlib
 
-    with matplotlib.rc_context(PAGE):
+    with matplotlib.rc_context(plots.STYLE):
         figure, note = DRAWINGS[name](measures)
         lines = textwrap.fill(note, int(figure.get_size_inches()[0] * 17))
         figure.supxlabel(lines, fontsize=7, color=GREY)

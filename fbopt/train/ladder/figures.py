@@ -33,6 +33,7 @@ LOOKS = {  # the colour is the row's step of the ladder, the line style its kind
 }
 
 
+@plots.styled()
 def draw_all(
     plan: Plan, finished: Mapping[str, list[RunFolder]], differences: Mapping[str, Any]
 ) -> list[str]:
@@ -49,7 +50,10 @@ def draw_all(
         page.suptitle(first.data_name)
         plots.save(page, plan.folder / f"{DIFFERENCES}.png")
     for name, panels in FIGURES.items():
-        if not any(rows.values()) or (page := plots.figure(7.5, 2 + 2.5 * len(panels))) is None:
+        if (
+            not any(rows.values())
+            or (page := plots.figure(plots.PAGE, 1.4 + 2.1 * len(panels))) is None
+        ):
             return []
         if name == ACCURACY and first.validation:  # the test set was looked at once
             panels = [("validation_accuracy", panels[0][1].replace("Test", "Validation"),
@@ -80,7 +84,7 @@ def _draw(axes: Any, key: str, x: str, rows: Mapping[str, list[plots.Records]]) 
 
 def _draw_differences(differences: Mapping[str, Any]) -> Any:
     """A line per row: its mean difference to sgd, the interval, every seed, and zero."""
-    page = plots.figure(7.0, 1.3 + 0.42 * len(differences))
+    page = plots.figure(plots.PAGE, 1.2 + 0.36 * len(differences))
     if page is None:
         return None
     axes = page.subplots()

@@ -1,12 +1,13 @@
-"""The palette and axes that all figures share, and the curves of a run."""
+"""The style, palette and axes that all figures share, and the curves of a run."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +30,73 @@ CONVERSIONS = {  # from a metric to what is drawn
 }
 Records = list[dict[str, Any]]
 LARGEST = 1e300  # of what a figure can show
+COLUMN, PAGE = 3.25, 6.75  # widths in inches: of one column of a two-column paper, and of both
+STYLE = {  # nothing is set in less than 7 points, and fonts are embedded as journals ask for
+    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 9,
+    "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.title_fontsize": 7,
+    "lines.linewidth": 1.2, "lines.markersize": 4, "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "image.cmap": "viridis", "pdf.fonttype": 42, "savefig.dpi": 200,
+}  # fmt: skip
+SUFFIXES = (".png", ".pdf")
+
+
+class NoFigures(RuntimeError):
+    """Why this Python can draw no figure, and the cure."""
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Draw within it in the style of all figures; changes nothing where there is no matplotlib."""
+    try:
+        from matplotlib import rc_context
+    except Exception:  # figure() tells it
+        yield
+        return
+    with rc_context(STYLE):
+        yield
+
+
+def blank(width: float, height: float) -> Any:
+    """An empty figure, in inches. Raises NoFigures where matplotlib cannot be imported."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise NoFigures("pip install matplotlib") from error
+    except Exception as error:  # of its own settings, such as MPLBACKEND
+        raise NoFigures(f"matplotlib does not start: {reason(error)}") from error
+    return Figure(figsize=(width, height), layout="constrained", dpi=120)
 
 
 def figure(width: float, height: float) -> Any:
     """An empty figure, in inches; None, after a message, where matplotlib cannot be imported."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no pictures: pip install matplotlib")
+        return blank(width, height)
+    except NoFigures as error:
+        print(f"no pictures: {error}")
         return None
-    except Exception as error:  # of its own settings, such as MPLBACKEND
-        print(f"no pictures: matplotlib does not start: {reason(error)}")
-        return None
-    return Figure(figsize=(width, height), layout="constrained", dpi=120)
 
 
 def save(page: Any, path: Path, **look: Any) -> None:
-    """Write a figure to a file, as a whole."""
+    """Write a figure to a file, as a whole: PDF for the suffix .pdf, else PNG.
+
+    The same figure gives the same bytes: a PDF holds no date.
+    """
     content = io.BytesIO()
-    page.savefig(content, format="png", **look)
+    if path.suffix.lower() == ".pdf":
+        look = {"format": "pdf", "metadata": {"CreationDate": None}} | look
+    page.savefig(content, **({"format": "png"} | look))
     atomic.replace(path, content.getvalue())
+
+
+def shades(count: int) -> list[str]:
+    """Colours of viridis for so many ordered values, from dark to light, up to its light yellow."""
+    import matplotlib
+    from matplotlib.colors import to_hex
+
+    return [to_hex(matplotlib.colormaps["viridis"](0.85 * i / max(count - 1, 1)))
+            for i in range(count)]  # fmt: skip
 
 
 def tidy(axes: Any) -> None:
@@ -63,19 +111,18 @@ def log_scale(axes: Any) -> None:
     ratio = max(values, default=1) / min(values, default=1)
     if ratio > 10:
         axes.set_yscale("log")
-        _label_ticks(axes.yaxis, "{x:g}", ratio)
+        label_ticks(axes.yaxis, "{x:g}", ratio)
 
 
 def log_steps(axes: Any, label: str) -> None:
     """Use a logarithmic x axis of counts."""
     places = [place for line in axes.lines for place in line.get_xdata()]
     axes.set_xscale("log")
-    _label_ticks(axes.xaxis, "{x:,.0f}", max(places, default=1) / min(places, default=1))
-    axes.tick_params(axis="x", which="minor", labelsize="small")
+    label_ticks(axes.xaxis, "{x:,.0f}", max(places, default=1) / min(places, default=1))
     axes.set_xlabel(label)
 
 
-def _label_ticks(axis: Any, words: str, ratio: float) -> None:
+def label_ticks(axis: Any, words: str, ratio: float) -> None:
     """Label the powers of ten and, where they are few, twice and five times them."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -84,11 +131,12 @@ def _label_ticks(axis: Any, words: str, ratio: float) -> None:
     axis.set_minor_formatter(words if ratio < 300 else NullFormatter())
 
 
+@styled()
 def draw_curves(folder: RunFolder, options: Options) -> bool:
     """Draw metrics.jsonl to curves.png; return False where matplotlib is not installed."""
     panels = _panels(options)
     rows = (len(panels) + 1) // 2
-    if (page := figure(9, 3 * rows)) is None:
+    if (page := figure(PAGE, 2.2 * rows)) is None:
         return False
     if not (records := folder.read_metrics()):
         print(f"no curves: {folder.metrics} has no line that can be read")
@@ -152,7 +200,7 @@ def draw_line(axes: Any, runs: Sequence[Records], key: str, x: str = "pass", **l
     if points := shared_points(runs, key, x):
         marker = "o" if len(points) < 30 else None
         means = [statistics.mean(values) for values in points.values()]
-        axes.plot(list(points), means, marker=marker, markersize=3, linewidth=1.5, **look)
+        axes.plot(list(points), means, marker=marker, markersize=2.5, **look)
         if key == "test_accuracy" and len(runs) > 1:
             low, high = list(map(min, points.values())), list(map(max, points.values()))
             axes.fill_between(list(points), low, high, color=look["color"], alpha=0.15, linewidth=0)
@@ -162,6 +210,13 @@ def shared_points(runs: Sequence[Records], key: str, x: str) -> dict[float, list
     """The values of a metric, as it is drawn, by pass or step, where every run has one."""
     found: dict[float, list[float]] = {}
     for record in itertools.chain(*runs):
-        if (value := record.get(key)) is not None and abs(value) < LARGEST:
-            found.setdefault(record[x], []).append(CONVERSIONS.get(key, float)(record[key]))
+        if (value := drawn(record, key)) is not None:
+            found.setdefault(record[x], []).append(value)
     return {place: found[place] for place in sorted(found) if len(found[place]) == len(runs)}
+
+
+def drawn(record: Mapping[str, Any], key: str) -> float | None:
+    """A metric as it is drawn, such as a share in percent; None where no figure can show it."""
+    if (value := record.get(key)) is None or not abs(value) < LARGEST:
+        return None
+    return CONVERSIONS.get(key, float)(value)
