@@ -34,6 +34,35 @@ def build_loss(options: Options, views: int = 1) -> Loss:
     )
 
 
+def build_sample_losses(options: Options) -> Loss:
+    """The loss of every sample, of resolved options without further views: their mean over samples
+    is that of `build_loss`. Of logits (n, classes) and labels (n,), or (B, classes, n) and (B, n).
+    """
+    return partial(
+        sample_losses,
+        label_smoothing=options.label_smoothing,
+        only_wrong=options.loss == "misclassified",
+        over_others=options.smoothing == "others",
+    )
+
+
+def sample_losses(
+    output: Tensor,
+    target: Tensor,
+    label_smoothing: float = 0.0,
+    only_wrong: bool = False,
+    *,
+    over_others: bool = False,
+) -> Tensor:
+    """The loss of every sample; with `only_wrong`, 0 for those that are classified correctly."""
+    losses = cross_entropy(
+        output, target, label_smoothing, reduction="none", over_others=over_others
+    )
+    if only_wrong:
+        losses = losses * (output.argmax(1) != target)  # a product: NaN stays NaN
+    return losses
+
+
 def sample_mean(
     output: Tensor,
     target: Tensor,
@@ -59,9 +88,5 @@ def sample_mean(
         views: of every sample.
         over_others: as for :func:`cross_entropy`.
     """
-    losses = cross_entropy(
-        output, target, label_smoothing, reduction="none", over_others=over_others
-    )
-    if only_wrong:
-        losses = losses * (output.argmax(1) != target)  # a product: NaN stays NaN
+    losses = sample_losses(output, target, label_smoothing, only_wrong, over_others=over_others)
     return (losses.view(-1, views).amax(1) if views > 1 else losses).mean()

@@ -42,7 +42,7 @@ class Ensemble:
         self.counts = {n: torch.stack([getattr(m, n) for m in members]) for n in COUNTS}
         for k, member in enumerate(self.members):
             counts = {name: tensor[k] for name, tensor in self.counts.items()}
-            member.use(gradient.named(self.parameters[k]), counts)
+            member.use(gradient.model.named(self.parameters[k]), counts)
         self._link_momentum()
         groups = [m.optimizer.param_groups for m in members]
         options = [m.options for m in members]
@@ -77,7 +77,7 @@ class Ensemble:
         if self.momentum is not None:
             for k, member in enumerate(self.members):
                 if member.options.momentum:
-                    member.use_momentum(self.gradient.named(self.momentum[k]))
+                    member.use_momentum(self.gradient.model.named(self.momentum[k]))
 
     @torch.no_grad()
     def take_step(self) -> None:
@@ -127,8 +127,9 @@ class Ensemble:
         if second is None:
             return grads
 
-        def at(offset: Tensor) -> Tensor:
-            return self.gradient(self.parameters.unsqueeze(1) + offset, chunks).grads
+        def at(length: Tensor) -> Tensor:
+            points = torch.addcmul(self.parameters.unsqueeze(1), length, grads)
+            return self.gradient(points, chunks, counts=False).grads
 
         return second.add(grads, norms, at)
 

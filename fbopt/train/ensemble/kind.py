@@ -133,4 +133,4 @@ def check_model(
             f"--model {name}: has buffers, which are of one network; choose cnn or mlp, or {ALONE}"
         )
     samples = count * options.chunk_size * (options.vectorize or 1)
-    check_fits(options, copy.deepcopy(model).to("meta"), shape, samples, device)
+    check_fits(options, copy.deepcopy(model).to("meta").float(), shape, samples, device)

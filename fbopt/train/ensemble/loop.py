@@ -28,7 +28,7 @@ from fbopt.train.loop import (
     record_if_due,
     write_summary,
 )
-from fbopt.train.losses import build_loss
+from fbopt.train.losses import build_sample_losses
 from fbopt.train.output import nobody_reads
 from fbopt.train.reporting.describe import describe
 from fbopt.train.reporting.progress import Progress
@@ -130,7 +130,8 @@ def fit(runs: Sequence[Run]) -> None:
         more = f"\nand {len(runs) - 1} more, trained at once" if len(runs) > 1 else ""
         print(f"{describe(first)}\n{where[0]}{more}", flush=True)
         model = copy.deepcopy(first.model)
-        gradient = StackedGradient(model, build_loss(first.options), first.options.compile)
+        losses = build_sample_losses(first.options)
+        gradient = StackedGradient(model, losses, first.options.compile)
         progress = Progress(first.options.passes, first.position[0], first.chunks.samples)
         try:
             left = _take_steps(list(runs), gradient, signals, progress)

@@ -42,17 +42,18 @@ class Perturbation(NamedTuple):
         Args:
             grads: g.
             norms: ‖g‖, float64 (K, V).
-            at: gradients at the parameters plus an offset, both (K, V, P).
+            at: gradients (K, V, P) at the parameters plus s g, of s (K, V, 1).
         """
         is_zero, wide = norms == 0, torch.finfo(grads.dtype).max
         length = torch.where(is_zero, 0.0, self.radius / norms).clamp(-wide, wide)
-        offset = length.to(grads.dtype).unsqueeze(2) * grads
-        up, down = at(offset), at(-offset) if self.is_central else grads
+        length = length.to(grads.dtype).unsqueeze(2)
+        up, down = at(length), at(-length) if self.is_central else grads
         scale = self.coefficient / (self.radius * (2 if self.is_central else 1))
         k = scale * torch.where(self.follows_norm, norms, 1.0)
         k = torch.where(is_zero, 0.0, k).to(grads.dtype).unsqueeze(2)
+        found = torch.addcmul(grads, k, up.sub_(down))
         # A network without a rule keeps its gradient where the other point has an infinite one.
-        return torch.where(k == 0, grads, grads + k * (up - down))
+        return found if all(self.active) else torch.where(k == 0, grads, found)
 
 
 def perturbation(
