@@ -40,7 +40,7 @@ add_module_names = False
 toc_object_entries_show_parents = "hide"
 # What torch, NumPy and Python document themselves is named, not linked.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|nn|np|numpy|collections|Tensor|Path|Any)\b.*"),
+    ("py:.*", r"(torch|nn|np|numpy|collections|Tensor|Path|Any|Array)\b.*"),
     ("py:.*", r"(accelerate|transformers|fbopt\.integrations\.accelerate)\..*"),
     ("py:.*", r"(Callable|Iterable|Iterator|Mapping|Sequence|Literal)\b.*"),
     ("py:exc", r"[A-Za-z, ]*(Error|Warning)"),
