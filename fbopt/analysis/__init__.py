@@ -10,6 +10,7 @@ from fbopt.analysis.directions import difference, random_direction
 from fbopt.analysis.eigen import eigenpairs
 from fbopt.analysis.fisher import Fisher
 from fbopt.analysis.fisher_norms import fisher_trace
+from fbopt.analysis.flow import Edge, Flow
 from fbopt.analysis.gauss_newton import GaussNewton
 from fbopt.analysis.gradient_noise import GradientStatistics, gradient_statistics
 from fbopt.analysis.hessian import Hessian, Trace, hessian_trace
@@ -22,6 +23,7 @@ from fbopt.analysis.ranks import EffectiveRank, gradient_rank, spectral_rank, su
 from fbopt.analysis.sharpness import CriticalSharpness, critical_sharpness, directional_sharpness
 from fbopt.analysis.spectrum import Eigenpairs
 from fbopt.analysis.stability import Threshold, adam_threshold, stability_threshold
+from fbopt.analysis.third_derivatives import third_derivative
 from fbopt.analysis.tracker import EigenTracker
 from fbopt.analysis.tracker_pairs import TrackedEigenpairs
 
@@ -29,11 +31,13 @@ __all__ = [
     "BatchSharpness",
     "Cost",
     "CriticalSharpness",
+    "Edge",
     "EffectiveRank",
     "EigenTracker",
     "Eigenpairs",
     "Fisher",
     "Flatness",
+    "Flow",
     "GaussNewton",
     "GradientStatistics",
     "Hessian",
@@ -65,4 +69,5 @@ __all__ = [
     "spectral_rank",
     "stability_threshold",
     "subspace_share",
+    "third_derivative",
 ]
