@@ -4,7 +4,9 @@
 
 A tanh network of 64-16-16-10 units in float64 learns digits by squared error, from the same
 weights by gradient descent and along each flow. Distances are of the network's outputs on the
-training data (root mean square over samples and outputs) and of the parameters.
+training data (root mean square over samples and outputs) and of the parameters; to the iterates,
+and to the mean of the outputs or parameters of WINDOW iterates around each, as the central flow is
+one of the averaged path and leaves out the oscillation itself.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from torch import nn
 from fbopt.analysis import Flow, Hessian, Objective, eigenpairs
 
 EVERY = 10  # steps of gradient descent between two measurements of its curvature
+WINDOW = 21  # iterates
+QUANTITIES = {"function": "output", "parameter": "theta"}
 
 
 def problem(samples, width, seed, scale):
@@ -85,13 +89,20 @@ def follow(model, x, y, o, kind):
 
 def compare(descended, followed):
     """The curves of a flow with its distances to gradient descent, as plain numbers."""
-    rows = []
-    for a, b in zip(descended, followed, strict=True):
-        row = {k: v for k, v in b.items() if not isinstance(v, torch.Tensor)}
-        row["function_distance"] = float((a["output"] - b["output"]).square().mean().sqrt())
-        row["parameter_distance"] = float((a["theta"] - b["theta"]).norm())
-        rows.append(row)
+    rows = [{k: v for k, v in one.items() if not isinstance(v, torch.Tensor)} for one in followed]
+    for name, key in QUANTITIES.items():
+        path = torch.stack([one[key] for one in descended])
+        for t, (row, one) in enumerate(zip(rows, followed, strict=True)):
+            row[f"{name}_distance"] = distance(name, one[key], path[t])
+            if WINDOW // 2 <= t < len(path) - WINDOW // 2:
+                mean = path[t - WINDOW // 2 : t + WINDOW // 2 + 1].mean(0)
+                row[f"{name}_distance_to_mean"] = distance(name, one[key], mean)
     return rows
+
+
+def distance(name, one, other):
+    apart = one - other
+    return float(apart.square().mean().sqrt() if name == "function" else apart.norm())
 
 
 def draw(curves, limit, path):
@@ -114,7 +125,12 @@ def draw(curves, limit, path):
             axes[0, 1].plot(*zip(*points, strict=True), color=color, lw=1, ls=("-", ":")[i])
         if name != "descent":
             for place, what in zip(axes[1], ("function", "parameter"), strict=True):
-                place.plot(steps, [r[f"{what}_distance"] for r in rows], color=color, lw=1)
+                place.plot(
+                    steps, [r[f"{what}_distance"] for r in rows], color=color, lw=0.7, ls=":"
+                )
+                key = f"{what}_distance_to_mean"
+                points = [(r["step"], r[key]) for r in rows if key in r]
+                place.plot(*zip(*points, strict=True), color=color, lw=1)
     central = curves.get("central", [])
     axes[0, 0].plot(
         [row["step"] for row in central], [row["mean_loss"] for row in central],
@@ -123,11 +139,15 @@ def draw(curves, limit, path):
     axes[0, 0].set(yscale="log", ylabel="training loss")
     axes[0, 1].set(ylabel="largest eigenvalues")
     axes[0, 1].axhline(limit, color=plots.GREY, ls="--", lw=0.8)
-    axes[1, 0].set(ylabel="distance of the outputs\nto gradient descent (RMS)", xlabel="steps")
-    axes[1, 1].set(ylabel="distance of the parameters\nto gradient descent", xlabel="steps")
+    axes[1, 0].set(ylabel="outputs apart (RMS)", xlabel="steps")
+    axes[1, 1].set(ylabel="parameters apart", xlabel="steps")
+    axes[1, 0].plot([], [], color=plots.GREY, lw=1, label=f"to the mean of {WINDOW} iterates")
+    axes[1, 0].plot([], [], color=plots.GREY, lw=0.7, ls=":", label="to the iterate")
+    axes[1, 0].legend(fontsize=7, frameon=False)
     for place in axes.flat:
         plots.tidy(place)
-    page.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=7)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    page.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=7)
     plots.save(page, path, dpi=130)
 
 
@@ -157,7 +177,7 @@ def main():
             found.append(one)
             if one["step"] % 25 == 0:
                 seconds[kind] = time.perf_counter() - start
-                curves[kind] = compare(descended[: len(found)], found)
+                curves[kind] = compare(descended, found)
                 print(kind, f"{seconds[kind]:.0f} s", curves[kind][-1], flush=True)
                 text = json.dumps({"options": options, "seconds": seconds, "curves": curves})
                 o.json.write_text(text)

@@ -19,10 +19,11 @@ COMMANDS = {
     "fingerprint": ("fbopt.train.checkpoint.fingerprint", "print a run's hashes, compare two runs"),
     "analyze": ("fbopt.train.analyze.__main__", "measure what kind of minimum a run reached"),
     "plot": ("fbopt.train.plot.__main__", "draw metrics of several runs over each other"),
+    "flow": ("fbopt.train.flow.__main__", "follow a continuous-time flow beside a run"),
     "check": ("fbopt.check_script", "look for mistakes in the closure of a script of your own"),
     "doctor": ("fbopt.doctor", "show what fbopt finds and uses on this machine"),
 }
-IN_FILES = ("train", "ladder", "analyze", "plot")  # those whose results are in files
+IN_FILES = ("train", "ladder", "analyze", "plot", "flow")  # those whose results are in files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ FLOORS = (
     ("train.config",),
     ("train.data", "train.models"),
     ("train", "train.ensemble"),
-    ("train.ladder", "train.analyze", "train.plot"),
+    ("train.ladder", "train.analyze", "train.plot", "train.flow"),
     ("doctor", "check_script", "cli"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

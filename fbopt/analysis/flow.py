@@ -136,8 +136,9 @@ class Flow:
         self.tolerance = tolerance
         self._count = 1
         self._hessian = Hessian(objective)
-        self.pairs = self._find(None)
+        self.pairs = self._eigenpairs(None)
         self._refuse_above()
+        self.pairs = self._find(self.pairs)
         self.edge = self._empty()
 
     @property
@@ -228,14 +229,7 @@ class Flow:
     def _find(self, start: Eigenpairs | None) -> Eigenpairs:
         """The eigenvalues that are treated apart, and at least the next one."""
         while True:
-            found = eigenpairs(
-                self._hessian,
-                self._count,
-                start=start,
-                tolerance=self.tolerance,
-                max_products=1000,
-                seed=self.seed,
-            )
+            found = self._eigenpairs(start)
             critical = self._critical(found)
             if not found.converged[: max(critical, 1)].all():
                 raise RuntimeError(
@@ -246,6 +240,16 @@ class Flow:
                 self._count = min(critical + 1, self.objective.size)
                 return found
             self._count, start = min(critical + 1, self.objective.size), found
+
+    def _eigenpairs(self, start: Eigenpairs | None) -> Eigenpairs:
+        return eigenpairs(
+            self._hessian,
+            self._count,
+            start=start,
+            tolerance=self.tolerance,
+            max_products=1000,
+            seed=self.seed,
+        )
 
     def _refuse_above(self) -> None:
         if self.kind == "central" and self.sharpness > self.limit * (1 + OVERSHOOT):

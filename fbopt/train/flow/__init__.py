@@ -1,0 +1,1 @@
+"""`fbopt flow`: a gradient, stable or central flow beside a run of plain gradient descent."""
