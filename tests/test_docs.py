@@ -102,7 +102,8 @@ def test_commands_and_options_exist(command, capsys):
 
 
 def test_options_that_are_named_exist(capsys):
-    known = "".join(help_of(capsys, name) for name in ("train", "ladder", "analyze", "plot", "flow"))
+    commands = ("train", "ladder", "analyze", "plot", "flow")
+    known = "".join(help_of(capsys, name) for name in commands)
     known += "--max-restarts --rdzv-conf"  # torchrun's
     named = {option for line in code() for option in re.findall(r"^--[a-z0-9-]+", line)}
     assert len(named) > 40

@@ -1,4 +1,4 @@
-"""Gradient descent and a flow from the same weights, side by side: θ_t and θ(t) for t of 0 and more.
+"""Gradient descent θ_t and a flow θ(t) from the same weights, side by side at t = 0, 1, 2 and on.
 
 Distances are to the iterate θ_t and to the smoothed (θ_{t-1} + 2 θ_t + θ_{t+1})/4, in which an
 oscillation of period two, as at the edge of stability, is gone.
