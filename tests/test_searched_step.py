@@ -39,7 +39,9 @@ def test_short_steps_are_those_without_a_search(search, rule, backend):
         assert optimizer.last_length == 1.0 and optimizer.last_evaluations == 3
         assert closure.step == 2 * plain.step  # besides, a look at the value alone
         torch.testing.assert_close(list(net.parameters()), list(twin.parameters()))
-    assert bits(optimizer.last_grad_norm) == bits(other.last_grad_norm) or rule != "plain"
+    if rule == "plain":
+        norms = optimizer.last_grad_norm, other.last_grad_norm
+        torch.testing.assert_close(*norms, rtol=1e-12, atol=0)
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(dict(optimizer.state[p]), dict(other.state[q]))
 

@@ -34,7 +34,7 @@ NOTES = """many runs at once, each with a folder of its own:
 
   --seeds LIST  seeds such as 0-31 or 0,3,7-9
   --grid NAME=VALUES ...
-                values of options, such as lr=0.1,0.2 penalty=0.5,1
+                values, such as lr=0.1,0.2 penalty=1,2
 
 Networks that differ in seeds and such numbers alone are trained together, for small full-batch
 runs without BatchNorm."""
