@@ -90,7 +90,7 @@ def without_figures() -> Iterator[pytest.MonkeyPatch]:
 def without_steps() -> Iterator[pytest.MonkeyPatch]:
     """Stop every run where its first step would be: what it reads is tried."""
 
-    def stop(trainer, saver, signals, write):
+    def stop(trainer, saver, signals, write, tracker):
         raise Interrupted("stopped", signals.folder)
 
     with without_figures() as patch:
