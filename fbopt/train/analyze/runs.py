@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,10 @@ from torch import Tensor
 
 from fbopt.analysis import Objective
 from fbopt.train.analyze.options import Analysis
-from fbopt.train.checkpoint import format
-from fbopt.train.checkpoint.format import CheckpointError
-from fbopt.train.checkpoint.resume import check_data, check_model, load, made_with
-from fbopt.train.checkpoint.run_dir import RunFolder
-from fbopt.train.config.options import OptionsError
+from fbopt.train.checkpoint.resume import load
 from fbopt.train.curvature import training_loss
-from fbopt.train.data.load import load_for
-from fbopt.train.distributed import select_device
-from fbopt.train.precision import parameter_dtype, set_arithmetic
+from fbopt.train.precision import set_arithmetic
+from fbopt.train.reopen import open_run, read_run
 from fbopt.train.trainer import Trainer
 
 # The means of gradients in the state of update rules; the others' momenta are of their steps.
@@ -97,40 +92,10 @@ def read(path: Path, options: Analysis) -> Subject:
     Raises:
         OptionsError: no run, no readable checkpoint, or other data or another model than the run's.
     """
-    folder, state = _state(path)
-    trained = made_with(str(path), state)
-    if trained.threads is not None:
-        torch.set_num_threads(trained.threads)
-    data = load_for(replace(trained, download=False))
-    check_data(str(path), state["data"], data.sha256(), trained.data)
-    device = select_device(options.device)
-    data = data.to(device, dtype=parameter_dtype(trained.precision))
-    # A few steps at most: not worth the wait for a compiler.
-    run = Trainer(replace(trained, compile=False), data, device)
-    check_model(str(path), state["model"], run.model.state_dict())
+    folder, state, made = read_run(path)
+    run = open_run(path, state, made, options.device)
     conditions = {name: getattr(options, name) for name in ("batchnorm", "dropout", "seed")}
     name = f"{folder.resolve().name}, step {state['step']:,}"
     subject = Subject(name, folder, run, training_loss(run, **conditions), state)
     load(str(path), run, copy.deepcopy(state))
     return subject
-
-
-def _state(path: Path) -> tuple[Path, dict[str, Any]]:
-    if path.is_dir():
-        folder = RunFolder(path)
-        if folder.read_options() is None:
-            raise OptionsError(
-                f"{path}: is no run's folder, as it has no readable options.json; give a folder "
-                "that `fbopt train` made, or a checkpoint file"
-            )
-        if not folder.checkpoints():
-            raise OptionsError(f"{path}: there is no checkpoint in it yet; wait for the first")
-        return path, folder.load()
-    if not path.exists():
-        kept = ", ".join(p.name for _, p in RunFolder(path.parent).checkpoints())
-        found = f"; {path.parent} has {kept}" if path.suffix == ".pt" and kept else ""
-        raise OptionsError(f"{path}: there is no such folder or file{found}")
-    try:
-        return path.parent, format.read(path)
-    except CheckpointError as error:
-        raise OptionsError(f"{path} cannot be measured: {error}") from error

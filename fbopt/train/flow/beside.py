@@ -16,14 +16,9 @@ import torch
 from torch import Tensor
 
 from fbopt.analysis import Eigenpairs, Flow, Hessian, Objective, eigenpairs
-from fbopt.train.checkpoint.resume import check_data, check_model, made_with
-from fbopt.train.checkpoint.run_dir import RunFolder
-from fbopt.train.config.options import OptionsError
 from fbopt.train.curvature import training_loss
-from fbopt.train.data.load import load_for
-from fbopt.train.distributed import select_device
 from fbopt.train.flow.options import check_run
-from fbopt.train.precision import parameter_dtype, set_arithmetic
+from fbopt.train.reopen import open_run, read_run
 from fbopt.train.trainer import Diverged, Trainer
 
 TOLERANCE = 1e-3  # of the sharpness of gradient descent, relative
@@ -44,27 +39,9 @@ def begin(path: Path, device_name: str) -> Trainer:
         OptionsError: no run, none without a checkpoint, none of plain gradient descent, or other
             data or another model than the run's.
     """
-    folder = RunFolder(path)
-    if folder.read_options() is None:
-        raise OptionsError(
-            f"{path}: is no run's folder, as it has no readable options.json; give a folder that "
-            "`fbopt train` made"
-        )
-    if not folder.checkpoints():
-        raise OptionsError(f"{path}: there is no checkpoint in it yet; wait for the first")
-    state = folder.load()
-    made = made_with(str(path), state)
+    _, state, made = read_run(path)
     check_run(path, made)
-    if made.threads is not None:
-        torch.set_num_threads(made.threads)
-    data = load_for(replace(made, download=False))
-    check_data(str(path), state["data"], data.sha256(), made.data)
-    device = select_device(device_name)
-    set_arithmetic(made.precision, device)
-    data = data.to(device, dtype=parameter_dtype(made.precision))
-    run = Trainer(replace(made, compile=False, cuda_graph=False), data, device)
-    check_model(str(path), state["model"], run.model.state_dict())
-    return run
+    return open_run(path, state, replace(made, cuda_graph=False), device_name)
 
 
 class Beside:
