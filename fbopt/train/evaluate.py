@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fbopt._distributed import Collectives
 from fbopt.train.data.dataset import Chunks, Split
+from fbopt.train.losses import squared_error
 from fbopt.train.precision import cross_entropy
 
 
@@ -20,12 +21,14 @@ def evaluate(
     split: Split,
     size: int = 1000,
     flip: bool = False,
+    squared: bool = False,
     dtype: torch.dtype | None = None,
     processes: Collectives | None = None,
 ) -> tuple[float, float]:
     """Accuracy (0 to 1) and mean cross-entropy (nats) on a split, in evaluation mode.
 
-    With `flip`, of the mean probabilities of each image and its mirror image. `dtype` is what the
+    With `squared` the mean of `--loss squared` in place of the cross-entropy. With `flip`, of the
+    mean probabilities (`squared`: the mean outputs) of each image and its mirror image. `dtype` is what the
     forward passes, of `size` samples each, are autocast to. The passes are shared out to
     `processes`, all of which call this with the same model, and summed in the same order on any
     number of them: the result has the same bits.
@@ -43,9 +46,12 @@ def evaluate(
         if mirrored is not None:
             both = torch.stack([output, mirrored])
             wide = torch.promote_types(both.dtype, torch.float32)
-            output = both.log_softmax(2, dtype=wide).logsumexp(0)
+            output = both.mean(0) if squared else both.log_softmax(2, dtype=wide).logsumexp(0)
         found[row, 0] = (output.argmax(1) == target).sum()
-        found[row, 1] = cross_entropy(output, target, reduction="sum")
+        if squared:
+            found[row, 1] = squared_error(output, target).sum()
+        else:
+            found[row, 1] = cross_entropy(output, target, reduction="sum")
     model.train(training)
     processes.all_reduce_([found])
     # One after the other: the order in which Python's sum and torch's add depends on the version.

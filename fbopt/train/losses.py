@@ -2,6 +2,7 @@
 
 L_c = 1/n_c Σ_i ℓ_i, with ℓ_i the cross-entropy, or one of
     [argmax f(x_i) ≠ y_i]·ℓ_i            misclassified
+    1/2 ‖f(x_i) − e_{y_i}‖²              squared
     max_v ℓ(f(x_iv), y_i) over views v   max-up
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from fbopt.train.config.options import Options
@@ -29,7 +31,7 @@ def build_loss(options: Options, views: int = 1) -> Loss:
     return partial(
         sample_mean,
         **smoothing,
-        only_wrong=options.loss == "misclassified",
+        kind=options.loss,
         views=views,
     )
 
@@ -41,7 +43,7 @@ def build_sample_losses(options: Options) -> Loss:
     return partial(
         sample_losses,
         label_smoothing=options.label_smoothing,
-        only_wrong=options.loss == "misclassified",
+        kind=options.loss,
         over_others=options.smoothing == "others",
     )
 
@@ -50,31 +52,57 @@ def sample_losses(
     output: Tensor,
     target: Tensor,
     label_smoothing: float = 0.0,
-    only_wrong: bool = False,
+    kind: str = "cross-entropy",
     *,
     over_others: bool = False,
 ) -> Tensor:
-    """The loss of every sample; with `only_wrong`, 0 for those that are classified correctly."""
+    """The loss of every sample; `kind` is one of those of `--loss`."""
+    if kind == "squared":
+        return squared_error(output, target, label_smoothing, over_others=over_others)
     losses = cross_entropy(
         output, target, label_smoothing, reduction="none", over_others=over_others
     )
-    if only_wrong:
+    if kind == "misclassified":
         losses = losses * (output.argmax(1) != target)  # a product: NaN stays NaN
     return losses
+
+
+def squared_error(
+    output: Tensor, target: Tensor, label_smoothing: float = 0.0, *, over_others: bool = False
+) -> Tensor:
+    """Half the squared distance of every sample's outputs from the one-hot vector of its label, in
+    float32 for bfloat16 outputs.
+
+    With label smoothing, from the vector that the cross-entropy would be of.
+
+    Args:
+        output: (n, classes), or (B, classes, n).
+        target: labels (n,), or (B, n).
+        label_smoothing, over_others: as for :func:`cross_entropy`.
+    """
+    if output.dtype == torch.bfloat16:
+        output = output.float()
+    count = output.shape[1]
+    classes = torch.arange(count, device=output.device).view(-1, *[1] * (target.ndim - 1))
+    right = target.unsqueeze(1) == classes
+    spread = label_smoothing / max(1, count - 1 if over_others else count)
+    most = 1 - label_smoothing + (0 if over_others else spread)
+    wanted = right.to(output.dtype) * (most - spread) + spread
+    return (output - wanted).square().sum(1) / 2
 
 
 def sample_mean(
     output: Tensor,
     target: Tensor,
     label_smoothing: float = 0.0,
-    only_wrong: bool = False,
+    kind: str = "cross-entropy",
     views: int = 1,
     *,
     over_others: bool = False,
 ) -> Tensor:
     """The mean over samples of the largest loss of each one's views.
 
-    With `only_wrong` the loss of what is classified correctly is 0, and the mean still over all
+    With "misclassified" the loss of what is classified correctly is 0, and the mean still over all
     samples, so that a chunk counts by its size and one without a wrong sample has a loss and a
     gradient of 0 (as in the authors' release of arXiv 2109.14119). Which ones are wrong is found
     anew at every point: the finite differences of a penalty see the jump of a sample that changes
@@ -84,9 +112,9 @@ def sample_mean(
         output: logits (n·views, classes), the views of a sample one after the other.
         target: labels (n·views,).
         label_smoothing: the share of the target that is spread over the classes.
-        only_wrong: whether to count wrongly classified views alone.
+        kind: one of those of `--loss`; of "misclassified", wrong views alone count.
         views: of every sample.
         over_others: as for :func:`cross_entropy`.
     """
-    losses = sample_losses(output, target, label_smoothing, only_wrong, over_others=over_others)
+    losses = sample_losses(output, target, label_smoothing, kind, over_others=over_others)
     return (losses.view(-1, views).amax(1) if views > 1 else losses).mean()

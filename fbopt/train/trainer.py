@@ -304,6 +304,7 @@ class Trainer:
                 self.average or self.model,
                 getattr(self.data, name),
                 flip=o.tta == "flip",
+                squared=o.loss == "squared",
                 dtype=autocast_dtype(o.precision),
                 processes=self.context,
             )

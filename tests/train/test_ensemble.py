@@ -89,6 +89,7 @@ KINDS = {
     "decay of weights": ("fb", {"decay": "weights", "weight_decay": 0.1}),
     "smoothing": ("fb", {"label_smoothing": 0.1, "smoothing": "others"}),
     "wrong ones alone": ("fb", {"loss": "misclassified"}),
+    "squared": ("fb", {"loss": "squared"}),
     "steps of the rate": ("fb", {"schedule": "step", "milestones": "0.3,0.6", "cosine": None}),
     "rate from zero": ("fb-penalty", {"first_rate": "zero", "floor": 0.2}),
     "dropped rest": ("fb-penalty", {"last_chunk": "drop"}),

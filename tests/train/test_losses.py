@@ -17,7 +17,8 @@ from fbopt.train.curvature import training_loss
 from fbopt.train.data.augment import Augmented
 from fbopt.train.data.load import load
 from fbopt.train.loop import train
-from fbopt.train.losses import build_loss, sample_mean
+from fbopt.train.evaluate import evaluate
+from fbopt.train.losses import build_loss, build_sample_losses, sample_mean
 from fbopt.train.signals import Interrupted
 from fbopt.train.trainer import Trainer
 
@@ -52,7 +53,7 @@ def test_only_the_wrong_ones_count(smoothing):
     output, target = logits(20)
     wrong = output.argmax(1) != target
     assert 0 < wrong.sum() < 20
-    loss = sample_mean(output, target, smoothing, only_wrong=True)
+    loss = sample_mean(output, target, smoothing, kind="misclassified")
     alone = F.cross_entropy(output[wrong], target[wrong], label_smoothing=smoothing)
     torch.testing.assert_close(loss, alone * wrong.sum() / 20)
     (grad,) = torch.autograd.grad(loss, output)
@@ -61,11 +62,11 @@ def test_only_the_wrong_ones_count(smoothing):
 
 def test_no_wrong_sample_is_no_loss():
     output = (10 * torch.eye(4)).requires_grad_()
-    loss = sample_mean(output, torch.arange(4), only_wrong=True)
+    loss = sample_mean(output, torch.arange(4), kind="misclassified")
     assert loss == 0 and not torch.autograd.grad(loss, output)[0].any()
     undefined = torch.full((4, 4), torch.nan)
-    assert sample_mean(undefined, torch.arange(4), only_wrong=True).isnan()
-    assert sample_mean(undefined, torch.zeros(4, dtype=torch.int64), only_wrong=True).isnan()
+    assert sample_mean(undefined, torch.arange(4), kind="misclassified").isnan()
+    assert sample_mean(undefined, torch.zeros(4, dtype=torch.int64), kind="misclassified").isnan()
 
 
 def test_the_worst_view_counts():
@@ -83,6 +84,34 @@ def test_the_plain_loss_is_torchs():
     output, target = logits(9)
     loss = build_loss(resolve(Options(label_smoothing=0.2)))(output, target)
     assert torch.equal(loss, F.cross_entropy(output, target, label_smoothing=0.2))
+
+
+@pytest.mark.parametrize("smoothing, over", [(0.0, "all"), (0.3, "all"), (0.3, "others")])
+def test_the_squared_loss_is_half_the_squared_distance(smoothing, over):
+    """From the vector that the cross-entropy with label smoothing has its minimum at."""
+    output, target = logits(9)
+    options = resolve(Options(loss="squared", label_smoothing=smoothing, smoothing=over))
+    loss = build_loss(options)
+    spread = smoothing / (4 if over == "all" else 3)
+    wanted = torch.full((9, 4), spread, dtype=torch.float64)
+    wanted[range(9), target] = 1 - smoothing + (spread if over == "all" else 0)
+    torch.testing.assert_close(wanted.sum(1), torch.ones(9, dtype=torch.float64))
+    assert loss(output, target).item() == pytest.approx(((output - wanted).norm() ** 2 / 18).item())
+    stacked = build_sample_losses(options)(output.T[None], target[None])
+    torch.testing.assert_close(stacked[0], (output - wanted).square().sum(1) / 2)
+    assert loss(output.bfloat16(), target).dtype == torch.float32
+
+
+def test_the_squared_loss_is_evaluated(tiny):
+    """Of the mean outputs of images and mirror images with `flip`."""
+    trainer = trainer_of(tiny, loss="squared", precision="fp64")
+    x, y = trainer.data.test.batch(slice(None))
+    trainer.model.eval()
+    error = build_loss(trainer.options)
+    for flip in (False, True):
+        output = (trainer.model(x) + trainer.model(x.flip(-1))) / 2 if flip else trainer.model(x)
+        _, loss = evaluate(trainer.model, trainer.data.test, flip=flip, squared=True)
+        assert loss == pytest.approx(error(output, y).item())
 
 
 @pytest.mark.parametrize("chunk_size", [32, 75])
@@ -153,6 +182,7 @@ def test_curvature_is_of_single_views(tiny):
 
 RUNS = {
     "misclassified": ("fb-penalty", {"loss": "misclassified"}),
+    "squared": ("fb-penalty", {"loss": "squared"}),
     "max-up": ("fb-penalty", {"augment": "random", "max_up": 2}),
     "max-up, sgd": ("sgd", {"augment": "random", "max_up": 2, "loss": "misclassified"}),
 }

@@ -249,7 +249,7 @@ BAD = {
     "cosine, constant": ({"schedule": "constant", "cosine": 9}, "--cosine has no effect without"),
     "gamma, cosine": ({"gamma": 0.1}, "--gamma has no effect without --schedule step or exp"),
     "milestones, cosine": ({"milestones": "0.5"}, "--milestones has no effect without --sched"),
-    "loss": ({"loss": "hinge"}, "--loss hinge: choose cross-entropy, misclassified"),
+    "loss": ({"loss": "hinge"}, "--loss hinge: choose cross-entropy, misclassified, squared"),
     "max-up": ({"max_up": 0}, "--max-up 0: has to be at least 1"),
     "max-up, none": ({"max_up": 2}, "--max-up has no effect without --augment random"),
     "padding": ({"augment": "random", "padding": -1}, "--padding -1: has to be at least 0"),

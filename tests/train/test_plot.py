@@ -73,7 +73,7 @@ def test_curves_colours_and_thresholds(runs, capsys):
     assert sharpness[0] == ([1, 2, 3], [1, 2, 3], first) and sharpness[1][0] == []
     assert lines(panels[1], "--") == [([1, 2, 3], [100, 1000, 10000], first)]
     assert 100 < panels[1].get_ylim()[1] < 200  # the lowest threshold is seen, the others cut off
-    assert panels[0].get_ylabel() == "training loss (nats)"
+    assert panels[0].get_ylabel() == "training loss"
     assert panels[2].get_xlabel() == "optimizer steps" and not panels[0].get_xlabel()
     (legend,) = page.legends
     assert legend.get_title().get_text() == "lr"

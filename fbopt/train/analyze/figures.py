@@ -53,7 +53,7 @@ def line(measures: Mapping[str, Any]) -> tuple[Any, str]:
     figure, (axes,) = _panels(4.6, 3.2)
     for name, values, color, style in zip(short(runs), runs.values(), COLORS, STYLES, strict=False):
         axes.plot(values["axes"][0], _losses(values), style, color=color, label=name)
-    axes.set(xlabel="distance along the direction (filter norms)", ylabel="training loss (nats)")
+    axes.set(xlabel="distance along the direction (filter norms)", ylabel="training loss")
     plots.log_scale(axes)
     _finish(figure, axes, len(runs))
     return figure, _note(runs, "One random direction")
@@ -97,7 +97,7 @@ def sharpness(measures: Mapping[str, Any]) -> tuple[Any, str]:
             style = {"color": COLORS[i], "linestyle": STYLES[i], "linewidth": 1}
             axes.axhline(threshold, label=f"stable below {threshold:.3g}", **style)
     order = {"both": "largest, then smallest"}.get(values["ends"], values["ends"])
-    axes.set(xlabel=f"index ({order} first)", ylabel="eigenvalue of the Hessian (nats)")
+    axes.set(xlabel=f"index ({order} first)", ylabel="eigenvalue of the Hessian")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.axhline(0, color=GREY, linewidth=0.6)
     _finish(figure, axes, len(runs))
@@ -125,7 +125,7 @@ def spectrum(measures: Mapping[str, Any]) -> tuple[Any, str]:
         highest = max(highest, float(curve.max()))
     size = max(values["size"] for values in runs.values())
     one = 1 / (size * width * np.sqrt(2 * np.pi))  # the peak of a single eigenvalue
-    axes.set(xlabel="eigenvalue of the Hessian (nats)", ylabel="density", yscale="log")
+    axes.set(xlabel="eigenvalue of the Hessian", ylabel="density", yscale="log")
     axes.set_ylim(one / 5, 2 * highest)
     _finish(figure, axes, len(runs))
     first = next(iter(runs.values()))
@@ -145,7 +145,7 @@ def between(measures: Mapping[str, Any]) -> tuple[Any, str]:
         axes.plot(values["axes"][0], _losses(values), color=BLUE)
         places = [(x, np.interp(x, values["axes"][0], _losses(values))) for x in (0, 1)]
         style = {"color": ORANGE}
-        labels = "share of the way from the first to the second", "training loss (nats)"
+        labels = "share of the way from the first to the second", "training loss"
         plots.log_scale(axes)
     else:
         filled = _contours(axes, values, _levels([values]))
@@ -206,7 +206,7 @@ def _levels(runs: Sequence[Values]) -> np.ndarray:
 def _colorbar(figure: Any, filled: Any, axes: list[Any]) -> None:
     low, *_, high = filled.levels
     ticks = [t for e in range(-8, 9) for m in (1, 2, 5) if low <= (t := m * 10.0**e) <= high]
-    bar = figure.colorbar(filled, ax=axes, label="training loss (nats)", ticks=ticks)
+    bar = figure.colorbar(filled, ax=axes, label="training loss", ticks=ticks)
     bar.ax.set_yticklabels([f"{t:g}" for t in ticks])
     bar.minorticks_off()
 
@@ -219,7 +219,7 @@ def _distances(axes: Any, runs: Mapping[str, Values]) -> str:
         axes.plot(places, found, linestyle="", alpha=0.5, markersize=3, **style)
         axes.errorbar(i + 0.25, values["mean"], values["error"], capsize=3, **style)
     axes.set(title="flatness", xlim=(-0.5, len(runs) - 0.35), ylim=(0, None))
-    axes.set_ylabel(f"distance to a loss {values['threshold']:g} nats higher\n(filter norms)")
+    axes.set_ylabel(f"distance to a loss {values['threshold']:g} higher\n(filter norms)")
     axes.set_xticks(range(len(runs)), [name.replace(", ", "\n") for name in short(runs)])
     axes.grid(axis="y", alpha=0.25)
     return (

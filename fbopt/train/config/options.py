@@ -206,9 +206,10 @@ class Options:
     """Parameters that decay: all, or only the weights of convolutions and linear layers."""
     label_smoothing: float | None = None
     """Share of the target that is spread evenly over the classes, in training only."""
-    loss: Literal["cross-entropy", "misclassified"] = "cross-entropy"
+    loss: Literal["cross-entropy", "misclassified", "squared"] = "cross-entropy"
     """Loss of a sample in training: its cross-entropy; misclassified, the same, but 0 for samples
-    that are classified correctly."""
+    that are classified correctly; squared, half the squared distance of its outputs from the
+    one-hot vector of its label, in evaluations, too."""
     max_up: int = 1
     """Views (crops and flips) of every sample in each pass, of which the one with the largest loss
     counts (max-up), for --augment random; 1 for no such maximum."""

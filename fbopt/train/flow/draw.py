@@ -26,13 +26,13 @@ def draw(records: Sequence[dict[str, Any]], kind: str) -> Any:
         curve(loss, "flow_loss", plots.ORANGE, label=f"{kind} flow")
         if kind == "central":
             curve(loss, "flow_mean_loss", plots.ORANGE, ":", "… with the oscillation's loss")
-        loss.set(ylabel="training loss (nats)", yscale="log")
+        loss.set(ylabel="training loss", yscale="log")
         curve(sharpness, "sharpness", plots.BLACK)
         curve(sharpness, "flow_sharpness", plots.ORANGE)
         sharpness.plot(
             steps, [r["threshold"] for r in records], "--", color=plots.GREY, label="2/lr"
         )
-        sharpness.set(ylabel="sharpness (nats)")
+        sharpness.set(ylabel="sharpness")
         for axes, (key, label) in zip(distances, DISTANCES.items(), strict=True):
             curve(axes, f"{key}_distance", plots.ORANGE, ":", "to the iterates")
             curve(axes, f"{key}_distance_smoothed", plots.ORANGE, "-", "to the smoothed iterates")

@@ -20,7 +20,7 @@ FIGURES = {  # panels: metric, title, axis label
                   ("clip", "Clip coefficient", "factor (1: not clipped)")],
     "chunks": [("mean_squared_chunk_norm", "Gradient norms of chunks (sgd: mini-batches)",
                 "root mean square of the norms")],
-    "loss": [("loss", "Training loss", "mean cross-entropy (nats)")],
+    "loss": [("loss", "Training loss", "mean over the samples")],
 }  # fmt: skip
 X_LABELS = {
     "step": "optimizer steps (of mini-batches for sgd, of all samples for the rest)",

@@ -18,8 +18,8 @@ X_LABELS = {
     "seconds": "seconds of training", "gradients": "gradient evaluations",
 }  # fmt: skip
 Y_LABELS = {
-    "loss": "training loss (nats)", "lr": "learning rate", "clip": "clip coefficient",
-    "sharpness": "sharpness (nats)", "noise_scale": "noise scale (samples)",
+    "loss": "training loss", "lr": "learning rate", "clip": "clip coefficient",
+    "noise_scale": "noise scale (samples)",
     "mean_squared_chunk_norm": "RMS norm of chunks",
 }  # fmt: skip
 SHARPNESS, THRESHOLD = ("sharpness", "preconditioned_sharpness"), "sharpness_threshold"
@@ -160,5 +160,4 @@ def _word(value: Any) -> str:
 def _label(key: str) -> str:
     """The words at the axis of a metric, with its unit where it has one."""
     words = key.replace("_", " ")
-    unit = " (%)" if key.endswith("_accuracy") else " (nats)" if key.endswith("_loss") else ""
-    return Y_LABELS.get(key, words + unit)
+    return Y_LABELS.get(key, words + " (%)" * key.endswith("_accuracy"))

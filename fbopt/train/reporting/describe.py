@@ -115,7 +115,8 @@ def _extras(o: Options) -> str:
         "until fitted for {} passes": o.stop_fitted,
     }
     words = [text.format(f"{value:g}") for text, value in parts.items() if value]
-    words += [f"loss of {o.loss} samples alone"] * (o.loss != "cross-entropy")
+    words += ["loss of misclassified samples alone"] * (o.loss == "misclassified")
+    words += ["squared error"] * (o.loss == "squared")
     words += [f"the worst of {o.max_up} views"] * (o.max_up > 1)
     words += ["float32 sums"] * (o.accumulation == "float32" and o.precision != "fp64")
     return "".join(f", {word}" for word in words)

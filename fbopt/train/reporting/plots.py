@@ -156,8 +156,9 @@ def draw_curves(folder: RunFolder, options: Options) -> bool:
         tidy(axes)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    for axes in grid[-2:]:
+    for axes in grid[len(panels) - 2 : len(panels)]:  # the lowest of each column
         axes.set_xlabel("epochs" if options.stochastic else "full-batch steps")
+        axes.tick_params(labelbottom=True)
     if reached := accuracies(records[-1]):
         page.suptitle(f"{options.data_name}, {options.recipe}, seed {options.seed}: {reached}")
     with folder.writing(folder.curves):
@@ -172,7 +173,8 @@ def _panels(options: Options) -> list[tuple[str, str, dict[str, str]]]:
     losses = {"loss" if split == "train" else f"{split}_loss": split for split in splits}
     shares = {f"{split}_accuracy": split for split in splits}
     seen = "preconditioned_sharpness" if is_preconditioned(options) else "sharpness"
-    title, unit = seen.replace("_", " ").capitalize(), " (nats)" * (seen == "sharpness")
+    title = seen.replace("_", " ").capitalize()
+    error = "half the squared error" if options.loss == "squared" else "mean cross-entropy (nats)"
     norm = "Euclidean norm" if options.norm_type == 2 else f"{options.norm_type}-norm"
     sharpness = {seen: "largest eigenvalue"}
     for number in range(2, options.eigenvalues + 1):
@@ -180,11 +182,11 @@ def _panels(options: Options) -> list[tuple[str, str, dict[str, str]]]:
     if has_threshold(options):
         sharpness["sharpness_threshold"] = "threshold of stability"
     tracked = {
-        "sharpness": (f"{title}, full batch", f"curvature of the loss{unit}", sharpness),
+        "sharpness": (f"{title}, full batch", "curvature of the loss", sharpness),
         "noise": ("Gradient noise scale", "samples", {"noise_scale": "noise scale"}),
     }
     return [
-        ("Loss", "mean cross-entropy (nats)", losses),
+        ("Loss", error, losses),
         ("Accuracy", "correctly classified samples (%)", shares),
         (f"Gradient norm, {batch}", norm, {"gradient_norm": "before clipping"}),
         ("Learning rate", "learning rate", {"lr": "learning rate"}),
