@@ -28,8 +28,8 @@ def evaluate(
     """Accuracy (0 to 1) and mean cross-entropy (nats) on a split, in evaluation mode.
 
     With `squared` the mean of `--loss squared` in place of the cross-entropy. With `flip`, of the
-    mean probabilities (`squared`: the mean outputs) of each image and its mirror image. `dtype` is what the
-    forward passes, of `size` samples each, are autocast to. The passes are shared out to
+    mean probabilities (`squared`: the mean outputs) of each image and its mirror image. `dtype` is
+    what the forward passes, of `size` samples each, are autocast to. The passes are shared out to
     `processes`, all of which call this with the same model, and summed in the same order on any
     number of them: the result has the same bits.
     """

@@ -78,7 +78,8 @@ def squared_error(
     Args:
         output: (n, classes), or (B, classes, n).
         target: labels (n,), or (B, n).
-        label_smoothing, over_others: as for :func:`cross_entropy`.
+        label_smoothing: the share of the target that is spread over the classes.
+        over_others: as for :func:`cross_entropy`.
     """
     if output.dtype == torch.bfloat16:
         output = output.float()

@@ -16,8 +16,8 @@ from fbopt.train.config.resolve import resolve
 from fbopt.train.curvature import training_loss
 from fbopt.train.data.augment import Augmented
 from fbopt.train.data.load import load
-from fbopt.train.loop import train
 from fbopt.train.evaluate import evaluate
+from fbopt.train.loop import train
 from fbopt.train.losses import build_loss, build_sample_losses, sample_mean
 from fbopt.train.signals import Interrupted
 from fbopt.train.trainer import Trainer
