@@ -1,10 +1,11 @@
-"""`fbopt train --track sharpness:3,noise --every K`: fbopt.analysis during training."""
+"""`fbopt train --track sharpness:3,noise,batches --every K`: fbopt.analysis during training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from fbopt.analysis.batch_curvature import batch_sharpness
 from fbopt.analysis.gradient_noise import gradient_statistics
 from fbopt.analysis.objective import Objective
 from fbopt.analysis.preconditioned import PreconditionedHessian
@@ -18,6 +19,7 @@ from fbopt.train.trainer import Trainer
 
 TOLERANCE = 1e-3  # of an eigenvalue
 PRODUCTS = 20  # a measurement and eigenvalue in the mean, where steps lie far apart
+BATCHES = 32  # mini-batches of a measurement
 
 
 def training_loss(trainer: Trainer, **options: Any) -> Objective:
@@ -71,7 +73,9 @@ class CurvatureTracker:
         return bool(self.names) and (passes % every == 0 or passes == 1)
 
     def measure(self) -> dict[str, Any]:
-        """The entries for metrics.jsonl: sharpness and its threshold, noise scale and its parts."""
+        """The entries for metrics.jsonl: sharpness and its threshold, noise scale and its parts,
+        batch sharpness.
+        """
         if self.objective is None:
             self.objective = training_loss(self.trainer)
         found: dict[str, Any] = {}
@@ -79,9 +83,32 @@ class CurvatureTracker:
             statistics = gradient_statistics(self.objective)
             names = ("noise_scale", "noise_trace", "squared_signal", "chunk_signal_to_noise")
             found |= {name: getattr(statistics, name) for name in names}
+        if "batches" in self.names:
+            found |= self._batch_sharpness(self.objective)
         if "sharpness" in self.names:
             found |= self._sharpness()
         return found
+
+    def _batch_sharpness(self, objective: Objective) -> dict[str, Any]:
+        """The batch sharpness of mini-batches (or chunks) of the run's size, the same ones in every
+        measurement, and the threshold; nothing where a batch's gradient is zero.
+        """
+        trainer = self.trainer
+        try:
+            (known,) = batch_sharpness(
+                objective, [trainer.chunks.size], BATCHES, seed=trainer.options.seed
+            )
+        except ValueError:  # a curvature along zero
+            return {}
+        found = {"batch_sharpness": known.value, "batch_sharpness_error": known.error}
+        if has_threshold(trainer.options) and not is_preconditioned(trainer.options):
+            found["sharpness_threshold"] = self._threshold()
+        return found
+
+    def _threshold(self) -> float:
+        """The curvature above which the next step diverges."""
+        clip = self.trainer.gradient_share
+        return stability_threshold(**update_rule(self.trainer), clip=clip).value
 
     def _sharpness(self) -> dict[str, Any]:
         """The largest eigenvalues that the steps see, with their residuals, and the threshold where
@@ -102,8 +129,7 @@ class CurvatureTracker:
         if isinstance(seen, PreconditionedHessian):
             measured["sharpness_threshold"] = seen.threshold.value
         elif has_threshold(trainer.options):
-            threshold = stability_threshold(**update_rule(trainer), clip=clip)
-            measured["sharpness_threshold"] = threshold.value
+            measured["sharpness_threshold"] = self._threshold()
         return measured
 
     def _tracker(self) -> EigenTracker:

@@ -7,12 +7,18 @@ import tiny_runs
 import torch
 from torch.nn import functional as F
 
-from fbopt.analysis import Hessian, PreconditionedHessian, eigenpairs
+from fbopt.analysis import (
+    Hessian,
+    PreconditionedHessian,
+    batch_sharpness,
+    eigenpairs,
+    stability_threshold,
+)
 from fbopt.train.checkpoint import format
 from fbopt.train.checkpoint.format import CheckpointError
 from fbopt.train.checkpoint.schema import fault_of_checkpoint
 from fbopt.train.config.options import Options, OptionsError
-from fbopt.train.curvature import CurvatureTracker, training_loss
+from fbopt.train.curvature import CurvatureTracker, training_loss, update_rule
 from fbopt.train.loop import train
 from fbopt.train.signals import Interrupted
 from fbopt.train.trainer import Trainer
@@ -55,6 +61,24 @@ def test_the_eigenvalues_of_every_step(tiny, rule):
             name = seen + (f"_{i + 1}" if i else "")
             assert found[name] == pytest.approx(value, rel=3e-3)
             assert 0 <= found[f"{name}_residual"] < 0.2 * value
+
+
+@pytest.mark.parametrize("recipe", ["sgd", "fb"])
+def test_batches_are_measured(tiny, recipe):
+    """By their definition over batches of the run's size; zero gradients leave the entry out."""
+    trainer = tiny_runs.trainer_of(tiny, recipe, track="batches")
+    trainer.take_step()
+    found = CurvatureTracker(trainer).measure()
+    (known,) = batch_sharpness(
+        training_loss(trainer), [trainer.chunks.size], 32, seed=trainer.options.seed
+    )
+    assert found["batch_sharpness"] == known.value > 0
+    assert found["batch_sharpness_error"] == known.error
+    assert found["sharpness_threshold"] == stability_threshold(**update_rule(trainer)).value
+    with torch.no_grad():
+        list(trainer.model.parameters())[-1].copy_(torch.tensor([1e4, 0.0, 0.0]))
+    trainer.data.train.y.zero_()
+    assert "batch_sharpness" not in CurvatureTracker(trainer).measure()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ ModelName = Literal[
 OptimizerName = Literal[
     "sgd", "adam", "adamw", "rmsprop", "sign", "normalized", "muon", "lars", "lbfgs",
 ]  # fmt: skip
-TRACKED = ("sharpness", "noise")
+TRACKED = ("sharpness", "noise", "batches")
 EIGENVALUES = 20  # that can be tracked
 
 
@@ -332,7 +332,8 @@ class Options:
     track: str = ""
     """Measures to add to the metrics and curves, such as sharpness,noise: the largest eigenvalue of
     the full-batch Hessian (for adam, adamw and rmsprop, preconditioned; sharpness:3 for the largest
-    three) beside the threshold of stability, where it is known, and the gradient noise scale."""
+    three) beside the threshold of stability, where it is known, and the gradient noise scale.
+    batches: the mean curvature of mini-batches along their own gradients (batch sharpness)."""
     every: int | None = None
     """Passes between two measurements of --track. Default: as --eval-every."""
     save_every: int | None = None

@@ -22,7 +22,8 @@ Y_LABELS = {
     "noise_scale": "noise scale (samples)",
     "mean_squared_chunk_norm": "RMS norm of chunks",
 }  # fmt: skip
-SHARPNESS, THRESHOLD = ("sharpness", "preconditioned_sharpness"), "sharpness_threshold"
+SHARPNESS = ("sharpness", "preconditioned_sharpness", "batch_sharpness")
+THRESHOLD = "sharpness_threshold"
 MOST_LEGEND, LONGEST, LINE = 6, 48, 60  # values in a legend; characters of one, and of its line
 
 

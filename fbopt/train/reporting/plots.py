@@ -181,7 +181,11 @@ def _panels(options: Options) -> list[tuple[str, str, dict[str, str]]]:
         sharpness[f"{seen}_{number}"] = f"eigenvalue {number}"
     if has_threshold(options):
         sharpness["sharpness_threshold"] = "threshold of stability"
+    batches = {"batch_sharpness": "mean of 32 batches"}
+    if has_threshold(options) and not is_preconditioned(options):
+        batches["sharpness_threshold"] = "threshold of stability"
     tracked = {
+        "batches": ("Batch sharpness", "curvature of their losses", batches),
         "sharpness": (f"{title}, full batch", "curvature of the loss", sharpness),
         "noise": ("Gradient noise scale", "samples", {"noise_scale": "noise scale"}),
     }
