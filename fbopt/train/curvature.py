@@ -100,7 +100,11 @@ class CurvatureTracker:
             )
         except ValueError:  # a curvature along zero
             return {}
-        found = {"batch_sharpness": known.value, "batch_sharpness_error": known.error}
+        found = {
+            "batch_sharpness": known.value,
+            "batch_sharpness_error": known.error,
+            "batch_sharpness_ratio": known.ratio,
+        }
         if has_threshold(trainer.options) and not is_preconditioned(trainer.options):
             found["sharpness_threshold"] = self._threshold()
         return found

@@ -90,6 +90,32 @@ def test_the_axis_below(runs, x, places):
     assert lines(axes)[0][0] == places
 
 
+def test_ends_over_an_option(tmp_path, capsys):
+    """The last values, each a marker, and the means of the runs of one number and colour."""
+    paths = [
+        run(tmp_path / f"{lr}-{width}-{seed}", lr, [record(1), record(2 + seed)], width=width)
+        for lr in (0.4, 0.1) for width in (4, 8) for seed in (0, 2)
+    ]  # fmt: skip
+    _, (axes,) = figure(paths, x="lr", y="loss", by="width")
+    ends = [line for line in lines(axes) if len(line[0]) == 2]
+    assert [x for x, *_ in ends] == [[0.1, 0.4]] * 2
+    for (_, values, color), shade in zip(ends, plots.shades(2), strict=True):
+        assert values == pytest.approx([(2 / 2 + 2 / 4) / 2] * 2) and color == shade
+    points = [(x, y) for x, y, _ in lines(axes) if len(x) == 1]
+    assert sorted(points) == sorted([([lr], [loss]) for lr in (0.1, 0.4) for loss in (1, 0.5)] * 2)
+    page, (axes,) = figure(paths, x="lr", y="loss", log="lr")
+    assert axes.get_xscale() == "log" and axes.get_xlabel() == "lr" and not page.legends
+    assert len({color for *_, color in lines(axes)}) == 1
+    assert not capsys.readouterr().err
+
+
+def test_zero_on_a_logarithmic_axis_below(tmp_path):
+    """A run without a penalty is at 0."""
+    paths = [run(tmp_path / str(k), 0.1, [record(1)], penalty=k) for k in (None, 0.5, 2.0)]
+    _, (axes,) = figure(paths, x="penalty", y="loss", log="penalty")
+    assert axes.get_xscale() == "symlog" and lines(axes)[0][0] == [0, 0.5, 2]
+
+
 def test_logarithmic_axes_hide_nothing_without_a_word(tmp_path, capsys):
     path = run(tmp_path / "a", 0.1, [record(1, sharpness=-1.0), record(2, sharpness=4.0)])
     _, panels = figure([path], x="step", y="loss,sharpness", log="sharpness,step")

@@ -74,6 +74,7 @@ def test_batches_are_measured(tiny, recipe):
     )
     assert found["batch_sharpness"] == known.value > 0
     assert found["batch_sharpness_error"] == known.error
+    assert found["batch_sharpness_ratio"] == known.ratio
     assert found["sharpness_threshold"] == stability_threshold(**update_rule(trainer)).value
     with torch.no_grad():
         list(trainer.model.parameters())[-1].copy_(torch.tensor([1e4, 0.0, 0.0]))

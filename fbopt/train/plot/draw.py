@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ Y_LABELS = {
     "noise_scale": "noise scale (samples)",
     "mean_squared_chunk_norm": "RMS norm of chunks",
 }  # fmt: skip
-SHARPNESS = ("sharpness", "preconditioned_sharpness", "batch_sharpness")
+SHARPNESS = (
+    "sharpness", "preconditioned_sharpness", "batch_sharpness", "batch_sharpness_ratio",
+)  # fmt: skip
 THRESHOLD = "sharpness_threshold"
 MOST_LEGEND, LONGEST, LINE = 6, 48, 60  # values in a legend; characters of one, and of its line
 
@@ -41,13 +44,13 @@ def draw(options: Plot, runs: Sequence[Run]) -> Any:
         logs = names_in(options.log)
         for axes, key in zip(panels, options.metrics, strict=True):
             _draw_panel(axes, options.x, key, runs, colors, key in logs)
-        panels[-1].set_xlabel(X_LABELS[options.x])
+        panels[-1].set_xlabel(X_LABELS.get(options.x, options.over))
         if options.x in logs:
-            panels[-1].set_xscale("log")
+            _set_log(panels[-1], [run.place for run in runs if run.place is not None])
         page.align_ylabels(panels)
         if len(colors) > MOST_LEGEND and _are_numbers(colors):
             _add_bar(page, panels, colors, options.option)
-        elif options.option is not None or len(runs) > 1:
+        elif options.option is not None or len(colors) > 1:
             _add_legend(page, colors, options.option)
         return page
 
@@ -79,6 +82,8 @@ def _draw_panel(
     axes: Any, x: str, key: str, runs: Sequence[Run], colors: dict[Any, str], is_log: bool
 ) -> None:
     """Draw a metric of all runs, and beside a sharpness the thresholds."""
+    if runs[0].place is not None:
+        _draw_ends(axes, key, runs, colors)
     tops = []
     for run in runs:
         places, values = run.points(x, key)
@@ -105,6 +110,31 @@ def _draw_panel(
     axes.set_ylim(low, high)
     axes.set_ylabel(_label(key))
     plots.tidy(axes)
+
+
+def _draw_ends(axes: Any, key: str, runs: Sequence[Run], colors: dict[Any, str]) -> None:
+    """A line through the means of the runs of one colour and number."""
+    for value, color in colors.items():
+        ends: dict[float, list[float]] = {}
+        for run in runs:
+            if run.value == value and run.place is not None:
+                ends.setdefault(run.place, []).extend(run.points("", key)[1])
+        means = {place: statistics.mean(found) for place, found in ends.items() if found}
+        places = sorted(means)
+        axes.plot(places, [means[place] for place in places], color=color, alpha=0.6)
+
+
+def _set_log(axes: Any, places: Sequence[float]) -> None:
+    """Make the axis below logarithmic; where it has a zero, linear from there to the next one."""
+    above = [place for place in places if place > 0]
+    if len(above) == len(places):
+        axes.set_xscale("log")
+        return
+    if not above or min(places) < 0:
+        raise OptionsError("--log: the axis below has numbers that are negative, or none above 0")
+    axes.set_xscale("symlog", linthresh=min(above), linscale=0.5)
+    axes.set_xlim(-min(above) / 4, max(above) * 1.3)
+    axes.xaxis.set_major_formatter("{x:g}")
 
 
 def _label_log(axis: Any, ratio: float) -> None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 from fbopt.train.config.options import Options, OptionsError
 from fbopt.train.config.parser import nearest
 from fbopt.train.reporting.plots import SUFFIXES
+
+# Entries of metrics.jsonl to draw over, by the words for them.
+ENTRIES = {
+    "pass": "pass", "step": "step", "seconds": "seconds", "gradients": "gradient_evaluations",
+}  # fmt: skip
+
+NAMES = [field.name for field in fields(Options)]
 
 
 @dataclass(frozen=True)
@@ -22,14 +28,15 @@ class Plot:
 
     runs: tuple[Path, ...]
     """Run folders."""
-    x: Literal["pass", "step", "seconds", "gradients"] = "pass"
-    """What to draw over: passes over the training set, optimizer steps, seconds of training, or
-    gradient evaluations."""
+    x: str = "pass"
+    """What to draw over: pass (over the training set), step, seconds (of training) or gradients
+    (evaluations of them). Or an option of `fbopt train` with numbers, such as lr: then the last
+    value that each run has logged, with a line through the means of those of one number."""
     y: str = "loss"
     """Entries of metrics.jsonl with commas between, such as loss,sharpness,test_accuracy."""
     by: str | None = None
     """Option of `fbopt train` that gives a run its colour, such as lr: runs with the same value
-    share one. Default: every run has its own."""
+    share one. Default: every run has its own, and over an option all have the same."""
     log: str = ""
     """Those of --y, and of --x, whose axis is logarithmic, with commas between."""
     out: Path = Path("plot.png")
@@ -43,7 +50,16 @@ class Plot:
     @property
     def option(self) -> str | None:
         """The field of Options that `by` names."""
-        return self.by and self.by.lstrip("-").replace("-", "_")
+        return self.by and _field(self.by)
+
+    @property
+    def over(self) -> str | None:
+        """The field of Options that `x` names; None if it names an entry of metrics.jsonl."""
+        return None if self.x in ENTRIES else _field(self.x)
+
+
+def _field(words: str) -> str:
+    return words.lstrip("-").replace("-", "_")
 
 
 def names_in(words: str) -> tuple[str, ...]:
@@ -66,10 +82,13 @@ def check(options: Plot) -> None:
         if name not in (*options.metrics, options.x):
             known = ", ".join((*options.metrics, options.x))
             raise OptionsError(f"--log {name}: is on no axis of this figure; choose of {known}")
-    known = [field.name for field in fields(Options)]
-    if options.option is not None and options.option not in known:
-        near = nearest(options.option, known) or "; `fbopt train --help` lists them"
-        raise OptionsError(f"--by {options.by}: is no option of `fbopt train`{near}")
+    for flag, words, name in (
+        ("--by", options.by, options.option), ("--x", options.x, options.over)
+    ):  # fmt: skip
+        if name is not None and name not in NAMES:
+            near = nearest(name, NAMES) or "; `fbopt train --help` lists them"
+            entry = f"neither {', '.join(ENTRIES)} nor an" if flag == "--x" else "no"
+            raise OptionsError(f"{flag} {words}: is {entry} option of `fbopt train`{near}")
     if options.out.suffix.lower() not in SUFFIXES:
         raise OptionsError(f"--out {options.out}: has to end in {' or '.join(SUFFIXES)}")
     if options.out.is_dir():

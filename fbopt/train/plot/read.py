@@ -1,4 +1,6 @@
-"""The runs of a figure: their metrics, and the value of the option that they are coloured by."""
+"""The runs of a figure: their metrics, and the values of the options that they are coloured by and
+drawn over.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,8 @@ from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import OptionsError
 from fbopt.train.config.parser import nearest
 from fbopt.train.config.reading import options_of
-from fbopt.train.plot.options import Plot
+from fbopt.train.plot.options import ENTRIES, Plot
 from fbopt.train.reporting.plots import Records, drawn
-
-ENTRIES = {"gradients": "gradient_evaluations"}  # of metrics.jsonl, where --x has a shorter word
-AXES = ("pass", "step", "seconds", "gradient_evaluations")
 
 
 @dataclass(frozen=True)
@@ -27,16 +26,23 @@ class Run:
         path: its folder, as it was given.
         value: that of the option of --by; the folder without --by.
         records: the lines of its metrics.jsonl.
+        place: the number of the option of --x; None if it is drawn over an entry.
     """
 
     path: Path
     value: Any
     records: Records
+    place: float | None = None
 
     def points(self, x: str, key: str) -> tuple[list[float], list[float]]:
-        """The places and values of a metric, as they are drawn, where it was logged."""
-        pairs = ((r.get(ENTRIES.get(x, x)), drawn(r, key)) for r in self.records)
-        found = [pair for pair in pairs if None not in pair]
+        """The places and values of a metric, as they are drawn, where it was logged; over an option
+        the last of them.
+        """
+        place = self.place
+        pairs = [
+            (r.get(ENTRIES[x]) if place is None else place, drawn(r, key)) for r in self.records
+        ]
+        found = [pair for pair in pairs if None not in pair][0 if place is None else -1 :]
         return [place for place, _ in found], [value for _, value in found]
 
 
@@ -75,10 +81,19 @@ def _read(path: Path, options: Plot) -> Run:
             f"{path}: is no run's folder, as it has no readable options.json; give a folder that "
             "`fbopt train` made"
         )
-    value: Any = path
+    trained = options_of(made, str(folder.options))
+    value: Any = path if options.over is None else None
     if options.option is not None:
-        value = getattr(options_of(made, str(folder.options)), options.option)
-    return Run(path, value, folder.read_metrics())
+        value = getattr(trained, options.option)
+    place = None if options.over is None else getattr(trained, options.over)
+    if place is None and options.over == "penalty":
+        place = 0.0
+    if options.over is not None and (isinstance(place, bool) or not isinstance(place, int | float)):
+        raise OptionsError(
+            f"--x {options.x}: is {place} in {path}, which is no number; draw over another option, "
+            f"over {', '.join(ENTRIES)}, or leave the run out"
+        )
+    return Run(path, value, folder.read_metrics(), place)
 
 
 def _check_metric(runs: Sequence[Run], x: str, key: str) -> None:
@@ -88,7 +103,7 @@ def _check_metric(runs: Sequence[Run], x: str, key: str) -> None:
     counts = [len(run.points(x, key)[0]) for run in runs]
     if not any(counts):
         known = [k for run in runs for record in run.records for k in record if run.points(x, k)[0]]
-        there = [name for name in dict.fromkeys(known) if name not in AXES]
+        there = [name for name in dict.fromkeys(known) if name not in ENTRIES.values()]
         near = nearest(key, there)
         raise OptionsError(
             f"--y {key}: no run has values of it over --x {x}{near}; there are "
@@ -98,6 +113,6 @@ def _check_metric(runs: Sequence[Run], x: str, key: str) -> None:
         logged = sum(record.get(key) is not None for record in run.records)
         if not logged:
             note(f"{run.path} has no {key}; it is left out of that panel")
-        elif count < logged:
+        elif count < logged and run.place is None:
             note(f"{run.path}: {logged - count} of {logged} values of {key} cannot be drawn: they "
                  f"are not finite, or have no {x}")  # fmt: skip
