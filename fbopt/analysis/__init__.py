@@ -18,6 +18,7 @@ from fbopt.analysis.hutchpp import hutchpp_trace
 from fbopt.analysis.landscape import Flatness, Landscape, loss_landscape, measure_flatness
 from fbopt.analysis.objective import Objective
 from fbopt.analysis.operator import Operator
+from fbopt.analysis.penalised import PenalisedObjective
 from fbopt.analysis.preconditioned import PreconditionedHessian
 from fbopt.analysis.ranks import EffectiveRank, gradient_rank, spectral_rank, subspace_share
 from fbopt.analysis.sharpness import CriticalSharpness, critical_sharpness, directional_sharpness
@@ -45,6 +46,7 @@ __all__ = [
     "LossGap",
     "Objective",
     "Operator",
+    "PenalisedObjective",
     "PreconditionedHessian",
     "SpectralDensity",
     "Threshold",

@@ -28,6 +28,7 @@ class Batches:
     """
 
     def __init__(self, objective: Objective) -> None:
+        objective.refuse_penalised("mini-batches are")
         if not objective.is_single:
             raise ValueError(
                 "mini-batches are drawn from the chunks of one process: give it all chunks, and "

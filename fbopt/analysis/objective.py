@@ -73,6 +73,8 @@ class Objective(ParameterSpace):
         TypeError, ValueError: an invalid argument, as for FullBatchClosure.
     """
 
+    is_penalised = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -135,6 +137,11 @@ class Objective(ParameterSpace):
         """Take over a pickled or deep-copied state."""
         vars(self).update(state)
         self._allocate()
+
+    def refuse_penalised(self, what: str) -> None:
+        """Raise ValueError where `what` would leave out a penalty."""
+        if self.is_penalised:
+            raise ValueError(f"{what} of the loss alone: pass an Objective, without a penalty")
 
     @property
     def epsilon(self) -> float:

@@ -158,6 +158,7 @@ class OutputOperator(Operator):
 
 def check_model(objective: Objective, name: str) -> None:
     """Refuse a loss that is not a function of the model's output, and a compiled model."""
+    objective.refuse_penalised(f"{name} is")
     if objective.loss_fn is None:
         raise ValueError(
             f"{name} needs the model's output and the loss apart: make the Objective with loss_fn "

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from fbopt.analysis.batch_curvature import batch_sharpness
 from fbopt.analysis.gradient_noise import gradient_statistics
 from fbopt.analysis.objective import Objective
+from fbopt.analysis.penalised import PenalisedObjective
 from fbopt.analysis.preconditioned import PreconditionedHessian
 from fbopt.analysis.stability import stability_threshold
 from fbopt.analysis.tracker import EigenTracker
+from fbopt.penalty import GradientPenalty
+from fbopt.train.config.options import OptionsError
 from fbopt.train.config.rules import has_threshold, is_preconditioned
 from fbopt.train.data.dataset import Chunks
 from fbopt.train.losses import build_loss
@@ -22,20 +26,33 @@ PRODUCTS = 20  # a measurement and eigenvalue in the mean, where steps lie far a
 BATCHES = 32  # mini-batches of a measurement
 
 
-def training_loss(trainer: Trainer, **options: Any) -> Objective:
+def training_loss(trainer: Trainer, penalised: bool = False, **options: Any) -> Objective:
     """The mean loss over a run's training set, without augmentation, in chunks of its size.
 
-    `options` are Objective's batchnorm, dropout and seed. Process 0 measures on its own.
+    With `penalised` and the gradient penalty of the run's next step; raises OptionsError where it
+    has none. `options` are Objective's batchnorm, dropout and seed. Process 0 measures on its own.
     """
-    chunks = Chunks(trainer.data.train, trainer.chunks.size)
-    return Objective(
+    kind = partial(PenalisedObjective, **_penalty(trainer)) if penalised else Objective
+    return kind(
         trainer.model,
         build_loss(trainer.options),
-        chunks,
+        Chunks(trainer.data.train, trainer.chunks.size),
         autocast=autocast_dtype(trainer.options.precision),
         process_group="local",
         **options,
     )
+
+
+def _penalty(trainer: Trainer) -> dict[str, float]:
+    """Lambda of the next step, and the power."""
+    rule = None if trainer.closure is None else trainer.closure.penalty
+    if not isinstance(rule, GradientPenalty) or rule.full_strength:
+        raise OptionsError(
+            "--penalised: this run has no gradient penalty on chunks (--penalty, without "
+            "--full-penalty); leave it out, to measure the loss"
+        )
+    value = rule.coefficient_at(trainer.closure.step, trainer.optimizer)
+    return {"coefficient": float(value), "power": rule.power}
 
 
 def update_rule(trainer: Trainer) -> dict[str, Any]:

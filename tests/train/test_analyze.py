@@ -212,6 +212,29 @@ def test_batchnorm_is_stated(folder, tmp_path):
     assert losses[0] != losses[1]
 
 
+def test_the_penalised_objective_is_measured(tiny, tmp_path, capsys):
+    """Of its next step; runs without a penalty on chunks, and measures of samples, are refused."""
+    smooth = {"model": "mlp", "activation": "tanh", "precision": "fp64", "steps": 3, "lr": 1.0}
+    train(tiny_runs.options(tiny, tmp_path / "run", penalty=4.0, **smooth))
+    train(tiny_runs.options(tiny, tmp_path / "plain", "fb", **smooth))
+    values = {}
+    for words in ([], ["--penalised"]):
+        few = ["--measures", "sharpness", "--eigenvalues", "1", "--tolerance", "1e-6"]
+        assert analyze(tmp_path / "run", *few, *words, "--out", tmp_path / "found") == 0
+        (found,) = results(tmp_path / "found")["measures"]["sharpness"].values()
+        values[bool(words)] = found["eigenvalues"][0]
+    run = runs.read(tmp_path / "run", Analysis((tmp_path / "run",), penalised=True))
+    lr = run.run.optimizer.param_groups[0]["lr"]
+    assert run.objective.coefficient == pytest.approx(lr * 4 / 4)
+    dense = eigenpairs(Hessian(run.objective, "central"), 1, tolerance=1e-5).values[0]
+    assert values[True] == pytest.approx(dense, rel=1e-4) and values[True] > 1.01 * values[False]
+    capsys.readouterr()
+    assert analyze(tmp_path / "plain", "--penalised", "--out", tmp_path / "no") == 2
+    assert "has no gradient penalty on chunks" in capsys.readouterr().err
+    assert analyze(tmp_path / "run", "--penalised", "--measures", "fisher") == 2
+    assert "fisher is of the loss alone" in capsys.readouterr().err
+
+
 def test_ctrl_c_keeps_what_was_finished(folder, tmp_path, monkeypatch, capsys):
     def stopped(subject, options):
         raise KeyboardInterrupt

@@ -22,8 +22,9 @@ class Analysis:
 
     RUNS are one to three run folders (their newest checkpoint is used) or checkpoint files
     (RUN/checkpoint-STEP.pt); several are drawn side by side. The measures are of the mean loss over
-    the training set, without penalty and weight decay, in chunks of the run's size (sgd: of its
-    mini-batch size), in the order of the data and in the precision that the run trained in.
+    the training set, without weight decay, and without penalty unless --penalised is given, in
+    chunks of the run's size (sgd: of its mini-batch size), in the order of the data and in the
+    precision that the run trained in.
     """
 
     runs: tuple[Path, ...]
@@ -36,6 +37,9 @@ class Analysis:
     shares in the top eigenspace. batches: sharpness, losses and gradients of mini-batches."""
     between: bool = False
     """Also measure the loss on the line through two runs of one model, or in the plane of three."""
+    penalised: bool = False
+    """Measure the objective of a run with --penalty in place of its loss: that with the penalty of
+    the checkpoint's next step. Not for fisher and batches, which are of single samples."""
     out: Path | None = None
     """Folder for results.json and the figures. Default: RUN/analysis; for several runs
     analysis-NAME-NAME beside the first."""
@@ -114,6 +118,9 @@ def check(options: Analysis) -> None:
     for name, most in _MOST.items():
         if getattr(options, name) > most:
             raise OptionsError(f"{flag(name)} {getattr(options, name)}: has to be at most {most:,}")
+    for name in ("fisher", "batches"):
+        if options.penalised and name in options.measures:
+            raise OptionsError(f"--penalised: {name} is of the loss alone; leave one of them out")
     if not options.batch_sizes:
         raise OptionsError("--batch-sizes is empty; give numbers of samples")
     if min(options.batch_sizes) < 1:

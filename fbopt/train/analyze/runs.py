@@ -96,6 +96,6 @@ def read(path: Path, options: Analysis) -> Subject:
     run = open_run(path, state, made, options.device)
     conditions = {name: getattr(options, name) for name in ("batchnorm", "dropout", "seed")}
     name = f"{folder.resolve().name}, step {state['step']:,}"
-    subject = Subject(name, folder, run, training_loss(run, **conditions), state)
     load(str(path), run, copy.deepcopy(state))
-    return subject
+    loss = training_loss(run, options.penalised, **conditions)
+    return Subject(name, folder, run, loss, state)

@@ -92,7 +92,7 @@ def _draw_panel(
         marker = "o" if len(places) < 30 else None
         axes.plot(places, values, color=colors[run.value], marker=marker, markersize=2.5)
         tops += values
-        if key in SHARPNESS and values:
+        if key in SHARPNESS and values and run.place is None:
             places, limits = run.points(x, THRESHOLD)
             if limits:
                 axes.plot(places, limits, "--", color=colors[run.value], linewidth=0.9)
