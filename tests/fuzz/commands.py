@@ -23,8 +23,10 @@ from fbopt.train.analyze.options import Analysis
 from fbopt.train.checkpoint.run_dir import RunFolder
 from fbopt.train.config.options import Options, flag, literals
 from fbopt.train.config.parser import command_line
+from fbopt.train.flow.options import FlowOptions
 from fbopt.train.ladder import runner, summary
 from fbopt.train.ladder.plan import Ladder
+from fbopt.train.plot.options import Plot
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = [
@@ -116,6 +118,11 @@ FEW = (
 )  # fmt: skip
 
 
+def of_runs(words: st.SearchStrategy[list[str]]) -> st.SearchStrategy[list[str]]:
+    """Words behind a run's folder."""
+    return st.tuples(st.sampled_from(["half", "finished"]), words).map(lambda t: [t[0], *t[1]])
+
+
 def command_lines() -> st.SearchStrategy[list[str]]:
     """Command lines of all programs."""
     anything = st.lists(st.sampled_from([*WORDS, *PATHS, "--full", "--help", "--optimizer"]))
@@ -124,9 +131,9 @@ def command_lines() -> st.SearchStrategy[list[str]]:
     programs = {
         "train": lines_of(Options, *SMALL),
         "ladder": st.one_of(lines_of(Ladder, *SMALL[:1]), lines_of(Options, *SMALL)),
-        "analyze": st.tuples(st.sampled_from(["half", "finished"]), lines_of(Analysis, *FEW)).map(
-            lambda t: [t[0], *t[1]]
-        ),
+        "analyze": of_runs(lines_of(Analysis, *FEW)),
+        "plot": of_runs(lines_of(Plot, ("--y", "loss"), ("--x", "step"))),
+        "flow": of_runs(lines_of(FlowOptions, ("--steps", "1"), ("--kind", "gradient"))),
     }
     whole = [words.map(lambda w, name=name: [name, *w]) for name, words in programs.items()]
     return st.one_of(whole[0], whole[0], *whole, st.one_of(*some), anything)
@@ -248,6 +255,7 @@ PROGRAMS = [
     "train --data npz:tiny.npz --recipe fb --width 2 --steps 2 --processes 2 --out new",
     "train --data npz:λ.npz", "train --resume half", "fingerprint half finished",
     "analyze half --measures sharpness --max-products 3 --eigenvalues 1",
+    "plot half finished --y loss --out new.png", "flow finished --steps 1",
     "recipes", "train --help", "doctor", "fingerprint half", "recipes --scale small",
     "ladder --data npz:tiny.npz --rows fb --seeds 1 --share 0.01 --width 2 --out new", "--help",
     "check script.py", "nonsense",
