@@ -10,7 +10,8 @@ from fbopt.analysis.directions import difference, random_direction
 from fbopt.analysis.eigen import eigenpairs
 from fbopt.analysis.fisher import Fisher
 from fbopt.analysis.fisher_norms import fisher_trace
-from fbopt.analysis.flow import Edge, Flow
+from fbopt.analysis.flow import Flow
+from fbopt.analysis.flow_edge import Edge
 from fbopt.analysis.gauss_newton import GaussNewton
 from fbopt.analysis.gradient_noise import GradientStatistics, gradient_statistics
 from fbopt.analysis.hessian import Hessian, Trace, hessian_trace

@@ -1,52 +1,41 @@
-"""Flows beside gradient descent: theta' = -lr P(grad L + 1/2 grad<H, Sigma>), with P = I, Sigma = 0
-(gradient flow), P off the unstable eigenspace (stable flow) or Sigma of the edge (central flow).
+"""Flows beside gradient descent and RMSProp: theta' = -lr P^-1 (grad L + 1/2 grad<H, Sigma>), with
+Sigma = 0 (gradient flow; the stable flow leaves out unstable directions) or Sigma of the edge.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fbopt._checks import check_number
 from fbopt.analysis import complementarity
-from fbopt.analysis.basis import Array
 from fbopt.analysis.eigen import eigenpairs
+from fbopt.analysis.flow_edge import Edge, Held, hold
+from fbopt.analysis.flow_rules import Scale, rule_of
 from fbopt.analysis.hessian import Hessian
 from fbopt.analysis.objective import Objective
 from fbopt.analysis.spectrum import Eigenpairs
-from fbopt.analysis.third_derivatives import curvature_gradients
 
 KINDS = ("gradient", "stable", "central")
 REACH = 1.0  # the largest lr * length * sharpness of a sub-step
 OVERSHOOT = 0.01  # of the edge, by which a central flow may begin above it
 
 
-@dataclass(frozen=True)
-class Edge:
-    """The eigenspace that a sub-step treats apart, k eigenvectors u_i of the Hessian.
+class _Seen(Hessian):
+    """P^-1/2 H P^-1/2, of whose eigenvectors v the u = P^-1/2 v have H u = lambda P u."""
 
-    Attributes:
-        values: their eigenvalues, (k,) float64, the largest first.
-        vectors: u_1 to u_k, (k, P).
-        covariance: X, (k, k) float64, positive semidefinite: the covariance of the oscillation
-            along them, ``Sigma = sum_ij X_ij u_i u_j^T``; zero unless the flow is a central flow.
-        slack: S, (k, k) float64: the room below 2/lr that the eigenvalues are to have after the
-            sub-step, divided by its length. S >= 0 and <S, X> = 0.
-    """
+    root: Scale = 1.0
 
-    values: Array
-    vectors: Tensor
-    covariance: Array
-    slack: Array
+    def __call__(self, vector: Tensor) -> Tensor:
+        return super().__call__(vector * self.root) * self.root
 
-    @property
-    def excess_loss(self) -> float:
-        """``1/2 <H, Sigma>``: how far the mean loss of the oscillating steps is above L."""
-        return float(np.diag(self.covariance) @ self.values / 2)
+    def follow(self, scale: Scale) -> None:
+        """Move to the model's parameters and this P."""
+        self.refresh()
+        if isinstance(scale, Tensor):
+            self.root = scale.rsqrt().to(self.objective.dtype)
 
 
 class Flow:
@@ -68,6 +57,19 @@ class Flow:
 
     by a cone program. S says what room the eigenvalues have after the sub-step, to first order.
 
+    **RMSProp.** With an optimizer in place of lr the flow is of its steps: of RMSprop, or of Adam
+    with betas[0] = 0, which corrects the bias of its mean of squares. With
+    ``P = sqrt(nu) + eps`` all of the above holds for grad L and Sigma in the metric of P
+    (``H u_i = lambda_i P u_i``, ``lambda_i <= 2/lr``), and nu moves along::
+
+        theta' = -lr P^-1 (grad L + 1/2 grad<H, Sigma>)
+        nu'    = c (grad L^2 + diag(H Sigma H) - nu)
+
+    where c is (1 - beta)/beta, divided by ``1 - beta^t`` with the bias corrected. S has the term
+    ``2/lr u_i.(P' u_j)`` more. A flow begins with the nu of the optimizer's next step. A first step
+    divides by its own gradient, which is far above the edge: let central flows begin some steps
+    later.
+
     **Sub-steps.** Each is a step of the classical Runge-Kutta method (of fourth order) with U, X
     and ``grad<H, Sigma>`` as they are at its beginning, so that stable and central flows are of
     first order in its length h. There are at least `substeps` in a unit of time, and so many that
@@ -82,7 +84,8 @@ class Flow:
 
     Args:
         objective: L; its model's parameters are those that move.
-        lr: the learning rate of gradient descent, above 0.
+        lr: the learning rate of gradient descent, above 0; or an optimizer, as after its last step,
+            without momentum and weight decay: ``torch.optim.SGD``, ``RMSprop``, ``Adam``.
         kind: ``"gradient"``, ``"stable"`` or ``"central"``.
         substeps: the least number of sub-steps in a unit of time.
         margin: of a central flow: eigenvalues above ``(1 - margin) 2/lr`` are in U. More of them
@@ -93,7 +96,7 @@ class Flow:
 
     Attributes:
         time: the units of time so far, steps of gradient descent.
-        pairs: the largest eigenvalues at the beginning of the last sub-step, :class:`Eigenpairs`.
+        pairs: the largest eigenvalues of P^-1/2 H P^-1/2 where the flow is, :class:`Eigenpairs`.
         edge: the eigenspace of the last sub-step, an :class:`Edge`.
 
     Raises:
@@ -111,7 +114,7 @@ class Flow:
     def __init__(
         self,
         objective: Objective,
-        lr: float,
+        lr: float | torch.optim.Optimizer,
         kind: str = "gradient",
         *,
         substeps: int = 2,
@@ -123,7 +126,6 @@ class Flow:
             raise TypeError(f"objective must be an Objective, got {type(objective).__name__}")
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-        check_number("lr", lr, above=0)
         check_number("substeps", substeps, least=1)
         check_number("margin", margin, least=0)
         check_number("tolerance", tolerance, above=0)
@@ -131,15 +133,17 @@ class Flow:
             raise ValueError(f"margin must be below 1, got {margin}")
         if kind == "central":
             complementarity.solver()
-        self.objective, self.lr, self.kind = objective, lr, kind
+        self._rule = rule_of(objective, lr)
+        self.objective, self.lr, self.kind = objective, self._rule.lr, kind
         self.substeps, self.margin, self.seed, self.time = substeps, margin, seed, 0
         self.tolerance = tolerance
         self._count = 1
-        self._hessian = Hessian(objective)
+        self._hessian = _Seen(objective)
+        self._hessian.follow(self._rule.scale(self._rule.nu))
         self.pairs = self._eigenpairs(None)
         self._refuse_above()
         self.pairs = self._find(self.pairs)
-        self.edge = self._empty()
+        self.edge = self._apart(0)
 
     @property
     def limit(self) -> float:
@@ -148,7 +152,7 @@ class Flow:
 
     @property
     def sharpness(self) -> float:
-        """The largest eigenvalue of the Hessian at the model's parameters."""
+        """The largest eigenvalue of P^-1 H at the model's parameters."""
         return float(self.pairs.values[0])
 
     def advance(self, steps: int = 1) -> None:
@@ -162,8 +166,8 @@ class Flow:
         check_number("steps", steps, least=0)
         for _ in range(int(steps)):
             count = max(self.substeps, self._needed)
-            for _ in range(count):
-                self._substep(1 / count)
+            for part in range(count):
+                self._substep(self.time + part / count, 1 / count)
             self.time += 1
 
     @property
@@ -171,15 +175,22 @@ class Flow:
         """The sub-steps for the curvature; one within a hundredth of the edge asks for no more."""
         return math.ceil(self.lr * self.sharpness / (REACH * (1 + OVERSHOOT)))
 
-    def _substep(self, length: float) -> None:
-        self.edge, drift = self._treatment(length)
-        start, slopes = self.objective.theta(), list[Tensor]()
+    def _substep(self, time: float, length: float) -> None:
+        rule, start = self._rule, self.objective.theta()
+        held = self._treatment(time, length)
+        self.edge, scale = held.edge, rule.scale(rule.nu)
+        slopes, squares = list[Tensor](), list[Tensor]()
         for share in (0.0, 0.5, 0.5, 1.0):
-            shift = slopes[-1] * (share * length) if slopes else None
-            slopes.append(-self.lr * self._projected(self.objective.gradient(shift) + drift))
-        weights = (1, 2, 2, 1)
-        change = sum(w * s for w, s in zip(weights, slopes, strict=True)) * (length / 6)
-        moved = start + change
+            shift, nu = slopes[-1] * (share * length) if slopes else None, rule.nu
+            if nu is not None and squares:
+                nu = (nu + squares[-1] * (share * length)).clamp_min(0)
+            gradient = self.objective.gradient(shift)
+            step = (gradient + held.drift) / rule.scale(nu)
+            slopes.append(-self.lr * self._projected(step, scale).to(start))
+            mean = gradient.double().square() + held.squares
+            if (moved := rule.slope(mean, time + share * length, nu)) is not None:
+                squares.append(moved)
+        moved = start + _mean(slopes) * length
         if not torch.isfinite(moved).all():
             raise ValueError(
                 f"the flow's parameters become infinite or undefined after time {self.time}: "
@@ -189,31 +200,24 @@ class Flow:
             parts = self.objective.unflatten(moved)
             for p, part in zip(self.objective.params, parts, strict=True):
                 p.copy_(part)
-        self._hessian.refresh()
+        if rule.nu is not None:
+            rule.nu = (rule.nu + _mean(squares) * length).clamp_min(0)
+        self._hessian.follow(rule.scale(rule.nu))
         self.pairs = self._find(self.pairs)
 
-    def _projected(self, vector: Tensor) -> Tensor:
+    def _projected(self, vector: Tensor, scale: Scale) -> Tensor:
         if self.kind != "stable":
             return vector
-        basis = self.edge.vectors
-        return vector - basis.T @ (basis @ vector)
+        basis = self.edge.vectors.to(vector)
+        return vector - basis.T @ (basis @ (scale * vector))
 
-    def _treatment(self, length: float) -> tuple[Edge, Tensor]:
-        """The eigenspace that is treated apart, and ``1/2 grad<H, Sigma>``."""
+    def _treatment(self, time: float, length: float) -> Held:
+        """The eigenspace that is treated apart, and what its oscillation does."""
         size = self._critical(self.pairs)
-        edge = self._empty(size)
-        drift = torch.zeros_like(self.pairs.vectors[0])
+        edge = self._apart(size)
         if self.kind != "central" or not size:
-            return edge, drift
-        rows = curvature_gradients(self.objective, edge.vectors)
-        wide = rows.double()
-        gradient = self.objective.gradient().double()
-        room = np.diag(self.limit - edge.values) / length
-        constant = complementarity.entries_of(room) + (self.lr * wide @ gradient).cpu().numpy()
-        gram = (wide @ wide.T).cpu().numpy() * (self.lr / 2)
-        covariance, slack = complementarity.solve(constant, gram)
-        weights = torch.from_numpy(complementarity.entries_of(covariance)).to(rows)
-        return Edge(edge.values, edge.vectors, covariance, slack), weights @ rows / 2
+            return Held(edge, torch.zeros_like(self.pairs.vectors[0]), 0.0)
+        return hold(self.objective, self._rule, edge, time, length)
 
     def _critical(self, pairs: Eigenpairs) -> int:
         """How many of the eigenvalues are treated apart: above the edge, or near it."""
@@ -222,9 +226,9 @@ class Flow:
         least = self.limit * (1 - self.margin) if self.kind == "central" else self.limit
         return int((pairs.values > least).sum())
 
-    def _empty(self, size: int = 0) -> Edge:
-        zero = np.zeros((size, size))
-        return Edge(self.pairs.values[:size], self.pairs.vectors[:size], zero, zero)
+    def _apart(self, size: int) -> Edge:
+        vectors = self.pairs.vectors[:size] * self._hessian.root
+        return Edge.without_oscillation(self.pairs.values[:size], vectors)
 
     def _find(self, start: Eigenpairs | None) -> Eigenpairs:
         """The eigenvalues that are treated apart, and at least the next one."""
@@ -258,3 +262,9 @@ class Flow:
                 f"the largest is {self.sharpness:.4g}: begin at an earlier step, or with an lr "
                 f"below {2 / self.sharpness:.3g}"
             )
+
+
+def _mean(slopes: list[Tensor]) -> Tensor:
+    """The slope of a step of the classical Runge-Kutta method."""
+    first, second, third, last = slopes
+    return (first + 2 * second + 2 * third + last) / 6

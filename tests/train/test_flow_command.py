@@ -91,9 +91,33 @@ def test_sharpness_is_the_dense_hessians(run):
     assert first["sharpness"] == pytest.approx(np.linalg.eigvalsh(dense.numpy())[-1], rel=1e-5)
 
 
+@pytest.mark.parametrize("rule", [
+    {"optimizer": "rmsprop", "alpha": 0.9},
+    {"optimizer": "adam", "beta1": 0.0, "beta2": 0.9},
+])  # fmt: skip
+def test_rmsprop_some_steps_after_its_first(tmp_path, rule):
+    """The flow begins at the run's weights and mean of squares, and is near the run for a while."""
+    changes = {"optimizer": "sgd", "momentum": None, "nesterov": None, "lr": 1e-4, "steps": 20}
+    train(Options(**PLAIN | changes | rule, out=tmp_path / "run"))
+    words = ["--kind", "gradient", "--after", "8", "--every", "4"]
+    assert main([str(tmp_path / "run"), *words]) == 0
+    found = records(tmp_path / "run", "gradient")
+    assert [r["step"] for r in found] == [8, 12, 16, 20]
+    logged = {r["pass"]: r["loss"] for r in RunFolder(tmp_path / "run").read_metrics()}
+    for record in found[:3]:
+        assert record["loss"] == pytest.approx(logged[record["step"] + 1], rel=1e-12)
+    assert found[0]["parameter_distance"] == 0 and found[0]["threshold"] == pytest.approx(2e4)
+    assert found[0]["sharpness"] == pytest.approx(found[0]["flow_sharpness"], rel=1e-4)
+    assert found[-1]["sharpness"] == pytest.approx(found[-1]["flow_sharpness"], rel=0.02)
+    moved = found[0]["loss"] - found[-1]["loss"]
+    assert moved > 0 and abs(found[-1]["flow_loss"] - found[-1]["loss"]) < 0.02 * moved
+    assert main([str(tmp_path / "run"), "--after", "20"]) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"optimizer": "adam", "momentum": None, "nesterov": None}, "--beta1 0.9"),
         ({"momentum": 0.9}, "--momentum 0.9"),
         ({"weight_decay": 0.1}, "--weight-decay 0.1"),
         ({"schedule": "cosine", "cosine": 20}, "--schedule cosine"),

@@ -47,9 +47,12 @@ def follow(options: FlowOptions) -> list[dict[str, Any]]:
     from fbopt.train.flow.beside import Beside, begin
 
     run = begin(options.run[0], options.device)
-    beside = Beside(run, options.kind, options.substeps, options.margin)
+    steps = options.steps or run.options.passes - options.after
+    if steps < 1:
+        raise OptionsError(f"--after {options.after}: the run has {run.options.passes} steps")
+    beside = Beside(run, options.kind, options.substeps, options.margin, options.after)
     records = []
-    for record in beside.follow(options.steps or run.options.passes, options.every):
+    for record in beside.follow(steps, options.every):
         records.append(record)
         print(_words(record), flush=True)
     options.folder.mkdir(parents=True, exist_ok=True)

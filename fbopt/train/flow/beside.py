@@ -1,5 +1,6 @@
-"""Gradient descent θ_t and a flow θ(t) from the same weights, side by side at t = 0, 1, 2 and on.
+"""Steps θ_t of gradient descent or RMSProp and a flow θ(t) from the same weights, side by side.
 
+Both are at t = 0, 1, 2 and on.
 Distances are to the iterate θ_t and to the smoothed (θ_{t-1} + 2 θ_t + θ_{t+1})/4, in which an
 oscillation of period two, as at the edge of stability, is gone.
 """
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fbopt.analysis import Eigenpairs, Flow, Hessian, Objective, eigenpairs
+from fbopt.analysis import Eigenpairs, Flow, Hessian, Objective, PreconditionedHessian, eigenpairs
+from fbopt.train.config.rules import is_preconditioned
 from fbopt.train.curvature import training_loss
 from fbopt.train.flow.options import check_run
 from fbopt.train.reopen import open_run, read_run
@@ -49,13 +51,19 @@ class Beside:
 
     Args:
         run: the run, before its first step.
+        after: the number of steps that are taken before the flow begins.
         kind, substeps, margin: of the flow, see :class:`fbopt.analysis.Flow`.
     """
 
-    def __init__(self, run: Trainer, kind: str, substeps: int, margin: float) -> None:
-        self.run, self.kind = run, kind
+    def __init__(
+        self, run: Trainer, kind: str, substeps: int, margin: float, after: int = 0
+    ) -> None:
+        self.run, self.kind, self.after = run, kind, after
+        for _ in range(after):
+            run.take_step()
+            run.scheduler.step()
         self.descent = training_loss(run)
-        other = copy.deepcopy(run.model)
+        other, rule = copy.deepcopy((run.model, run.optimizer))  # the copied rule has its copies
         moving = Objective(
             other,
             self.descent.loss_fn,
@@ -63,12 +71,13 @@ class Beside:
             autocast=self.descent.autocast,
             process_group="local",
         )
-        lr = float(run.optimizer.param_groups[0]["lr"])
+        self.is_preconditioned = is_preconditioned(run.options)
+        lr = rule if self.is_preconditioned else float(rule.param_groups[0]["lr"])
         self.flow = Flow(moving, lr, kind, substeps=substeps, margin=margin, seed=run.options.seed)
         self._pairs: Eigenpairs | None = None
 
     def follow(self, steps: int, every: int) -> Iterator[dict[str, Any]]:
-        """Yield a record at t = 0, and after every so many steps and the last.
+        """Yield a record where the flow begins, and after every so many steps and the last.
 
         Raises:
             Diverged: gradient descent has a loss that is infinite or undefined.
@@ -77,7 +86,7 @@ class Beside:
         last, now, ahead = None, point(self.descent), self._ahead(0)
         for step in range(steps + 1):
             if step % every == 0 or step == steps:
-                yield self._record(step, last, now, ahead)
+                yield self._record(self.after + step, last, now, ahead)
             if step < steps:
                 self.flow.advance()
                 last, now, ahead = now, ahead, self._ahead(step + 1)
@@ -89,7 +98,7 @@ class Beside:
         found = point(self.descent)
         if not torch.isfinite(torch.tensor(found.loss)):
             raise Diverged(
-                f"gradient descent has a loss of {found.loss} after step {step + 1}: choose a run "
+                f"the run has a loss of {found.loss} after step {self.after + step + 1}: take one "
                 "with a smaller --lr, or fewer --steps"
             )
         return found
@@ -117,14 +126,15 @@ class Beside:
         """The largest eigenvalue at the iterate, one step before that of the model."""
         _assign(self.descent, now.theta)
         hessian = Hessian(self.descent)
+        if self.is_preconditioned:  # by the P of the step that is ahead
+            hessian = PreconditionedHessian(self.descent, self.run.optimizer)
         self._pairs = eigenpairs(
             hessian, 1, start=self._pairs, tolerance=TOLERANCE, verify=False, seed=self.flow.seed
         )
         _assign(self.descent, ahead.theta)
         if not self._pairs.converged.all():
             raise RuntimeError(
-                "the sharpness of gradient descent did not converge: train the run with "
-                "--precision fp64"
+                "the sharpness of the run did not converge: train the run with --precision fp64"
             )
         return float(self._pairs.values[0])
 

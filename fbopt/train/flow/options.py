@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from fbopt.train.config.options import Options, OptionsError, flag
 
-# The options of plain gradient descent: θ ← θ − lr ∇L(θ), with the same L and lr in every step.
+# The options of θ ← θ − lr ∇L(θ), or of RMSProp's step, with the same L and lr in every step.
 NEEDED: dict[str, tuple[Any, ...]] = {
     "switch_at": (0,),
-    "optimizer": ("sgd",),
+    "optimizer": ("sgd", "rmsprop", "adam", "adamw"),
+    "beta1": (0.0, None),
     "line_search": (None, "none"),
-    "momentum": (0.0,),
+    "momentum": (0.0, None),
     "weight_decay": (0.0,),
     "max_norm": (None, math.inf),
     "agc": (None,),
@@ -42,21 +43,23 @@ NEEDED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class FlowOptions:
-    """Follow a flow in continuous time beside plain gradient descent, from a run's first weights.
+    """Follow a flow in continuous time beside full-batch gradient descent or RMSProp.
 
     RUN is the folder of a run of `fbopt train` on the full batch with --momentum 0 --weight-decay 0
-    --schedule constant --warmup 0, without clipping and penalty. Its steps are taken again, and the
-    flow beside them: gradient (continuous time), stable (no motion along directions of curvature
-    above 2/lr), or central (the mean path of gradient descent at the edge of stability; needs
-    clarabel). Written are flow-KIND.jsonl and flow-KIND.png.
+    --schedule constant --warmup 0, without clipping and penalty; by sgd, --optimizer rmsprop, or
+    adam with --beta1 0. Its steps are taken again, and the flow beside them: gradient (continuous
+    time), stable (no motion along directions of curvature above 2/lr), or central (the mean path at
+    the edge of stability; needs clarabel). Written are flow-KIND.jsonl and flow-KIND.png.
     """
 
     run: tuple[Path, ...]
     """Run folder."""
     kind: Literal["gradient", "stable", "central"] = "central"
     """The flow."""
+    after: int = 0
+    """Steps that are taken before the flow begins: RMSProp's first ones are far above the edge."""
     steps: int | None = None
-    """Steps of gradient descent, units of the flow's time. Default: those of the run."""
+    """Steps beside the flow, units of its time. Default: those that the run has left."""
     every: int = 10
     """Steps between two records."""
     substeps: int = 2
@@ -82,6 +85,8 @@ def check(options: FlowOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise OptionsError(f"{flag(name)} {value}: has to be at least 1")
+    if options.after < 0:
+        raise OptionsError(f"--after {options.after}: has to be at least 0")
     if not 0 <= options.margin < 1:
         raise OptionsError(f"--margin {options.margin}: has to be at least 0 and below 1")
 
@@ -96,8 +101,8 @@ def check_run(path: Path, made: Options) -> None:
     for name, values in NEEDED.items():
         if (value := getattr(made, name)) not in values:
             raise OptionsError(
-                f"{path}: was trained with {flag(name)} {value}, and flows are beside plain "
-                f"gradient descent; train it with {flag(name)} {_words(values)}"
+                f"{path}: was trained with {flag(name)} {value}, and flows are beside plain steps "
+                f"of gradient descent or RMSProp; train it with {flag(name)} {_words(values)}"
             )
 
 
