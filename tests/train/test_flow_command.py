@@ -108,7 +108,7 @@ def test_rmsprop_some_steps_after_its_first(tmp_path, rule):
         assert record["loss"] == pytest.approx(logged[record["step"] + 1], rel=1e-12)
     assert found[0]["parameter_distance"] == 0 and found[0]["threshold"] == pytest.approx(2e4)
     assert found[0]["sharpness"] == pytest.approx(found[0]["flow_sharpness"], rel=1e-4)
-    assert found[-1]["sharpness"] == pytest.approx(found[-1]["flow_sharpness"], rel=0.02)
+    assert found[-1]["sharpness"] == pytest.approx(found[-1]["flow_sharpness"], rel=0.05)
     moved = found[0]["loss"] - found[-1]["loss"]
     assert moved > 0 and abs(found[-1]["flow_loss"] - found[-1]["loss"]) < 0.02 * moved
     assert main([str(tmp_path / "run"), "--after", "20"]) == 2
