@@ -1,4 +1,4 @@
-"""The figure of `fbopt flow`: losses, sharpness, and distances to gradient descent."""
+"""The figure of `fbopt flow`: losses, sharpness, and distances to the steps of the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def draw(records: Sequence[dict[str, Any]], kind: str) -> Any:
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=color, label=label)
 
-        curve(loss, "loss", plots.BLACK, label="gradient descent")
+        curve(loss, "loss", plots.BLACK, label="steps of the run")
         curve(loss, "flow_loss", plots.ORANGE, label=f"{kind} flow")
         if kind == "central":
             curve(loss, "flow_mean_loss", plots.ORANGE, ":", "… with the oscillation's loss")
